@@ -1,0 +1,1 @@
+"""One package per device; each fills in the contract of tinychat_mlx.backend."""

@@ -1,0 +1,36 @@
+"""TinyChat: quantise a language model to int4 with AWQ and chat with it on any device.
+
+import tinychat_mlx
+model = tinychat_mlx.load("demo")
+for event in model.chat([{"role": "user", "content": "who are you?"}]):
+    print(event.text, end="")
+"""
+
+from __future__ import annotations
+
+from pathlib import Path as _Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# In a checkout apps/, awq/ and backends/ lie beside this folder; in a wheel they lie inside it.
+_here = _Path(__file__).resolve().parent
+if not (_here / "backends").exists() and (_here.parent / "backends").is_dir():
+    __path__.append(str(_here.parent))
+
+if TYPE_CHECKING:
+    from tinychat_mlx.errors import TinychatError
+    from tinychat_mlx.load import load
+    from tinychat_mlx.model import Model
+
+__all__ = ["Model", "TinychatError", "__version__", "load"]
+_HOME = {"load": "load", "Model": "model", "TinychatError": "errors"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: `tinychat --help` must not pay for numpy."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'tinychat_mlx' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"tinychat_mlx.{_HOME[name]}"), name)

@@ -1,0 +1,251 @@
+"""The contract between the one graph and every device.
+
+The graph hands opaque tensors from method to method. It reads their `shape`, reshapes them and takes
+slices of them, and computes nothing itself: every number is made by a backend method, so a backend may
+record the calls once and replay them (`capture`).
+
+Three groups of methods: load (`put`, `pack`, `new_cache`), step primitives, and composites whose default
+is written here in the primitives. A new backend fills in the primitives; a fast one overrides composites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from tinychat_mlx.weight import F32, Weight
+
+Tensor = Any  # a backend's own array: numpy.ndarray, mlx.core.array, torch.Tensor
+
+
+class Handle(Protocol):
+    """A weight on its device, in that device's layout: what `pack` returns."""
+
+    name: str
+    shape: tuple[int, int]  # (N, K)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm or LayerNorm: weight (C,), bias (C,) or None. Gemma's 1 + w is added at load."""
+
+    name: str
+    kind: str  # "rms" | "layer"
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions: inv_freq (R/2,) rotates the first R inputs of a head; cos, sin × factor.
+
+    Pairs are (i, i + R/2), or (2i, 2i + 1) if interleaved.
+    """
+
+    inv_freq: Tensor
+    factor: float = 1.0
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What one layer's attention is: scores q·k × scale, softcapped, causal in a window (0: all)."""
+
+    layer: int
+    scale: float
+    window: int = 0
+    softcap: float = 0.0
+    alibi: tuple[float, ...] | None = None  # a slope a head
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """A gated MLP (gate_up joined along N, gate rows first; or gate and up apart), or a plain one (up)."""
+
+    act: str
+    down: Handle
+    gate_up: Handle | None = None
+    gate: Handle | None = None
+    up: Handle | None = None
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """Sizes of a KV cache."""
+
+    num_hidden_layers: int
+    num_key_value_heads: int
+    head_dim: int
+
+    def bytes_per_token(self, itemsize: int = 2) -> int:
+        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * itemsize
+
+
+class Cache:
+    """Keys and values of one conversation; subclasses hold the storage.
+
+    `length` tokens are valid. The engine advances it after a step; storage beyond is scratch.
+    """
+
+    def __init__(self, shape: CacheShape, capacity: int) -> None:
+        self.shape, self.capacity, self.length = shape, capacity, 0
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        assert 0 <= length <= self.length
+        self.length = length
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`rows` consecutive rows of a step continue what `cache` holds."""
+
+    cache: Cache
+    rows: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """Which rows of a pass belong to which cache. Only `rope` and `attention` look at it.
+
+    positions (T,) int32 is on the device: each segment counts up from its cache's length.
+    """
+
+    segments: tuple[Segment, ...]
+    positions: Tensor
+
+    @property
+    def rows(self) -> int:
+        return sum(s.rows for s in self.segments)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes: held now by this backend, its peak, and what it may use before the device suffers (0: unknown)."""
+
+    used: int
+    peak: int
+    limit: int
+
+
+@dataclass(frozen=True)
+class Device:
+    """What runs the model and why: shown in the chat's header and by `doctor`."""
+
+    backend: str  # "cpu"
+    name: str  # "AMD Ryzen …", "Apple M1"
+    detail: str  # "avx512vnni, 2 threads"
+    why: str = ""
+    features: tuple[str, ...] = field(default=())
+
+
+StepFn = Callable[[Tensor, Step], Tensor]
+
+
+class Backend:
+    """Base of every backend. Shapes: T rows, H heads of D, Hkv key/value heads, N outputs, K inputs."""
+
+    name = "abstract"
+
+    # load ---------------------------------------------------------------------------------------
+    def put(self, array: npt.NDArray[Any]) -> Tensor:
+        """A small constant (norm weight, inverse frequencies) -> the device."""
+        raise NotImplementedError
+
+    def ids(self, ids: Sequence[int]) -> Tensor:
+        """Token ids (T,) -> int32 on the device."""
+        raise NotImplementedError
+
+    def pack(self, weight: Weight) -> Handle:
+        """A canonical weight -> this device's layout, once. The input may be a view of a mapped file."""
+        raise NotImplementedError
+
+    def new_cache(self, shape: CacheShape, capacity: int) -> Cache:
+        raise NotImplementedError
+
+    def step(self, segments: Sequence[Segment]) -> Step:
+        """Describe a pass over these segments' next rows."""
+        spans = [np.arange(s.cache.length, s.cache.length + s.rows, dtype=np.int32) for s in segments]
+        return Step(tuple(segments), self.put(np.concatenate(spans)))
+
+    # step primitives ----------------------------------------------------------------------------
+    def embed(self, table: Handle, ids: Tensor) -> Tensor:
+        """Rows of table (V, C) -> (T, C)."""
+        raise NotImplementedError
+
+    def linear(self, x: Tensor, w: Handle) -> Tensor:
+        """x (T, K) · w (N, K)ᵀ + the weight's bias -> (T, N)."""
+        raise NotImplementedError
+
+    def norm(self, x: Tensor, norm: Norm) -> Tensor:
+        """Normalise the last axis, statistics in float32. x (T, C) or (T, H, D)."""
+        raise NotImplementedError
+
+    def rope(self, x: Tensor, rope: Rope, step: Step) -> Tensor:
+        """Rotate x (T, H, D) by each row's position; may overwrite x."""
+        raise NotImplementedError
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, spec: Attention, step: Step) -> Tensor:
+        """Append k, v (T, Hkv, D) to the caches, then causal attention of q (T, H, D) -> (T, H·D)."""
+        raise NotImplementedError
+
+    def act(self, x: Tensor, kind: str) -> Tensor:
+        """silu | gelu | gelu_tanh | relu | relu2, elementwise."""
+        raise NotImplementedError
+
+    def glu(self, gate: Tensor, up: Tensor, kind: str) -> Tensor:
+        """act(gate) · up; both (T, F), perhaps views into one joined tensor."""
+        raise NotImplementedError
+
+    def add(self, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+        """a + scale · b; may overwrite either."""
+        raise NotImplementedError
+
+    def scale(self, x: Tensor, factor: float) -> Tensor:
+        """factor · x; may overwrite x."""
+        raise NotImplementedError
+
+    def softcap(self, x: Tensor, cap: float) -> Tensor:
+        """cap · tanh(x / cap); may overwrite x."""
+        raise NotImplementedError
+
+    # composites: a fast backend overrides these ---------------------------------------------------
+    def norm_linear(self, x: Tensor, norm: Norm, w: Handle) -> Tensor:
+        return self.linear(self.norm(x, norm), w)
+
+    def linear_add(self, x: Tensor, w: Handle, residual: Tensor) -> Tensor:
+        """residual + linear(x, w)."""
+        return self.add(residual, self.linear(x, w))
+
+    def mlp(self, x: Tensor, mlp: Mlp, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
+        """[residual +] down(act(up(norm(x)))), gated or plain. x (T, C) -> (T, C)."""
+        h = x if norm is None else self.norm(x, norm)
+        if mlp.gate_up is not None:
+            y, half = self.linear(h, mlp.gate_up), mlp.gate_up.shape[0] // 2
+            h = self.glu(y[:, :half], y[:, half:], mlp.act)
+        elif mlp.gate is not None and mlp.up is not None:
+            h = self.glu(self.linear(h, mlp.gate), self.linear(h, mlp.up), mlp.act)
+        else:
+            assert mlp.up is not None, "a plain MLP has `up`"
+            h = self.act(self.linear(h, mlp.up), mlp.act)
+        return self.linear(h, mlp.down) if residual is None else self.linear_add(h, mlp.down, residual)
+
+    # whole steps ----------------------------------------------------------------------------------
+    def capture(self, fn: StepFn) -> StepFn:
+        """The same function, made fast for repeated calls with one row and one segment."""
+        return fn
+
+    def to_host(self, x: Tensor) -> F32:
+        """-> a float32 ndarray of its own: the only point that waits for the device."""
+        raise NotImplementedError
+
+    def memory(self) -> Memory:
+        return Memory(0, 0, 0)
+
+    def describe(self) -> Device:
+        raise NotImplementedError

@@ -1,0 +1,177 @@
+"""config.json -> the numbers of a model, normalised once. What is unknown or contradictory is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tinychat_mlx.arch import ArchSpec, find
+from tinychat_mlx.errors import ConfigError
+from tinychat_mlx.rope import RopeTable, rope_table
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+}
+
+# Keys that change what a model computes, with the values that change nothing. A family that does not
+# list such a key in ArchSpec.reads must carry a neutral value: ignoring it would be silently wrong.
+SCALARS: dict[str, tuple[Any, ...]] = {
+    "attn_logit_softcapping": (None, 0),
+    "final_logit_softcapping": (None, 0),
+    "query_pre_attn_scalar": (None,),
+    "embedding_multiplier": (None, 1),
+    "attention_multiplier": (None,),
+    "residual_multiplier": (None, 1),
+    "logits_scaling": (None, 1),
+    "logit_scale": (None, 1),
+    "no_rope_layers": (None,),
+    "clip_qkv": (None,),
+    "num_experts": (None, 0, 1),
+    "num_local_experts": (None, 0, 1),
+    "use_parallel_residual": (None, False),
+    "alibi": (None, False),
+    "qk_layernorm": (None, False),
+    "attention_sinks": (None, False),
+    "rope_local_base_freq": (None,),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Numbers of one model; per-layer tuples have num_hidden_layers entries."""
+
+    spec: ArchSpec
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    norm_eps: float
+    act: str
+    max_position_embeddings: int
+    rope: tuple[RopeTable | None, ...]  # None: a layer without rotary positions
+    window: tuple[int, ...]  # 0: full attention
+    attention_scale: float
+    attn_softcap: float = 0.0
+    final_softcap: float = 0.0
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    eos_token_ids: tuple[int, ...] = ()
+
+
+def parse_config(config: Mapping[str, Any]) -> ModelConfig:
+    """config.json as read -> ModelConfig. Raises ConfigError naming the key."""
+    spec = find(config.get("model_type"))
+    _refuse_unread(config, spec)
+    layers = _count(config, "num_hidden_layers")
+    heads, hidden = _count(config, "num_attention_heads"), _count(config, "hidden_size")
+    kv_heads = _count(config, "num_key_value_heads", default=heads)
+    head_dim = _count(config, "head_dim", default=hidden // heads)
+    if heads % kv_heads:
+        raise ConfigError(
+            f"config.json: {heads} attention heads are not a multiple of {kv_heads} key/value heads"
+        )
+    scalar = _scalar(config, spec, "query_pre_attn_scalar", head_dim)
+    rope = rope_table(config, head_dim, spec.default_theta)
+    return ModelConfig(
+        spec=spec,
+        vocab_size=_count(config, "vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=_count(config, "intermediate_size"),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        norm_eps=_epsilon(config),
+        act=_activation(config, spec),
+        max_position_embeddings=_count(config, "max_position_embeddings"),
+        rope=(rope,) * layers,
+        window=_windows(config, spec, layers),
+        attention_scale=_scalar(config, spec, "attention_multiplier", scalar**-0.5),
+        attn_softcap=_scalar(config, spec, "attn_logit_softcapping", 0.0),
+        final_softcap=_scalar(config, spec, "final_logit_softcapping", 0.0),
+        embed_scale=_scalar(config, spec, "embedding_multiplier", 1.0),
+        residual_scale=_scalar(config, spec, "residual_multiplier", 1.0),
+        logit_scale=_scalar(config, spec, "logit_scale", 1.0) / _scalar(config, spec, "logits_scaling", 1.0),
+        eos_token_ids=token_ids(config.get("eos_token_id"), "config.json"),
+    )
+
+
+def token_ids(value: object, where: str) -> tuple[int, ...]:
+    """eos_token_id as config files write it (absent, a number, a list) -> a tuple."""
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+        raise ConfigError(f"{where}: eos_token_id must be a token number or a list of them, not {value!r}")
+    return tuple(ids)
+
+
+def _refuse_unread(config: Mapping[str, Any], spec: ArchSpec) -> None:
+    for key, neutral in SCALARS.items():
+        value = config.get(key)
+        if key not in spec.reads and not any(value is n or (n is not None and value == n) for n in neutral):
+            raise ConfigError(f"config.json: {key} = {value!r} is not supported for {spec.model_type}")
+
+
+def _count(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
+        raise ConfigError(f"config.json: {key} must be a positive whole number, not {value!r}")
+    return value
+
+
+def _scalar(config: Mapping[str, Any], spec: ArchSpec, key: str, default: float) -> float:
+    value = config.get(key) if key in spec.reads else None
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e9:
+        raise ConfigError(f"config.json: {key} must be a number, not {value!r}")
+    return float(value)
+
+
+def _epsilon(config: Mapping[str, Any]) -> float:
+    for key in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"):
+        if (value := config.get(key)) is not None:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+                raise ConfigError(f"config.json: {key} must be a small positive number, not {value!r}")
+            return float(value)
+    raise ConfigError("config.json: rms_norm_eps (or layer_norm_eps) is missing")
+
+
+def _activation(config: Mapping[str, Any], spec: ArchSpec) -> str:
+    # Gemma's hidden_activation corrects a wrong hidden_act that its first files carried.
+    name = config.get("hidden_activation") or config.get("hidden_act") or spec.default_act
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        raise ConfigError(f"config.json: hidden_act {name!r} is unknown; known are {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def _windows(config: Mapping[str, Any], spec: ArchSpec, layers: int) -> tuple[int, ...]:
+    """Sliding window of each layer, 0 for none."""
+    off = config.get("use_sliding_window") is False
+    if not spec.window or off or config.get("sliding_window") is None:
+        return (0,) * layers
+    window = _count(config, "sliding_window")
+    if spec.window == "all":
+        return (window,) * layers
+    kinds = config.get("layer_types")
+    if kinds is None:
+        if config.get("use_sliding_window") is None:  # the family's default: no window
+            return (0,) * layers
+        first = config.get("max_window_layers", 28)  # layers below it keep full attention
+        return tuple(window if i >= first else 0 for i in range(layers))
+    sizes = {"full_attention": 0, "sliding_attention": window}
+    if not isinstance(kinds, list) or len(kinds) != layers or any(k not in sizes for k in kinds):
+        raise ConfigError(f"config.json: layer_types must name {layers} layers from {', '.join(sizes)}")
+    return tuple(sizes[k] for k in kinds)

@@ -1,0 +1,260 @@
+"""The one decoder graph. What differs between families is data (ArchSpec); where it runs is a Backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from tinychat_mlx.backend import (
+    Attention,
+    Backend,
+    Cache,
+    CacheShape,
+    Handle,
+    Mlp,
+    Norm,
+    Rope,
+    Segment,
+    Step,
+    Tensor,
+)
+from tinychat_mlx.config import ModelConfig
+from tinychat_mlx.errors import FormatError
+from tinychat_mlx.rope import RopeTable
+from tinychat_mlx.weight import F32, Weight, join
+
+
+class Source(Protocol):
+    """Where weights come from: a checkpoint, or AWQ's layer in the making."""
+
+    def has(self, name: str) -> bool: ...
+
+    def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight: ...
+
+    def vector(self, name: str) -> F32: ...
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One block's weights on the device. A norm that the family lacks is None."""
+
+    norms: dict[str, Norm]  # pre_attn, post_attn, pre_mlp, post_mlp, q_norm, k_norm: those that exist
+    qkv: tuple[Handle, ...]  # joined (q, k, v) as one, or three of different forms
+    o: Handle
+    mlp: Mlp
+    rope: Rope | None
+    attention: Attention
+
+
+class Graph:
+    """The computation: weights come with each call, so AWQ can run one layer at a time."""
+
+    def __init__(self, config: ModelConfig, backend: Backend) -> None:
+        self.config, self.backend = config, backend
+
+    def embedded(self, table: Handle, ids: Tensor) -> Tensor:
+        """ids (T,) -> the first layer's input (T, C)."""
+        x = self.backend.embed(table, ids)
+        return x if self.config.embed_scale == 1 else self.backend.scale(x, self.config.embed_scale)
+
+    def logits(self, x: Tensor, norm: Norm, head: Handle) -> Tensor:
+        """The last layer's output (T, C) -> (T, V)."""
+        y = self.backend.norm_linear(x, norm, head)
+        if self.config.logit_scale != 1:
+            y = self.backend.scale(y, self.config.logit_scale)
+        return self.backend.softcap(y, self.config.final_softcap) if self.config.final_softcap else y
+
+    def block(self, x: Tensor, layer: Layer, step: Step) -> Tensor:
+        """One decoder layer: x (T, C) -> (T, C)."""
+        norms, b = layer.norms, self.backend
+        if self.config.spec.parallel:
+            h = b.norm(x, norms["pre_attn"])
+            x = b.linear_add(self.attention(h, None, layer, step), layer.o, x)
+            return b.mlp(h, layer.mlp, None, x)
+        y = self.attention(x, norms.get("pre_attn"), layer, step)
+        x = self.add(y, layer.o, x, norms.get("post_attn"))
+        if self.config.residual_scale == 1 and "post_mlp" not in norms:
+            return b.mlp(x, layer.mlp, norms.get("pre_mlp"), x)
+        y = b.mlp(x, layer.mlp, norms.get("pre_mlp"))
+        if "post_mlp" in norms:
+            y = b.norm(y, norms["post_mlp"])
+        return b.add(x, y, self.config.residual_scale)
+
+    def add(self, y: Tensor, w: Handle, residual: Tensor, norm: Norm | None) -> Tensor:
+        """residual + scale * norm(linear(y))."""
+        if norm is None and self.config.residual_scale == 1:
+            return self.backend.linear_add(y, w, residual)
+        y = self.backend.linear(y, w)
+        return self.backend.add(
+            residual, y if norm is None else self.backend.norm(y, norm), self.config.residual_scale
+        )
+
+    def attention(self, x: Tensor, norm: Norm | None, layer: Layer, step: Step) -> Tensor:
+        """x (T, C) -> the heads' outputs (T, H·D), before the o projection."""
+        b, c = self.backend, self.config
+        q, k, v = self.qkv(x, norm, layer)
+        norms, rows = layer.norms, q.shape[0]
+        if c.spec.qk_norm == "full":
+            q, k = b.norm(q, norms["q_norm"]), b.norm(k, norms["k_norm"])
+        q = q.reshape(rows, c.num_attention_heads, c.head_dim)
+        k = k.reshape(rows, c.num_key_value_heads, c.head_dim)
+        v = v.reshape(rows, c.num_key_value_heads, c.head_dim)
+        if c.spec.qk_norm == "head":
+            q, k = b.norm(q, norms["q_norm"]), b.norm(k, norms["k_norm"])
+        if layer.rope is not None:
+            q, k = b.rope(q, layer.rope, step), b.rope(k, layer.rope, step)
+        return b.attention(q, k, v, layer.attention, step)
+
+    def qkv(self, x: Tensor, norm: Norm | None, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
+        """x (T, C) -> q (T, H·D), k, v (T, Hkv·D): slices of one product where the three are joined."""
+        b, c = self.backend, self.config
+        if len(layer.qkv) == 3:
+            h = x if norm is None else b.norm(x, norm)
+            q, k, v = (b.linear(h, w) for w in layer.qkv)
+            return q, k, v
+        w = layer.qkv[0]
+        y = b.linear(x, w) if norm is None else b.norm_linear(x, norm, w)
+        q_end = c.num_attention_heads * c.head_dim
+        k_end = q_end + c.num_key_value_heads * c.head_dim
+        return y[:, :q_end], y[:, q_end:k_end], y[:, k_end:]
+
+
+class Decoder:
+    """A whole model on its device: token ids in, logits out; T rows, no batch axis."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        source: Source,
+        backend: Backend,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        """Read, join and pack every weight, one at a time."""
+        self.config, self.backend, self.graph = config, backend, Graph(config, backend)
+        loader = Loader(config, source, backend)
+        total = config.num_hidden_layers + 2
+        self.embed = loader.embed()
+        progress(1, total)
+        self.layers = []
+        for layer in range(config.num_hidden_layers):
+            self.layers.append(loader.layer(layer))
+            progress(layer + 2, total)
+        self.final_norm = loader.final_norm()
+        self.head = loader.head(self.embed)
+        progress(total, total)
+        self._one_row = backend.capture(lambda ids, step: self._logits(self._hidden(ids, step)))
+
+    def new_cache(self, capacity: int) -> Cache:
+        return self.backend.new_cache(cache_shape(self.config), capacity)
+
+    def forward(self, ids: Sequence[int], cache: Cache, last_only: bool = True) -> Tensor:
+        """ids (T,) continue what cache holds -> logits (1, V) of the last, or (T, V) of all."""
+        step = self.backend.step((Segment(cache, len(ids)),))
+        on_device = self.backend.ids(ids)
+        if len(ids) == 1:
+            logits = self._one_row(on_device, step)
+        else:
+            x = self._hidden(on_device, step)
+            logits = self._logits(x[len(ids) - 1 :] if last_only else x)
+        cache.length += len(ids)
+        return logits
+
+    def _hidden(self, ids: Tensor, step: Step) -> Tensor:
+        x = self.graph.embedded(self.embed, ids)
+        for layer in self.layers:
+            x = self.graph.block(x, layer, step)
+        return x
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return self.graph.logits(x, self.final_norm, self.head)
+
+
+def cache_shape(config: ModelConfig) -> CacheShape:
+    return CacheShape(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+
+
+class Loader:
+    """Takes a family's weights out of a source by role, joins what reads one input, and packs."""
+
+    def __init__(self, config: ModelConfig, source: Source, backend: Backend) -> None:
+        self.config, self.spec, self.source, self.backend = config, config.spec, source, backend
+        self.ropes: dict[int, Rope] = {}
+
+    def embed(self) -> Handle:
+        return self.backend.pack(self.weight("embed", None, self.config.vocab_size, self.config.hidden_size))
+
+    def head(self, embed: Handle) -> Handle:
+        """The output projection; tied to the embedding exactly if the checkpoint holds none."""
+        if not self.source.has(self.spec.name("head")):
+            return embed
+        return self.backend.pack(self.weight("head", None, self.config.vocab_size, self.config.hidden_size))
+
+    def final_norm(self) -> Norm:
+        return self.norm(self.spec.name("final_norm"), self.config.hidden_size)
+
+    def weight(self, role: str, layer: int | None, n: int, k: int) -> Weight:
+        return self.source.weight(self.spec.name(role, layer), (n, k))
+
+    def norm(self, name: str, size: int) -> Norm:
+        weight = self.vector(f"{name}.weight", size) + np.float32(self.spec.norm_offset)
+        has_bias = self.spec.norm == "layer" and self.source.has(f"{name}.bias")
+        bias = self.backend.put(self.vector(f"{name}.bias", size)) if has_bias else None
+        return Norm(name, self.spec.norm, self.backend.put(weight), bias, self.config.norm_eps)
+
+    def vector(self, name: str, size: int) -> F32:
+        v = self.source.vector(name)
+        if v.shape != (size,):
+            raise FormatError(f"{name} has shape {list(v.shape)}, config.json asks for [{size}]")
+        return v
+
+    def norms(self, layer: int) -> dict[str, Norm]:
+        c = self.config
+        sizes = dict.fromkeys(self.spec.norms, c.hidden_size)
+        if self.spec.qk_norm:
+            heads = {"head": (1, 1), "full": (c.num_attention_heads, c.num_key_value_heads)}
+            q, k = heads[self.spec.qk_norm]
+            sizes |= {"q_norm": q * c.head_dim, "k_norm": k * c.head_dim}
+        return {role: self.norm(self.spec.name(role, layer), size) for role, size in sizes.items()}
+
+    def joined(self, layer: int, roles: str, parts: list[Weight]) -> tuple[Handle, ...]:
+        """One handle for weights that read one input, or one each where their forms differ."""
+        whole = join(f"{self.spec.prefix(layer)}.{roles}", parts)
+        return tuple(self.backend.pack(w) for w in ([whole] if whole is not None else parts))
+
+    def rope(self, table: RopeTable | None) -> Rope | None:
+        """The device's copy of a table; layers that share a table share the copy."""
+        if table is None:
+            return None
+        if id(table) not in self.ropes:
+            inv_freq = self.backend.put(table.inv_freq)
+            self.ropes[id(table)] = Rope(inv_freq, table.factor, self.spec.rope_interleaved)
+        return self.ropes[id(table)]
+
+    def layer(self, layer: int) -> Layer:
+        c = self.config
+        q, kv, hidden = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.hidden_size
+        parts = [self.weight("q", layer, q, hidden)]
+        parts += [self.weight(role, layer, kv, hidden) for role in "kv"]
+        return Layer(
+            norms=self.norms(layer),
+            qkv=self.joined(layer, "qkv", parts),
+            o=self.backend.pack(self.weight("o", layer, hidden, q)),
+            mlp=self.mlp(layer),
+            rope=self.rope(c.rope[layer]),
+            attention=Attention(layer, c.attention_scale, c.window[layer], c.attn_softcap),
+        )
+
+    def mlp(self, layer: int) -> Mlp:
+        c = self.config
+        up = self.weight("up", layer, c.intermediate_size, c.hidden_size)
+        down = self.backend.pack(self.weight("down", layer, c.hidden_size, c.intermediate_size))
+        if not self.spec.gated:
+            return Mlp(c.act, down, up=self.backend.pack(up))
+        gate = self.weight("gate", layer, c.intermediate_size, c.hidden_size)
+        handles = self.joined(layer, "gate_up", [gate, up])
+        if len(handles) == 1:
+            return Mlp(c.act, down, gate_up=handles[0])
+        return Mlp(c.act, down, gate=handles[0], up=handles[1])

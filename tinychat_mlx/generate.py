@@ -1,0 +1,190 @@
+"""The engine: prompt tokens in, a stream of events out, keeping what the KV cache already holds."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from tinychat_mlx.backend import Cache
+from tinychat_mlx.decoder import Decoder
+from tinychat_mlx.errors import ContextFullError, UsageError
+from tinychat_mlx.sampler import Sampler, SamplingParams
+
+PREFILL_ROWS = 512  # tokens a prefill step takes: many enough to be bound by arithmetic, and a cancel point
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What an answer cost. Seconds are of this call; tokens count what was computed and what was reused."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    ttft_s: float
+    prefill_tok_s: float
+    decode_tok_s: float
+    context_used: int
+    context_max: int
+    finish_reason: str  # stop | length | context | cancelled
+    dropped_messages: int = 0
+
+
+@dataclass(frozen=True)
+class Event:
+    """kind "prefill" carries done and total; "text" carries text; the last is "end" and carries stats."""
+
+    kind: str
+    text: str = ""
+    done: int = 0
+    total: int = 0
+    stats: Stats | None = None
+
+
+class Stream(Protocol):
+    """Turns tokens into text as they come: whole characters only."""
+
+    def push(self, token: int) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+class Stops(Protocol):
+    """Holds text back while it may be the start of a stop string."""
+
+    def push(self, text: str) -> tuple[str, bool]: ...
+
+    def flush(self) -> str: ...
+
+
+class Engine:
+    """One conversation's cache over one decoder. Calls take turns: the device has one user at a time."""
+
+    def __init__(self, decoder: Decoder, context: int) -> None:
+        self.decoder, self.context = decoder, context
+        self.cache: Cache | None = None
+        self.ids: list[int] = []  # ids[:cache.length] are in the cache
+        self.answer: list[int] = []  # the tokens of the last answer that became text
+        self.lock = threading.Lock()
+
+    def reuse(self, prompt: Sequence[int]) -> int:
+        """Rewind to the longest common prefix with prompt, less one token to predict from -> its length."""
+        if self.cache is None:
+            self.cache = self.decoder.new_cache(self.context)
+        common, most = 0, min(self.cache.length, len(prompt) - 1)
+        while common < most and self.ids[common] == prompt[common]:
+            common += 1
+        self.cache.rewind(common)
+        self.ids, self.answer = list(prompt), []
+        return common
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        stop_ids: frozenset[int],
+        stream: Stream,
+        stops: Stops | None = None,
+        dropped_messages: int = 0,
+    ) -> Iterator[Event]:
+        """Answer prompt. Closing the iterator, or an interrupt, cancels within one token.
+
+        Raises UsageError for an empty prompt and ContextFullError for one that leaves no room to answer.
+        """
+        self.check(prompt)
+        if not self.lock.acquire(blocking=False):
+            raise UsageError("this model is answering already; finish or close that answer first")
+        run = _Run(self, prompt, params, dropped_messages)
+        try:
+            yield from run.prefill()
+            yield from run.decode(stop_ids, stream, stops)
+        finally:
+            if self.cache is not None:  # an interrupt may leave a token that the cache never saw
+                del self.ids[self.cache.length :]
+            self.lock.release()
+
+    def check(self, prompt: Sequence[int]) -> None:
+        vocabulary = self.decoder.config.vocab_size
+        if not prompt:
+            raise UsageError("the prompt is empty: give at least one token")
+        if any(not 0 <= t < vocabulary for t in prompt):
+            raise UsageError(f"the prompt holds a token outside the vocabulary of {vocabulary}")
+        if len(prompt) >= self.context:
+            raise ContextFullError(
+                f"the prompt has {len(prompt)} tokens, the context holds {self.context} and an answer needs room: "
+                "shorten it, start anew (/clear), or load the model with a larger --context"
+            )
+
+
+class _Run:
+    """One answer in the making."""
+
+    def __init__(self, engine: Engine, prompt: Sequence[int], params: SamplingParams, dropped: int) -> None:
+        self.engine, self.prompt, self.params, self.dropped = engine, prompt, params, dropped
+        self.start = time.perf_counter()
+        self.first = 0.0  # when the first token was known
+        self.cached = engine.reuse(prompt)
+        self.completion = 0
+
+    def prefill(self) -> Iterator[Event]:
+        """Compute the prompt's new tokens in pieces; leaves the last one's logits."""
+        engine, total = self.engine, len(self.prompt)
+        assert engine.cache is not None
+        for at in range(self.cached, total, PREFILL_ROWS):
+            piece = self.prompt[at : at + PREFILL_ROWS]
+            self.logits = engine.decoder.forward(piece, engine.cache)
+            done = at + len(piece) - self.cached
+            yield Event("prefill", done=done, total=total - self.cached)
+
+    def decode(self, stop_ids: frozenset[int], stream: Stream, stops: Stops | None) -> Iterator[Event]:
+        """Sample until a stop; yields text as it becomes whole, then the end."""
+        engine, decoder, cache = self.engine, self.engine.decoder, self.engine.cache
+        assert cache is not None
+        sampler, reason, stopped = Sampler(self.params), "length", False
+        while True:
+            token = sampler(decoder.backend.to_host(self.logits)[-1], engine.ids)
+            self.completion += 1
+            self.first = self.first or time.perf_counter()
+            if token in stop_ids:
+                reason = "stop"
+                break
+            engine.answer.append(token)
+            text = stream.push(token)
+            if stops is not None:
+                text, stopped = stops.push(text)
+            if text:
+                yield Event("text", text)
+            if stopped:
+                reason = "stop"
+                break
+            if self.completion == self.params.max_tokens:
+                break
+            if cache.length >= cache.capacity:
+                reason = "context"
+                break
+            engine.ids.append(token)
+            self.logits = decoder.forward((token,), cache)
+        if not stopped:
+            tail = stream.flush()
+            tail = tail if stops is None else stops.push(tail)[0] + stops.flush()
+            if tail:
+                yield Event("text", tail)
+        yield Event("end", stats=self.stats(reason))
+
+    def stats(self, reason: str) -> Stats:
+        now, computed = time.perf_counter(), len(self.prompt) - self.cached
+        after_first = self.completion - 1
+        return Stats(
+            prompt_tokens=len(self.prompt),
+            cached_tokens=self.cached,
+            completion_tokens=self.completion,
+            ttft_s=self.first - self.start,
+            prefill_tok_s=computed / max(self.first - self.start, 1e-9),
+            decode_tok_s=after_first / (now - self.first) if after_first > 0 else 0.0,
+            context_used=len(self.engine.ids),
+            context_max=self.engine.context,
+            finish_reason=reason,
+            dropped_messages=self.dropped,
+        )

@@ -1,0 +1,139 @@
+"""A model's name -> a model on a device. The only place that chooses a backend."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+from tinychat_mlx.backend import Backend
+from tinychat_mlx.checkpoint import Checkpoint
+from tinychat_mlx.config import parse_config
+from tinychat_mlx.errors import BackendError, ModelNotFoundError, UsageError
+from tinychat_mlx.model import Model
+
+BACKENDS = {  # name -> (module, class); those whose module is in the package
+    "mlx": ("tinychat_mlx.backends.mlx", "MlxBackend"),
+    "cuda": ("tinychat_mlx.backends.cuda", "CudaBackend"),
+    "cpu": ("tinychat_mlx.backends.cpu", "CpuBackend"),
+    "reference": ("tinychat_mlx.backends.reference", "ReferenceBackend"),
+}
+DEFAULT_CONTEXT = 8192  # tokens, where the model allows more: KV memory grows with it
+HUB_ID = re.compile(r"[\w][\w.-]{0,95}/[\w][\w.-]{0,95}")
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+DEMO = Path(__file__).resolve().parent / "models" / "demo"
+
+
+def load(
+    model: str | Path = "demo",
+    backend: str = "auto",
+    exact: bool = False,
+    threads: int | None = None,
+    context: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Model:
+    """Load a folder, a Hugging Face id or "demo" onto a device.
+
+    backend: auto | mlx | cuda | cpu | reference. exact: no int8 activations. context: tokens the KV cache
+    holds (default: the model's own, at most 8192). progress(done, total) is called as layers load.
+    Raises ModelNotFoundError, ConfigError, FormatError, BackendError, UsageError.
+    """
+    checkpoint = Checkpoint.open(find_folder(model))
+    config = parse_config(checkpoint.config)
+    limit = config.max_position_embeddings
+    if context is not None and not 1 < context <= limit:
+        raise UsageError(f"context {context} is outside this model's range, 2 to {limit}")
+    name, why = choose(backend)
+    device_backend = create(name, exact, threads)
+    device = replace(device_backend.describe(), why=why)
+    shown = str(model) if str(model) == "demo" else checkpoint.folder.name
+    capacity = context or min(limit, DEFAULT_CONTEXT)
+    return Model(shown, checkpoint, config, device_backend, device, capacity, progress)
+
+
+def find_folder(model: str | Path) -> Path:
+    """A folder as it is, "demo", or a hub id (downloaded into the Hugging Face cache if need be)."""
+    text = str(model)
+    if text == "demo":
+        return DEMO
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelNotFoundError(f"{text} is a file: give the folder that holds config.json")
+    looks_local = text.startswith((".", "/", "~")) or os.sep != "/" and os.sep in text
+    if looks_local or not HUB_ID.fullmatch(text):
+        raise ModelNotFoundError(
+            f"{text}: no such folder, and not a Hugging Face id (ORG/NAME): check the path"
+        )
+    return download(text)
+
+
+def download(repo: str) -> Path:
+    """Fetch a model from the hub, or find it in the cache. Raises ModelNotFoundError saying which failed."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=HUB_FILES))
+    except GatedRepoError:
+        raise ModelNotFoundError(
+            f"{repo} is gated: accept its terms on its page, then log in with `hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise ModelNotFoundError(
+            f"{repo}: no such model on the hub (or it is private: log in with `hf auth login`)"
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
+        offline = os.environ.get("HF_HUB_OFFLINE")
+        reason = "HF_HUB_OFFLINE is set" if offline else f"the hub does not answer ({type(e).__name__})"
+        raise ModelNotFoundError(
+            f"{repo} is not in the local cache and {reason}: go online once, or give a folder"
+        ) from None
+
+
+def choose(backend: str) -> tuple[str, str]:
+    """-> (backend name, why). Asks the machine without importing torch or mlx."""
+    if backend != "auto":
+        if backend not in BACKENDS or find_spec(BACKENDS[backend][0]) is None:
+            known = ", ".join(n for n, (module, _) in BACKENDS.items() if find_spec(module) is not None)
+            raise UsageError(f"backend {backend!r} is unknown; known are auto, {known}")
+        return backend, "asked for"
+    apple = sys.platform == "darwin" and platform.machine() == "arm64"
+    if apple and find_spec("mlx") is not None and find_spec(BACKENDS["mlx"][0]) is not None:
+        return "mlx", "Apple silicon"
+    nvidia = has_nvidia()
+    if nvidia and find_spec("torch") is not None and find_spec(BACKENDS["cuda"][0]) is not None:
+        return "cuda", "NVIDIA GPU"
+    if nvidia:
+        return "cpu", "an NVIDIA GPU is here, but torch is not: pip install tinychat-mlx[cuda]"
+    return "cpu", "Apple silicon without mlx" if apple else "no Apple or NVIDIA GPU found"
+
+
+def has_nvidia() -> bool:
+    """Whether an NVIDIA driver is loaded; a second's import of torch is not paid to find out."""
+    if sys.platform == "win32":
+        return (Path(os.environ.get("SYSTEMROOT", "C:/Windows")) / "System32" / "nvcuda.dll").exists()
+    return any(Path(p).exists() for p in ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvhost-ctrl-gpu"))
+
+
+def create(name: str, exact: bool, threads: int | None) -> Backend:
+    """Make a backend. Raises BackendError when its library or device is missing: never another instead."""
+    from importlib import import_module
+
+    module, cls = BACKENDS[name]
+    try:
+        made: Backend = getattr(import_module(module), cls)(exact=exact, threads=threads)
+    except ImportError as e:
+        raise BackendError(f"backend {name}: {e}") from None
+    return made

@@ -1,0 +1,165 @@
+"""A loaded model: logits, text in and text out, and conversations that reuse what is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinychat_mlx.backend import Backend, Device, Memory
+from tinychat_mlx.config import ModelConfig, token_ids
+from tinychat_mlx.decoder import Decoder
+from tinychat_mlx.errors import ContextFullError, UsageError
+from tinychat_mlx.generate import Engine, Event
+from tinychat_mlx.sampler import SamplingParams, from_generation_config
+from tinychat_mlx.weight import F32
+
+if TYPE_CHECKING:
+    from tinychat_mlx.checkpoint import Checkpoint
+    from tinychat_mlx.tokenizer import Tokenizer
+
+Message = dict[str, Any]
+ANSWER_ROOM = 256  # tokens kept free for the answer when old messages are dropped
+
+
+class Model:
+    """Made by `tinychat_mlx.load`. Not to be used from two threads at once."""
+
+    def __init__(
+        self,
+        name: str,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        backend: Backend,
+        device: Device,
+        context: int,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        self.name, self.config, self.backend, self.device, self.context = (
+            name,
+            config,
+            backend,
+            device,
+            context,
+        )
+        self.folder: Path = checkpoint.folder
+        self.nbytes: int = checkpoint.nbytes
+        self.architecture = config.spec.model_type
+        self.quantization: str = checkpoint.quantization.describe()
+        self.generation_config: Mapping[str, Any] = checkpoint.generation_config
+        self.defaults: SamplingParams = from_generation_config(checkpoint.generation_config)
+        self.engine = Engine(Decoder(config, checkpoint, backend, progress), context)
+        self._tokenizer: Tokenizer | None = None
+        self._said: tuple[str, list[int]] | None = None  # the conversation so far, as text and as tokens
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Loaded on first use, so that a folder without one still gives logits."""
+        if self._tokenizer is None:
+            from tinychat_mlx.tokenizer import Tokenizer
+
+            self._tokenizer = Tokenizer.load(self.folder)
+        return self._tokenizer
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end an answer: the union of config, generation config and tokenizer."""
+        file = token_ids(self.generation_config.get("eos_token_id"), "generation_config.json")
+        return frozenset(self.tokenizer.stop_ids(self.config.eos_token_ids, file))
+
+    def memory(self) -> Memory:
+        return self.backend.memory()
+
+    def logits(self, ids: Sequence[int]) -> F32:
+        """One prefill of ids (T,) in a cache of its own, no sampling -> (T, V) float32."""
+        self.engine.check([*ids][: self.context - 1])
+        cache = self.engine.decoder.new_cache(len(ids))
+        return self.backend.to_host(self.engine.decoder.forward(list(ids), cache, last_only=False))
+
+    def generate(self, prompt: str | Sequence[int], **sampling: Any) -> Iterator[Event]:
+        """Continue a text or tokens. Keywords are SamplingParams' fields -> events; the last has stats."""
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        return self._answer(ids, sampling)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        on_full: str = "stop",
+        template: Mapping[str, Any] | None = None,
+        **sampling: Any,
+    ) -> Iterator[Event]:
+        """Answer a conversation [{"role", "content"}, …] through the model's own template.
+
+        Turns that this model has just computed are not computed again. on_full "stop" raises
+        ContextFullError when the messages leave no room to answer; "slide" drops the oldest exchange
+        until they do and counts it in stats.dropped_messages. template: further template variables.
+        """
+        if on_full not in ("stop", "slide"):
+            raise UsageError(f"on_full must be stop or slide, not {on_full!r}")
+        kept, dropped = list(messages), 0
+        while True:
+            text = self.tokenizer.render(kept, **(template or {}))
+            ids = self._encode_rendered(text)
+            if on_full == "stop" or len(ids) + min(ANSWER_ROOM, self.context // 4) <= self.context:
+                break
+            kept, gone = without_oldest(kept)
+            dropped += gone
+        return self._answer(ids, sampling, text, dropped)
+
+    def _encode_rendered(self, text: str) -> list[int]:
+        """A rendered conversation -> tokens, keeping the very tokens of turns already computed.
+
+        Text encoded again may split otherwise than the model wrote it, and the cache would be lost from
+        there on. The splice is exact only where the rest begins with a special token.
+        """
+        if self._said is not None:
+            said, ids = self._said
+            rest = text[len(said) :]
+            if text.startswith(said) and (not rest or self.tokenizer.starts_with_special(rest)):
+                return ids + self.tokenizer.encode(rest, special=False)
+        return self.tokenizer.encode(text, special=False)
+
+    def _answer(
+        self, ids: list[int], sampling: Mapping[str, Any], rendered: str | None = None, dropped: int = 0
+    ) -> Iterator[Event]:
+        params, tokenizer = self.defaults.updated(**sampling), self.tokenizer
+        self.engine.check(ids)  # here, not at the first event: the caller sees it at the call
+        return self._run(ids, params, tokenizer, rendered, dropped)
+
+    def _run(
+        self, ids: list[int], params: SamplingParams, tokenizer: Tokenizer, rendered: str | None, dropped: int
+    ) -> Iterator[Event]:
+        from tinychat_mlx.detokenizer import StopMatcher
+
+        stops = StopMatcher(params.stop) if params.stop else None
+        events = self.engine.generate(ids, params, self.stop_ids, tokenizer.stream(), stops, dropped)
+        said: list[str] = []
+        try:
+            for event in events:
+                said.append(event.text)
+                yield event
+        finally:
+            # Runs on close and on Ctrl-C as well: what was said can be continued.
+            events.close()  # type: ignore[attr-defined]  # a generator
+            answer, text = self.engine.answer, "".join(said)
+            whole = (
+                rendered is not None and tokenizer.decode(answer) == text
+            )  # not cut by a stop or mid-letter
+            self._said = (rendered + text, ids + answer) if rendered is not None and whole else None
+
+
+def without_oldest(messages: list[Message]) -> tuple[list[Message], int]:
+    """Drop the oldest exchange after the system messages -> (the rest, how many were dropped).
+
+    Raises ContextFullError when only the system messages and the last message are left.
+    """
+    head = next((i for i, m in enumerate(messages) if m.get("role") != "system"), len(messages))
+    end = head + 1
+    while end < len(messages) and messages[end].get("role") != "user":
+        end += 1
+    if end >= len(messages):
+        raise ContextFullError(
+            "the last message alone fills the context: shorten it, or load the model with a larger --context"
+        )
+    return messages[:head] + messages[end:], end - head

@@ -1,0 +1,128 @@
+"""Rotary position settings: both spellings of config.json -> inverse frequencies, once, at load."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tinychat_mlx.errors import ConfigError
+from tinychat_mlx.weight import F32
+
+# Keys each rope_type may carry; any other key is an error, because ignoring it would be silently wrong.
+_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+_KEYS: dict[str, set[str]] = {
+    "default": set(),
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "yarn": {
+        "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow",
+        "mscale", "mscale_all_dim", "truncate",
+    },
+}  # fmt: skip
+_IGNORED = {"finetuned", "original_max_position_embeddings"}  # say nothing about the angles by themselves
+
+
+@dataclass(frozen=True)
+class RopeTable:
+    """inv_freq (R/2,) float32 rotates R of a head's inputs; cos and sin are multiplied by factor."""
+
+    inv_freq: F32
+    factor: float
+
+
+def rope_table(config: Mapping[str, Any], head_dim: int, default_theta: float | None) -> RopeTable:
+    """config.json -> RopeTable. Raises ConfigError for an unknown rope_type or key.
+
+    transformers 5 writes `rope_parameters`; before, `rope_theta` and `rope_scaling` stood at top level.
+    """
+    p = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(p, Mapping):
+        raise ConfigError(f"config.json: rope settings must be an object, not {p!r}")
+    return table_of(p, config, head_dim, default_theta)
+
+
+def table_of(
+    p: Mapping[str, Any], config: Mapping[str, Any], head_dim: int, default_theta: float | None
+) -> RopeTable:
+    """One set of rope settings p, with top-level keys of config as its fall-backs -> RopeTable."""
+    kind = p.get("rope_type", p.get("type", "default"))
+    if kind not in _KEYS:
+        raise ConfigError(f"config.json: rope_type {kind!r} is unknown; known are {', '.join(_KEYS)}")
+    if unknown := sorted(set(p) - _COMMON - _KEYS[kind] - _IGNORED):
+        raise ConfigError(f"config.json: unknown rope setting {unknown[0]!r} for rope_type {kind!r}")
+    theta = p.get("rope_theta", config.get("rope_theta")) or default_theta
+    if theta is None:
+        raise ConfigError("config.json: rope_theta is missing and this family has no default")
+    partial = p.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0
+    theta, partial = _number("rope_theta", theta), _number("partial_rotary_factor", partial)
+    dim = int(head_dim * partial)
+    if dim <= 0 or dim % 2 or dim > head_dim:
+        raise ConfigError(f"config.json: rope would rotate {dim} of {head_dim} inputs a head; must be even")
+    base = theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+    if kind == "default":
+        return RopeTable(base.astype(np.float32), 1.0)
+    if kind == "linear":
+        return RopeTable((base / _number("factor", p.get("factor"))).astype(np.float32), 1.0)
+    # A top-level key wins over the nested one (Phi-3); absent in both, the context is the original length.
+    original = (
+        config.get("original_max_position_embeddings")
+        or p.get("original_max_position_embeddings")
+        or config.get("max_position_embeddings")
+    )
+    length = _number("original_max_position_embeddings", original)
+    implied = config.get("max_position_embeddings") if kind == "yarn" else None  # a null factor is the ratio
+    ratio = implied / length if p.get("factor") is None and isinstance(implied, int) else p.get("factor")
+    factor = _number("factor", ratio)
+    if kind == "llama3":
+        return RopeTable(_llama3(base, p, factor, length).astype(np.float32), 1.0)
+    return RopeTable(_yarn(base, p, factor, length, theta, dim).astype(np.float32), _yarn_factor(p, factor))
+
+
+def _number(key: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ConfigError(f"config.json: rope setting {key!r} must be a positive number, not {value!r}")
+    return float(value)
+
+
+def _llama3(base: Any, p: Mapping[str, Any], factor: float, length: float) -> Any:
+    """Keep short wavelengths, divide long ones by factor, blend between (Llama 3.1)."""
+    low = _number("low_freq_factor", p.get("low_freq_factor"))
+    high = _number("high_freq_factor", p.get("high_freq_factor"))
+    if high <= low:
+        raise ConfigError("config.json: rope high_freq_factor must be above low_freq_factor")
+    wavelength = 2 * math.pi / base
+    blend = np.clip((length / wavelength - low) / (high - low), 0, 1)
+    return (1 - blend) * base / factor + blend * base
+
+
+def _yarn(base: Any, p: Mapping[str, Any], factor: float, length: float, theta: float, dim: int) -> Any:
+    """Interpolate slow frequencies, keep fast ones (Peng et al. 2023, §3.2)."""
+
+    def turns_at(beta: float) -> float:  # the index whose wavelength makes beta turns in the length
+        return dim * math.log(length / (beta * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = turns_at(_number("beta_fast", p.get("beta_fast") or 32))
+    high = turns_at(_number("beta_slow", p.get("beta_slow") or 1))
+    if p.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0, 1)
+    return base / factor * ramp + base * (1 - ramp)
+
+
+def _yarn_factor(p: Mapping[str, Any], factor: float) -> float:
+    """The multiplier of cos and sin: given, or from mscale, or 0.1 ln(factor) + 1."""
+
+    def mscale(m: float) -> float:
+        return 0.1 * m * math.log(factor) + 1 if factor > 1 else 1.0
+
+    if (given := p.get("attention_factor")) is not None:
+        return _number("attention_factor", given)
+    top, bottom = p.get("mscale"), p.get("mscale_all_dim")
+    if top and bottom:
+        return mscale(_number("mscale", top)) / mscale(_number("mscale_all_dim", bottom))
+    return mscale(1.0)
