@@ -1,0 +1,51 @@
+# Everything sets itself up: a fresh clone needs python3, make and a C++ compiler.
+#   make chat    chat with the bundled model        make test    run the tests
+#   make check   what must be quiet before a commit make wheel   build the wheel of this platform
+PYTHON ?= python3
+BIN := .venv/bin
+# Wheels of torch for Linux bring gigabytes of CUDA: the tests want the CPU build, pinned in pyproject.toml.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: chat test check format wheel clean
+chat: .venv/chat.done
+	@$(BIN)/tinychat
+
+test: .venv/test.done
+	$(BIN)/python -m pytest $(TESTS)
+
+check: .venv/test.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python tests/dev.py links
+	$(BIN)/mypy
+	git ls-files '*.cpp' '*.h' '*.metal' '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/python -m pytest $(TESTS)
+
+format: .venv/test.done
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files '*.cpp' '*.h' '*.metal' '*.cu' | xargs $(BIN)/clang-format -i
+
+wheel: .venv/test.done
+	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
+
+# The native library is built as part of the install: its sources are prerequisites of it.
+NATIVE := pyproject.toml $(shell find backends/cpu -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
+
+.venv/python.done:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "tinychat needs Python 3.10 or newer")'
+	$(PYTHON) -m venv .venv || { echo "python3 cannot make a venv: on Debian, apt install python3-venv" >&2; exit 1; }
+	@touch $@
+
+.venv/chat.done: .venv/python.done $(NATIVE)
+	@echo "Setting up .venv (about a minute, once) …"
+	$(PIP) -e .
+	@touch $@
+
+.venv/test.done: .venv/python.done $(NATIVE)
+	@echo "Setting up .venv for the tests (a few minutes, once) …"
+	$(PIP) -e '.[test]'
+	@touch $@ .venv/chat.done
+
+clean:
+	rm -rf .venv build dist

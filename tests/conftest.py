@@ -1,0 +1,42 @@
+"""Fixtures shared by all tests: tiny checkpoints, and the backends this machine can run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tinychat_mlx.backend import Backend
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub for anything
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where tiny checkpoints of this run lie."""
+    return tmp_path_factory.mktemp("tiny")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`backend_name` runs a test on every backend of the package; absent libraries skip with a reason."""
+    if "backend_name" in metafunc.fixturenames:
+        from tinychat_mlx.load import BACKENDS
+
+        metafunc.parametrize("backend_name", list(BACKENDS))
+
+
+@pytest.fixture
+def backend(backend_name: str, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    """A backend in its exact mode; cuda runs its torch path on CPU tensors where there is no GPU."""
+    from importlib.util import find_spec
+
+    from tinychat_mlx.load import BACKENDS, create
+
+    library = {"mlx": "mlx", "cuda": "torch"}.get(backend_name, "numpy")
+    for module in (library, BACKENDS[backend_name][0]):
+        if find_spec(module) is None:
+            pytest.skip(f"{module} is not installed")
+    monkeypatch.setenv("TINYCHAT_CUDA_DEVICE", "cpu")
+    return create(backend_name, exact=True, threads=2)
