@@ -1,0 +1,198 @@
+"""How does text appear token by token, exactly as if all were decoded at once?
+
+Byte-level vocabularies (most models) go through an incremental UTF-8 decoder; all others are decoded again
+over a window of a few tokens. tokenizers' own DecodeStream is not used: its text is not always that of decode()
+(tests/test_tokenizer.py shows where).
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Protocol
+
+from tinychat_mlx.errors import UsageError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as RawTokenizer
+
+
+class Stream(Protocol):
+    """The texts of all `push` and of `flush`, joined, equal decode(all ids)."""
+
+    def push(self, token: int) -> str:
+        """Take one token; return the text that is now certain, perhaps none."""
+
+    def flush(self) -> str:
+        """End the stream; return what was held back."""
+
+
+def stream(raw: RawTokenizer, hidden: frozenset[int], clean_up: bool) -> Stream:
+    """Start a stream. hidden: tokens to leave out; clean_up: apply clean_up_spaces, as decode does."""
+    decoder = json.loads(raw.decoder.__getstate__()) if raw.decoder is not None else {"type": None}
+    steps = {step["type"] for step in decoder.get("decoders", [decoder])}
+    inner: Stream
+    if steps in ({"ByteLevel"}, {"ByteLevel", "Fuse"}):
+        inner = ByteStream(raw, hidden)
+    else:
+        inner = WindowStream(raw, hidden, "ByteFallback" in steps, "ByteLevel" in steps)
+    return CleanStream(inner) if clean_up else inner
+
+
+class ByteStream:
+    """Byte-level vocabularies: each token is some bytes, and UTF-8 is decoded as they come."""
+
+    def __init__(self, raw: RawTokenizer, hidden: frozenset[int]) -> None:
+        self._raw = raw
+        # "replace" writes one U+FFFD per maximal broken part, as Rust's from_utf8_lossy does.
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._bytes: dict[int, bytes] = dict.fromkeys(hidden, b"")
+
+    def push(self, token: int) -> str:
+        data = self._bytes.get(token)
+        if data is None:
+            data = self._bytes[token] = self._bytes_of(token)
+        return self._utf8.decode(data)
+
+    def flush(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+    def _bytes_of(self, token: int) -> bytes:
+        text = self._raw.id_to_token(token) or ""
+        try:
+            return bytes(map(_BYTE_OF.__getitem__, text))
+        except KeyError:  # an added token, written in plain characters
+            return text.encode()
+
+
+class WindowStream:
+    """Any other decoder: decode the new tokens behind the last certain one, and show what was added.
+
+    What these decoders do to a token depends on whether it is the first, and on the run of byte tokens
+    (<0xE2>) it is in: a run is decoded as a whole, or as U+FFFD for each byte if any of it is broken, so it
+    waits for its end.
+    """
+
+    def __init__(
+        self, raw: RawTokenizer, hidden: frozenset[int], byte_runs: bool, half_characters: bool
+    ) -> None:
+        """byte_runs: the decoder joins byte tokens; half_characters: it shows unfinished ones as U+FFFD."""
+        self._raw = raw
+        self._hidden = hidden
+        self._byte_runs = byte_runs
+        self._half_characters = half_characters
+        self._context: list[int] = []  # tokens whose text was shown, so that the next one is not the first
+        self._pending: list[int] = []
+        self._shown = ""  # what the context decodes to
+
+    def push(self, token: int) -> str:
+        name = self._raw.id_to_token(token)
+        if token in self._hidden or name is None:
+            return ""
+        self._pending.append(token)
+        if self._byte_runs and len(name) == 6 and name.startswith("<0x"):
+            return ""
+        text = self._decode(self._context + self._pending)
+        if self._half_characters and text.endswith("\ufffd"):
+            return ""
+        new = text[len(self._shown) :]
+        # A token that decodes to nothing alone (a stripped first space) cannot stand for what precedes it.
+        self._context = [token] if self._decode([token]) else [*self._context[:1], token]
+        self._shown = self._decode(self._context)
+        self._pending = []
+        return new
+
+    def flush(self) -> str:
+        new = self._decode(self._context + self._pending)[len(self._shown) :]
+        self._context, self._pending, self._shown = [], [], ""
+        return new
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self._raw.decode(tokens, skip_special_tokens=False)
+
+
+class CleanStream:
+    """Removes the spaces that clean_up_spaces removes, holding back what may still change."""
+
+    def __init__(self, inner: Stream) -> None:
+        self._inner = inner
+        self._held = ""
+
+    def push(self, token: int) -> str:
+        self._held += self._inner.push(token)
+        # A pattern begins with a space, so none reaches over the border in front of a space, unless the
+        # character before is a space, or "n" or "'", which join with what follows when that space is removed
+        # ("n ' t" -> "n't").
+        cut = self._held.rfind(" ")
+        while cut > 0 and self._held[cut - 1] in " 'n":
+            cut = self._held.rfind(" ", 0, cut)
+        if cut <= 0:
+            return ""
+        done, self._held = self._held[:cut], self._held[cut:]
+        return clean_up_spaces(done)
+
+    def flush(self) -> str:
+        done, self._held = self._held + self._inner.flush(), ""
+        return clean_up_spaces(done)
+
+
+def clean_up_spaces(text: str) -> str:
+    """Remove spaces before punctuation, as transformers does for vocabularies of words (not for BPE)."""
+    for pattern in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
+        text = text.replace(pattern, pattern.strip(" "))
+    return text
+
+
+class StopMatcher:
+    """Finds stop strings in a text that comes in pieces; nothing of a stop string is ever let out.
+
+    The first stop string to be complete ends the text, so the result does not depend on where pieces break.
+    """
+
+    def __init__(self, stops: Iterable[str]) -> None:
+        self._stops = tuple(stops)
+        if not all(self._stops):
+            raise UsageError("a stop string is empty — leave it out")
+        self._held = ""
+        self._stopped = False
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Take a piece of text; return what may be shown, and whether a stop string ended it."""
+        if self._stopped:
+            return "", True
+        text = self._held + text
+        # (end, start): the first to be complete; of those, the longest.
+        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            self._stopped, self._held = True, ""
+            return text[: min(found)[1]], True
+        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
+
+    def flush(self) -> str:
+        """End the text; return what was held back because it might have begun a stop string."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of text that is a beginning of stop, and not all of it."""
+    for size in range(min(len(stop) - 1, len(text)), 0, -1):
+        if text.endswith(stop[:size]):
+            return size
+    return 0
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The character that stands for each byte in byte-level vocabularies (GPT-2, Radford et al. 2019).
+
+    Printable bytes stand for themselves, the other 68 for the characters from U+0100 on, in order.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
