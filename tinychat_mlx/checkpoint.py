@@ -1,0 +1,263 @@
+"""A model folder as a source of canonical weights: files mapped and checked, weights decoded on demand."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinychat_mlx.errors import ConfigError, FormatError, ModelNotFoundError, TinychatError
+from tinychat_mlx.formats import detect
+from tinychat_mlx.formats.stored import FLOATS, Shape, Stored
+from tinychat_mlx.tensorfile import TensorFile, open_regular, show
+from tinychat_mlx.weight import F32, Array, Dense, Weight, to_float32
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+UNREAD = (".bin", ".pt", ".pth", ".ckpt", ".npz", ".gguf", ".h5", ".msgpack")  # weights, but never opened
+MAX_JSON = 64 << 20  # bytes; indices of the largest models have about 10 MB
+# Mapped pages count as memory of this process. After this many bytes the first ones are packed: they may go.
+MAX_MAPPED = 128 << 20
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What most weights of a checkpoint are."""
+
+    format: str  # "dense", "mlx", "awq-gemm", "awq-gemv", "awq-gemv-fast", "llm-awq", "compressed-tensors"
+    w_bit: int
+    group_size: int  # 0: no groups
+
+    def describe(self) -> str:
+        return f"int{self.w_bit} g{self.group_size}" if self.group_size else f"{self.w_bit}-bit floats"
+
+
+class Checkpoint:
+    """The tensors of a model folder; `folder`, `config`, `generation_config`, `quantization`, `nbytes`.
+
+    Names are Hugging Face's without the storage: a quantised linear `m` is known as "m" and "m.weight",
+    whatever its layout. Arrays stay valid when the checkpoint is gone: the map goes with the last of them.
+    """
+
+    @classmethod
+    def open(cls, folder: Path | str) -> Checkpoint:
+        """Read config.json, map the weight files and check all of it against each other.
+
+        Raises ModelNotFoundError, ConfigError, FormatError; of damaged files nothing is used.
+        """
+        return cls(Path(folder))
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise ModelNotFoundError(f"{folder}: no such folder")
+        self.folder = folder
+        self.config = read_json(folder / "config.json")
+        completed = _with_side_files(folder, self.config)
+        layouts = detect.declared(completed)
+        self._files = _open_files(folder)
+        self._layout = detect.choose(layouts, self, self._files)
+        self._mapped: deque[str] = deque()
+        self._mapped_bytes = 0
+        generation = folder / "generation_config.json"
+        self.generation_config = read_json(generation) if generation.exists() else {}
+        self.nbytes = sum(file.nbytes(name) for name, file in self._files.items())
+        self.modules = frozenset(self._quantised())
+        self._names = frozenset(self._logical())
+        detect.check_left_out(completed, self.modules)
+        self.quantization = self._describe()
+
+    def names(self) -> frozenset[str]:
+        """-> every tensor by its logical name, and every module that has a weight."""
+        return self._names
+
+    def has(self, name: str) -> bool:
+        """Whether a module ("lm_head") or a tensor ("model.norm.weight") is there."""
+        return name in self._names
+
+    def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
+        """-> the canonical weight of a linear or an embedding, its bias attached.
+
+        shape: (N, K) that config.json asks for, checked. Raises FormatError.
+        """
+        stored = Stored(self, module, shape)
+        if module in self.modules:
+            assert self._layout is not None
+            return self._layout.read(stored)
+        n, k = stored.matrix("weight", *FLOATS)
+        stored.expect(n, k, "weight")
+        return Dense(module, stored.take("weight", (n, k), *FLOATS), stored.bias(n))
+
+    def vector(self, name: str) -> F32:
+        """-> a tensor of one axis ("model.norm.weight") as float32. Raises FormatError."""
+        dtype, shape = self.info(name)
+        if dtype not in FLOATS or len(shape) != 1:
+            raise FormatError(
+                f"{self.where(name)}: {show(name)} is {dtype} {list(shape)}, not a float vector"
+            )
+        return to_float32(self.read(name))
+
+    # The stored tensors, as formats/ see them.
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def info(self, name: str) -> tuple[str, Shape]:
+        """-> dtype, shape of a stored tensor. Raises FormatError if there is none of this name."""
+        return self._file(name).info(name)
+
+    def read(self, name: str) -> Array:
+        """-> a stored tensor, a view of its file."""
+        file = self._file(name)
+        self._mapped.append(name)
+        self._mapped_bytes += file.nbytes(name)
+        while self._mapped_bytes > MAX_MAPPED and len(self._mapped) > 1:
+            self.release(self._mapped.popleft())
+        return file.read(name)
+
+    def release(self, name: str) -> None:
+        """Let a stored tensor's pages leave memory. Arrays of it stay valid and are read again when used."""
+        file = self._file(name)
+        self._mapped_bytes -= file.nbytes(name)
+        file.release(name)
+
+    def where(self, name: str) -> str:
+        file = self._files.get(name)
+        return str(file.path if file else self.folder)
+
+    def _file(self, name: str) -> TensorFile:
+        file = self._files.get(name)
+        if file is None:
+            raise FormatError(
+                f"{self.folder}: no tensor {show(name)}, which config.json asks for — is the model complete?"
+            )
+        return file
+
+    def _quantised(self) -> Iterator[str]:
+        if self._layout is not None:
+            end = f".{self._layout.key}"
+            yield from (name.removesuffix(end) for name in self._files if name.endswith(end))
+
+    def _logical(self) -> Iterator[str]:
+        parts = self._layout.suffixes if self._layout else ()
+        for name in self._files:
+            module, _, suffix = name.rpartition(".")
+            if module in self.modules and suffix in parts:
+                yield from (module, f"{module}.weight")
+            else:
+                yield from (name, module) if suffix == "weight" else (name,)
+
+    def _describe(self) -> Quantization:
+        if self._layout is None:
+            widest = max((self.info(name)[0] for name in self._files), key="F16 BF16 F32".find, default="F16")
+            return Quantization("dense", 32 if widest == "F32" else 16, 0)
+        return Quantization(self._layout.name, self._layout.w_bit, self._layout.group_size)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """-> the object in a JSON file. Raises ConfigError naming line and column."""
+    try:
+        with open_regular(path) as file:
+            text = file.read(MAX_JSON + 1)
+        if len(text) > MAX_JSON:
+            raise ConfigError(f"{path}: more than {MAX_JSON >> 20} MiB — is it the right file?")
+        parsed = json.loads(text)
+    except FormatError as error:
+        raise ConfigError(str(error)) from None
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise ConfigError(f"{path}: not JSON at {where}: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, a number of a million digits, endless brackets
+        raise ConfigError(f"{path}: not JSON: {str(error)[:100]}") from None
+    if not isinstance(parsed, dict):
+        raise ConfigError(f"{path}: holds a {type(parsed).__name__}, not an object")
+    return parsed
+
+
+def _with_side_files(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """config.json, completed by what older quantisers wrote beside it."""
+    if any(key in config for key in ("quantization", "quantization_config")):
+        return config
+    if (folder / "hf_quant_config.json").exists():
+        return config | {"quantization_config": {"quant_method": "modelopt"}}
+    legacy = folder / "quant_config.json"
+    if not legacy.exists():
+        return config
+    side = read_json(legacy)
+    block = {"quant_method": "awq", "bits": side.get("w_bit"), "group_size": side.get("q_group_size")}
+    return config | {"quantization_config": side | block}
+
+
+def _open_files(folder: Path) -> dict[str, TensorFile]:
+    """-> each tensor's file, by tensor name. Raises FormatError if a file is missing, damaged or foreign."""
+    if (folder / INDEX).exists():
+        return _open_shards(folder)
+    if not (folder / SINGLE).exists():
+        raise _no_weights(folder)
+    file = TensorFile(inside(folder, SINGLE))
+    return {name: file for name in file.names}
+
+
+def _open_shards(folder: Path) -> dict[str, TensorFile]:
+    index = folder / INDEX
+    try:
+        weight_map = read_json(index).get("weight_map")
+    except ConfigError as error:
+        raise FormatError(f"{error} — download it again") from None
+    if not isinstance(weight_map, dict):
+        weight_map = {}
+    listed = list(weight_map.values())
+    if not listed or not all(isinstance(shard, str) for shard in listed):
+        raise FormatError(f"{index}: no weight_map of tensor names to file names — download it again")
+    shards = sorted(set(listed))
+    for shard in shards:
+        if not is_plain_name(shard):
+            raise FormatError(f"{index}: weight_map names {show(shard)}, which is no file of this folder")
+    missing = [shard for shard in shards if not (folder / shard).exists()]
+    if missing:
+        raise FormatError(
+            f"{folder}: {len(missing)} of {len(shards)} weight files are missing, {missing[0]} first — "
+            "the download was interrupted: start it again"
+        )
+    if SINGLE not in shards and (folder / SINGLE).exists():
+        raise FormatError(f"{folder}: {SINGLE} and {INDEX} are different models — remove one of them")
+    files = {shard: TensorFile(inside(folder, shard)) for shard in shards}
+    for name, shard in weight_map.items():
+        if name not in files[shard]:
+            raise FormatError(
+                f"{folder / shard}: {show(name)} is not in it, though {INDEX} says so — "
+                "the download was interrupted or mixed: start it again"
+            )
+    return {name: files[shard] for name, shard in weight_map.items()}
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name from a file is a safetensors file right in its folder, on every system."""
+    return name.endswith(".safetensors") and name[0] not in ".~" and not set(name) & set('/\\:\0*?"<>|')
+
+
+def inside(folder: Path, name: str) -> Path:
+    """-> the file of that name. Refused is a link out of the folder, unless into the hub cache's blobs."""
+    path = folder / name
+    if path.is_symlink():
+        home = folder.resolve()
+        allowed = home.parent.parent if home.parent.name == "snapshots" else home
+        if not path.resolve().is_relative_to(allowed):
+            raise FormatError(f"{path}: a link out of its folder — put the file itself there")
+    return path
+
+
+def _no_weights(folder: Path) -> TinychatError:
+    """-> the error for a folder without readable weights, saying what is there instead."""
+    names = sorted(path.name for path in folder.iterdir())
+    if shards := [n for n in names if n.endswith(".safetensors")]:
+        return FormatError(
+            f"{folder}: {shards[0]} is there, {INDEX} is not — the download was interrupted: start it again"
+        )
+    if unsafe := [n for n in names if n.endswith(UNREAD)]:
+        return FormatError(
+            f"{folder}: weights are in {unsafe[0]}; only safetensors is read (other files may run code) — "
+            "take an upload in safetensors, or save it again with transformers' save_pretrained"
+        )
+    return FormatError(f"{folder}: no {SINGLE} in it — is it a model's folder?")

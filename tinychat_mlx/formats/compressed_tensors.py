@@ -1,0 +1,58 @@
+"""compressed-tensors `pack-quantized`: what llm-compressor writes. Read only, 4 bits.
+
+weight_packed      int32 (N, K / 8)   nibble i = signed code + 8 of input 8 c + i: the canonical codes
+weight_scale       float (N, K / G)
+weight_zero_point  int32 (N / 8, K / G)   nibble i of row r = signed zero + 8 of output 8 r + i;
+                                          absent where the scheme is symmetric: all zeros are 8 then
+weight_shape       int64 (2,) = N, K
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tinychat_mlx.formats import nibbles
+from tinychat_mlx.formats.stored import FLOATS, Stored, biases_of
+from tinychat_mlx.weight import Packed
+
+
+@dataclass(frozen=True)
+class CompressedTensors:
+    group_size: int  # -1: one group a row (strategy "channel")
+    symmetric: bool
+    w_bit = 4
+    name = "compressed-tensors"
+    key = "weight_packed"
+    suffixes = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+
+    def read(self, stored: Stored) -> Packed:
+        """-> Packed: codes a view, scales as stored, biases = -zero * scale exactly. Raises FormatError."""
+        n, words = stored.matrix("weight_packed", "I32")
+        k = words * 8
+        stored.expect(n, k, "weight_packed")
+        shape = stored.take("weight_shape", (2,), "I64").tolist()
+        if shape != [n, k]:
+            raise stored.wrong("weight_shape", f"says {shape}, weight_packed holds {[n, k]}")
+        group = stored.group(self.group_size, k)
+        scales = stored.floats("weight_scale", (n, k // group))
+        zeros = self.zeros(stored, n, k // group)
+        qweight = stored.take("weight_packed", (n, words), "I32").view(np.uint32)
+        return stored.packed(qweight, scales, biases_of(zeros, scales), 4, group)
+
+    def zeros(self, stored: Stored, n: int, groups: int) -> nibbles.Codes:
+        """-> zeros (N, K/G), as codes of 0..15."""
+        if stored.has("weight_zero_point") == self.symmetric:
+            found = "is there" if self.symmetric else "is missing"
+            raise stored.wrong("weight_zero_point", f"{found}, config.json says symmetric: {self.symmetric}")
+        if self.symmetric:
+            return np.full((n, groups), 8, np.uint8)
+        if n % 8:
+            raise stored.wrong("weight_zero_point", f"belongs to {n} outputs, no multiple of 8")
+        packed = stored.take("weight_zero_point", (n // 8, groups), "I32")
+        return nibbles.unpack(np.ascontiguousarray(packed.T)).T
+
+    @staticmethod
+    def fits(stored: Stored) -> bool:
+        return stored.info("weight_packed")[0] == "I32" and stored.info("weight_scale")[0] in FLOATS

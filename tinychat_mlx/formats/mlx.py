@@ -1,0 +1,94 @@
+"""MLX affine, the form this project writes: X.weight, X.scales, X.biases.
+
+weight  uint32 (N, K bits / 32)   codes from the lowest bits up; 3 bits are one little-endian stream
+scales, biases  float (N, K / G)  w = q * scale + bias
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tinychat_mlx.formats.stored import FLOATS, Stored
+from tinychat_mlx.tensorfile import Entry, entry
+from tinychat_mlx.weight import Array, Dense, Packed, Weight, to_float32
+
+BITS = (3, 4, 8)
+GROUPS = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Mlx:
+    """`quantization` of config.json: bits and group of most modules, and of those named in `overrides`."""
+
+    w_bit: int
+    group_size: int
+    overrides: dict[str, tuple[int, int]] = field(default_factory=dict)  # module -> (bits, group)
+    name = "mlx"
+    key = "scales"  # a module is quantised if and only if it has this tensor
+    suffixes = ("weight", "scales", "biases")
+
+    def read(self, stored: Stored) -> Packed:
+        """-> Packed, all views. Raises FormatError."""
+        n, words = stored.matrix("weight", "U32")
+        bits, group = self.form(stored, words, stored.matrix("scales", *FLOATS)[1])
+        k = words * 32 // bits
+        stored.expect(n, k, "weight")
+        scales = stored.floats("scales", (n, k // group))
+        biases = stored.floats("biases", (n, k // group))
+        qweight = stored.take("weight", (n, words), "U32")
+        return Packed(stored.module, qweight, scales, biases, bits, group, stored.bias(n))
+
+    def form(self, stored: Stored, words: int, groups: int) -> tuple[int, int]:
+        """-> bits and group size of one module: as config.json names it, else as its shapes say.
+
+        The shapes give bits * group; a caller who knows K settles which of (4, 64) and (8, 32) it is.
+        """
+        named = self.overrides.get(stored.module)
+        others = [] if named else [(b, g) for b in BITS for g in GROUPS]
+        for bits, group in [named or (self.w_bit, self.group_size), *others]:
+            fits = words * 32 % bits == 0 and words * 32 // bits == groups * group
+            if fits and (stored.shape is None or stored.shape[1] == groups * group):
+                return bits, group
+        bits, group = named or (self.w_bit, self.group_size)
+        raise stored.wrong(
+            "scales", f"has {groups} groups for {words} words a row: not {bits} bits in groups of {group}"
+        )
+
+    @staticmethod
+    def fits(stored: Stored) -> bool:
+        return stored.info("weight")[0] == "U32" and stored.info("scales")[0] in FLOATS
+
+
+def mlx_entries(weight: Weight, dtype: str = "F16") -> list[Entry]:
+    """A weight as tensors that mlx-lm loads; scales, biases and bias in `dtype`, that of the activations.
+
+    Codes are kept. Scales and biases that `dtype` cannot hold are rounded: for AWQ's -zero * scale in
+    float16 by at most 0.005 steps of the codes.
+    """
+    name = weight.name
+    if isinstance(weight, Dense):
+        tensors = [entry(f"{name}.weight", weight.w, "BF16" if weight.w.dtype == np.uint16 else None)]
+    else:
+        tensors = [
+            entry(f"{name}.weight", weight.qweight),
+            float_entry(f"{name}.scales", weight.scales, dtype),
+            float_entry(f"{name}.biases", weight.biases, dtype),
+        ]
+    return tensors + ([] if weight.bias is None else [float_entry(f"{name}.bias", weight.bias, dtype)])
+
+
+def float_entry(name: str, array: Array, dtype: str) -> Entry:
+    """A float array rounded to F16, BF16 or F32."""
+    if dtype != "BF16":
+        return entry(name, array.astype({"F16": np.float16, "F32": np.float32}[dtype], copy=False))
+    return entry(name, to_bfloat16(to_float32(array)), "BF16")
+
+
+def to_bfloat16(a: Array) -> Array:
+    """float32 -> bfloat16 bits in uint16, rounded half to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(a, np.float32).view(np.uint32)
+    half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    rounded = ((bits + half) >> np.uint32(16)).astype(np.uint16)
+    return np.where(np.isnan(a), np.uint16(0x7FC0), rounded)

@@ -1,0 +1,127 @@
+"""The stored tensors of one module: each is checked against what its layout promises when it is taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from tinychat_mlx.errors import FormatError
+from tinychat_mlx.tensorfile import show
+from tinychat_mlx.weight import F32, Array, Packed, to_float32
+
+FLOATS = ("F16", "BF16", "F32")
+Shape = tuple[int, ...]
+
+
+class Tensors(Protocol):
+    """All tensors of a checkpoint by name."""
+
+    def __contains__(self, name: object, /) -> bool: ...
+
+    def info(self, name: str) -> tuple[str, Shape]:
+        """-> dtype as safetensors spells it, shape."""
+
+    def read(self, name: str) -> Array:
+        """-> the array, a view where possible; BF16 as bits in uint16."""
+
+    def where(self, name: str) -> str:
+        """-> the file that holds it, for messages."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One module's tensors. `shape` is the (N, K) that config.json asks for, or None if nobody knows."""
+
+    tensors: Tensors
+    module: str
+    shape: tuple[int, int] | None = None
+
+    def has(self, suffix: str) -> bool:
+        return f"{self.module}.{suffix}" in self.tensors
+
+    def info(self, suffix: str) -> tuple[str, Shape]:
+        """-> dtype, shape. Raises FormatError if the module lacks this tensor."""
+        if not self.has(suffix):
+            raise FormatError(
+                f"{self.tensors.where(self.module)}: {show(self.module)} has no {suffix!r} tensor — "
+                "the checkpoint is incomplete: download it again"
+            )
+        return self.tensors.info(f"{self.module}.{suffix}")
+
+    def matrix(self, suffix: str, *dtypes: str) -> tuple[int, int]:
+        """-> shape of a tensor that must have two axes, neither empty, and one of these dtypes."""
+        dtype, shape = self.info(suffix)
+        if dtype not in dtypes or len(shape) != 2 or 0 in shape:
+            raise self.wrong(suffix, f"is {dtype} {list(shape)}, not a matrix of {' or '.join(dtypes)}")
+        return shape[0], shape[1]
+
+    def take(self, suffix: str, shape: Shape, *dtypes: str) -> Array:
+        """-> the stored array, which must have exactly this shape and one of these dtypes."""
+        dtype, found = self.info(suffix)
+        if found != shape or dtype not in dtypes:
+            expected = f"{' or '.join(dtypes)} {list(shape)}"
+            raise self.wrong(suffix, f"is {dtype} {list(found)}, its neighbours ask for {expected}")
+        return self.tensors.read(f"{self.module}.{suffix}")
+
+    def floats(self, suffix: str, shape: Shape) -> Array:
+        """-> float16 as it is stored; bfloat16, which float16 cannot always hold, as float32."""
+        array = self.take(suffix, shape, *FLOATS)
+        return array if array.dtype == np.float16 else to_float32(array)
+
+    def bias(self, n: int) -> F32 | None:
+        """-> the linear layer's own bias (N,), if it has one."""
+        return to_float32(self.take("bias", (n,), *FLOATS)) if self.has("bias") else None
+
+    def expect(self, n: int, k: int, suffix: str) -> None:
+        """Raise FormatError unless N and K are what config.json asks for."""
+        if self.shape is not None and self.shape != (n, k):
+            raise self.wrong(suffix, f"holds {[n, k]} weights, config.json asks for {list(self.shape)}")
+
+    def group(self, group_size: int, k: int) -> int:
+        """-> G, where -1 stands for one group a row. Raises FormatError if K is not a multiple."""
+        size = k if group_size == -1 else group_size
+        if k % size:
+            raise FormatError(
+                f"{self.tensors.where(self.module)}: {show(self.module)} has {k} inputs, "
+                f"no multiple of the group size {size} in config.json"
+            )
+        return size
+
+    def wrong(self, suffix: str, what: str) -> FormatError:
+        name = f"{self.module}.{suffix}"
+        remedy = "config.json and the weights do not belong together: download the model again"
+        return FormatError(f"{self.tensors.where(name)}: {show(name)} {what} — {remedy}")
+
+    def packed(
+        self, qweight: npt.NDArray[np.uint32], scales: Array, biases: Array, w_bit: int, group: int
+    ) -> Packed:
+        """-> Packed, its groups split into equal ones of 128, 64 or 32 inputs, which every device knows.
+
+        A split repeats scale and bias and changes no weight. Raises FormatError for other group sizes.
+        """
+        size = next((g for g in (128, 64, 32) if group % g == 0), 0)
+        if not size:
+            raise FormatError(
+                f"{self.tensors.where(self.module)}: {show(self.module)} has groups of {group} inputs; "
+                "read are multiples of 32 — quantise the original with `tinychat convert`"
+            )
+        if size != group:
+            scales, biases = (np.repeat(a, group // size, axis=1) for a in (scales, biases))
+        return Packed(self.module, qweight, scales, biases, w_bit, size, self.bias(qweight.shape[0]))
+
+
+def biases_of(zeros: npt.NDArray[np.uint8], scales: Array) -> Array:
+    """-> -zeros * scales, (N, K / G), exactly: float16 where that holds every product, else float32.
+
+    float16 has 11 bits and a zero has 4, so a product has at most 15 of float32's 24; float16 holds
+    about half of them, and rounding would move a weight by up to 0.005 steps.
+    """
+    exact = -(zeros * scales.astype(np.float32))
+    if scales.dtype != np.float16:
+        return exact
+    with np.errstate(over="ignore"):
+        half = exact.astype(np.float16)
+    return half if np.array_equal(half, exact) else exact

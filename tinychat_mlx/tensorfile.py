@@ -1,0 +1,333 @@
+"""safetensors files: mapped and checked before a byte is used, written so that a crash leaves no half.
+
+    u64 header length (little-endian) | JSON header, padded with spaces | data
+
+The header maps a name to {"dtype", "shape", "data_offsets": [begin, end]}, offsets counted from the
+start of the data, and "__metadata__" to a table of strings.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, NoReturn
+
+import numpy as np
+
+from tinychat_mlx.errors import FormatError, TinychatError
+from tinychat_mlx.weight import Array
+
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+MAX_RANK = 32  # NumPy 1's limit
+METADATA = "__metadata__"
+# NumPy has no bfloat16: its bits are read as uint16.
+DTYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "BOOL": "?",
+    "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
+    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1",
+}  # fmt: skip
+_NUMPY = {name: np.dtype(code) for name, code in DTYPES.items()}
+_AGAIN = "the file is damaged: download it again"
+
+
+class Span(NamedTuple):
+    """Where one tensor lies: bytes begin to end of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class TensorFile:
+    """A safetensors file, mapped read-only; the map lives as long as any array read from it.
+
+    Opening checks everything the header says and raises FormatError. A file that another program
+    shortens later cannot be caught: like every mapped file it then kills the process.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._map = _map(self.path)
+        header, start = _header(self.path, self._map)
+        self.metadata = _metadata(self.path, header.pop(METADATA, {}))
+        self._spans = _spans(self.path, header, start, len(self._map))
+
+    @property
+    def names(self) -> Iterable[str]:
+        """Names of all tensors, in the header's order."""
+        return self._spans.keys()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._spans
+
+    def info(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """-> dtype as safetensors spells it, shape."""
+        span = self._span(name)
+        return span.dtype, span.shape
+
+    def nbytes(self, name: str) -> int:
+        span = self._span(name)
+        return span.end - span.begin
+
+    def read(self, name: str) -> Array:
+        """-> a read-only view into the map; BF16 as its bits in uint16.
+
+        Only a tensor that does not start at a multiple of its item's size is copied.
+        """
+        span = self._span(name)
+        dtype = _NUMPY[span.dtype]
+        count = (span.end - span.begin) // dtype.itemsize
+        if count == 0:
+            return np.empty(span.shape, dtype)
+        flat = np.frombuffer(self._map, dtype, count, span.begin)
+        return (flat if flat.flags.aligned else flat.copy()).reshape(span.shape)
+
+    def release(self, name: str) -> None:
+        """Let this tensor's pages leave memory. Arrays of it stay valid and read them again when used."""
+        span = self._span(name)
+        page = mmap.PAGESIZE
+        first, last = -(-span.begin // page) * page, span.end // page * page
+        if first < last and hasattr(self._map, "madvise"):
+            self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+    def _span(self, name: str) -> Span:
+        span = self._spans.get(name)
+        if span is None:
+            raise FormatError(f"{self.path}: no tensor {show(name)} in it")
+        return span
+
+
+def show(name: object) -> str:
+    """A name from an untrusted file as it may stand in a message: quoted, escaped, not endless."""
+    text = repr(name)
+    return text if len(text) <= 120 else f"{text[:100]}…{text[-15:]}"
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading, refusing what is not one: a folder, or a pipe, which would block."""
+    try:
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError:
+        raise FormatError(f"{path}: the file is not there — download the model again") from None
+    except IsADirectoryError:
+        raise FormatError(f"{path}: is a folder, not a file") from None
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{show(str(path))}: cannot be opened: {error}") from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise FormatError(f"{path}: not a regular file (a folder, pipe or device)")
+    return os.fdopen(fd, "rb")
+
+
+def _map(path: Path) -> mmap.mmap:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < 8:
+            _bad(path, f"{size} bytes long, a header length alone has 8", "download it again")
+        try:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise FormatError(f"{path}: cannot be mapped: {error}") from None
+
+
+def _bad(path: Path, what: str, remedy: str = _AGAIN) -> NoReturn:
+    raise FormatError(f"{path}: {what} — {remedy}")
+
+
+class _BadHeader(ValueError):
+    """Valid JSON that no safetensors header may hold."""
+
+
+def _header(path: Path, data: mmap.mmap) -> tuple[dict[str, Any], int]:
+    """Parse the header, a JSON object without duplicate keys; -> it, the byte where the data begins."""
+    if data[:23] == b"version https://git-lfs":
+        _bad(path, "a Git LFS pointer, not the weights", "run `git lfs pull` in its folder")
+    length = int.from_bytes(data[:8], "little")
+    if length > MAX_HEADER:
+        _bad(
+            path,
+            f"header length {length} at byte 0, at most {MAX_HEADER} allowed",
+            "is it safetensors at all?",
+        )
+    if 8 + length > len(data):
+        _bad(path, f"header ends at byte {8 + length}, the file has {len(data)}", "download it again")
+    if data[8:9] != b"{" or not length:
+        _bad(path, "no '{' at byte 8, where the header begins", "is it safetensors at all?")
+    try:
+        with memoryview(data) as view, view[8 : 8 + length] as header:
+            text = str(header, "utf-8")
+    except UnicodeDecodeError as error:
+        _bad(path, f"header is not UTF-8 at byte {8 + error.start}")
+    try:
+        parsed: dict[str, Any] = json.loads(
+            text,
+            object_pairs_hook=_unique,
+            parse_int=_integer,
+            parse_float=_no_number,
+            parse_constant=_no_number,
+        )
+    except json.JSONDecodeError as error:
+        _bad(path, f"header is not JSON at byte {8 + len(text[: error.pos].encode())}: {error.msg}")
+    except _BadHeader as error:
+        _bad(path, f"header holds {error}")
+    except RecursionError:
+        _bad(path, "header is nested too deeply")
+    return parsed, 8 + length
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise _BadHeader(f"{show(twice)} twice")
+    return table
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 19:  # over 2**63; and a million digits would take minutes to convert
+        raise _BadHeader(f"the number {digits[:20]}…, which no file can hold")
+    return int(digits)
+
+
+def _no_number(text: str) -> NoReturn:
+    raise _BadHeader(f"{text[:20]} where only whole numbers belong")
+
+
+def _metadata(path: Path, table: Any) -> dict[str, str]:
+    if type(table) is not dict or not all(type(v) is str for v in table.values()):
+        _bad(path, f"{METADATA} is not a table of strings")
+    strings: dict[str, str] = table
+    return strings
+
+
+def _spans(path: Path, header: dict[str, Any], start: int, size: int) -> dict[str, Span]:
+    """Check each tensor against its own shape, then all of them against the file: no hole, no overlap.
+
+    start: the file's byte where the data begins; size: the file's bytes.
+    """
+    spans = {name: _span(path, name, entry, start) for name, entry in header.items()}
+    end = start
+    for name, span in sorted(spans.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if span.end > size:
+            _bad(path, f"{show(name)} ends at byte {span.end}, the file has {size}", "download it again")
+        if span.begin != end:
+            wrong = "overlaps the tensor before it" if span.begin < end else "leaves a hole before it"
+            _bad(path, f"{show(name)} begins at byte {span.begin}, not at {end}: it {wrong}")
+        end = span.end
+    if end != size:
+        _bad(path, f"the last tensor ends at byte {end}, the file has {size}")
+    return spans
+
+
+def _span(path: Path, name: str, entry: Any, start: int) -> Span:
+    where = f"tensor {show(name)}"
+    if type(entry) is not dict or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        _bad(path, f"{where} is not described by dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if type(dtype) is not str or dtype not in _NUMPY:
+        _bad(path, f"{where} has dtype {show(dtype)}; read are {' '.join(DTYPES)}", "take another upload")
+    if not _naturals(shape) or len(shape) > MAX_RANK:
+        _bad(path, f"{where} has shape {show(shape)}, not up to {MAX_RANK} sizes")
+    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        _bad(path, f"{where} has data_offsets {show(offsets)}, not [begin, end]")
+    itemsize = _NUMPY[dtype].itemsize
+    if math.prod(d or 1 for d in shape) * itemsize >= 2**63:  # NumPy's own arithmetic would overflow
+        _bad(path, f"{where} has shape {show(shape)}, more than any file holds")
+    begin, end = offsets
+    if end - begin != math.prod(shape) * itemsize:
+        need = math.prod(shape) * itemsize
+        _bad(path, f"{where} needs {need} bytes as {dtype} {show(shape)}, data_offsets give {end - begin}")
+    return Span(dtype, tuple(shape), start + begin, start + end)
+
+
+def _naturals(value: Any) -> bool:
+    return type(value) is list and all(type(d) is int and 0 <= d < 2**63 for d in value)
+
+
+class Entry(NamedTuple):
+    """A tensor to be written; data may be a function, called in its turn: one is in memory at a time."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: Array | Callable[[], Array]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _NUMPY[self.dtype].itemsize
+
+
+def entry(name: str, array: Array, dtype: str | None = None) -> Entry:
+    """An array as an Entry; say "BF16" where uint16 holds bfloat16 bits."""
+    spelled = next(key for key, code in _NUMPY.items() if code == array.dtype)
+    return Entry(name, dtype or ("U16" if spelled == "BF16" else spelled), array.shape, array)
+
+
+def entries(file: TensorFile) -> list[Entry]:
+    """All tensors of an open file, each read only when it is written (to merge or split files)."""
+    return [Entry(name, *file.info(name), partial(file.read, name)) for name in file.names]
+
+
+def write(path: Path | str, tensors: Iterable[Entry], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, one tensor in memory at a time; the same input gives the same bytes.
+
+    Tensors of large items go first and so all stay aligned; otherwise the given order is kept.
+    Raises TinychatError where the disk refuses; nothing is left behind then.
+    """
+    ordered = sorted(tensors, key=lambda tensor: -_NUMPY[tensor.dtype].itemsize)
+    header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
+    end = 0
+    for tensor in ordered:
+        assert tensor.name not in header, f"{tensor.name} written twice"
+        begin, end = end, end + tensor.nbytes
+        shape = list(tensor.shape)
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(Path(path)) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in ordered:
+            array = tensor.data() if callable(tensor.data) else tensor.data
+            assert array.dtype == _NUMPY[tensor.dtype] and array.shape == tensor.shape, tensor.name
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to be written beside `path`, and put it in its place when it is complete and on disk.
+
+    Whatever happens, `path` is the old file, the new file or absent. A killed process leaves
+    `<name>.partial`, which the next attempt overwrites.
+    """
+    partial_path = path.with_name(path.name + ".partial")
+    try:
+        with open(partial_path, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial_path, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise TinychatError(f"{path}: cannot be written: {error.strerror or error}") from None
+    finally:
+        with suppress(OSError):
+            partial_path.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a power cut (POSIX; Windows has no such call)."""
+    if os.name == "posix":
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
