@@ -22,7 +22,7 @@ def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`backend_name` runs a test on every backend of the package; absent libraries skip with a reason."""
     if "backend_name" in metafunc.fixturenames:
-        from tinychat_mlx.load import BACKENDS
+        from tinychat_mlx.loading import BACKENDS
 
         metafunc.parametrize("backend_name", list(BACKENDS))
 
@@ -32,7 +32,7 @@ def backend(backend_name: str, monkeypatch: pytest.MonkeyPatch) -> Backend:
     """A backend in its exact mode; cuda runs its torch path on CPU tensors where there is no GPU."""
     from importlib.util import find_spec
 
-    from tinychat_mlx.load import BACKENDS, create
+    from tinychat_mlx.loading import BACKENDS, create
 
     library = {"mlx": "mlx", "cuda": "torch"}.get(backend_name, "numpy")
     for module in (library, BACKENDS[backend_name][0]):

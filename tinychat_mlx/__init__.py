@@ -20,11 +20,11 @@ if not (_here / "backends").exists() and (_here.parent / "backends").is_dir():
 
 if TYPE_CHECKING:
     from tinychat_mlx.errors import TinychatError
-    from tinychat_mlx.load import load
+    from tinychat_mlx.loading import load
     from tinychat_mlx.model import Model
 
 __all__ = ["Model", "TinychatError", "__version__", "load"]
-_HOME = {"load": "load", "Model": "model", "TinychatError": "errors"}
+_HOME = {"load": "loading", "Model": "model", "TinychatError": "errors"}
 
 
 def __getattr__(name: str) -> Any:
