@@ -239,12 +239,10 @@ def is_plain_name(name: str) -> bool:
 
 def inside(folder: Path, name: str) -> Path:
     """-> the file of that name. Refused is a link out of the folder, unless into the hub cache's blobs."""
-    path = folder / name
-    if path.is_symlink():
-        home = folder.resolve()
-        allowed = home.parent.parent if home.parent.name == "snapshots" else home
-        if not path.resolve().is_relative_to(allowed):
-            raise FormatError(f"{path}: a link out of its folder — put the file itself there")
+    path, home = folder / name, folder.resolve()
+    allowed = home.parent.parent if home.parent.name == "snapshots" else home
+    if not path.resolve().is_relative_to(allowed):
+        raise FormatError(f"{path}: a link out of its folder — put the file itself there")
     return path
 
 

@@ -174,6 +174,10 @@ def _header(path: Path, data: mmap.mmap) -> tuple[dict[str, Any], int]:
             parse_float=_no_number,
             parse_constant=_no_number,
         )
+        if "\\u" in text:
+            json.dumps(parsed, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        _bad(path, "header holds half of a surrogate pair, which is no character")
     except json.JSONDecodeError as error:
         _bad(path, f"header is not JSON at byte {8 + len(text[: error.pos].encode())}: {error.msg}")
     except _BadHeader as error:
