@@ -1,0 +1,170 @@
+"""Reading what a person types: many lines, history, completion, an editor; or plain lines from a pipe.
+
+A reader's `read` returns one message, raises EOFError when there are no more and KeyboardInterrupt for Ctrl-C
+on an empty line.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from tinychat_mlx.apps.terminal import Terminal
+
+if TYPE_CHECKING:
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import Completer
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+Fragments = list[tuple[str, str]]
+Complete = Callable[
+    [str], Iterable[tuple[str, int, str]]
+]  # text before cursor -> (insert, start, what it is)
+
+
+class Reader(Protocol):
+    def read(self, prefill: str = "") -> str: ...
+
+
+def unblock(text: str) -> str:
+    '''What stands between """ and """, if the text is such a block; else the text.'''
+    stripped = text.strip()
+    if stripped.startswith('"""'):
+        return stripped[3:].removesuffix('"""').strip("\n")
+    return text
+
+
+def in_block(text: str) -> bool:
+    '''Is a """ open?'''
+    return text.lstrip().startswith('"""') and text.count('"""') < 2
+
+
+class LineReader:
+    """Lines from a pipe or a terminal that cannot redraw."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        self.prompt, self.more = (
+            (terminal.glyphs.prompt, terminal.glyphs.more) if terminal.interactive else ("", "")
+        )
+
+    def read(self, prefill: str = "") -> str:
+        text = self._line(self.prompt)
+        while in_block(text):
+            text += "\n" + self._line(self.more)
+        return unblock(text)
+
+    def _line(self, prompt: str) -> str:
+        sys.stdout.write(prompt)
+        sys.stdout.flush()
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line.rstrip("\r\n")
+
+
+class RichReader:
+    """A line editor: Enter sends, Alt-Enter or Ctrl-J breaks the line, Ctrl-R searches, Ctrl-G opens $EDITOR."""
+
+    def __init__(
+        self, terminal: Terminal, history: Path | None, complete: Complete, toolbar: Callable[[], Fragments]
+    ) -> None:
+        self.terminal, self.complete, self.toolbar = terminal, complete, toolbar
+        self.session = self._session(history)
+
+    def read(self, prefill: str = "") -> str:
+        return unblock(self.session.prompt(default=prefill))
+
+    def _session(self, history: Path | None) -> PromptSession[str]:
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.filters import Condition
+        from prompt_toolkit.formatted_text import FormattedText
+        from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+        from prompt_toolkit.output import ColorDepth
+        from prompt_toolkit.styles import Style
+
+        kept: History = InMemoryHistory() if history is None else FileHistory(str(history))
+        glyphs = self.terminal.glyphs
+        session: PromptSession[str] = PromptSession(
+            message=[("class:prompt", glyphs.prompt)],
+            prompt_continuation=[("class:more", glyphs.more)],
+            multiline=True,
+            history=kept,
+            key_bindings=_keys(),
+            completer=_completer(self.complete),
+            complete_while_typing=Condition(lambda: self._completes()),
+            enable_open_in_editor=True,
+            tempfile_suffix=".md",
+            bottom_toolbar=lambda: FormattedText(self.toolbar()),
+            color_depth=None if self.terminal.colour else ColorDepth.DEPTH_1_BIT,
+            style=Style.from_dict(
+                {"bottom-toolbar": "noreverse", "prompt": "bold ansicyan", "more": "ansibrightblack"}
+            ),
+            reserve_space_for_menu=6,
+        )
+        # A serial console does not answer the question for the cursor's place; it works all the same.
+        session.app.renderer.cpr_not_supported_callback = None
+        return session
+
+    def _completes(self) -> bool:
+        text = self.session.default_buffer.document.text_before_cursor
+        return text.startswith("/") or "@" in text
+
+
+def _keys() -> KeyBindings:
+    from prompt_toolkit.application.current import get_app
+    from prompt_toolkit.filters import Condition
+    from prompt_toolkit.key_binding import KeyBindings
+
+    keys = KeyBindings()
+
+    @keys.add("enter", filter=Condition(lambda: get_app().current_buffer.name == "DEFAULT_BUFFER"))
+    def _send(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if buffer.complete_state and buffer.complete_state.current_completion:
+            buffer.complete_state = None  # take what the menu offers; a second Enter sends
+        elif in_block(buffer.text):
+            buffer.insert_text("\n")
+        else:
+            buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    @keys.add("c-j")
+    def _break(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    @keys.add("c-g")
+    def _editor(event: KeyPressEvent) -> None:
+        event.current_buffer.open_in_editor()
+
+    @keys.add("c-c", filter=Condition(lambda: bool(get_app().current_buffer.text)))
+    def _clear(event: KeyPressEvent) -> None:
+        event.current_buffer.reset()
+
+    return keys
+
+
+def _completer(complete: Complete) -> Completer:
+    from prompt_toolkit.completion import CompleteEvent, Completer, Completion
+    from prompt_toolkit.document import Document
+
+    class _Words(Completer):
+        def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+            for text, start, what in complete(document.text_before_cursor):
+                yield Completion(text, start_position=start, display_meta=what)
+
+    return _Words()
+
+
+def make_reader(
+    terminal: Terminal, history: Path | None, complete: Complete, toolbar: Callable[[], Fragments]
+) -> Reader:
+    """The best reader for this terminal."""
+    if not terminal.live:
+        return LineReader(terminal)
+    if history is not None:
+        history.touch(mode=0o600)
+        os.chmod(history, 0o600)
+    return RichReader(terminal, history, complete, toolbar)

@@ -1,0 +1,190 @@
+"""One conversation, on disk as it goes: a JSON object a line, appended, so that a kill loses nothing said.
+
+    {"session": 1, "id": "20260301-101500-3f", "created": …, "model": "demo"}      always the first line
+    {"role": "user", "content": "hi"}             a message; any further keys belong to it
+    {"piece": "Hel"} {"piece": "lo"}              an answer in the making; the message that follows replaces it
+    {"keep": 3}                                   only the first 3 messages count from here on
+    {"system": "Be brief."} {"title": "…"}        the system prompt; the title
+
+Files are for their owner alone (0600 in a 0700 folder). A torn last line is what a kill leaves; it is skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tinychat_mlx.errors import FormatError, UsageError
+
+Message = dict[str, Any]
+PIECE_S = 0.3  # an answer in the making is on disk this soon
+
+
+def data_folder() -> Path:
+    """Where chats and the history of prompts live, made for its owner alone. Raises OSError."""
+    named = os.environ.get("TINYCHAT_DATA")
+    if named:
+        folder = Path(named)
+    else:
+        from platformdirs import user_data_path
+
+        folder = user_data_path("tinychat-mlx", appauthor=False)
+    for each in (folder, folder / "sessions"):
+        each.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
+@dataclass
+class Session:
+    """Messages after the system prompt, and their file; `path` None keeps them in memory only."""
+
+    path: Path | None = None
+    model: str = ""
+    system: str = ""
+    title: str = ""
+    created: float = field(default_factory=time.time)
+    messages: list[Message] = field(default_factory=list)
+    _pieces: str = ""
+    _flushed: float = 0.0
+
+    @classmethod
+    def new(cls, folder: Path | None, model: str = "", system: str = "") -> Session:
+        """A session whose file appears with its first message."""
+        ident = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        return cls(folder / "sessions" / f"{ident}.jsonl" if folder else None, model, system)
+
+    @classmethod
+    def load(cls, path: Path) -> Session:
+        """Replay a file. Raises FormatError naming the line that is not what `append` writes."""
+        made, pieces = cls(path), ""
+        for number, record in _records(path):
+            if "session" in record:
+                made.model, made.created = str(record.get("model", "")), float(record.get("created", 0))
+            elif "role" in record and isinstance(record.get("content"), str):
+                made.messages.append(record)
+                pieces = ""
+            elif "piece" in record:
+                pieces += str(record["piece"])
+            elif isinstance(record.get("keep"), int):
+                made.messages, pieces = made.messages[: record["keep"]], ""
+            elif "system" in record or "title" in record:
+                made.system, made.title = record.get("system", made.system), record.get("title", made.title)
+            else:
+                raise FormatError(
+                    f"{path}: line {number} is no record of a chat: remove the line or the file"
+                )
+        if pieces:  # killed in the middle of an answer: what was said counts
+            made.messages.append({"role": "assistant", "content": pieces, "finish_reason": "killed"})
+        return made
+
+    @property
+    def ident(self) -> str:
+        return self.path.stem if self.path else "unsaved"
+
+    @property
+    def name(self) -> str:
+        """The title given, or how the first message begins."""
+        first = next((m["content"] for m in self.messages if m["role"] == "user"), "")
+        return self.title or " ".join(first.split())[:60]
+
+    def for_model(self) -> list[Message]:
+        """The messages as the chat template wants them."""
+        keys = ("role", "content", "reasoning_content")
+        head = [{"role": "system", "content": self.system}] if self.system else []
+        return head + [{k: m[k] for k in keys if k in m} for m in self.messages]
+
+    # changes ----------------------------------------------------------------------------------------
+    def add(self, message: Message) -> None:
+        self.messages.append(message)
+        self._pieces = ""
+        self._append(message)
+
+    def piece(self, text: str) -> None:
+        """Part of an answer that `add` will replace by the whole."""
+        self._pieces += text
+        now = time.monotonic()
+        if self._pieces and now - self._flushed >= PIECE_S:
+            self._append({"piece": self._pieces})
+            self._pieces, self._flushed = "", now
+
+    def keep(self, count: int) -> None:
+        """Forget all but the first `count` messages."""
+        del self.messages[count:]
+        self._pieces = ""
+        self._append({"keep": count})
+
+    def set_system(self, text: str) -> None:
+        self.system = text
+        self._append({"system": text})
+
+    def set_title(self, text: str) -> None:
+        self.title = text
+        self._append({"title": text})
+
+    def branch(self) -> Session:
+        """A new session with the same messages, in a file of its own."""
+        folder = self.path.parent.parent if self.path else None
+        other = Session.new(folder, self.model, self.system)
+        for message in self.messages:
+            other.add(message)
+        if self.name:
+            other.set_title(f"{self.name} (branch)")
+        return other
+
+    # disk -------------------------------------------------------------------------------------------
+    def _append(self, record: Message) -> None:
+        """One write to the end of the file; nothing is written before there is a message."""
+        if self.path is None or not (self.messages or self.path.exists()):
+            return
+        lines = [record]
+        if not self.path.exists():
+            head: Message = {"session": 1, "id": self.ident, "created": self.created, "model": self.model}
+            lines = [head, *([{"system": self.system}] if self.system else []), *lines]
+        data = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            os.write(file, data.encode("utf-8", errors="surrogatepass"))
+        finally:
+            os.close(file)
+
+
+def _records(path: Path) -> Iterator[tuple[int, Message]]:
+    """Numbered records of a file; the last line may be torn."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as e:
+        raise FormatError(f"{path}: cannot be read: {e.strerror}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line) if line.strip() else {}
+        except ValueError:
+            if number == len(lines):
+                return
+            raise FormatError(f"{path}: line {number} is not JSON: remove the line or the file") from None
+        if not isinstance(record, dict):
+            raise FormatError(f"{path}: line {number} is no record of a chat: remove the line or the file")
+        if record:
+            yield number, record
+
+
+def saved(folder: Path) -> list[Path]:
+    """Session files, the one changed last first."""
+    return sorted((folder / "sessions").glob("*.jsonl"), key=lambda p: p.stat().st_mtime, reverse=True)
+
+
+def find(folder: Path, name: str) -> Path:
+    """The session whose id, title or beginning is `name`; "last" is the latest. Raises UsageError."""
+    paths = saved(folder)
+    if name == "last" and paths:
+        return paths[0]
+    exact = [p for p in paths if p.stem == name or Session.load(p).title == name]
+    near = exact or [p for p in paths if p.stem.startswith(name)]
+    if not near:
+        raise UsageError(f"no saved chat {name!r}: /sessions lists them")
+    return near[0]

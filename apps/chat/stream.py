@@ -1,0 +1,232 @@
+"""Showing an answer while it is written: rows that are finished are printed once and never touched again.
+
+Only the tail — the last few rows of the line being written — is redrawn, by overwriting, so nothing flickers and
+an answer of any length stays right in the terminal's own scrollback.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from rich.cells import cell_len
+from rich.console import Console, RenderableType
+from rich.text import Text
+
+from tinychat_mlx.apps.chat import markdown
+from tinychat_mlx.apps.terminal import Terminal, safe
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+FRAME_S = 1 / 30  # redraw no oftener than an eye sees
+TAIL_ROWS = 4  # rows a line may keep open while its emphasis is unclosed
+
+
+class Tail:
+    """The rows at the bottom that may still change, under rows that will not."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.rows = console, [""]
+        self.plain = [0]  # cells of each row on the screen
+
+    def draw(self, done: Sequence[RenderableType], tail: Sequence[Text]) -> None:
+        """Print `done` for good in place of the old tail, then the new tail, the cursor at its end."""
+        if not tail:
+            tail = [Text()]
+        rows = [self.ansi(row, end="") for row in tail]
+        if not done and rows == self.rows:
+            return
+        width, height = self.console.width, self._height()
+        out = "\r" + (f"\x1b[{height - 1}A" if height > 1 else "")
+        if done or len(rows) < height:
+            out += "\x1b[J" + "".join(self.ansi(d, end="\n") for d in done) + "\n".join(rows)
+        else:  # overwrite in place; clearing the end of a full row would take its last character
+            out += "\n".join(
+                r if t.cell_len >= width else r + "\x1b[K" for r, t in zip(rows, tail, strict=True)
+            )
+        self.rows, self.plain = rows, [row.cell_len for row in tail]
+        self.console.file.write(out)
+        self.console.file.flush()
+
+    def ansi(self, renderable: RenderableType, end: str) -> str:
+        with self.console.capture() as capture:
+            self.console.print(renderable, end=end, soft_wrap=isinstance(renderable, Text))
+        return capture.get()
+
+    def _height(self) -> int:
+        """Rows the old tail takes up now: a terminal made narrower has wrapped them."""
+        width = max(1, self.console.width)
+        return sum(max(1, -(-cells // width)) for cells in self.plain)
+
+
+class PlainAnswer:
+    """The answer as it is, appended: for pipes, dumb terminals and --plain."""
+
+    def __init__(self, console: Console, terminal: Terminal) -> None:
+        self.file, self.clean = console.file, safe if terminal.interactive else str
+        self.last = "\n"
+
+    def feed(self, text: str) -> None:
+        if text:
+            self.last = text[-1]
+            self.file.write(self.clean(text))
+            self.file.flush()
+
+    def status(self, text: str) -> None:
+        """A word on what is going on; plain terminals get none."""
+
+    def finish(self) -> None:
+        if self.last != "\n":
+            self.feed("\n")
+
+
+class MarkdownAnswer:
+    """The answer as Markdown, line by line."""
+
+    def __init__(self, console: Console, terminal: Terminal) -> None:
+        self.console, self.terminal, self.glyphs = console, terminal, terminal.glyphs
+        self.tail = Tail(console)
+        self.pending = ""  # source of the line being written, from where its rows are not printed yet
+        self.line: markdown.Line | None = None  # its furniture, once a row of it is printed
+        self.prefix = Text()  # its words on the open row that are styled for good
+        self.code: markdown.Highlighter | None = None
+        self.fence = ("", "")  # indent and marker that opened the code
+        self.rows: list[str] = []  # of a table, until it ends
+        self.blank = False  # a blank line waits for something to follow it
+        self.started = False
+        self.drawn = 0.0
+
+    def feed(self, text: str) -> None:
+        """Take the next piece of the answer."""
+        done: list[RenderableType] = []
+        *lines, self.pending = (self.pending + safe(text)).split("\n")
+        for line in lines:
+            done += self._finished(line)
+        now = time.monotonic()
+        if done or now - self.drawn >= FRAME_S:
+            done += self._overflow()
+            self.tail.draw(done, self._open_rows())
+            self.drawn = now
+
+    def status(self, text: str) -> None:
+        """Show a passing word until something else is drawn."""
+        self.tail.draw([], [Text(text, "dim", no_wrap=True)[: self.console.width - 1]] if text else [])
+
+    def finish(self) -> None:
+        """The answer is over: print what is open."""
+        done = self._finished(self.pending) if self.pending or self.prefix else []
+        self.pending = ""
+        done += self._end_table() + self._end_code()
+        self.tail.draw(done, [])
+
+    # lines ------------------------------------------------------------------------------------------
+    def _finished(self, line: str) -> list[RenderableType]:
+        """A whole line -> what to print for good."""
+        if self.code is not None:
+            return self._code_line(line)
+        if self.line is not None:  # its first rows are printed already
+            rows = self._wrap(self.line, line)
+            self.line, self.prefix = None, Text()
+            return list(rows)
+        if self.rows and not markdown.TABLE_ROW.match(line):
+            return [*self._end_table(), *self._finished(line)]
+        if not line.strip():
+            self.blank = self.started
+            return []
+        gap: list[RenderableType] = [Text()] if self.blank else []
+        self.blank, self.started = False, True
+        if m := markdown.FENCE.match(line):
+            self.fence, self.code = (m[1], m[2]), markdown.Highlighter(m[3])
+            return [*gap, self._ruler(m[3])]
+        if markdown.TABLE_ROW.match(line):
+            self.rows.append(line)
+            return gap
+        parsed = markdown.parse(line, self.glyphs)
+        return [*gap, self._ruler()] if parsed.rule else [*gap, *self._wrap(parsed, parsed.source)]
+
+    def _code_line(self, line: str) -> list[RenderableType]:
+        assert self.code is not None
+        indent, marker = self.fence
+        if line.strip().startswith(marker) and not line.strip().strip(marker[0]):
+            return self._end_code()
+        return [self.code.line(line.removeprefix(indent))]
+
+    def _end_code(self) -> list[RenderableType]:
+        was, self.code = self.code, None
+        return [self._ruler()] if was is not None else []
+
+    def _end_table(self) -> list[RenderableType]:
+        rows, self.rows = self.rows, []
+        if len(rows) > 1 and markdown.is_delimiter(rows[1]):
+            return [markdown.table(rows, self.terminal.unicode)]
+        return [row for r in rows for row in self._wrap(markdown.Line(r), r)]
+
+    def _ruler(self, title: str = "") -> Text:
+        width = min(self.console.width, 60)
+        lead = f"{self.glyphs.rule * 2} {title} " if title else ""
+        return Text(lead + self.glyphs.rule * (width - cell_len(lead)), "dim")
+
+    # rows -------------------------------------------------------------------------------------------
+    def _wrap(self, line: markdown.Line, source: str, final: bool = True) -> list[Text]:
+        """The open row's prefix and source, wrapped; not final: as it may turn out."""
+        words = self.prefix.copy()
+        words.append_text(markdown.inline(source if final else markdown.provisional(source), line.style))
+        width = max(8, self.console.width - line.indent)
+        rows = words.wrap(self.console, width, overflow="fold") if words else [Text()]
+        again = self.line is not None
+        return [
+            (line.rest if again or i else line.first).copy().append_text(row) for i, row in enumerate(rows)
+        ]
+
+    def _overflow(self) -> list[RenderableType]:
+        """Rows of the unfinished line that nothing can change any more."""
+        if self.code is not None or self.rows or not self.pending.strip():
+            return []
+        line = self.line or markdown.parse(self.pending, self.glyphs)
+        source = self.pending if self.line else line.source
+        if line.rule or (
+            self.line is None and (markdown.FENCE.match(self.pending) or markdown.TABLE_ROW.match(source))
+        ):
+            return []
+        head = source[: _last_break(source)]
+        rows = self._wrap(line, head)
+        if len(rows) < 2 or not (markdown.is_closed(head) or len(rows) > TAIL_ROWS):
+            return []
+        gap: list[RenderableType] = [Text()] if self.blank else []
+        self.blank, self.started = False, True
+        self.line, self.prefix = line, rows[-1][len(line.rest) :]
+        self.pending = source[len(head) :]
+        return [*gap, *rows[:-1]]
+
+    def _open_rows(self) -> list[Text]:
+        """The line being written, its last rows."""
+        if self.code is not None:
+            row = self.code.line(self.pending.removeprefix(self.fence[0]), keep=False)
+            row.truncate(self.console.width - 1, overflow="ellipsis")
+            return [row]
+        rows: list[Text] = []
+        if self.rows:
+            note = f"{self.glyphs.ellipsis} table, {len(self.rows)} rows"
+            rows = [Text(note, "dim")]
+        elif self.line is not None:
+            rows = self._wrap(self.line, self.pending, final=False)
+        elif self.pending.strip() and not markdown.FENCE.match(self.pending):
+            line = markdown.parse(self.pending, self.glyphs)
+            rows = [self._ruler()] if line.rule else self._wrap(line, line.source, final=False)
+        gap = [Text()] if self.blank and rows else []
+        return [*gap, *rows][-min(TAIL_ROWS + 2, self.terminal.height - 2) :]
+
+
+def _last_break(source: str) -> int:
+    """Where source can be cut so that its end may still grow: before its last word, or its last wide letters."""
+    cut = len(source.rstrip())
+    for back in range(1, min(40, cut)):
+        c = source[cut - back]
+        if c.isspace() or ord(c) >= 0x2E80:
+            return cut - back
+    return cut
+
+
+def answer_view(console: Console, terminal: Terminal) -> MarkdownAnswer | PlainAnswer:
+    return (MarkdownAnswer if terminal.live else PlainAnswer)(console, terminal)

@@ -1,0 +1,122 @@
+"""The command line: which commands exist, and what happens to an error.
+
+    tinychat [chat|run|…]        stdout is the answer, stderr the rest
+
+Exit codes: 0 ok, 1 failed, 2 usage, 130 interrupted. A command's module is imported when the command runs,
+so that --help costs click alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from tinychat_mlx import __version__
+from tinychat_mlx.apps.terminal import never_fail_to_print
+from tinychat_mlx.errors import TinychatError, UsageError
+
+# name -> module under tinychat_mlx, the click command in it, help. A row whose module is absent is not shown.
+COMMANDS = {
+    "chat": ("apps.chat.cli", "chat", "Chat in the terminal (also what plain `tinychat` does)."),
+    "run": ("apps.run", "run", "Answer one prompt: plain text or JSON on stdout."),
+    "serve": ("apps.serve", "serve", "Serve an OpenAI-compatible API."),
+    "convert": ("apps.convert", "convert", "Quantise a model to int4 with AWQ."),
+    "eval": ("apps.eval", "evaluate", "Measure what quantising lost."),
+    "bench": ("apps.bench", "bench", "Measure speed on this machine."),
+    "models": ("apps.models", "models", "List, fetch, show and remove models."),
+    "config": ("apps.config", "config", "Show the settings and where each comes from."),
+    "doctor": ("apps.doctor", "doctor", "Say what was found on this machine and what is missing."),
+}
+
+
+class Lazy(click.Group):
+    """A group that imports a command when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for name, (module, _, _) in COMMANDS.items() if _exists(module)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        module, attribute, _ = COMMANDS.get(cmd_name, ("", "", ""))
+        if not module or not _exists(module):
+            return None
+        found: click.Command = getattr(importlib.import_module(f"tinychat_mlx.{module}"), attribute)
+        return found
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, COMMANDS[name][2]) for name in self.list_commands(ctx)])
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """`tinychat` and `tinychat -m MODEL` mean `tinychat chat …`."""
+        own = ["-h", "--help"] + [name for p in self.params for name in p.opts]
+        if not args or (args[0].startswith("-") and args[0] not in own):
+            args = ["chat", *args]
+        return super().parse_args(ctx, args)
+
+
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(f"tinychat_mlx.{module}") is not None
+    except ModuleNotFoundError:  # its package is absent
+        return False
+
+
+@click.group(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="tinychat")
+@click.option("--debug", is_flag=True, help="Show a traceback with an error.")
+def cli(debug: bool) -> None:
+    """Chat with int4 language models on a MacBook, a Jetson, a Raspberry Pi or a PC.
+
+    MODEL is a folder, a Hugging Face id, or "demo" (bundled; the default).
+    """
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line -> its exit code. The edge: every error becomes one line here."""
+    never_fail_to_print()
+    args = list(sys.argv[1:] if argv is None else argv)
+    options = args[: args.index("--")] if "--" in args else args
+    debug = "--debug" in options
+    if debug:  # wherever it stands
+        args.remove("--debug")
+    try:
+        # Not cli.main(): it prints a line of its own for Ctrl-C and fails on a broken pipe.
+        with cli.make_context("tinychat", args) as context:
+            result: Any = cli.invoke(context)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except BrokenPipeError:
+        # The reader has what it wanted. Python flushes stdout once more at exit; give it somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (KeyboardInterrupt, click.Abort):
+        return 130
+    except click.exceptions.Exit as e:
+        return e.exit_code
+    except click.ClickException as e:  # usage: click says what and where
+        e.show()
+        return e.exit_code
+    except Exception as e:
+        if debug:
+            raise
+        return _report(e)
+
+
+def _report(error: Exception) -> int:
+    """One line on stderr -> exit code."""
+    if isinstance(error, (TinychatError, OSError)):
+        text = str(error)
+    elif isinstance(error, MemoryError):
+        text = "out of memory: close other programs, choose a smaller model or a smaller --context"
+    else:
+        text = (
+            f"{type(error).__name__}: {error} (a defect: run `tinychat --debug …` and report what it prints)"
+        )
+    click.echo(f"error: {' '.join(text.split())}", err=True)
+    return 2 if isinstance(error, UsageError) else 1

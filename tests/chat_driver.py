@@ -1,0 +1,99 @@
+"""The real chat program over a scripted model: what tests/test_chat.py types into.
+
+    python tests/chat_driver.py SCRIPT.json [tinychat arguments …]
+
+SCRIPT.json: {"answers": ["…", …], "delay": seconds a piece, "piece": letters a piece, "context": tokens, "load": seconds}.
+Answers are given in turn, then again from the first. "{echo}" in one becomes the last message. A token of this
+model is a piece.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import tinychat_mlx
+from tinychat_mlx.backend import Device, Memory
+from tinychat_mlx.errors import ContextFullError, ModelNotFoundError
+from tinychat_mlx.generate import Event, Stats
+
+
+class ScriptedModel:
+    """Speaks lines from a script through the public interface of `tinychat_mlx.model.Model`."""
+
+    architecture, quantization, nbytes = "llama", "int4 g128", 7_100_000
+
+    def __init__(self, script: dict[str, Any], name: str = "scripted", backend: str = "cpu") -> None:
+        self.script, self.name, self.context = script, name, script.get("context", 2048)
+        self.device = Device(backend, "Test CPU", "scalar, 1 thread", "no Apple or NVIDIA GPU found")
+        self.engine = SimpleNamespace(ids=[])
+        self.turn = 0
+        self.asked: list[Any] = []
+        self.tokenizer = SimpleNamespace(encode=lambda text, **_: text.split())
+
+    def memory(self) -> Memory:
+        return Memory(12_000_000, 12_000_000, 0)
+
+    def chat(self, messages: list[dict[str, Any]], **settings: Any) -> Iterator[Event]:
+        self.asked.append((messages, settings))
+        if log := self.script.get("log"):
+            with open(log, "a") as f:
+                f.write(json.dumps({"messages": messages, **settings}) + "\n")
+        prompt = sum(len(m["content"].split()) + 1 for m in messages)
+        if prompt >= self.context:
+            raise ContextFullError(f"the prompt has {prompt} tokens, the context holds {self.context}")
+        return self._answer(messages[-1]["content"], prompt)
+
+    def _answer(self, last: str, prompt: int) -> Iterator[Event]:
+        script, start = self.script, time.perf_counter()
+        answers = script.get("answers", ["{echo}"])
+        text = answers[self.turn % len(answers)].replace("{echo}", last)
+        self.turn += 1
+        self.engine.ids = list(range(prompt))
+        chunks = script.get("prefill_chunks", 1)
+        for chunk in range(chunks):
+            time.sleep(script.get("prefill", 0) / chunks)
+            yield Event("prefill", done=prompt * (chunk + 1) // chunks, total=prompt)
+        n, count = script.get("piece", 4), 0
+        first = time.perf_counter() - start
+        reason = "stop"
+        for at in range(0, len(text), n):
+            if len(self.engine.ids) >= self.context:
+                reason = "context"
+                break
+            yield Event("text", text[at : at + n])
+            self.engine.ids.append(0)
+            count += 1
+            time.sleep(script.get("delay", 0))
+        yield Event(
+            "end",
+            stats=Stats(prompt, 0, count, first, 100.0, 50.0, len(self.engine.ids), self.context, reason),
+        )
+
+
+def main() -> int:
+    script = json.loads(Path(sys.argv[1]).read_text())
+
+    def load(model: str, backend: str = "auto", **_: Any) -> ScriptedModel:
+        time.sleep(script.get("load", 0))
+        if model == "missing":
+            raise ModelNotFoundError(
+                "missing: no such folder, and not a Hugging Face id (ORG/NAME): check the path"
+            )
+        return ScriptedModel(
+            script, "scripted" if model == "demo" else model, "cpu" if backend == "auto" else backend
+        )
+
+    tinychat_mlx.load = load  # type: ignore[assignment]
+    from tinychat_mlx.apps.cli import main as run
+
+    return run(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

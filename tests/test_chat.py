@@ -1,0 +1,463 @@
+"""Whole conversations, typed into the real program in a pseudo-terminal and read off its screen."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+if sys.platform == "win32":
+    pytest.skip("needs a POSIX pseudo-terminal", allow_module_level=True)
+pexpect = pytest.importorskip("pexpect")
+pyte = pytest.importorskip("pyte")
+
+ROOT = Path(__file__).resolve().parent.parent
+DRIVER = ROOT / "tests" / "chat_driver.py"
+CTRL_C, CTRL_D, CTRL_J, CTRL_R, ENTER, UP = "\x03", "\x04", "\x0a", "\x12", "\r", "\x1b[A"
+
+
+class Screen:
+    """A person at a terminal: types, and sees what a terminal would show, scrollback included."""
+
+    def __init__(self, argv: list[str], rows: int, columns: int, env: dict[str, str]) -> None:
+        self.screen = pyte.HistoryScreen(columns, rows, history=10_000, ratio=0.001)
+        self.stream = pyte.ByteStream(self.screen)
+        self.child = pexpect.spawn(argv[0], argv[1:], dimensions=(rows, columns), env=env, timeout=20)
+        self.child.delaybeforesend = None
+        # Terminals answer the question for the cursor's place; so does this one.
+        self.screen.write_process_input = lambda data: self.child.send(data)
+        self.raw = b""
+
+    def pump(self, seconds: float = 0.05) -> bool:
+        """Show what the program wrote -> whether it still runs."""
+        try:
+            data = self.child.read_nonblocking(65536, timeout=seconds)
+        except pexpect.TIMEOUT:
+            return True
+        except pexpect.EOF:
+            return False
+        self.raw += data
+        self.stream.feed(data)
+        return True
+
+    def type(self, text: str) -> None:
+        self.child.send(text)
+
+    @property
+    def lines(self) -> list[str]:
+        """Scrollback and screen, as rows of text."""
+
+        def words(row: Any) -> str:
+            # pyte keeps an empty cell after a wide letter
+            return "".join(row[x].data for x in range(self.screen.columns)).rstrip()
+
+        return [words(r) for r in self.screen.history.top] + [
+            words(self.screen.buffer[y]) for y in range(self.screen.lines)
+        ]
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines)
+
+    def wait(self, wanted: str | Callable[[str], bool], seconds: float = 15) -> str:
+        """Until the screen shows it -> all text. Fails with the screen's picture."""
+        seen = wanted if callable(wanted) else lambda text: wanted in text
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            alive = self.pump()
+            if seen(self.text):
+                return self.text
+            if not alive:
+                break
+        raise AssertionError(f"never saw {wanted!r} in:\n{self.text.rstrip()}")
+
+    def prompt(self, seconds: float = 15) -> str:
+        """Until an empty prompt waits at the end."""
+        return self.wait(lambda text: self._at_prompt(), seconds)
+
+    def _at_prompt(self) -> bool:
+        row = "".join(self.screen.buffer[self.screen.cursor.y][x].data for x in range(self.screen.columns))
+        return row.strip() in ("❯", ">") and self.screen.cursor.x == 2
+
+    def say(self, text: str, seconds: float = 15) -> str:
+        """Type a line, wait for the answer to end -> all text."""
+        self.prompt()
+        self.type(text)
+        self.wait(text.split("\n")[-1][-20:])
+        self.type(ENTER)
+        self.pump(0.2)
+        return self.prompt(seconds)
+
+    def exit_code(self) -> int:
+        while self.pump():
+            pass
+        self.child.close()
+        return -self.child.signalstatus if self.child.signalstatus else self.child.exitstatus
+
+
+class Chats:
+    """Starts chats whose files live in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.open = folder, []
+
+    def __call__(
+        self, *args: str, rows: int = 24, columns: int = 80, env: dict[str, str] | None = None, **script: Any
+    ) -> Screen:
+        path = self.folder / f"script{len(self.open)}.json"
+        path.write_text(json.dumps(script))
+        own = {"TINYCHAT_DATA": str(self.folder / "data"), "TERM": "xterm-256color", "PYTHONPATH": str(ROOT)}
+        kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "VIRTUAL_ENV", "SYSTEMROOT")}
+        argv = [sys.executable, str(DRIVER), str(path), *args]
+        made = Screen(argv, rows, columns, kept | {"LANG": "C.UTF-8"} | own | (env or {}))
+        self.open.append(made)
+        return made
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Iterator[Chats]:
+    made = Chats(tmp_path)
+    yield made
+    for screen in made.open:
+        screen.child.close(force=True)
+
+
+def after(text: str, marker: str) -> str:
+    return text.rpartition(marker)[2]
+
+
+# the conversation --------------------------------------------------------------------------------------
+def test_header_names_model_size_quantisation_backend_reason_and_context(chats: Chats) -> None:
+    text = chats().prompt()
+    for fact in (
+        "scripted",
+        "llama 7.1 MB",
+        "int4 g128",
+        "cpu: Test CPU",
+        "no Apple or NVIDIA GPU found",
+        "2,048",
+    ):
+        assert fact in text
+
+
+def test_answer_is_shown_with_speed_and_context(chats: Chats) -> None:
+    text = chats(answers=["I am a test."]).say("who are you?")
+    assert "❯ who are you?\nI am a test.\n" in text
+    assert "50.0 tok/s" in text and "first token" in text and "context 7 / 2,048" in text
+
+
+def test_ctrl_d_and_exit_leave_with_code_0(chats: Chats) -> None:
+    for keys in (CTRL_D, "/exit" + ENTER):
+        chat = chats()
+        chat.prompt()
+        chat.type(keys)
+        assert chat.exit_code() == 0
+
+
+def test_ctrl_c_stops_the_answer_within_200_ms_and_keeps_what_was_said(chats: Chats, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    chat = chats(answers=["word " * 1000, "second"], delay=0.02, piece=5, log=str(log))
+    chat.prompt()
+    chat.type("go" + ENTER)
+    chat.wait("word word word")
+    start = time.monotonic()
+    chat.type(CTRL_C)
+    text = chat.wait("stopped after")
+    assert time.monotonic() - start < 0.2 + 0.15  # 150 ms: this test's own reading and painting of the screen
+    assert "what was said is kept" in text
+    chat.say("and now?")
+    asked = json.loads(log.read_text().splitlines()[-1])["messages"]
+    assert [m["role"] for m in asked] == ["user", "assistant", "user"]
+    assert asked[1]["content"].startswith("word word word")
+    assert len(asked[1]["content"]) < 5000
+
+
+def test_ctrl_c_at_the_prompt_clears_the_line_then_hints_and_never_leaves(chats: Chats) -> None:
+    chat = chats()
+    chat.prompt()
+    chat.type("half a thought")
+    chat.wait("half a thought")
+    chat.type(CTRL_C)
+    chat.prompt()
+    chat.type(CTRL_C)
+    chat.wait("press Ctrl-D")
+    assert "still here" in chat.say("still here")
+
+
+def test_ctrl_c_while_the_model_loads_ends_with_130(chats: Chats) -> None:
+    chat = chats(load=30)
+    chat.wait("loading")
+    chat.type(CTRL_C)
+    assert chat.exit_code() == 130
+    assert "Traceback" not in chat.text
+
+
+def test_ctrl_c_while_the_prompt_is_read_comes_back_to_the_prompt(chats: Chats) -> None:
+    chat = chats(prefill=3, prefill_chunks=30)
+    chat.prompt()
+    chat.type("long" + ENTER)
+    chat.wait("reading the prompt: ")
+    chat.type(CTRL_C)
+    assert "nothing was said" in chat.prompt()
+
+
+def test_a_slow_prompt_shows_its_progress(chats: Chats) -> None:
+    chat = chats(prefill=2, prefill_chunks=4, answers=["done"])
+    chat.prompt()
+    chat.type("long" + ENTER)
+    chat.wait("of 2 tokens (1 s)")
+    text = chat.prompt()
+    assert "reading the prompt" not in text and "done" in text
+
+
+def test_keys_typed_during_an_answer_reach_the_next_prompt_and_do_not_show_in_it(chats: Chats) -> None:
+    chat = chats(answers=["slow answer here", "{echo}!"], delay=0.15)
+    chat.prompt()
+    chat.type("first" + ENTER)
+    chat.wait("slow")
+    chat.type("second" + ENTER)
+    text = chat.wait("second!")
+    assert "slow answer here\n" in text
+
+
+def test_unknown_command_names_the_nearest(chats: Chats) -> None:
+    assert "did you mean /clear?" in chats().say("/claer")
+
+
+def test_clear_forgets_the_conversation_and_keeps_the_system_prompt(chats: Chats, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    chat = chats("--system", "Be brief.", log=str(log))
+    chat.say("one")
+    chat.say("/clear")
+    chat.say("two")
+    asked = json.loads(log.read_text().splitlines()[-1])["messages"]
+    assert asked == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "two"}]
+
+
+def test_help_lists_every_command(chats: Chats) -> None:
+    from tinychat_mlx.apps.chat.commands import COMMANDS
+
+    text = chats(rows=60).say("/help")
+    assert all(f"/{name}" in text for name in COMMANDS)
+
+
+def test_sampling_flags_reach_the_model(chats: Chats, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    chats("--temperature", "0.5", "--seed", "7", "--on-full", "slide", log=str(log)).say("hi")
+    asked = json.loads(log.read_text())
+    assert (asked["temperature"], asked["seed"], asked["on_full"]) == (0.5, 7, "slide")
+    assert "top_k" not in asked
+
+
+def test_context_full_is_said_and_the_message_comes_back(chats: Chats) -> None:
+    chat = chats(context=30, answers=["w " * 40], piece=2)
+    chat.prompt()
+    chat.type("first" + ENTER)
+    chat.wait("the answer was cut")
+    chat.prompt()
+    chat.type("does this fit" + ENTER)
+    text = chat.wait("error: the prompt has")
+    chat.wait(lambda text: after(text, "error:").count("does this fit") == 1)
+    assert "Traceback" not in text
+
+
+# Markdown ----------------------------------------------------------------------------------------------
+LONG = "\n".join(
+    f"Line {i} of **many**, with `code` and 日本語 🎉 to wrap around the end of a row of eighty."
+    for i in range(3000)
+)
+
+
+def test_an_answer_of_3000_lines_is_in_the_scrollback_exactly_once(chats: Chats) -> None:
+    chat = chats(answers=[LONG], piece=50, context=100_000)
+    text = chat.say("go", seconds=60)
+    body = text[text.index("Line 0 of") : text.index("first token")]
+    expected = LONG.replace("**", "").replace("`", "")
+    assert "".join(body.split()) == "".join(expected.split())
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+@pytest.mark.parametrize("piece", [1, 7])
+def test_no_letter_is_lost_at_any_width_or_piece(chats: Chats, columns: int, piece: int) -> None:
+    answer = (
+        "# Title\n\nSome **bold text which goes on and on until the row is over and beyond** and *more*.\n"
+        "An unclosed **marker that never ends although the row does, and the next, and the one after that as well, "
+        "until everyone has given up on it, for it is longer than four rows of forty letters, is it not\n"
+        "- item `one`\n  - item two, 日本語の文章はスペースなしで続きますから、どこで折り返しても構いません。ほんとうに。\n"
+        "```python\nx = [i for i in range(10)]\n\n# done\n```\n1. first\n2. second 🎉🎉\n> quoted"
+    )
+    chat = chats(answers=[answer], piece=piece, columns=columns, rows=40)
+    text = chat.say("go")
+    body = text[text.index("Title") : text.rindex("context")]
+    for gone in ("# Title", "**bold", "beyond**", "*more*", "`one`", "```", "- item"):
+        assert gone not in body
+    kept = (
+        answer.replace("# Title", "Title")
+        .replace("**bold", "bold")
+        .replace("beyond**", "beyond")
+        .replace("*more*", "more")
+    )
+    kept = (
+        kept.replace("`one`", "one")
+        .replace("```python", "python")
+        .replace("```", "")
+        .replace("- ", "•")
+        .replace("> ", "│")
+    )
+    letters = "".join(c for c in "".join(body.split()) if c != "─")
+    assert letters.startswith("".join(kept.split()))
+
+
+def test_a_table_is_aligned(chats: Chats) -> None:
+    text = chats(answers=["| a | bb |\n|---|---:|\n| 1 | 22 |\n| long | **3** |\n\nend"]).say("go")
+    rows = [r for r in text.split("\n") if "22" in r or "long" in r or "bb" in r]
+    assert len({r.rstrip().rfind(x) + len(x) for r, x in zip(rows, ("bb", "22", "3"), strict=True)}) == 1, (
+        rows
+    )
+    assert "|---" not in text and "**" not in text
+
+
+def test_the_answer_on_the_screen_never_shrinks(chats: Chats) -> None:
+    """Append-only: rows above the open tail never change once a later row exists."""
+    chat = chats(
+        answers=["para **one** is " + "long " * 60 + "\n\nsecond para\n\n- item\n- item\n\nend."], delay=0.005
+    )
+    chat.prompt()
+    chat.type("go" + ENTER)
+    best: list[str] = []
+    end = time.monotonic() + 10
+    while time.monotonic() < end and "first token" not in chat.text:
+        chat.pump(0.01)
+        rows = [r for r in after(chat.text, "❯ go\n").split("\n") if r]
+        fixed = rows[:-5]
+        assert fixed[: len(best)] == best[: len(fixed)]
+        best = fixed if len(fixed) > len(best) else best
+    assert len(best) > 3
+
+
+def test_escape_sequences_from_a_model_do_not_reach_the_terminal(chats: Chats) -> None:
+    chat = chats(answers=["safe\x1b]0;owned\x07 text \x1b[2Jend\x9b31m"])
+    text = chat.say("go")
+    assert "safe]0;owned text [2Jend31m" in text and b"owned\x07" not in chat.raw
+
+
+def test_made_narrower_in_the_middle_of_an_answer_it_goes_on(chats: Chats) -> None:
+    chat = chats(answers=["word " * 120], delay=0.01)
+    chat.prompt()
+    chat.type("go" + ENTER)
+    chat.wait("word word word")
+    chat.child.setwinsize(24, 40)
+    chat.screen.resize(24, 40)
+    assert "first token" in chat.prompt() or "context" in chat.text
+    assert "Traceback" not in chat.text
+
+
+# the line editor ---------------------------------------------------------------------------------------
+def sent(log: Path) -> str:
+    return str(json.loads(log.read_text().splitlines()[-1])["messages"][-1]["content"])
+
+
+def test_many_lines_by_alt_enter_ctrl_j_block_and_paste(chats: Chats, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    chat = chats(log=str(log), answers=["ok"], rows=50)
+    for keys in ("one\x1b\rtwo", f"one{CTRL_J}two", f'"""{ENTER}one{ENTER}two{ENTER}"""'):
+        chat.prompt()
+        chat.type(keys)
+        chat.wait("two")
+        chat.type(ENTER)
+        chat.wait("ok")
+        chat.prompt()
+        assert sent(log) == "one\ntwo"
+
+
+def test_a_paste_of_200_lines_is_one_message(chats: Chats, tmp_path: Path) -> None:
+    log, pasted = tmp_path / "log", "\n".join(f"line {i}" for i in range(200))
+    chat = chats(log=str(log), answers=["ok"])
+    chat.prompt()
+    chat.type(f"\x1b[200~{pasted}\x1b[201~")
+    chat.wait("line 199")
+    chat.type(ENTER)
+    chat.wait("first token")
+    assert sent(log) == pasted
+
+
+def test_history_is_kept_across_runs_and_searched(chats: Chats, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    first = chats(log=str(log))
+    first.say("remember the heron")
+    first.say("another thing")
+    first.type(CTRL_D)
+    first.exit_code()
+    second = chats(log=str(log))
+    second.prompt()
+    second.type(CTRL_R + "heron")
+    second.wait("remember the heron")
+    second.type(ENTER)
+    second.pump(0.3)
+    second.type(ENTER)
+    second.wait("first token")
+    assert sent(log) == "remember the heron"
+    assert (tmp_path / "data" / "history").stat().st_mode & 0o777 == 0o600
+
+
+def test_slash_opens_a_menu_of_commands(chats: Chats) -> None:
+    chat = chats()
+    chat.prompt()
+    chat.type("/cl")
+    assert "Forget the conversation" in chat.wait("Forget the conversation")
+
+
+# plain terminals ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("how", ["flag", "dumb"])
+def test_plain_writes_no_escape_sequence(chats: Chats, how: str) -> None:
+    chat = chats(
+        *(["--plain"] if how == "flag" else []),
+        env={"TERM": "dumb"} if how == "dumb" else {},
+        answers=["**hi**"],
+    )
+    chat.prompt()
+    chat.type("hello\n")
+    assert "**hi**" in chat.wait("tok/s")
+    chat.type(CTRL_D)
+    assert chat.exit_code() == 0
+    assert b"\x1b" not in chat.raw
+
+
+def test_no_color_writes_no_colour(chats: Chats) -> None:
+    chat = chats(env={"NO_COLOR": "1"}, answers=["# T\n`code` **b**"])
+    chat.say("hi")
+    import re
+
+    codes = {int(c) for m in re.findall(rb"\x1b\[([\d;]*)m", chat.raw) for c in m.split(b";") if c}
+    assert not {c for c in codes if 30 <= c <= 49 or 90 <= c <= 107}, codes
+
+
+def test_without_unicode_the_furniture_is_ascii(chats: Chats) -> None:
+    chat = chats("--plain", env={"PYTHONIOENCODING": "cp1252", "LC_ALL": "C"}, answers=["✓ fine 日本"])
+    chat.prompt()
+    chat.type("hello\n")
+    text = chat.wait("tok/s")
+    assert "? fine ??" in text and "Traceback" not in text
+    chat.type(CTRL_D)
+    assert chat.exit_code() == 0 and max(chat.raw) < 128
+
+
+def test_a_terminal_of_40_columns_and_10_rows_works(chats: Chats) -> None:
+    chat = chats(columns=40, rows=10, answers=["a long answer " * 30])
+    text = chat.say("hi")
+    assert max(len(row) for row in text.split("\n")) <= 40
+    assert text.count("a long") + text.count("a\nlong") >= 29
+
+
+def test_without_job_control_a_terminated_chat_leaves_the_terminal_usable(chats: Chats) -> None:
+    chat = chats()
+    chat.prompt()
+    os.kill(chat.child.pid, signal.SIGTERM)
+    assert chat.exit_code() in (-signal.SIGTERM, 0, 143)

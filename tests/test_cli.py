@@ -1,0 +1,252 @@
+"""The command line as programs and scripts see it: streams, exit codes, start-up cost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DRIVER = ROOT / "tests" / "chat_driver.py"
+ENV = {k: v for k, v in os.environ.items() if not k.startswith("TINYCHAT_")} | {"PYTHONPATH": str(ROOT)}
+
+
+def tinychat(*args: str, stdin: str | None = None, env: dict[str, str] | None = None) -> Any:
+    """The command line with no scripted model."""
+    argv = [sys.executable, "-m", "tinychat_mlx", *args]
+    return subprocess.run(
+        argv, input=stdin, capture_output=True, check=False, text=True, env=ENV | (env or {}), timeout=60
+    )
+
+
+@pytest.fixture
+def scripted(tmp_path: Path) -> Any:
+    """The command line over a scripted model."""
+
+    def run(*args: str, stdin: str | None = None, env: dict[str, str] | None = None, **script: Any) -> Any:
+        (tmp_path / "script.json").write_text(json.dumps(script))
+        return subprocess.run(
+            [sys.executable, str(DRIVER), str(tmp_path / "script.json"), *args],
+            input=stdin,
+            capture_output=True,
+            check=False,
+            text=True,
+            encoding="utf-8",
+            env=ENV | {"TINYCHAT_DATA": str(tmp_path / "data"), "PYTHONUTF8": "1"} | (env or {}),
+            timeout=60,
+        )
+
+    return run
+
+
+# start-up ----------------------------------------------------------------------------------------------
+def test_help_and_version_import_nothing_heavy() -> None:
+    code = (
+        "import sys; from tinychat_mlx.apps.cli import main; main(['--help']); main(['--version']);"
+        "main(['chat', '--help']); main(['run', '--help']);"
+        "heavy = {'numpy', 'rich', 'prompt_toolkit', 'tokenizers', 'jinja2', 'torch', 'transformers', 'mlx',"
+        " 'huggingface_hub', 'asyncio', 'platformdirs'};"
+        "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, check=False, text=True, env=ENV, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="children's CPU time is not told there")
+def test_help_takes_at_most_150_ms() -> None:
+    """CPU time, best of five: what the command costs on an idle machine, whatever else this one does."""
+    import resource
+
+    costs = []
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert tinychat("--help").returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        costs.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(costs) <= 0.15
+
+
+def test_help_lists_only_commands_that_exist() -> None:
+    from importlib.util import find_spec
+
+    from tinychat_mlx.apps.cli import COMMANDS
+
+    done = tinychat("--help")
+    listed = done.stdout.partition("Commands:")[2]
+    for name, (module, _, _) in COMMANDS.items():
+        try:
+            there = find_spec(f"tinychat_mlx.{module}") is not None
+        except ModuleNotFoundError:
+            there = False
+        assert (f"\n  {name} " in listed) == there
+    assert done.stderr == "" and "chat" in listed and "run" in listed
+
+
+def test_every_listed_command_opens_its_help() -> None:
+    from click.testing import CliRunner
+
+    from tinychat_mlx.apps.cli import cli
+
+    for name in cli.list_commands(None):  # type: ignore[arg-type]
+        done = CliRunner().invoke(cli, [name, "--help"])
+        assert done.exit_code == 0 and done.output.startswith("Usage:"), name
+
+
+# run ---------------------------------------------------------------------------------------------------
+def test_run_prints_the_answer_alone(scripted: Any) -> None:
+    done = scripted("run", "hello", answers=["**Hi** there"], stdin="")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "**Hi** there\n", "")
+
+
+def test_run_answers_what_is_piped_in(scripted: Any) -> None:
+    done = scripted("run", stdin="hi\n")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "hi\n", "")
+
+
+@pytest.mark.parametrize("words", [["sum", "this"], ["sum this", "-"], ["-", "sum this"]])
+def test_piped_text_is_joined_to_the_prompt(scripted: Any, words: list[str]) -> None:
+    assert scripted("run", *words, stdin="a\nb\n").stdout == "sum this\n\na\nb\n"
+
+
+def test_json_has_the_keys_programs_rely_on(scripted: Any) -> None:
+    done = scripted("run", "--json", "x", answers=["ä\n✓"], stdin="")
+    made = json.loads(done.stdout)
+    assert made["text"] == "ä\n✓" and made["finish_reason"] == "stop"
+    assert {"prompt_tokens", "completion_tokens", "ttft_s", "decode_tok_s"} <= set(made)
+    assert done.stdout.count("\n") == 1 and done.stderr == ""
+
+
+def test_flags_win_over_the_environment(scripted: Any, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    env = {"TINYCHAT_TEMPERATURE": "0.2", "TINYCHAT_TOP_K": "5", "TINYCHAT_SYSTEM": "Env."}
+    scripted(
+        "run", "x", "--temperature", "0.9", "--stop", "A", "--stop", "B", stdin="", env=env, log=str(log)
+    )
+    asked = json.loads(log.read_text())
+    assert (asked["temperature"], asked["top_k"], asked["stop"]) == (0.9, 5, ["A", "B"])
+    assert asked["messages"][0] == {"role": "system", "content": "Env."}
+
+
+def test_system_prompt_may_come_from_a_file(scripted: Any, tmp_path: Path) -> None:
+    (tmp_path / "s.txt").write_text("From a file.\n")
+    scripted("run", "x", "--system", f"@{tmp_path / 's.txt'}", stdin="", log=str(tmp_path / "log"))
+    assert json.loads((tmp_path / "log").read_text())["messages"][0]["content"] == "From a file."
+    done = scripted("run", "x", "--system", f"@{tmp_path / 'absent'}", stdin="")
+    assert done.returncode == 2 and "absent" in done.stderr
+
+
+def test_an_answer_cut_by_the_context_says_so_on_stderr(scripted: Any) -> None:
+    done = scripted("run", "x", answers=["w " * 100], context=20, piece=2, stdin="")
+    assert done.returncode == 0 and "context of 20 tokens" in done.stderr and done.stdout.startswith("w w")
+
+
+# errors ------------------------------------------------------------------------------------------------
+def one_line(done: Any) -> bool:
+    return bool(done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and done.stdout == "")
+
+
+def test_a_model_that_is_not_there_is_one_line_and_exit_1(scripted: Any) -> None:
+    for command in ("run", "chat"):
+        done = scripted(command, "-m", "missing", stdin="hi")
+        assert done.returncode == 1 and one_line(done), done.stderr
+    assert "Traceback" in scripted("run", "-m", "missing", "--debug", stdin="hi").stderr
+
+
+def test_a_folder_that_is_not_there_is_one_line_and_exit_1() -> None:
+    done = tinychat("run", "-m", "./no/such/folder", "hi", stdin="")
+    assert done.returncode == 1 and one_line(done) and "no/such/folder" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["nonsense"],
+        ["run", "--nonsense"],
+        ["run"],
+        ["run", "x", "--temperature", "-1"],
+        ["run", "x", "--top-p", "0"],
+        ["run", "x", "--max-tokens", "0"],
+        ["run", "x", "--backend", "tpu"],
+    ],
+)
+def test_wrong_use_is_exit_2_with_usage(args: list[str]) -> None:
+    done = tinychat(*args, stdin="")
+    assert done.returncode == 2 and done.stdout == "" and "Usage:" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_prompt_longer_than_the_context_is_one_line(scripted: Any) -> None:
+    done = scripted("run", "w " * 100, context=20, stdin="")
+    assert done.returncode == 1 and one_line(done)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_ctrl_c_ends_run_with_130_and_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "s.json").write_text(json.dumps({"answers": ["word " * 1000], "delay": 0.02}))
+    argv = [sys.executable, str(DRIVER), str(tmp_path / "s.json"), "run", "go"]
+    child = subprocess.Popen(
+        argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENV
+    )
+    assert child.stdout is not None
+    child.stdout.read(8)  # the answer has begun
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=10)
+    assert child.returncode == 130 and err == b""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")
+def test_a_broken_pipe_is_quiet(tmp_path: Path) -> None:
+    (tmp_path / "s.json").write_text(json.dumps({"answers": ["word " * 1000], "delay": 0.001}))
+    argv = [sys.executable, str(DRIVER), str(tmp_path / "s.json"), "run", "go"]
+    child = subprocess.Popen(
+        argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENV
+    )
+    assert child.stdout is not None and child.stderr is not None
+    child.stdout.read(8)
+    child.stdout.close()
+    assert child.stderr.read() == b"" and child.wait(timeout=30) == 0
+
+
+# chat without a terminal -------------------------------------------------------------------------------
+def test_a_piped_chat_writes_answers_to_stdout_and_the_rest_to_stderr(scripted: Any) -> None:
+    done = scripted("chat", stdin="hello\n/help\nand you?\n", answers=["**one**", "two"])
+    assert (done.returncode, done.stdout) == (0, "**one**\ntwo\n")
+    assert "first token" in done.stderr and "/clear" in done.stderr and "\x1b" not in done.stderr
+
+
+def test_tinychat_alone_is_the_chat(scripted: Any) -> None:
+    assert scripted(stdin="hello\n").stdout == "hello\n"
+    assert scripted("-m", "demo", "--plain", stdin="hello\n").stdout == "hello\n"
+
+
+def test_an_encoding_without_the_answers_letters_replaces_them(scripted: Any) -> None:
+    for command in (["run", "x"], ["chat"]):
+        done = scripted(
+            *command, stdin="x\n", answers=["✓ ok"], env={"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
+        )
+        assert (done.returncode, done.stdout) == (0, "? ok\n"), done.stderr
+
+
+def test_a_chat_works_where_nothing_can_be_written(scripted: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = scripted("chat", stdin="hello\n", env={"TINYCHAT_DATA": str(tmp_path / "file" / "x")})
+    assert (done.returncode, done.stdout) == (0, "hello\n") and "not saved" in done.stderr
+
+
+def test_run_imports_neither_a_framework_nor_the_chats_libraries(tmp_path: Path) -> None:
+    (tmp_path / "s.json").write_text("{}")
+    argv = [sys.executable, "-X", "importtime", str(DRIVER), str(tmp_path / "s.json"), "run", "x"]
+    done = subprocess.run(
+        argv, stdin=subprocess.DEVNULL, capture_output=True, check=False, text=True, env=ENV
+    )
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "numpy" in imported  # the list is one
+    assert not imported & {"torch", "transformers", "mlx", "rich", "prompt_toolkit", "asyncio", "markdown_it"}
