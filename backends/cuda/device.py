@@ -1,0 +1,104 @@
+"""Which device the cuda backend runs on, how much memory it may use, and what to say when there is none."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import torch
+
+from tinychat_mlx.errors import BackendError
+
+ENVIRONMENT = "TINYCHAT_CUDA_DEVICE"  # "cpu": the pure-torch path on CPU tensors, for tests; or "0", "1", …
+RESERVE = 256 << 20  # bytes left alone on a card of its own: context, cuBLAS workspace
+RESERVE_SHARED = 768 << 20  # and where CPU and GPU share their memory: the system must live on
+OLDEST = (7, 5)  # the kernels need tensor cores of Turing or newer
+
+
+def find() -> torch.device:
+    """-> the device to use. Raises BackendError in one line when there is none."""
+    asked = os.environ.get(ENVIRONMENT, "").strip().removeprefix("cuda:")
+    if asked == "cpu":
+        return torch.device("cpu")
+    if asked and not asked.isdecimal():
+        raise BackendError(f"{ENVIRONMENT} must be cpu or the number of a GPU, not {asked!r}")
+    if torch.version.cuda is None:
+        raise BackendError(
+            f"cuda: torch {torch.__version__} was built without CUDA: install NVIDIA's or pytorch.org's CUDA "
+            "build of it, or use --backend cpu"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exception says the same
+            torch.cuda.init()  # type: ignore[no-untyped-call]
+            device = torch.device("cuda", int(asked or 0))
+            if device.index >= torch.cuda.device_count():
+                raise BackendError(
+                    f"{ENVIRONMENT}={asked}: this machine has {torch.cuda.device_count()} CUDA device(s)"
+                )
+            torch.cuda.set_device(device)
+            torch.ones(1, device=device).add_(1).item()  # finds a torch without code for this GPU
+    except (RuntimeError, AssertionError) as e:
+        raise BackendError(f"cuda: {explain(str(e))}") from None
+    return device
+
+
+def explain(text: str) -> str:
+    """torch's many lines about a GPU it cannot use -> one that says what to do."""
+    first = next((line.strip() for line in text.splitlines() if line.strip()), "torch gave no reason")
+    if "no NVIDIA driver" in text or "driver shared library" in text:
+        return "no NVIDIA driver is loaded on this machine: install it, or use --backend cpu"
+    if "driver" in text and "too old" in text:
+        return (
+            f"the NVIDIA driver is too old for torch {torch.__version__} (CUDA {torch.version.cuda}): "
+            "update the driver, or install a torch built for an older CUDA"
+        )
+    if "no kernel image" in text:
+        return (
+            f"torch {torch.__version__} holds no code for this GPU: install a build for it "
+            "(on a Jetson: NVIDIA's own wheel)"
+        )
+    if "No CUDA GPUs" in text or "no CUDA-capable device" in text:
+        return "no CUDA GPU is visible (CUDA_VISIBLE_DEVICES?): use --backend cpu"
+    return f"the GPU cannot be used: {first}"
+
+
+def is_shared(device: torch.device) -> bool:
+    """Whether CPU and GPU use one memory (a Jetson): bytes taken by either are gone for both."""
+    if device.type != "cuda":
+        return True
+    return bool(getattr(torch.cuda.get_device_properties(device), "is_integrated", False))
+
+
+def available(device: torch.device) -> int:
+    """Bytes that may still be allocated before the device suffers; 0 if unknown.
+
+    On shared memory the driver's "free" leaves out the page cache, where the mapped checkpoint lies and
+    which the kernel gives back when asked; MemAvailable counts it, and every byte once.
+    """
+    if device.type != "cuda":
+        return mem_available()
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if is_shared(device) and (system := mem_available()):
+        return max(system + cached - RESERVE_SHARED, 0)
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(free + cached - RESERVE, 0)
+
+
+def mem_available(path: str = "/proc/meminfo") -> int:
+    """Linux's estimate of bytes that can be had without swapping; 0 elsewhere."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 0)
+
+
+def refuse(needed: int, what: str, device: torch.device, advice: str) -> None:
+    """Raise BackendError, before anything is allocated, if `needed` bytes are not there."""
+    free = available(device)
+    if free and needed > free:
+        raise BackendError(
+            f"{what} needs {needed / 2**30:.2f} GiB, {device} has {free / 2**30:.2f} GiB to give: {advice}"
+        )

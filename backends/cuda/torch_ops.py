@@ -1,0 +1,232 @@
+"""The whole contract in plain torch: right on every device torch has, and the fall-back of every kernel.
+
+Activations between layers stay float32: fp16's range ends at 65504, which residuals of real models pass.
+What a matrix product reads is in the backend's dtype; what it writes is too, except for up to FEW rows,
+where float32 costs nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from tinychat_mlx.backend import Attention, Backend, Cache, CacheShape, Memory, Norm, Rope, Step, Tensor
+from tinychat_mlx.backends.cuda import device as devices
+from tinychat_mlx.backends.cuda import weights
+from tinychat_mlx.backends.cuda.attention import attend
+from tinychat_mlx.backends.cuda.cache import CudaCache, cache_nbytes
+from tinychat_mlx.backends.cuda.weights import CudaHandle, DenseHandle, TiledHandle
+from tinychat_mlx.errors import BackendError
+from tinychat_mlx.weight import F32, Dense, Packed, Weight
+
+FEW = 8  # rows: an mma has eight columns
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+Held = TypeVar("Held", DenseHandle, TiledHandle, CudaCache)
+
+
+def guarded(method: Method) -> Method:
+    """Out of memory inside a method -> a BackendError in one line; what was half made is freed."""
+
+    @functools.wraps(method)
+    def wrapper(self: TorchBackend, *args: Any) -> Any:
+        try:
+            return method(self, *args)
+        except torch.cuda.OutOfMemoryError as e:
+            text = str(e).splitlines()[0]
+        # Outside the handler the traceback, and with it the method's tensors, is gone.
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        raise BackendError(
+            f"{self.device} is out of memory in {method.__name__} ({text}): "
+            "use a smaller --context or model, or close other programs that use the GPU"
+        )
+
+    return cast(Method, wrapper)
+
+
+class TorchBackend(Backend):
+    """Runs wherever torch does. dtype: what weights, matrix products and the KV cache are in."""
+
+    name = "torch"
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, int8_kv: bool = False) -> None:
+        self.device, self.dtype, self.int8_kv = device, dtype, int8_kv
+        self._held = self._peak = 0
+        self._angles: tuple[Step, Rope, torch.Tensor, torch.Tensor] | None = None
+
+    # load ---------------------------------------------------------------------------------------
+    @guarded
+    def put(self, array: npt.NDArray[Any]) -> Tensor:
+        """Floats become float32: norm weights and frequencies are used in float32."""
+        x = weights.upload(array, self.device)
+        return x.float() if x.is_floating_point() else x
+
+    def ids(self, ids: Sequence[int]) -> Tensor:
+        return torch.tensor(ids, dtype=torch.int32).to(self.device)
+
+    @guarded
+    def pack(self, weight: Weight) -> CudaHandle:
+        itemsize = self.dtype.itemsize
+        if isinstance(weight, Packed) and (group := weights.stored_group(weight.group_size)) is not None:
+            w_bit = 8 if weight.w_bit == 8 else 4
+            self._refuse(weights.tiled_nbytes(weight.shape, w_bit, group, itemsize), weight.name)
+            return self._hold(weights.pack_tiled(weight, self.device, self.dtype))
+        self._refuse(weight.shape[0] * weight.shape[1] * itemsize, weight.name)
+        if isinstance(weight, Packed):
+            self.announce(f"groups of {weight.group_size} have no kernel: held as {self.dtype}")
+            weight = Dense(weight.name, weight.to_float32(), weight.bias)
+        return self._hold(weights.pack_dense(weight, self.device, self.dtype))
+
+    @guarded
+    def new_cache(self, shape: CacheShape, capacity: int) -> CudaCache:
+        size = cache_nbytes(shape, capacity, self.dtype.itemsize, self.int8_kv)
+        advice = "use a smaller --context" + ("" if self.int8_kv else ", or TINYCHAT_CUDA_KV=int8")
+        devices.refuse(size, f"a KV cache of {capacity} tokens", self.device, advice)
+        cache = CudaCache(shape, capacity, self.device, self.dtype, self.int8_kv)
+        return self._hold(cache)
+
+    def announce(self, text: str) -> None:
+        """Name a fall-back aloud, once: the user should know what is slow and why."""
+        import warnings
+
+        warnings.warn(f"cuda: {text}", stacklevel=3)
+
+    def _refuse(self, size: int, name: str) -> None:
+        advice = "use a smaller or a 4-bit model, or close other programs that use the memory"
+        devices.refuse(size, f"the model (at {name})", self.device, advice)
+
+    def _hold(self, thing: Held) -> Held:
+        size = thing.nbytes
+        self._held += size
+        self._peak = max(self._peak, self._held)
+        weakref.finalize(thing, self._release, size)
+        return thing
+
+    def _release(self, size: int) -> None:
+        self._held -= size
+
+    # step primitives ----------------------------------------------------------------------------
+    @guarded
+    def embed(self, table: Any, ids: torch.Tensor) -> torch.Tensor:
+        if isinstance(table, DenseHandle):
+            return table.w[ids].float()
+        assert isinstance(table, TiledHandle)
+        rows = weights.dense_tiles(table, ids // weights.TILE, torch.float32)
+        at = torch.arange(len(ids), device=ids.device) * weights.TILE + ids % weights.TILE
+        return rows[at]
+
+    @guarded
+    def linear(self, x: torch.Tensor, w: Any) -> torch.Tensor:
+        x = x.to(self.dtype)
+        y = F.linear(x, w.w) if isinstance(w, DenseHandle) else self.tiled_linear(x, w)
+        y = y.float() if x.shape[0] <= FEW else y
+        return y if w.bias is None else (y + w.bias).to(y.dtype)
+
+    def tiled_linear(self, x: torch.Tensor, w: TiledHandle) -> torch.Tensor:
+        """x (T, K) times packed weights, made dense a slab at a time."""
+        n, k = w.shape
+        y = torch.empty((x.shape[0], n), dtype=self.dtype, device=x.device)
+        step = max(weights.SLAB // (weights.TILE * k), 1)
+        for at in range(0, w.codes.shape[0], step):
+            rows = slice(at * weights.TILE, min((at + step) * weights.TILE, n))
+            dense = weights.dense_tiles(w, slice(at, at + step), self.dtype)[: rows.stop - rows.start]
+            y[:, rows] = F.linear(x, dense)
+        return y
+
+    @guarded
+    def norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        h = x.float()
+        if norm.kind == "layer":
+            h = h - h.mean(-1, keepdim=True)
+        y = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
+        return self._narrow(y if norm.bias is None else y + norm.bias, x)
+
+    def _narrow(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """What feeds a matrix product is in dtype; heads (T, H, D) keep what they came in."""
+        return y.to(x.dtype if x.dim() == 3 else self.dtype)
+
+    @guarded
+    def rope(self, x: torch.Tensor, rope: Rope, step: Step) -> torch.Tensor:
+        cos, sin = self.angles(rope, step)
+        n = 2 * cos.shape[-1]
+        h = x[..., :n].float()
+        a, b = (h[..., 0::2], h[..., 1::2]) if rope.interleaved else h.chunk(2, -1)
+        pair = (a * cos - b * sin, a * sin + b * cos)
+        y = torch.stack(pair, -1).flatten(-2) if rope.interleaved else torch.cat(pair, -1)
+        return torch.cat((y.to(x.dtype), x[..., n:]), -1)
+
+    def angles(self, rope: Rope, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos, sin (T, 1, R/2) float32, computed once for all the layers of a step that share a table."""
+        if self._angles is None or self._angles[0] is not step or self._angles[1] is not rope:
+            angle = step.positions.float()[:, None, None] * rope.inv_freq
+            self._angles = (step, rope, angle.cos() * rope.factor, angle.sin() * rope.factor)
+        return self._angles[2], self._angles[3]
+
+    @guarded
+    def attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Attention, step: Step
+    ) -> torch.Tensor:
+        outputs, row = [], 0
+        for segment in step.segments:
+            cache = own(segment.cache)
+            rows, end = slice(row, row + segment.rows), cache.length + segment.rows
+            cache.append(spec.layer, cache.length, k[rows], v[rows])
+            keys, values = cache.read(spec.layer, end, self.dtype)
+            outputs.append(attend(q[rows].to(self.dtype), keys, values, spec))
+            row += segment.rows
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    @guarded
+    def act(self, x: torch.Tensor, kind: str) -> torch.Tensor:
+        return ACTIVATIONS[kind](x.float()).to(self.dtype)
+
+    @guarded
+    def glu(self, gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
+        return (ACTIVATIONS[kind](gate.float()) * up).to(self.dtype)
+
+    @guarded
+    def add(self, a: torch.Tensor, b: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return torch.add(a.float(), b, alpha=scale)
+
+    def scale(self, x: torch.Tensor, factor: float) -> torch.Tensor:
+        return x * factor
+
+    @guarded
+    def softcap(self, x: torch.Tensor, cap: float) -> torch.Tensor:
+        return torch.tanh(x / cap) * cap
+
+    # whole steps ----------------------------------------------------------------------------------
+    def to_host(self, x: torch.Tensor) -> F32:
+        host: F32 = np.array(x.float().cpu().numpy())
+        return host
+
+    def memory(self) -> Memory:
+        """What this backend holds; on a GPU all that torch has allocated there."""
+        used, peak = self._held, self._peak
+        if self.device.type == "cuda":
+            used = torch.cuda.memory_allocated(self.device)
+            peak = torch.cuda.max_memory_allocated(self.device)
+        free = devices.available(self.device)
+        return Memory(used, peak, used + free if free else 0)
+
+
+def own(cache: Cache) -> CudaCache:
+    assert isinstance(cache, CudaCache), "a cache of another backend"
+    return cache
+
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+}
