@@ -28,10 +28,11 @@ class Quantization:
 
     format: str  # "dense", "mlx", "awq-gemm", "awq-gemv", "awq-gemv-fast", "llm-awq", "compressed-tensors"
     w_bit: int
-    group_size: int  # 0: no groups
+    group_size: int  # 0: no groups; -1: one a row
 
     def describe(self) -> str:
-        return f"int{self.w_bit} g{self.group_size}" if self.group_size else f"{self.w_bit}-bit floats"
+        groups = "per channel" if self.group_size < 0 else f"g{self.group_size}"
+        return f"int{self.w_bit} {groups}" if self.group_size else f"{self.w_bit}-bit floats"
 
 
 class Checkpoint:
@@ -150,8 +151,9 @@ class Checkpoint:
 
     def _describe(self) -> Quantization:
         if self._layout is None:
-            widest = max((self.info(name)[0] for name in self._files), key="F16 BF16 F32".find, default="F16")
-            return Quantization("dense", 32 if widest == "F32" else 16, 0)
+            largest = max(self._files, key=lambda name: self._files[name].nbytes(name), default=None)
+            wide = largest is not None and self.info(largest)[0] == "F32"
+            return Quantization("dense", 32 if wide else 16, 0)
         return Quantization(self._layout.name, self._layout.w_bit, self._layout.group_size)
 
 

@@ -161,9 +161,13 @@ def _header(path: Path, data: mmap.mmap) -> tuple[dict[str, Any], int]:
         _bad(path, f"header ends at byte {8 + length}, the file has {len(data)}", "download it again")
     if data[8:9] != b"{" or not length:
         _bad(path, "no '{' at byte 8, where the header begins", "is it safetensors at all?")
+    with memoryview(data) as view, view[8 : 8 + length] as header:
+        return _parse(path, header), 8 + length
+
+
+def _parse(path: Path, header: memoryview) -> dict[str, Any]:
     try:
-        with memoryview(data) as view, view[8 : 8 + length] as header:
-            text = str(header, "utf-8")
+        text = str(header, "utf-8")
     except UnicodeDecodeError as error:
         _bad(path, f"header is not UTF-8 at byte {8 + error.start}")
     try:
@@ -184,7 +188,7 @@ def _header(path: Path, data: mmap.mmap) -> tuple[dict[str, Any], int]:
         _bad(path, f"header holds {error}")
     except RecursionError:
         _bad(path, "header is nested too deeply")
-    return parsed, 8 + length
+    return parsed
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -197,8 +201,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > 19:  # over 2**63; and a million digits would take minutes to convert
-        raise _BadHeader(f"the number {digits[:20]}…, which no file can hold")
+    if len(digits) > 19 or digits[0] == "-":  # over 2**63; a million digits would take minutes to convert
+        raise _BadHeader(f"the number {digits[:20]}, which is no size")
     return int(digits)
 
 

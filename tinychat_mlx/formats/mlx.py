@@ -65,7 +65,7 @@ def mlx_entries(weight: Weight, dtype: str = "F16") -> list[Entry]:
     """A weight as tensors that mlx-lm loads; scales, biases and bias in `dtype`, that of the activations.
 
     Codes are kept. Scales and biases that `dtype` cannot hold are rounded: for AWQ's -zero * scale in
-    float16 by at most 0.005 steps of the codes.
+    float16 by at most 15 / 2048 steps of the codes.
     """
     name = weight.name
     if isinstance(weight, Dense):

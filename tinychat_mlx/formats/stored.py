@@ -117,7 +117,7 @@ def biases_of(zeros: npt.NDArray[np.uint8], scales: Array) -> Array:
     """-> -zeros * scales, (N, K / G), exactly: float16 where that holds every product, else float32.
 
     float16 has 11 bits and a zero has 4, so a product has at most 15 of float32's 24; float16 holds
-    about half of them, and rounding would move a weight by up to 0.005 steps.
+    about half of them; rounding the others moves a weight by up to 15 / 2048 steps of the codes.
     """
     exact = -(zeros * scales.astype(np.float32))
     if scales.dtype != np.float16:
