@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_models import VARIANTS, tiny
+from tiny_models import RENAMED, VARIANTS, tiny
 
 import tinychat_mlx
 from tinychat_mlx.arch import ARCHITECTURES
@@ -22,7 +22,7 @@ def load(folder: Path, backend: str) -> tinychat_mlx.Model:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, *RENAMED])
 def test_logits_equal_transformers(variant: str, backend: str, tiny_root: Path) -> None:
     t = tiny(variant, tiny_root)
     got = load(t.folder, backend).logits(t.ids)
@@ -31,7 +31,7 @@ def test_logits_equal_transformers(variant: str, backend: str, tiny_root: Path) 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, *RENAMED])
 def test_pieces_and_single_steps_equal_one_pass(variant: str, backend: str, tiny_root: Path) -> None:
     t = tiny(variant, tiny_root)
     model = load(t.folder, backend)
@@ -49,7 +49,7 @@ def test_pieces_and_single_steps_equal_one_pass(variant: str, backend: str, tiny
 
 
 def test_every_architecture_has_a_tiny_model() -> None:
-    assert {kind for kind, _ in VARIANTS.values()} == set(ARCHITECTURES)
+    assert {kind for kind, _ in VARIANTS.values()} | {v.split("-")[0] for v in RENAMED} == set(ARCHITECTURES)
 
 
 def test_earlier_logits_do_not_see_later_tokens(tiny_root: Path) -> None:

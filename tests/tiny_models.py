@@ -32,6 +32,8 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 LINEAR = {"rope_type": "linear", "rope_theta": 2e4, "factor": 4.0}
+MULTI_HEAD = {"opt", "gpt_bigcode", "gptj", "gpt_neox", "falcon", "bloom", "mpt"}  # know no such key
+GROUPED = {"num_key_value_heads", "intermediate_size"}
 # Every optional feature gets a value that is not neutral, or the test would prove nothing.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -49,7 +51,71 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3",
         {"head_dim": 16, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
     ),
+    "ministral": (
+        "ministral",
+        {"head_dim": 16, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
+    "internlm3": ("internlm3", {"head_dim": 16, "qkv_bias": True, "bias": True}),
+    "smollm3": ("smollm3", {"no_rope_layer_interval": 2}),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 2.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.5,
+            "logits_scaling": 3.0,
+        },
+    ),
+    "phi3": ("phi3", {"sliding_window": 9}),
+    "phi3-longrope": (
+        "phi3",
+        {
+            "max_position_embeddings": 128,
+            "original_max_position_embeddings": 32,
+            "partial_rotary_factor": 0.75,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+                "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+                "original_max_position_embeddings": 32,
+                "partial_rotary_factor": 0.75,
+            },
+        },
+    ),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {"sliding_window": 5}),
+    "exaone4": ("exaone4", {"sliding_window": 5, "sliding_window_pattern": 2}),
+    "gemma": ("gemma", {"head_dim": 32}),
+    "gemma2": ("gemma2", {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 5}),
+    "gemma3": (
+        "gemma3_text",
+        {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 5, "final_logit_softcapping": 3.0},
+    ),
+    "glm": ("glm", {"head_dim": 16}),
+    "glm4": ("glm4", {"head_dim": 16}),
+    "stablelm": ("stablelm", {"use_qkv_bias": True}),
+    "stablelm-parallel": ("stablelm", {"use_parallel_residual": True}),
+    "starcoder2": ("starcoder2", {"sliding_window": 5, "use_bias": True}),
+    "cohere": ("cohere", {"logit_scale": 0.25}),
+    "cohere2": ("cohere2", {"logit_scale": 0.25, "sliding_window": 5, "sliding_window_pattern": 2}),
+    "phi": ("phi", {}),
+    "opt": ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "gpt_bigcode": ("gpt_bigcode", {"n_inner": 96}),
+    "gpt_bigcode-mha": ("gpt_bigcode", {"multi_query": False}),
+    "gptj": ("gptj", {"rotary_dim": 8}),
+    "gpt_neox": ("gpt_neox", {"rotary_pct": 0.5, "intermediate_size": 96}),
+    "gpt_neox-serial": ("gpt_neox", {"use_parallel_residual": False, "intermediate_size": 96}),
+    "falcon-7b": ("falcon", {}),
+    "falcon-40b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-rw": ("falcon", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}),
+    "bloom": ("bloom", {"num_attention_heads": 6, "hidden_size": 96}),
+    "mpt": ("mpt", {"num_attention_heads": 6, "hidden_size": 96, "max_seq_len": 128, "expansion_ratio": 4}),
 }
+
+
+# Families whose code is not in transformers, but which compute what Llama does: a Llama, stored their way.
+RENAMED = {"internlm2": "llama-mha", "internlm2-gqa": "llama-llama3", "exaone": "llama-llama3"}
 
 
 @dataclass(frozen=True)
@@ -71,12 +137,55 @@ def build(variant: str, seed: int = 0) -> Any:
     logging.disable_progress_bar()
     kind, extra = VARIANTS[variant]
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(kind, **(BASE | extra))
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    base = {k: v for k, v in BASE.items() if kind not in MULTI_HEAD or k not in GROUPED}
+    config = AutoConfig.for_model(kind, **(base | extra))
+    # transformers 5.23's eager Falcon adds ALiBi twice, in the mask and to the scores; its default path once
+    implementation = "sdpa" if kind == "falcon" else "eager"
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).float().eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.05)
     return model
+
+
+def save_renamed(model: Any, model_type: str, folder: Path) -> None:
+    """Write a Llama as another family stores it, by that family's published layout."""
+    import json
+
+    from safetensors.numpy import save_file
+
+    config, state = model.config, {k: v.detach().numpy() for k, v in model.state_dict().items()}
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if model_type == "internlm2":  # wqkv: for each kv head its queries, its key, its value
+        table = [
+            ("model.embed_tokens", "model.tok_embeddings"), ("lm_head", "output"), ("self_attn.o_proj", "attention.wo"),
+            ("post_attention_layernorm", "ffn_norm"), ("input_layernorm", "attention_norm"),
+            ("mlp.gate_proj", "feed_forward.w1"), ("mlp.up_proj", "feed_forward.w3"),
+            ("mlp.down_proj", "feed_forward.w2"),
+        ]  # fmt: skip
+        for i in range(LAYERS):
+            q, k, v = (state.pop(f"model.layers.{i}.self_attn.{p}_proj.weight") for p in "qkv")
+            wide = q.reshape(groups, heads // groups, -1, q.shape[1])
+            parts = [wide, *(t.reshape(groups, 1, -1, q.shape[1]) for t in (k, v))]
+            fused = np.concatenate(parts, axis=1).reshape(-1, q.shape[1])
+            state[f"model.layers.{i}.attention.wqkv.weight"] = fused
+    else:
+        table = [
+            ("model.embed_tokens", "transformer.wte"), ("model.norm", "transformer.ln_f"),
+            ("model.layers", "transformer.h"), ("post_attention_layernorm", "ln_2"), ("input_layernorm", "ln_1"),
+            ("mlp.gate_proj", "mlp.c_fc_0"), ("mlp.up_proj", "mlp.c_fc_1"), ("mlp.down_proj", "mlp.c_proj"),
+            ("self_attn.o_proj", "attn.attention.out_proj"), ("self_attn", "attn.attention"),
+        ]  # fmt: skip
+    for old, new in table:
+        state = {k.replace(old, new): v for k, v in state.items()}
+    settings = {**config.to_dict(), "model_type": model_type}
+    if model_type == "exaone":
+        renames = {"num_hidden_layers": "num_layers", "rms_norm_eps": "layer_norm_epsilon"}
+        settings = {renames.get(k, k): v for k, v in settings.items()}
+        settings["activation_function"] = settings.pop("hidden_act")
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(settings))
+    save_file({k: np.ascontiguousarray(v) for k, v in state.items()}, folder / "model.safetensors")
 
 
 @lru_cache(maxsize=None)
@@ -84,9 +193,12 @@ def tiny(variant: str, root: Path, seed: int = 0, length: int = 40) -> Tiny:
     """Save a tiny model of a variant below root, once, with transformers' logits of random ids."""
     import torch
 
-    model = build(variant, seed)
+    model = build(RENAMED.get(variant, variant), seed)
     folder = root / f"{variant}-{seed}"
-    model.save_pretrained(folder)
+    if variant in RENAMED:
+        save_renamed(model, variant.split("-")[0], folder)
+    else:
+        model.save_pretrained(folder)
     ids = np.random.default_rng(seed).integers(3, VOCABULARY, length).tolist()
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0].numpy()

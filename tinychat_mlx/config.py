@@ -6,9 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tinychat_mlx.arch import ArchSpec, find
+import numpy as np
+
+from tinychat_mlx.arch import resolve
+from tinychat_mlx.archspec import ArchSpec
 from tinychat_mlx.errors import ConfigError
-from tinychat_mlx.rope import RopeTable, rope_table
+from tinychat_mlx.rope import RopeTable, rope_table, table_of
+from tinychat_mlx.weight import to_float32
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -67,14 +71,18 @@ class ModelConfig:
     embed_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
+    alibi: tuple[float, ...] | None = None  # a slope a head
     eos_token_ids: tuple[int, ...] = ()
 
 
-def parse_config(config: Mapping[str, Any]) -> ModelConfig:
-    """config.json as read -> ModelConfig. Raises ConfigError naming the key."""
-    spec = find(config.get("model_type"))
+def parse_config(config: Mapping[str, Any], context: int | None = None) -> ModelConfig:
+    """config.json as read -> ModelConfig. Raises ConfigError naming the key.
+
+    context: tokens the model is to hold, where that decides the rope factors (longrope).
+    """
+    spec, config = resolve({**config})
     _refuse_unread(config, spec)
-    layers = _count(config, "num_hidden_layers")
+    layers = _count(config, "num_hidden_layers", most=4096)
     heads, hidden = _count(config, "num_attention_heads"), _count(config, "hidden_size")
     kv_heads = _count(config, "num_key_value_heads", default=heads)
     head_dim = _count(config, "head_dim", default=hidden // heads)
@@ -83,7 +91,7 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
             f"config.json: {heads} attention heads are not a multiple of {kv_heads} key/value heads"
         )
     scalar = _scalar(config, spec, "query_pre_attn_scalar", head_dim)
-    rope = rope_table(config, head_dim, spec.default_theta)
+    windows = _windows(config, spec, layers)
     return ModelConfig(
         spec=spec,
         vocab_size=_count(config, "vocab_size"),
@@ -94,16 +102,17 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         norm_eps=_epsilon(config),
-        act=_activation(config, spec),
+        act=_activation(config),
         max_position_embeddings=_count(config, "max_position_embeddings"),
-        rope=(rope,) * layers,
-        window=_windows(config, spec, layers),
+        rope=_ropes(config, spec, head_dim, windows, context),
+        window=windows,
         attention_scale=_scalar(config, spec, "attention_multiplier", scalar**-0.5),
         attn_softcap=_scalar(config, spec, "attn_logit_softcapping", 0.0),
         final_softcap=_scalar(config, spec, "final_logit_softcapping", 0.0),
-        embed_scale=_scalar(config, spec, "embedding_multiplier", 1.0),
+        embed_scale=_embed_scale(config, spec, hidden),
         residual_scale=_scalar(config, spec, "residual_multiplier", 1.0),
         logit_scale=_scalar(config, spec, "logit_scale", 1.0) / _scalar(config, spec, "logits_scaling", 1.0),
+        alibi=tuple(config["alibi_slopes"]) if spec.positions == "alibi" else None,
         eos_token_ids=token_ids(config.get("eos_token_id"), "config.json"),
     )
 
@@ -123,10 +132,10 @@ def _refuse_unread(config: Mapping[str, Any], spec: ArchSpec) -> None:
             raise ConfigError(f"config.json: {key} = {value!r} is not supported for {spec.model_type}")
 
 
-def _count(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+def _count(config: Mapping[str, Any], key: str, default: int | None = None, most: int = 1 << 31) -> int:
     value = config.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < most:
         raise ConfigError(f"config.json: {key} must be a positive whole number, not {value!r}")
     return value
 
@@ -149,9 +158,19 @@ def _epsilon(config: Mapping[str, Any]) -> float:
     raise ConfigError("config.json: rms_norm_eps (or layer_norm_eps) is missing")
 
 
-def _activation(config: Mapping[str, Any], spec: ArchSpec) -> str:
+def _embed_scale(config: Mapping[str, Any], spec: ArchSpec, hidden: int) -> float:
+    """Granite's multiplier, or Gemma's root of hidden_size in the model's dtype, as it was trained."""
+    if not spec.embed_sqrt:
+        return _scalar(config, spec, "embedding_multiplier", 1.0)
+    root = np.float32(hidden**0.5)
+    if (config.get("dtype") or config.get("torch_dtype")) == "bfloat16":
+        root = to_float32(((root.view(np.uint32) + np.uint32(0x8000)) >> np.uint32(16)).astype(np.uint16))
+    return float(root)
+
+
+def _activation(config: Mapping[str, Any]) -> str:
     # Gemma's hidden_activation corrects a wrong hidden_act that its first files carried.
-    name = config.get("hidden_activation") or config.get("hidden_act") or spec.default_act
+    name = config.get("hidden_activation") or config.get("hidden_act")
     if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ConfigError(f"config.json: hidden_act {name!r} is unknown; known are {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
@@ -165,13 +184,54 @@ def _windows(config: Mapping[str, Any], spec: ArchSpec, layers: int) -> tuple[in
     window = _count(config, "sliding_window")
     if spec.window == "all":
         return (window,) * layers
-    kinds = config.get("layer_types")
-    if kinds is None:
-        if config.get("use_sliding_window") is None:  # the family's default: no window
-            return (0,) * layers
-        first = config.get("max_window_layers", 28)  # layers below it keep full attention
-        return tuple(window if i >= first else 0 for i in range(layers))
-    sizes = {"full_attention": 0, "sliding_attention": window}
-    if not isinstance(kinds, list) or len(kinds) != layers or any(k not in sizes for k in kinds):
-        raise ConfigError(f"config.json: layer_types must name {layers} layers from {', '.join(sizes)}")
-    return tuple(sizes[k] for k in kinds)
+    kinds, sizes = config.get("layer_types"), {"full_attention": 0, "sliding_attention": window}
+    if kinds is not None:
+        if not isinstance(kinds, list) or len(kinds) != layers or any(k not in sizes for k in kinds):
+            raise ConfigError(f"config.json: layer_types must name {layers} layers from {', '.join(sizes)}")
+        return tuple(sizes[k] for k in kinds)
+    if spec.window_pattern:
+        every = _count(config, "sliding_window_pattern", default=spec.window_pattern)
+        return tuple(0 if (i + 1) % every == 0 else window for i in range(layers))
+    if config.get("use_sliding_window") is None:  # the family's default: no window
+        return (0,) * layers
+    first = config.get("max_window_layers", 28)  # layers below it keep full attention
+    return tuple(window if i >= first else 0 for i in range(layers))
+
+
+def _ropes(
+    config: Mapping[str, Any], spec: ArchSpec, head_dim: int, windows: tuple[int, ...], context: int | None
+) -> tuple[RopeTable | None, ...]:
+    """A table for each layer: one for all, or one for full and one for sliding layers; None where none."""
+    layers = len(windows)
+    if spec.positions != "rope":
+        return (None,) * layers
+    p = config.get("rope_parameters")
+    if isinstance(p, Mapping) and isinstance(p.get("full_attention"), Mapping):
+        full = table_of(p["full_attention"], config, head_dim, spec.default_theta, context)
+        # no theta of the full layers may leak in: the sliding ones have their own
+        local = {k: v for k, v in config.items() if k != "rope_theta"}
+        sliding = table_of(p.get("sliding_attention") or {}, local, head_dim, 10000.0, context)
+    elif "rope_local_base_freq" in spec.reads:
+        full = rope_table(config, head_dim, spec.default_theta, context)
+        theta = config.get("rope_local_base_freq") or 10000.0
+        sliding = table_of({"rope_theta": theta}, {}, head_dim, None, context)
+    else:
+        full = sliding = rope_table(config, head_dim, spec.default_theta, context)
+    turned = _rope_layers(config, spec, windows)
+    return tuple((sliding if windows[i] else full) if turned[i] else None for i in range(layers))
+
+
+def _rope_layers(config: Mapping[str, Any], spec: ArchSpec, windows: tuple[int, ...]) -> list[bool]:
+    """Which layers turn queries and keys at all."""
+    layers = len(windows)
+    if spec.rope_layers == "sliding" and any(windows):
+        return [w > 0 for w in windows]
+    if spec.rope_layers != "listed":
+        return [True] * layers
+    listed = config.get("no_rope_layers")
+    if listed is None:
+        every = _count(config, "no_rope_layer_interval", default=4)
+        return [(i + 1) % every != 0 for i in range(layers)]
+    if not isinstance(listed, list) or len(listed) != layers or any(v not in (0, 1) for v in listed):
+        raise ConfigError(f"config.json: no_rope_layers must hold {layers} numbers, 1 for layers with rope")
+    return [bool(v) for v in listed]

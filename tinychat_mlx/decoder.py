@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from tinychat_mlx.backend import (
     Attention,
@@ -24,7 +25,7 @@ from tinychat_mlx.backend import (
 from tinychat_mlx.config import ModelConfig
 from tinychat_mlx.errors import FormatError
 from tinychat_mlx.rope import RopeTable
-from tinychat_mlx.weight import F32, Weight, join
+from tinychat_mlx.weight import F32, Weight, join, take_rows
 
 
 class Source(Protocol):
@@ -41,12 +42,21 @@ class Source(Protocol):
 class Layer:
     """One block's weights on the device. A norm that the family lacks is None."""
 
-    norms: dict[str, Norm]  # pre_attn, post_attn, pre_mlp, post_mlp, q_norm, k_norm: those that exist
+    norms: dict[str, Norm]  # pre_attn, post_attn, pre_mlp, post_mlp, q_norm, k_norm: those there are
     qkv: tuple[Handle, ...]  # joined (q, k, v) as one, or three of different forms
     o: Handle
     mlp: Mlp
     rope: Rope | None
     attention: Attention
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What stands before the layers: token embeddings, learned positions and a norm where there are."""
+
+    tokens: Handle
+    positions: Handle | None = None
+    norm: Norm | None = None
 
 
 class Graph:
@@ -55,10 +65,15 @@ class Graph:
     def __init__(self, config: ModelConfig, backend: Backend) -> None:
         self.config, self.backend = config, backend
 
-    def embedded(self, table: Handle, ids: Tensor) -> Tensor:
+    def embedded(self, inputs: Inputs, ids: Tensor, step: Step) -> Tensor:
         """ids (T,) -> the first layer's input (T, C)."""
-        x = self.backend.embed(table, ids)
-        return x if self.config.embed_scale == 1 else self.backend.scale(x, self.config.embed_scale)
+        b = self.backend
+        x = b.embed(inputs.tokens, ids)
+        if self.config.embed_scale != 1:
+            x = b.scale(x, self.config.embed_scale)
+        if inputs.positions is not None:
+            x = b.add(x, b.embed(inputs.positions, step.positions))
+        return x if inputs.norm is None else b.norm(x, inputs.norm)
 
     def logits(self, x: Tensor, norm: Norm, head: Handle) -> Tensor:
         """The last layer's output (T, C) -> (T, V)."""
@@ -72,8 +87,10 @@ class Graph:
         norms, b = layer.norms, self.backend
         if self.config.spec.parallel:
             h = b.norm(x, norms["pre_attn"])
-            x = b.linear_add(self.attention(h, None, layer, step), layer.o, x)
-            return b.mlp(h, layer.mlp, None, x)
+            y = b.linear_add(self.attention(h, None, layer, step), layer.o, x)
+            if "pre_mlp" in norms:
+                return b.mlp(x, layer.mlp, norms["pre_mlp"], y)
+            return b.mlp(h, layer.mlp, None, y)
         y = self.attention(x, norms.get("pre_attn"), layer, step)
         x = self.add(y, layer.o, x, norms.get("post_attn"))
         if self.config.residual_scale == 1 and "post_mlp" not in norms:
@@ -136,14 +153,14 @@ class Decoder:
         self.config, self.backend, self.graph = config, backend, Graph(config, backend)
         loader = Loader(config, source, backend)
         total = config.num_hidden_layers + 2
-        self.embed = loader.embed()
+        self.inputs = loader.inputs()
         progress(1, total)
         self.layers = []
         for layer in range(config.num_hidden_layers):
             self.layers.append(loader.layer(layer))
             progress(layer + 2, total)
         self.final_norm = loader.final_norm()
-        self.head = loader.head(self.embed)
+        self.head = loader.head(self.inputs.tokens)
         progress(total, total)
         self._one_row = backend.capture(lambda ids, step: self._logits(self._hidden(ids, step)))
 
@@ -152,18 +169,21 @@ class Decoder:
 
     def forward(self, ids: Sequence[int], cache: Cache, last_only: bool = True) -> Tensor:
         """ids (T,) continue what cache holds -> logits (1, V) of the last, or (T, V) of all."""
-        step = self.backend.step((Segment(cache, len(ids)),))
         on_device = self.backend.ids(ids)
         if len(ids) == 1:
-            logits = self._one_row(on_device, step)
-        else:
-            x = self._hidden(on_device, step)
-            logits = self._logits(x[len(ids) - 1 :] if last_only else x)
+            return self.advance(on_device, cache)
+        x = self._hidden(on_device, self.backend.step((Segment(cache, len(ids)),)))
         cache.length += len(ids)
+        return self._logits(x[len(ids) - 1 :] if last_only else x)
+
+    def advance(self, token: Tensor, cache: Cache) -> Tensor:
+        """forward of one token (1,) that is still on the device -> logits (1, V)."""
+        logits = self._one_row(token, self.backend.step((Segment(cache, 1),)))
+        cache.length += 1
         return logits
 
     def _hidden(self, ids: Tensor, step: Step) -> Tensor:
-        x = self.graph.embedded(self.embed, ids)
+        x = self.graph.embedded(self.inputs, ids, step)
         for layer in self.layers:
             x = self.graph.block(x, layer, step)
         return x
@@ -183,8 +203,17 @@ class Loader:
         self.config, self.spec, self.source, self.backend = config, config.spec, source, backend
         self.ropes: dict[int, Rope] = {}
 
-    def embed(self) -> Handle:
-        return self.backend.pack(self.weight("embed", None, self.config.vocab_size, self.config.hidden_size))
+    def inputs(self) -> Inputs:
+        c = self.config
+        tokens = self.backend.pack(self.weight("embed", None, c.vocab_size, c.hidden_size))
+        norm = self.norm(self.spec.name("embed_norm"), c.hidden_size) if self.spec.embed_norm else None
+        if self.spec.positions != "learned":
+            return Inputs(tokens, None, norm)
+        rows, offset = c.max_position_embeddings, self.spec.position_offset
+        table = self.weight("positions", None, rows + offset, c.hidden_size)
+        return Inputs(
+            tokens, self.backend.pack(take_rows(table.name, table, np.arange(offset, rows + offset))), norm
+        )
 
     def head(self, embed: Handle) -> Handle:
         """The output projection; tied to the embedding exactly if the checkpoint holds none."""
@@ -235,26 +264,46 @@ class Loader:
 
     def layer(self, layer: int) -> Layer:
         c = self.config
-        q, kv, hidden = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.hidden_size
-        parts = [self.weight("q", layer, q, hidden)]
-        parts += [self.weight(role, layer, kv, hidden) for role in "kv"]
         return Layer(
             norms=self.norms(layer),
-            qkv=self.joined(layer, "qkv", parts),
-            o=self.backend.pack(self.weight("o", layer, hidden, q)),
+            qkv=self.qkv(layer),
+            o=self.backend.pack(self.weight("o", layer, c.hidden_size, c.num_attention_heads * c.head_dim)),
             mlp=self.mlp(layer),
             rope=self.rope(c.rope[layer]),
-            attention=Attention(layer, c.attention_scale, c.window[layer], c.attn_softcap),
+            attention=Attention(layer, c.attention_scale, c.window[layer], c.attn_softcap, c.alibi),
         )
+
+    def qkv(self, layer: int) -> tuple[Handle, ...]:
+        c = self.config
+        q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        if not self.spec.qkv:
+            sizes = {"q": q, "k": kv, "v": kv}
+            parts = [self.weight(role, layer, n, c.hidden_size) for role, n in sizes.items()]
+            return self.joined(layer, "qkv", parts)
+        fused = self.weight("qkv", layer, q + 2 * kv, c.hidden_size)
+        if self.spec.qkv == "heads":
+            fused = take_rows(fused.name, fused, heads_to_blocks(c))
+        return self.joined(layer, "qkv", [fused])
 
     def mlp(self, layer: int) -> Mlp:
         c = self.config
-        up = self.weight("up", layer, c.intermediate_size, c.hidden_size)
         down = self.backend.pack(self.weight("down", layer, c.hidden_size, c.intermediate_size))
         if not self.spec.gated:
+            up = self.weight("up", layer, c.intermediate_size, c.hidden_size)
             return Mlp(c.act, down, up=self.backend.pack(up))
-        gate = self.weight("gate", layer, c.intermediate_size, c.hidden_size)
-        handles = self.joined(layer, "gate_up", [gate, up])
+        if self.spec.fused_gate_up:
+            parts = [self.weight("gate_up", layer, 2 * c.intermediate_size, c.hidden_size)]
+        else:
+            parts = [self.weight(r, layer, c.intermediate_size, c.hidden_size) for r in ("gate", "up")]
+        handles = self.joined(layer, "gate_up", parts)
         if len(handles) == 1:
             return Mlp(c.act, down, gate_up=handles[0])
         return Mlp(c.act, down, gate=handles[0], up=handles[1])
+
+
+def heads_to_blocks(config: ModelConfig) -> npt.NDArray[np.intp]:
+    """Rows of a qkv stored head by head (each kv head's queries, then k, then v), as all q, all k, all v."""
+    kv_heads, size = config.num_key_value_heads, config.head_dim
+    queries = config.num_attention_heads // kv_heads
+    rows = np.arange(kv_heads * (queries + 2) * size).reshape(kv_heads, queries + 2, size)
+    return np.concatenate([rows[:, :queries].ravel(), rows[:, queries].ravel(), rows[:, queries + 1].ravel()])

@@ -46,13 +46,14 @@ def load(
     checkpoint = Checkpoint.open(find_folder(model))
     config = parse_config(checkpoint.config)
     limit = config.max_position_embeddings
+    capacity = context or min(limit, DEFAULT_CONTEXT)
     if context is not None and not 1 < context <= limit:
         raise UsageError(f"context {context} is outside this model's range, 2 to {limit}")
+    config = parse_config(checkpoint.config, capacity)  # now that it is known: longrope asks for it
     name, why = choose(backend)
     device_backend = create(name, exact, threads)
     device = replace(device_backend.describe(), why=why)
     shown = str(model) if str(model) == "demo" else checkpoint.folder.name
-    capacity = context or min(limit, DEFAULT_CONTEXT)
     return Model(shown, checkpoint, config, device_backend, device, capacity, progress)
 
 

@@ -22,6 +22,7 @@ _KEYS: dict[str, set[str]] = {
         "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow",
         "mscale", "mscale_all_dim", "truncate",
     },
+    "longrope": {"factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"},
 }  # fmt: skip
 _IGNORED = {"finetuned", "original_max_position_embeddings"}  # say nothing about the angles by themselves
 
@@ -34,7 +35,9 @@ class RopeTable:
     factor: float
 
 
-def rope_table(config: Mapping[str, Any], head_dim: int, default_theta: float | None) -> RopeTable:
+def rope_table(
+    config: Mapping[str, Any], head_dim: int, default_theta: float | None, context: int | None = None
+) -> RopeTable:
     """config.json -> RopeTable. Raises ConfigError for an unknown rope_type or key.
 
     transformers 5 writes `rope_parameters`; before, `rope_theta` and `rope_scaling` stood at top level.
@@ -42,14 +45,22 @@ def rope_table(config: Mapping[str, Any], head_dim: int, default_theta: float | 
     p = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(p, Mapping):
         raise ConfigError(f"config.json: rope settings must be an object, not {p!r}")
-    return table_of(p, config, head_dim, default_theta)
+    return table_of(p, config, head_dim, default_theta, context)
 
 
 def table_of(
-    p: Mapping[str, Any], config: Mapping[str, Any], head_dim: int, default_theta: float | None
+    p: Mapping[str, Any],
+    config: Mapping[str, Any],
+    head_dim: int,
+    default_theta: float | None,
+    context: int | None = None,
 ) -> RopeTable:
-    """One set of rope settings p, with top-level keys of config as its fall-backs -> RopeTable."""
+    """One set of rope settings p, with top-level keys of config as its fall-backs -> RopeTable.
+
+    context: tokens the cache will hold; longrope chooses its factors by it, once for the whole run.
+    """
     kind = p.get("rope_type", p.get("type", "default"))
+    kind = "longrope" if kind == "su" else kind  # Phi-3's first name for it
     if kind not in _KEYS:
         raise ConfigError(f"config.json: rope_type {kind!r} is unknown; known are {', '.join(_KEYS)}")
     if unknown := sorted(set(p) - _COMMON - _KEYS[kind] - _IGNORED):
@@ -74,11 +85,13 @@ def table_of(
         or config.get("max_position_embeddings")
     )
     length = _number("original_max_position_embeddings", original)
-    implied = config.get("max_position_embeddings") if kind == "yarn" else None  # a null factor is the ratio
+    implied = None if kind == "llama3" else config.get("max_position_embeddings")
     ratio = implied / length if p.get("factor") is None and isinstance(implied, int) else p.get("factor")
-    factor = _number("factor", ratio)
+    factor = _number("factor", ratio)  # left out, it is how far the context was stretched
     if kind == "llama3":
         return RopeTable(_llama3(base, p, factor, length).astype(np.float32), 1.0)
+    if kind == "longrope":
+        return _longrope(base, p, factor, length, context or int(_number("context", implied)))
     return RopeTable(_yarn(base, p, factor, length, theta, dim).astype(np.float32), _yarn_factor(p, factor))
 
 
@@ -112,6 +125,20 @@ def _yarn(base: Any, p: Mapping[str, Any], factor: float, length: float, theta: 
     low, high = max(low, 0), min(high, dim - 1)
     ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0, 1)
     return base / factor * ramp + base * (1 - ramp)
+
+
+def _longrope(base: Any, p: Mapping[str, Any], factor: float, length: float, context: int) -> RopeTable:
+    """Each frequency has its own divisor: one set up to the original length, one beyond (Ding et al. 2024)."""
+    key = "long_factor" if context > length else "short_factor"
+    divisors = p.get(key)
+    if not isinstance(divisors, list) or len(divisors) != len(base):
+        raise ConfigError(f"config.json: rope setting {key!r} must list {len(base)} numbers")
+    inv_freq = base / np.array([_number(key, d) for d in divisors])
+    given = p.get("attention_factor")
+    stretched = math.sqrt(1 + math.log(factor) / math.log(length)) if factor > 1 else 1.0
+    return RopeTable(
+        inv_freq.astype(np.float32), stretched if given is None else _number("attention_factor", given)
+    )
 
 
 def _yarn_factor(p: Mapping[str, Any], factor: float) -> float:

@@ -110,6 +110,15 @@ def unpack_codes(words: npt.NDArray[np.uint32], w_bit: int) -> npt.NDArray[np.ui
     return np.packbits(bits, axis=-1, bitorder="little")[..., 0]
 
 
+def take_rows(name: str, weight: Weight, rows: npt.NDArray[np.intp]) -> Weight:
+    """The same weight with its outputs in another order, or only some of them."""
+    bias = None if weight.bias is None else weight.bias[rows]
+    if isinstance(weight, Dense):
+        return Dense(name, weight.w[rows], bias)
+    parts = weight.qweight[rows], weight.scales[rows], weight.biases[rows]
+    return Packed(name, *parts, weight.w_bit, weight.group_size, bias)
+
+
 def join(name: str, parts: list[Weight]) -> Weight | None:
     """Stack weights of one input along N (q/k/v, gate/up), or None where their forms differ."""
     first = parts[0]

@@ -1,0 +1,67 @@
+"""What can differ between decoder families, apart from the numbers in config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+NAMES: Mapping[str, str] = {
+    "embed": "model.embed_tokens",
+    "embed_norm": "model.embed_norm",
+    "positions": "model.embed_positions",
+    "final_norm": "model.norm",
+    "head": "lm_head",
+    "layers": "model.layers",
+    "pre_attn": "input_layernorm",
+    "pre_mlp": "post_attention_layernorm",
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "qkv": "self_attn.qkv_proj",
+    "o": "self_attn.o_proj",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "gate_up": "mlp.gate_up_proj",
+    "down": "mlp.down_proj",
+}
+
+
+@dataclass(frozen=True)
+class ArchSpec:
+    """Structure of a family. Sizes come from config.json, biases and ties from the tensors."""
+
+    model_type: str
+    norm: str = "rms"  # rms | layer
+    norm_offset: float = 0.0  # 1.0: the checkpoint stores weight - 1 (Gemma)
+    norms: tuple[str, ...] = ("pre_attn", "pre_mlp")  # and post_attn, post_mlp
+    parallel: bool = False  # attention and MLP both read the layer's input; without pre_mlp, one norm of it
+    qk_norm: str = ""  # "" | head (over head_dim) | full (over all heads)
+    qkv: str = ""  # "" three tensors | blocks (q, then k, then v) | heads (each kv head's queries, k, v)
+    gated: bool = True  # down(act(gate) * up), or down(act(up))
+    fused_gate_up: bool = False  # one tensor, gate rows first
+    positions: str = "rope"  # rope | learned | alibi
+    position_offset: int = 0  # learned: row of position 0
+    rope_interleaved: bool = False
+    rope_layers: str = ""  # "" all | sliding (full layers have none) | listed (no_rope_layers)
+    embed_norm: bool = False
+    embed_sqrt: bool = False  # embeddings are multiplied by sqrt(hidden_size)
+    default_theta: float | None = 10000.0  # where config.json gives none
+    window: str = ""  # "" never | all | layers (layer_types, or a pattern, or max_window_layers)
+    window_pattern: int = 0  # every n-th layer is full where config.json has no layer_types
+    reads: frozenset[str] = frozenset()  # keys of config.SCALARS this family obeys; others must be neutral
+    names: Mapping[str, str] = field(default_factory=dict)  # roles whose name is not the usual one
+    keys: Mapping[str, str] = field(default_factory=dict)  # usual config key -> this family's
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # config values where the file has none
+    adapt: Callable[[ArchSpec, dict[str, Any]], ArchSpec] | None = None  # flags that change the structure
+
+    def name(self, role: str, layer: int | None = None) -> str:
+        """Role -> module name in the checkpoint."""
+        short = self.names.get(role) or NAMES[role]
+        return short if layer is None else f"{self.prefix(layer)}.{short}"
+
+    def prefix(self, layer: int) -> str:
+        """Where a layer's modules stand: `model.layers.0`."""
+        return f"{self.names.get('layers') or NAMES['layers']}.{layer}"
