@@ -1,0 +1,1 @@
+"""How was the bundled demo model made? Corpus, tokenizer, trainer and scorer are here."""

@@ -1,0 +1,22 @@
+"""Where do single words come from? Lists written in one string, and names that mean nothing."""
+
+from __future__ import annotations
+
+from random import Random
+
+
+def listed(text: str, separator: str) -> list[str]:
+    """Cut a list that is written as one string."""
+    return text.split(separator)
+
+
+_VOWELS = listed("a e i o u a e i o ia ee ou", " ")
+_ONSETS = listed("b d f g h j k l m n p r s t v w z br dr gr kl pl tr st sh th qu x", " ")
+_CODAS = ("", ".", ".", ".", *listed("n r l s m k th nd x rt", " "))
+
+
+def invent(rng: Random, syllables: int = 0) -> str:
+    """Make up a name that means nothing."""
+    n = syllables or rng.choice((2, 2, 3))
+    parts = [rng.choice(_ONSETS) + rng.choice(_VOWELS) for _ in range(n)]
+    return ("".join(parts) + rng.choice(_CODAS).strip(".")).capitalize()
