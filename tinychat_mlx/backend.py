@@ -10,7 +10,7 @@ is written here in the primitives. A new backend fills in the primitives; a fast
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -72,6 +72,23 @@ class Mlp:
     gate_up: Handle | None = None
     gate: Handle | None = None
     up: Handle | None = None
+
+
+@dataclass(frozen=True)
+class Moe:
+    """A mixture of experts: each row goes to the top_k of E experts, weighted by the router's softmax.
+
+    router (E, C), or (E + 1, C) where a shared expert sees every row: its last row's sigmoid is the
+    shared expert's weight. normalise: the chosen weights are made to sum to 1. experts: what
+    `pack_experts` returned for the E, plus the shared one as the last.
+    """
+
+    act: str
+    router: Handle
+    experts: Any
+    num_experts: int
+    top_k: int
+    normalise: bool
 
 
 @dataclass(frozen=True)
@@ -165,6 +182,10 @@ class Backend:
         """A canonical weight -> this device's layout, once. The input may be a view of a mapped file."""
         raise NotImplementedError
 
+    def pack_experts(self, act: str, experts: Iterable[tuple[Weight, Weight]]) -> Any:
+        """Each expert's (gate_up (2F, C), down (C, F)), the shared one last -> what `moe` reads."""
+        return tuple(Mlp(act, self.pack(down), gate_up=self.pack(up)) for up, down in experts)
+
     def new_cache(self, shape: CacheShape, capacity: int) -> Cache:
         raise NotImplementedError
 
@@ -235,10 +256,34 @@ class Backend:
             h = self.act(self.linear(h, mlp.up), mlp.act)
         return self.linear(h, mlp.down) if residual is None else self.linear_add(h, mlp.down, residual)
 
+    captures_moe = False  # whether `moe` stays on the device, so that a step with it can be captured
+
+    def moe(self, x: Tensor, moe: Moe, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
+        """[residual +] the weighted sum of each row's experts. x (T, C) -> (T, C).
+
+        This default routes on the host and runs one expert after the other.
+        """
+        h = x if norm is None else self.norm(x, norm)
+        choice, share = route(self.to_host(self.linear(h, moe.router)), moe)
+        rows, y = self.to_host(h), np.zeros(h.shape, np.float32)
+        for e in np.unique(choice):
+            t, slot = np.nonzero(choice == e)
+            y[t] += share[t, slot, None] * self.to_host(self.mlp(self.put(rows[t]), moe.experts[e]))
+        return self.put(y) if residual is None else self.add(residual, self.put(y))
+
     # whole steps ----------------------------------------------------------------------------------
     def capture(self, fn: StepFn) -> StepFn:
         """The same function, made fast for repeated calls with one row and one segment."""
         return fn
+
+    def sampler(
+        self, temperature: float, top_k: int, top_p: float, min_p: float, seed: int | None
+    ) -> Callable[[Tensor], Tensor] | None:
+        """-> a function logits (1, V) -> token (1,) int32 on the device (-1: logits not finite), not waited for.
+
+        None, the default: tokens are drawn on the host. Meant for devices that run while Python does.
+        """
+        return None
 
     def to_host(self, x: Tensor) -> F32:
         """-> a float32 ndarray of its own: the only point that waits for the device."""
@@ -249,3 +294,19 @@ class Backend:
 
     def describe(self) -> Device:
         raise NotImplementedError
+
+
+def route(logits: F32, moe: Moe) -> tuple[npt.NDArray[np.intp], F32]:
+    """Router logits (T, E [+ 1]) -> the chosen experts (T, k [+ 1]) and their weights, best first."""
+    routed = logits[:, : moe.num_experts]
+    p = np.exp(routed - routed.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    choice = np.argsort(-p, axis=-1, kind="stable")[:, : moe.top_k]
+    share = np.take_along_axis(p, choice, -1)
+    if moe.normalise:
+        share /= share.sum(-1, keepdims=True)
+    if logits.shape[1] > moe.num_experts:
+        shared = 1 / (1 + np.exp(-logits[:, moe.num_experts :]))
+        choice = np.concatenate([choice, np.full_like(choice[:, :1], moe.num_experts)], -1)
+        share = np.concatenate([share, shared], -1)
+    return choice, share.astype(np.float32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,10 +16,12 @@ from tinychat_mlx.backend import (
     CacheShape,
     Handle,
     Mlp,
+    Moe,
     Norm,
     Rope,
     Segment,
     Step,
+    StepFn,
     Tensor,
 )
 from tinychat_mlx.config import ModelConfig
@@ -45,7 +47,7 @@ class Layer:
     norms: dict[str, Norm]  # pre_attn, post_attn, pre_mlp, post_mlp, q_norm, k_norm: those there are
     qkv: tuple[Handle, ...]  # joined (q, k, v) as one, or three of different forms
     o: Handle
-    mlp: Mlp
+    mlp: Mlp | Moe
     rope: Rope | None
     attention: Attention
 
@@ -89,16 +91,21 @@ class Graph:
             h = b.norm(x, norms["pre_attn"])
             y = b.linear_add(self.attention(h, None, layer, step), layer.o, x)
             if "pre_mlp" in norms:
-                return b.mlp(x, layer.mlp, norms["pre_mlp"], y)
-            return b.mlp(h, layer.mlp, None, y)
+                return self.mlp(x, layer, norms["pre_mlp"], y)
+            return self.mlp(h, layer, None, y)
         y = self.attention(x, norms.get("pre_attn"), layer, step)
         x = self.add(y, layer.o, x, norms.get("post_attn"))
         if self.config.residual_scale == 1 and "post_mlp" not in norms:
-            return b.mlp(x, layer.mlp, norms.get("pre_mlp"), x)
-        y = b.mlp(x, layer.mlp, norms.get("pre_mlp"))
+            return self.mlp(x, layer, norms.get("pre_mlp"), x)
+        y = self.mlp(x, layer, norms.get("pre_mlp"))
         if "post_mlp" in norms:
             y = b.norm(y, norms["post_mlp"])
         return b.add(x, y, self.config.residual_scale)
+
+    def mlp(self, x: Tensor, layer: Layer, norm: Norm | None, residual: Tensor | None = None) -> Tensor:
+        if isinstance(layer.mlp, Moe):
+            return self.backend.moe(x, layer.mlp, norm, residual)
+        return self.backend.mlp(x, layer.mlp, norm, residual)
 
     def add(self, y: Tensor, w: Handle, residual: Tensor, norm: Norm | None) -> Tensor:
         """residual + scale * norm(linear(y))."""
@@ -162,7 +169,8 @@ class Decoder:
         self.final_norm = loader.final_norm()
         self.head = loader.head(self.inputs.tokens)
         progress(total, total)
-        self._one_row = backend.capture(lambda ids, step: self._logits(self._hidden(ids, step)))
+        one_row = backend.capture if config.moe is None or backend.captures_moe else lambda fn: fn
+        self._one_row: StepFn = one_row(lambda ids, step: self._logits(self._hidden(ids, step)))
 
     def new_cache(self, capacity: int) -> Cache:
         return self.backend.new_cache(cache_shape(self.config), capacity)
@@ -268,7 +276,7 @@ class Loader:
             norms=self.norms(layer),
             qkv=self.qkv(layer),
             o=self.backend.pack(self.weight("o", layer, c.hidden_size, c.num_attention_heads * c.head_dim)),
-            mlp=self.mlp(layer),
+            mlp=self.moe(layer) if c.moe is not None and c.moe.layers[layer] else self.mlp(layer),
             rope=self.rope(c.rope[layer]),
             attention=Attention(layer, c.attention_scale, c.window[layer], c.attn_softcap, c.alibi),
         )
@@ -299,6 +307,37 @@ class Loader:
         if len(handles) == 1:
             return Mlp(c.act, down, gate_up=handles[0])
         return Mlp(c.act, down, gate=handles[0], up=handles[1])
+
+    def moe(self, layer: int) -> Moe:
+        c, m = self.config, self.config.moe
+        assert m is not None
+        router = self.weight("router", layer, m.num_experts, c.hidden_size)
+        if m.shared_expert_intermediate_size:
+            gate = self.weight("shared_router", layer, 1, c.hidden_size)
+            whole = join(f"{router.name}+shared", [router, gate])
+            assert whole is not None, "a router is dense"
+            router = whole
+        experts = self.backend.pack_experts(c.act, self.experts(layer))
+        handle = self.backend.pack(router)
+        return Moe(c.act, handle, experts, m.num_experts, m.num_experts_per_tok, m.norm_topk_prob)
+
+    def experts(self, layer: int) -> Iterator[tuple[Weight, Weight]]:
+        """Each expert's (gate_up, down), read when asked for; the shared one last."""
+        c, m = self.config, self.config.moe
+        assert m is not None
+        names = [
+            tuple(self.spec.expert(r, layer, e) for r in ("gate", "up", "down")) for e in range(m.num_experts)
+        ]
+        sizes = [m.moe_intermediate_size] * m.num_experts
+        if m.shared_expert_intermediate_size:
+            names.append(tuple(self.spec.name(f"shared_{r}", layer) for r in ("gate", "up", "down")))
+            sizes.append(m.shared_expert_intermediate_size)
+        for (gate, up, down), size in zip(names, sizes, strict=True):
+            parts = [self.source.weight(name, (size, c.hidden_size)) for name in (gate, up)]
+            whole = join(f"{gate}+up", parts)
+            if whole is None:
+                raise FormatError(f"{gate} and {up} are stored in different forms: quantise both alike")
+            yield whole, self.source.weight(down, (c.hidden_size, size))
 
 
 def heads_to_blocks(config: ModelConfig) -> npt.NDArray[np.intp]:

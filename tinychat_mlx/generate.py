@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from tinychat_mlx.backend import Cache
+from tinychat_mlx.backend import Cache, Tensor
 from tinychat_mlx.decoder import Decoder
-from tinychat_mlx.errors import ContextFullError, UsageError
+from tinychat_mlx.errors import ConfigError, ContextFullError, UsageError
 from tinychat_mlx.sampler import Sampler, SamplingParams
 
 PREFILL_ROWS = 512  # tokens a prefill step takes: many enough to be bound by arithmetic, and a cancel point
@@ -101,8 +101,9 @@ class Engine:
             yield from run.prefill()
             yield from run.decode(stop_ids, stream, stops)
         finally:
-            if self.cache is not None:  # an interrupt may leave a token that the cache never saw
-                del self.ids[self.cache.length :]
+            if self.cache is not None:
+                del self.ids[self.cache.length :]  # an interrupt may leave a token that the cache never saw
+                self.cache.rewind(len(self.ids))  # a step begun ahead leaves one that the answer never had
             self.lock.release()
 
     def check(self, prompt: Sequence[int]) -> None:
@@ -140,11 +141,10 @@ class _Run:
 
     def decode(self, stop_ids: frozenset[int], stream: Stream, stops: Stops | None) -> Iterator[Event]:
         """Sample until a stop; yields text as it becomes whole, then the end."""
-        engine, decoder, cache = self.engine, self.engine.decoder, self.engine.cache
+        engine, cache = self.engine, self.engine.cache
         assert cache is not None
-        sampler, reason, stopped = Sampler(self.params), "length", False
-        while True:
-            token = sampler(decoder.backend.to_host(self.logits)[-1], engine.ids)
+        reason, stopped = "length", False
+        for token in self.tokens(cache):
             self.completion += 1
             self.first = self.first or time.perf_counter()
             if token in stop_ids:
@@ -161,17 +161,49 @@ class _Run:
                 break
             if self.completion == self.params.max_tokens:
                 break
-            if cache.length >= cache.capacity:
+            if len(engine.ids) >= cache.capacity:
                 reason = "context"
                 break
-            engine.ids.append(token)
-            self.logits = decoder.forward((token,), cache)
         if not stopped:
             tail = stream.flush()
             tail = tail if stops is None else stops.push(tail)[0] + stops.flush()
             if tail:
                 yield Event("text", tail)
         yield Event("end", stats=self.stats(reason))
+
+    def tokens(self, cache: Cache) -> Iterator[int]:
+        """The answer's tokens without end; each enters engine.ids when the next is asked for."""
+        p = self.params
+        if p.repetition_penalty == 1:  # a device does not know the tokens so far
+            draw = self.engine.decoder.backend.sampler(p.temperature, p.top_k, p.top_p, p.min_p, p.seed)
+            if draw is not None:
+                return self.tokens_ahead(cache, draw)
+        return self.tokens_in_turn(cache)
+
+    def tokens_in_turn(self, cache: Cache) -> Iterator[int]:
+        """Draw on the host, then compute."""
+        engine, decoder, sampler = self.engine, self.engine.decoder, Sampler(self.params)
+        while True:
+            token = sampler(decoder.backend.to_host(self.logits)[-1], engine.ids)
+            yield token
+            engine.ids.append(token)
+            self.logits = decoder.forward((token,), cache)
+
+    def tokens_ahead(self, cache: Cache, draw: Callable[[Tensor], Tensor]) -> Iterator[int]:
+        """Draw on the device, with one step in flight: the next is begun before a token is read."""
+        engine, decoder = self.engine, self.engine.decoder
+        token = draw(self.logits)
+        while True:
+            following = None
+            if cache.length < cache.capacity and self.completion + 1 != self.params.max_tokens:
+                following = draw(decoder.advance(token, cache))
+            value = int(decoder.backend.to_host(token)[0])
+            if value < 0:
+                raise ConfigError("the model's logits are not finite: its weights are damaged or overflow")
+            yield value
+            engine.ids.append(value)
+            assert following is not None, "asked for a token past the end"
+            token = following
 
     def stats(self, reason: str) -> Stats:
         now, computed = time.perf_counter(), len(self.prompt) - self.cached
