@@ -1,0 +1,254 @@
+"""The contract on MLX arrays: fp16 on a Mac's GPU, float32 on any CPU for tests."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tinychat_mlx.backend import (
+    Attention,
+    Backend,
+    CacheShape,
+    Device,
+    Memory,
+    Norm,
+    Rope,
+    Segment,
+    Step,
+    StepFn,
+    Tensor,
+)
+from tinychat_mlx.backends.mlx import sampling
+from tinychat_mlx.backends.mlx.activations import act_of, glu_of
+from tinychat_mlx.backends.mlx.attention import attend, heads_first
+from tinychat_mlx.backends.mlx.cache import MlxCache, TracedCache
+from tinychat_mlx.backends.mlx.device import GB, MB, choose_dtype, find_chip, mx, set_limits
+from tinychat_mlx.backends.mlx.weights import pack
+from tinychat_mlx.errors import BackendError
+from tinychat_mlx.weight import F32, Weight
+
+SCRATCH = 256 * MB  # left free beside weights and caches: activations of a prefill piece
+
+
+class MlxBackend(Backend):
+    """One model's device. Threads may take turns; MLX aborts when two evaluate at once, so a lock is held."""
+
+    name = "mlx"
+
+    def __init__(self, exact: bool = False, threads: int | None = None, compiled: bool | None = None) -> None:
+        """exact: float32 throughout. threads: MLX chooses its own. compiled: capture through mx.compile
+        (default: with Metal; on a CPU it would start a C++ compiler).
+
+        Raises BackendError without a usable MLX or Metal device.
+        """
+        self.chip = find_chip()
+        self.dtype = choose_dtype(self.chip, exact)
+        set_limits(self.chip)
+        self.compiled = self.chip.metal if compiled is None else compiled
+        # Usable from any thread, one at a time: `_evaluating` sees to that
+        self.stream = mx.new_thread_unsafe_stream(mx.default_device())
+        self._thread, self._lock = 0, threading.Lock()
+        self._made: dict[tuple[int, str], tuple[Any, Any]] = {}
+        self._fused: dict[str, Callable[..., Any]] = {}
+
+    # threads and evaluation -----------------------------------------------------------------------
+    def _enter(self) -> None:
+        """Send this thread's operations to the backend's stream: MLX's default stream is per thread."""
+        if threading.get_ident() != self._thread:
+            mx.set_default_stream(self.stream)
+            self._thread = threading.get_ident()
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Hold the device; what MLX raises there is memory that ran out."""
+        with self._lock:
+            try:
+                yield
+            except RuntimeError as e:
+                raise BackendError(
+                    f"MLX stopped: {e}: use a shorter --context, or close other programs"
+                ) from None
+
+    def _derived(self, of: Any, what: str, make: Callable[[Any], Any]) -> Any:
+        """make(of), computed once for each constant."""
+        key = (id(of), what)
+        if key not in self._made:
+            self._made[key] = (of, make(of))  # holding `of` keeps its id its own
+        return self._made[key][1]
+
+    def _fuse(self, name: str, f: Callable[..., Any]) -> Callable[..., Any]:
+        """f as one kernel where that is cheap to make."""
+        if name not in self._fused:
+            self._fused[name] = mx.compile(f, shapeless=True) if self.chip.metal else f
+        return self._fused[name]
+
+    # load -----------------------------------------------------------------------------------------
+    def put(self, array: npt.NDArray[Any]) -> Tensor:
+        """Integers as they are, floats as float32: `norm` narrows its weights, `rope` must not."""
+        self._enter()
+        x = mx.array(array)
+        if array.dtype == np.uint16:
+            return x.view(mx.bfloat16).astype(mx.float32)
+        return x if array.dtype.kind in "iu" else x.astype(mx.float32)
+
+    def ids(self, ids: Sequence[int]) -> Tensor:
+        self._enter()
+        return mx.array(np.asarray(ids, np.int32))
+
+    def pack(self, weight: Weight) -> Any:
+        self._enter()
+        with self._evaluating():
+            return pack(weight, self.dtype)
+
+    def new_cache(self, shape: CacheShape, capacity: int) -> MlxCache:
+        """Raises BackendError where weights and cache together would not fit."""
+        self._enter()
+        self._check_room(shape, capacity)
+        cache = MlxCache(shape, capacity, self.dtype)
+        with self._evaluating():
+            mx.eval(cache.k, cache.v)
+        return cache
+
+    def _check_room(self, shape: CacheShape, capacity: int) -> None:
+        each = shape.bytes_per_token(self.dtype.size)
+        used, limit = mx.get_active_memory(), self.chip.limit
+        if each * capacity + used + SCRATCH > limit:
+            fits = max(0, (limit - used - SCRATCH) // each)
+            raise BackendError(
+                f"a context of {capacity} tokens needs {each * capacity / GB:.2f} GB for keys and values; "
+                f"{used / GB:.2f} GB are in use and {self.chip.name} may give {limit / GB:.2f} GB: "
+                + (f"use --context {fits} or less" if fits > 1 else "use a smaller model")
+            )
+
+    def step(self, segments: Sequence[Segment]) -> Step:
+        self._enter()
+        if sum(s.rows for s in segments) > len(segments):
+            # Finish the piece before: MLX is lazy, and a whole prompt would pile up unevaluated
+            with self._evaluating():
+                for s in segments:
+                    assert isinstance(s.cache, MlxCache)
+                    mx.eval(s.cache.k, s.cache.v)
+        return super().step(segments)
+
+    # step primitives ------------------------------------------------------------------------------
+    def embed(self, table: Any, ids: Tensor) -> Tensor:
+        return table.rows(ids)
+
+    def linear(self, x: Tensor, w: Any) -> Tensor:
+        return w.matmul(x)
+
+    def norm(self, x: Tensor, norm: Norm) -> Tensor:
+        weight = self._narrow(norm.weight, x.dtype)
+        if norm.kind == "rms":
+            return mx.fast.rms_norm(x, weight, norm.eps)
+        bias = None if norm.bias is None else self._narrow(norm.bias, x.dtype)
+        return mx.fast.layer_norm(x, weight, bias, norm.eps)
+
+    def _narrow(self, constant: Any, dtype: Any) -> Any:
+        """A float32 constant in dtype: a float32 weight would widen the whole result."""
+        if constant.dtype == dtype:
+            return constant
+        return self._derived(constant, str(dtype), lambda c: c.astype(dtype))
+
+    def rope(self, x: Tensor, rope: Rope, step: Step) -> Tensor:
+        rotated = 2 * rope.inv_freq.shape[0]
+        # mx.fast.rope wants wavelengths, and takes one position per batch row: so T is the batch
+        wavelengths = self._derived(rope.inv_freq, "1/x", mx.reciprocal)
+        if rope.factor != 1:
+            head = x.shape[-1]
+            x = x * self._derived(rope.inv_freq, f"{rope.factor} {head} {x.dtype}", lambda _: mx.concatenate(
+                [mx.full(rotated, rope.factor), mx.ones(head - rotated)]).astype(x.dtype))  # fmt: skip
+        y = mx.fast.rope(
+            x[:, :, None], rotated, traditional=rope.interleaved, base=None, scale=1.0,
+            offset=step.positions, freqs=wavelengths,
+        )  # fmt: skip
+        return y[:, :, 0]
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, spec: Attention, step: Step) -> Tensor:
+        outs, row = [], 0
+        for segment in step.segments:
+            rows, cache = slice(row, row + segment.rows), segment.cache
+            assert isinstance(cache, MlxCache | TracedCache)
+            view = cache.append(spec.layer, heads_first(k[rows]), heads_first(v[rows]), spec.window)
+            outs.append(attend(q[rows], view, spec))
+            row += segment.rows
+        return outs[0] if len(outs) == 1 else mx.concatenate(outs)
+
+    def act(self, x: Tensor, kind: str) -> Tensor:
+        return self._fuse(kind, act_of(kind))(x)
+
+    def glu(self, gate: Tensor, up: Tensor, kind: str) -> Tensor:
+        return self._fuse(f"{kind} glu", glu_of(kind))(gate, up)
+
+    def add(self, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+        return a + b if scale == 1 else a + scale * b
+
+    def scale(self, x: Tensor, factor: float) -> Tensor:
+        return x * factor
+
+    def softcap(self, x: Tensor, cap: float) -> Tensor:
+        return mx.tanh(x.astype(mx.float32) / cap) * cap
+
+    # whole steps ----------------------------------------------------------------------------------
+    def capture(self, fn: StepFn) -> StepFn:
+        """Through mx.compile: one program for each span of keys, with the position as an input."""
+        if not self.compiled:
+            return fn
+        programs: dict[int, Callable[..., Any]] = {}
+
+        def run(ids: Tensor, step: Step) -> Tensor:
+            if step.rows != 1 or not isinstance(cache := step.segments[0].cache, MlxCache):
+                return fn(ids, step)
+            span = cache.span()
+            if span not in programs:
+                programs[span] = mx.compile(traced(fn, span))
+            y, cache.k, cache.v = programs[span](ids, step.positions, cache.k, cache.v)
+            return y
+
+        return run
+
+    def sampler(
+        self, temperature: float, top_k: int, top_p: float, min_p: float, seed: int | None
+    ) -> Callable[[Tensor], Tensor] | None:
+        """Draws start at once, in order: the device works on while Python reads the token before."""
+        draw = sampling.drawer(temperature, top_k, top_p, min_p, seed)
+
+        def start(logits: Tensor) -> Tensor:
+            token = draw(logits)
+            with self._evaluating():
+                mx.async_eval(token)
+            return token
+
+        return start
+
+    def to_host(self, x: Tensor) -> F32:
+        self._enter()
+        with self._evaluating():
+            return np.array(x.astype(mx.float32))
+
+    def memory(self) -> Memory:
+        return Memory(int(mx.get_active_memory()), int(mx.get_peak_memory()), self.chip.limit)
+
+    def describe(self) -> Device:
+        where = "Metal" if self.chip.metal else "on the CPU, for tests: slow"
+        dtype = str(self.dtype).removeprefix("mlx.core.")
+        return Device("mlx", self.chip.name, f"mlx {mx.__version__}, {where}, {dtype}")
+
+
+def traced(fn: StepFn, span: int) -> Callable[..., Any]:
+    """fn as a function of arrays alone: ids (1,), position (1,), k, v -> (result, k, v)."""
+
+    def program(
+        ids: Tensor, position: Tensor, k: list[Any], v: list[Any]
+    ) -> tuple[Tensor, list[Any], list[Any]]:
+        _, kv_heads, _, head = k[0].shape
+        cache = TracedCache(CacheShape(len(k), kv_heads, head), span, position, k, v)
+        y = fn(ids, Step((Segment(cache, 1),), position))
+        return y, cache.k, cache.v
+
+    return program

@@ -1,0 +1,96 @@
+"""Keys and values on the device: fixed capacity, written in place, read as a view.
+
+A layer's k and v are (1, Hkv, capacity, D). The whole capacity is taken at once: a cache that grows
+is copied at every growth, and may meet the end of memory in the middle of an answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tinychat_mlx.backend import Cache, CacheShape
+from tinychat_mlx.backends.mlx.device import mx
+
+SPAN = 256  # the least number of keys a captured step looks at; doubled as the conversation grows
+
+
+@dataclass(frozen=True)
+class View:
+    """What the rows of a step attend to: keys, values (1, Hkv, S, D), and who sees whom.
+
+    k_at (S,) and q_at (T,) are positions. mask: None where every row sees every key, "causal", or a
+    boolean (T, S).
+    """
+
+    keys: Any
+    values: Any
+    k_at: Any
+    q_at: Any
+    mask: Any
+
+
+class MlxCache(Cache):
+    """One conversation's keys and values; positions are Python numbers."""
+
+    def __init__(self, shape: CacheShape, capacity: int, dtype: Any) -> None:
+        super().__init__(shape, capacity)
+        size = (1, shape.num_key_value_heads, capacity, shape.head_dim)
+        # Zeros, not garbage: a masked key has weight 0, and 0 times a NaN is a NaN
+        self.k = [mx.zeros(size, dtype) for _ in range(shape.num_hidden_layers)]
+        self.v = [mx.zeros(size, dtype) for _ in range(shape.num_hidden_layers)]
+        self._masked: tuple[tuple[int, int, int], View | None] = ((-1, -1, -1), None)
+
+    def span(self) -> int:
+        """Keys a captured step must look at: a power of two, so that few programs serve all lengths."""
+        return min(self.capacity, max(SPAN, 1 << self.length.bit_length()))
+
+    def append(self, layer: int, k: Any, v: Any, window: int) -> View:
+        """Write k, v (1, Hkv, T, D) behind the first `length` -> what these rows see."""
+        start, rows = self.length, k.shape[2]
+        end = start + rows
+        self.k[layer][..., start:end, :] = k.astype(self.k[layer].dtype)
+        self.v[layer][..., start:end, :] = v.astype(self.v[layer].dtype)
+        low = max(0, start - window + 1) if window else 0
+        keys, values = self.k[layer][..., low:end, :], self.v[layer][..., low:end, :]
+        k_at, q_at, mask = self._positions(low, start, end, window)
+        return View(keys, values, k_at, q_at, mask)
+
+    def _positions(self, low: int, start: int, end: int, window: int) -> tuple[Any, Any, Any]:
+        """Positions and mask, made once a step for all layers of one window."""
+        if self._masked[0] != (start, end, window) or self._masked[1] is None:
+            k_at, q_at = mx.arange(low, end), mx.arange(start, end)
+            mask: Any = None
+            if end - start > 1:
+                mask = seen(k_at, q_at, window) if window and end - low > window else "causal"
+            self._masked = ((start, end, window), View(None, None, k_at, q_at, mask))
+        view = self._masked[1]
+        assert view is not None
+        return view.k_at, view.q_at, view.mask
+
+
+class TracedCache(Cache):
+    """The same inside a captured step of one row: the position is an array, shapes do not depend on it."""
+
+    def __init__(self, shape: CacheShape, span: int, position: Any, k: list[Any], v: list[Any]) -> None:
+        """k, v: an MlxCache's arrays as a program's arguments; position (1,) int32; looks at `span` keys."""
+        super().__init__(shape, k[0].shape[2])
+        self.at, self.k, self.v = position, list(k), list(v)
+        self.k_at = mx.arange(span)
+        self._masks: dict[int, Any] = {}
+
+    def append(self, layer: int, k: Any, v: Any, window: int) -> View:
+        """As MlxCache.append. Masked keys cost a byte: Metal's one-query kernel skips them unread."""
+        span = self.k_at.shape[0]
+        self.k[layer] = mx.slice_update(self.k[layer], k.astype(self.k[layer].dtype), self.at, axes=(2,))
+        self.v[layer] = mx.slice_update(self.v[layer], v.astype(self.v[layer].dtype), self.at, axes=(2,))
+        if window not in self._masks:
+            self._masks[window] = seen(self.k_at, self.at, window)
+        keys, values = self.k[layer][..., :span, :], self.v[layer][..., :span, :]
+        return View(keys, values, self.k_at, self.at, self._masks[window])
+
+
+def seen(k_at: Any, q_at: Any, window: int) -> Any:
+    """-> boolean (T, S): keys not later than the row and less than `window` before it (0: all)."""
+    mask = k_at <= q_at[:, None]
+    return mask & (k_at > q_at[:, None] - window) if window else mask

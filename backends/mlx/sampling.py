@@ -1,0 +1,52 @@
+"""Sampling on the device, so that the next step starts before the last token is known to Python."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+from tinychat_mlx.backends.mlx.device import mx
+
+
+def drawer(
+    temperature: float, top_k: int, top_p: float, min_p: float, seed: int | None
+) -> Callable[[Any], Any]:
+    """-> a function logits (1, V) -> token (1,) int32, or -1 where the logits are not finite.
+
+    Same parameters and seed, same tokens; they differ from the host sampler's, whose generator is NumPy's.
+    """
+    if temperature == 0:
+        return lambda logits: checked(mx.argmax(logits[-1]), logits[-1])
+    key = [mx.random.key(int.from_bytes(os.urandom(4), "little") if seed is None else seed & 0xFFFFFFFF)]
+
+    def draw(logits: Any) -> Any:
+        key[0], now = mx.random.split(key[0])
+        kept = filtered(logits[-1], temperature, top_k, top_p, min_p)
+        return checked(mx.random.categorical(kept, key=now), logits[-1])
+
+    return draw
+
+
+def checked(token: Any, logits: Any) -> Any:
+    """token (), or -1: NaN and infinity do not stop a GPU, so the token carries the news."""
+    return mx.where(mx.isfinite(logits).all(), token.astype(mx.int32), -1)[None]
+
+
+def filtered(logits: Any, temperature: float, top_k: int, top_p: float, min_p: float) -> Any:
+    """logits (V,) -> float32 (V,) scaled by temperature, -inf where top-k, top-p or min-p excludes.
+
+    Unlike the host's, top-p keeps all tokens that tie with the last one it needs.
+    """
+    x = logits.astype(mx.float32) / temperature
+    if 0 < top_k < x.size:
+        x = mx.where(x >= mx.min(mx.topk(x, top_k)), x, -mx.inf)
+    if top_p < 1:
+        p = mx.softmax(x)
+        falling = -mx.sort(-p)
+        before = mx.cumsum(falling) - falling
+        x = mx.where(p >= mx.min(mx.where(before < top_p, falling, mx.inf)), x, -mx.inf)
+    if min_p > 0:
+        x = mx.where(x >= mx.max(x) + math.log(min_p), x, -mx.inf)
+    return x
