@@ -125,6 +125,20 @@ def _bloom(spec: ArchSpec, config: dict[str, Any]) -> ArchSpec:
     return _four_times(spec, config)
 
 
+def _moe_sizes(spec: ArchSpec, config: dict[str, Any]) -> ArchSpec:
+    """num_experts and num_local_experts are one key; experts may have a size of their own."""
+    if config.get("num_experts") is None:
+        config["num_experts"] = config.get("num_local_experts")
+    if config.get("moe_intermediate_size") is None:
+        config["moe_intermediate_size"] = config.get("intermediate_size")
+    return spec
+
+
+_MOE: dict[str, Any] = {
+    "moe": True,
+    "adapt": _moe_sizes,
+    "reads": frozenset({"num_experts", "num_local_experts"}),
+}
 _ROWS = (
     # Llama and what is Llama but for a detail
     ArchSpec("llama"),
@@ -207,6 +221,23 @@ _ROWS = (
         defaults={"partial_rotary_factor": 0.5},
         names={"post_attn": "post_self_attn_layernorm", "post_mlp": "post_mlp_layernorm"},
     ),
+    # mixtures of experts
+    ArchSpec(
+        "mixtral",
+        window="all",
+        default_theta=1e6,
+        defaults={"norm_topk_prob": True},
+        names={
+            "router": "block_sparse_moe.gate",
+            "expert_gate": "block_sparse_moe.experts.{e}.w1",
+            "expert_up": "block_sparse_moe.experts.{e}.w3",
+            "expert_down": "block_sparse_moe.experts.{e}.w2",
+        },
+        **_MOE,
+    ),
+    ArchSpec("qwen2_moe", window="layers", shared_expert=True, **_MOE),
+    ArchSpec("qwen3_moe", qk_norm="head", window="layers", **_MOE),
+    ArchSpec("olmoe", qk_norm="full", **_MOE),
     # LayerNorm
     ArchSpec(
         "stablelm",

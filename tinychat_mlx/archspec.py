@@ -26,6 +26,14 @@ NAMES: Mapping[str, str] = {
     "up": "mlp.up_proj",
     "gate_up": "mlp.gate_up_proj",
     "down": "mlp.down_proj",
+    "router": "mlp.gate",
+    "expert_gate": "mlp.experts.{e}.gate_proj",
+    "expert_up": "mlp.experts.{e}.up_proj",
+    "expert_down": "mlp.experts.{e}.down_proj",
+    "shared_router": "mlp.shared_expert_gate",
+    "shared_gate": "mlp.shared_expert.gate_proj",
+    "shared_up": "mlp.shared_expert.up_proj",
+    "shared_down": "mlp.shared_expert.down_proj",
 }
 
 
@@ -46,6 +54,8 @@ class ArchSpec:
     position_offset: int = 0  # learned: row of position 0
     rope_interleaved: bool = False
     rope_layers: str = ""  # "" all | sliding (full layers have none) | listed (no_rope_layers)
+    moe: bool = False  # layers are mixtures of experts, but for those config.json names
+    shared_expert: bool = False  # one more expert sees every row, weighted by a gate of its own
     embed_norm: bool = False
     embed_sqrt: bool = False  # embeddings are multiplied by sqrt(hidden_size)
     default_theta: float | None = 10000.0  # where config.json gives none
@@ -61,6 +71,10 @@ class ArchSpec:
         """Role -> module name in the checkpoint."""
         short = self.names.get(role) or NAMES[role]
         return short if layer is None else f"{self.prefix(layer)}.{short}"
+
+    def expert(self, role: str, layer: int, e: int) -> str:
+        """The module of one expert: role "gate", "up" or "down"."""
+        return self.name(f"expert_{role}", layer).replace("{e}", str(e))
 
     def prefix(self, layer: int) -> str:
         """Where a layer's modules stand: `model.layers.0`."""

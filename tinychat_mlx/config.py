@@ -49,6 +49,18 @@ SCALARS: dict[str, tuple[Any, ...]] = {
 
 
 @dataclass(frozen=True)
+class MoeConfig:
+    """Sizes of the mixture of experts, and which layers have one."""
+
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    shared_expert_intermediate_size: int  # 0: no shared expert
+    norm_topk_prob: bool
+    layers: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Numbers of one model; per-layer tuples have num_hidden_layers entries."""
 
@@ -72,6 +84,7 @@ class ModelConfig:
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     alibi: tuple[float, ...] | None = None  # a slope a head
+    moe: MoeConfig | None = None
     eos_token_ids: tuple[int, ...] = ()
 
 
@@ -113,6 +126,7 @@ def parse_config(config: Mapping[str, Any], context: int | None = None) -> Model
         residual_scale=_scalar(config, spec, "residual_multiplier", 1.0),
         logit_scale=_scalar(config, spec, "logit_scale", 1.0) / _scalar(config, spec, "logits_scaling", 1.0),
         alibi=tuple(config["alibi_slopes"]) if spec.positions == "alibi" else None,
+        moe=_moe(config, spec, layers),
         eos_token_ids=token_ids(config.get("eos_token_id"), "config.json"),
     )
 
@@ -158,6 +172,27 @@ def _epsilon(config: Mapping[str, Any]) -> float:
     raise ConfigError("config.json: rms_norm_eps (or layer_norm_eps) is missing")
 
 
+def _moe(config: Mapping[str, Any], spec: ArchSpec, layers: int) -> MoeConfig | None:
+    if not spec.moe:
+        return None
+    experts, chosen = _count(config, "num_experts"), _count(config, "num_experts_per_tok")
+    if chosen > experts:
+        raise ConfigError(f"config.json: num_experts_per_tok is {chosen}, but there are {experts} experts")
+    every, dense = _count(config, "decoder_sparse_step", default=1), config.get("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        raise ConfigError(f"config.json: mlp_only_layers must be a list, not {dense!r}")
+    return MoeConfig(
+        num_experts=experts,
+        num_experts_per_tok=chosen,
+        moe_intermediate_size=_count(config, "moe_intermediate_size"),
+        shared_expert_intermediate_size=_count(config, "shared_expert_intermediate_size")
+        if spec.shared_expert
+        else 0,
+        norm_topk_prob=bool(config.get("norm_topk_prob")),
+        layers=tuple(i not in dense and (i + 1) % every == 0 for i in range(layers)),
+    )
+
+
 def _embed_scale(config: Mapping[str, Any], spec: ArchSpec, hidden: int) -> float:
     """Granite's multiplier, or Gemma's root of hidden_size in the model's dtype, as it was trained."""
     if not spec.embed_sqrt:
@@ -179,7 +214,7 @@ def _activation(config: Mapping[str, Any]) -> str:
 def _windows(config: Mapping[str, Any], spec: ArchSpec, layers: int) -> tuple[int, ...]:
     """Sliding window of each layer, 0 for none."""
     off = config.get("use_sliding_window") is False
-    if not spec.window or off or config.get("sliding_window") is None:
+    if not spec.window or off or config.get("sliding_window") in (None, 0):
         return (0,) * layers
     window = _count(config, "sliding_window")
     if spec.window == "all":
