@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -161,9 +162,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """-> the object in a JSON file. Raises ConfigError naming line and column."""
     try:
         with open_regular(path) as file:
-            text = file.read(MAX_JSON + 1)
-        if len(text) > MAX_JSON:
-            raise ConfigError(f"{path}: more than {MAX_JSON >> 20} MiB — is it the right file?")
+            if os.fstat(file.fileno()).st_size > MAX_JSON:
+                raise ConfigError(f"{path}: more than {MAX_JSON >> 20} MiB — is it the right file?")
+            text = file.read()
         parsed = json.loads(text)
     except FormatError as error:
         raise ConfigError(str(error)) from None

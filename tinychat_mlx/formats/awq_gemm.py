@@ -62,7 +62,7 @@ def awq_config(group_size: int, not_converted: list[str] | None = None) -> dict[
 
 def awq_entries(packed: Packed, dtype: str = "F16") -> list[Entry]:
     """A weight as AutoAWQ GEMM tensors, the linear bias in `dtype`. Raises FormatError if it is none."""
-    n, k = packed.shape
+    n = packed.shape[0]
     if packed.w_bit != 4 or n % 8:
         raise _not_awq(packed, f"{packed.w_bit} bits and {n} outputs: AWQ needs 4 bits and a multiple of 8")
     qweight, zeros, scales = with_zeros(packed)

@@ -19,7 +19,8 @@ from tinychat_mlx.weight import Packed
 def zeros_width(k: int, group_size: int) -> int:
     """-> Z, words of zeros a row: enough for K / G, rounded up to what one warp reads at once."""
     multiple = {32: 4, 64: 2}.get(group_size, 1)
-    return -(-(-(-(k // group_size) // 8)) // multiple) * multiple
+    words = (k // group_size + 7) // 8
+    return (words + multiple - 1) // multiple * multiple
 
 
 @dataclass(frozen=True)

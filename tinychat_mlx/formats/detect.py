@@ -169,7 +169,8 @@ def _awq(block: dict[str, Any]) -> list[Layout]:
     group = _group_size(block, where)
     if block.get("zero_point", True) is not True:
         raise _refuse("AWQ without zero points (Marlin's kind)", where)
-    version = block.get("version") or block.get("format") or block.get("checkpoint_format")
+    spellings = ("version", "format", "checkpoint_format")
+    version = next((block[key] for key in spellings if block.get(key) is not None), None)
     if block.get("backend") == "llm-awq" or version == "llm-awq":
         return [LlmAwq(group)]
     layouts: dict[str, list[Layout]] = {
