@@ -1,8 +1,8 @@
 """How does text appear token by token, exactly as if all were decoded at once?
 
 Byte-level vocabularies (most models) go through an incremental UTF-8 decoder; all others are decoded again
-over a window of a few tokens. tokenizers' own DecodeStream is not used: its text is not always that of decode()
-(tests/test_tokenizer.py shows where).
+over a window of a few tokens. tokenizers' own DecodeStream is not used: its text is not always that of
+decode() (tests/test_tokenizer.py shows where).
 """
 
 from __future__ import annotations
@@ -121,16 +121,22 @@ class CleanStream:
 
     def push(self, token: int) -> str:
         self._held += self._inner.push(token)
-        # A pattern begins with a space, so none reaches over the border in front of a space, unless the
-        # character before is a space, or "n" or "'", which join with what follows when that space is removed
-        # ("n ' t" -> "n't").
         cut = self._held.rfind(" ")
-        while cut > 0 and self._held[cut - 1] in " 'n":
+        while cut > 0 and not self._is_border(cut):
             cut = self._held.rfind(" ", 0, cut)
         if cut <= 0:
             return ""
         done, self._held = self._held[:cut], self._held[cut:]
         return clean_up_spaces(done)
+
+    def _is_border(self, at: int) -> bool:
+        """Whether no pattern can reach over the border in front of the space at `at`.
+
+        Every pattern begins with a space. Only " ' " has another inside, and only "n" may become part of one
+        (" n't") when that space is removed.
+        """
+        before, after = self._held[at - 1], self._held[at + 1 : at + 2]
+        return before not in " '" and not (before == "n" and after in ("", " ", "'"))
 
     def flush(self) -> str:
         done, self._held = self._held + self._inner.flush(), ""

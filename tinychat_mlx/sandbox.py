@@ -1,9 +1,9 @@
 """In what environment does a foreign chat template run?
 
 The template arrives with the model folder, so it is code by somebody unknown. It gets jinja2's immutable
-sandbox set up as transformers 5 does (so that it renders the same text), and bounds that transformers does not
-have: processor time, the length of any string or list, the size of numbers. Importing this module imports jinja2
-(60 ms), so do it late.
+sandbox set up as transformers 5 does (so that it renders the same text), and bounds that transformers does
+not have: processor time, the length of any string or list, the size of numbers. This module imports jinja2
+(60 ms): import it late.
 """
 
 from __future__ import annotations

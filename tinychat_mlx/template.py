@@ -40,6 +40,7 @@ class ChatTemplate:
     def render(
         self,
         messages: Sequence[Message],
+        /,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
@@ -62,14 +63,13 @@ class ChatTemplate:
             raise TokenizerError("messages: nested too deeply — pass plain JSON values") from None
         source = self._source(tools is not None)
         opened = _open_final_message(chat, continue_final_message, source) if continue_final_message else None
-        text = self._run(
-            source,
-            messages=chat,
-            tools=plain_tools,
-            documents=plain_documents,
-            add_generation_prompt=add_generation_prompt and opened is None,
-            **variables,
-        )
+        variables |= {
+            "messages": chat,
+            "tools": plain_tools,
+            "documents": plain_documents,
+            "add_generation_prompt": add_generation_prompt and opened is None,
+        }
+        text = self._run(source, variables)
         return text if opened is None else _cut_at_mark(text, opened)
 
     def _source(self, with_tools: bool) -> str:
@@ -80,7 +80,7 @@ class ChatTemplate:
         names = ", ".join(sorted(self.sources))
         raise TokenizerError(f"{self.origin}: no template 'default' (only {names}) — choose one explicitly")
 
-    def _run(self, source: str, **variables: Any) -> str:
+    def _run(self, source: str, variables: Mapping[str, Any]) -> str:
         from jinja2 import TemplateError, TemplateSyntaxError
 
         from tinychat_mlx.sandbox import MAX_LENGTH, LimitError
@@ -89,7 +89,7 @@ class ChatTemplate:
         pieces, length = [], 0
         try:
             with sandbox.deadline():
-                for piece in self._template(sandbox, source).generate(**variables):
+                for piece in self._template(sandbox, source).generate(variables):
                     sandbox.tick()
                     pieces.append(piece)
                     length += len(piece)

@@ -1,8 +1,9 @@
 """How does text become token ids, and token ids text?
 
-tokenizer.json is the truth, run by the library `tokenizers`; the results are those of transformers' AutoTokenizer,
-without importing it. (For a few old vocabularies transformers 5 rebuilds the pipeline in Python and ignores part
-of tokenizer.json; there the file is followed.) The library is imported late: `--help` must not pay for it.
+tokenizer.json is the truth, run by the library `tokenizers`; the results are those of
+transformers' AutoTokenizer, without importing it. (For a few old vocabularies transformers 5 rebuilds the
+pipeline in Python and ignores part of tokenizer.json; there the file is followed.) The library is imported
+late: `--help` must not pay for it.
 """
 
 from __future__ import annotations
@@ -69,13 +70,13 @@ class Tokenizer:
     # -- text and ids
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Encode a text; special: add what the model expects round it (a BOS). False for rendered templates."""
+        """Encode a text; special: add what the model expects round it, a BOS say (not to rendered chats)."""
         try:
             return self._raw.encode(text, add_special_tokens=special).ids
-        except UnicodeEncodeError as error:
-            raise TokenizerError(
-                f"text: character {error.start} is half a surrogate pair — remove it"
-            ) from None
+        except TypeError:
+            if not isinstance(text, str):
+                raise
+            raise TokenizerError("text: half a surrogate pair is no character — remove it") from None
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Decode ids to text, leaving out special tokens; ids outside the vocabulary give nothing."""
@@ -113,7 +114,7 @@ class Tokenizer:
 
     # -- conversations
 
-    def render(self, messages: Sequence[Message], **kwargs: Any) -> str:
+    def render(self, messages: Sequence[Message], /, **kwargs: Any) -> str:
         """Render messages with the model's chat template; arguments as ChatTemplate.render.
 
         Raises TokenizerError if the model has no template (no guess is made) or the template refuses.
@@ -122,7 +123,7 @@ class Tokenizer:
             raise TokenizerError("the model has no chat template — give it plain prompts, or a template file")
         return self.template.render(messages, **kwargs)
 
-    def encode_chat(self, messages: Sequence[Message], **kwargs: Any) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message], /, **kwargs: Any) -> list[int]:
         """Render messages and encode them; the template wrote the special tokens, so none are added again."""
         return self.encode(self.render(messages, **kwargs), special=False)
 
@@ -133,7 +134,7 @@ class Tokenizer:
     def stop_ids(
         self, config_eos: int | Iterable[int] | None = None, generation_eos: int | Iterable[int] | None = None
     ) -> frozenset[int]:
-        """All tokens that end an answer: those which config.json, generation_config.json and the tokenizer name,
+        """All tokens that end an answer: those of config.json, of generation_config.json, of the tokenizer,
         and the one the chat template writes behind an answer. Published models omit any of the four.
         """
         ids = {self.eos_id, self._turn_end_id()}
@@ -162,7 +163,9 @@ def _read_raw(folder: Path) -> RawTokenizer:
         raise TokenizerError(_what_is_missing(folder))
     try:
         raw = RawTokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
+    except BaseException as error:  # the library raises nothing narrower; its panics are no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise TokenizerError(f"{path}: not a tokenizer ({error}) — download it again") from error
     raw.no_truncation()
     raw.no_padding()
@@ -204,6 +207,8 @@ def _special_tokens(
     if "added_tokens_decoder" in config:
         table = config["added_tokens_decoder"]
         try:
+            if not isinstance(table, dict):
+                raise TypeError("not an object")
             declared = [_added_token(table[key], path, key) for key in sorted(table, key=int)]
         except (TypeError, ValueError) as error:
             raise TokenizerError(f"{path}: 'added_tokens_decoder': {error} — download it again") from error
@@ -211,6 +216,8 @@ def _special_tokens(
         values |= _read_object(folder / "special_tokens_map.json")
     known = {token.content: token for token in declared}
     extra = values.get("extra_special_tokens") or values.get("additional_special_tokens") or []
+    if not isinstance(extra, dict | list):
+        raise TokenizerError(f"{path}: 'extra_special_tokens' is not a list of tokens — download it again")
     if isinstance(extra, dict):  # named ones of this model: {"image_token": "<image>"}
         values |= extra
         names, extra = [*_NAMED, *extra], []
