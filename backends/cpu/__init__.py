@@ -1,0 +1,297 @@
+"""CPU backend: NumPy arrays and native kernels (kernels/), opened by ctypes.
+
+To build the library in a checkout, without installing anything (it lands in tinychat_mlx/, ignored by git):
+
+    cmake -S backends/cpu -B build/dev && cmake --build build/dev
+
+TINYCHAT_CPU_ISA=avx2 (neon, scalar, ...) takes a lower instruction set; TINYCHAT_THREADS=2 a number of threads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from ctypes import pointer
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tinychat_mlx.backend import (
+    Attention,
+    Backend,
+    Cache,
+    CacheShape,
+    Device,
+    Handle,
+    Memory,
+    Mlp,
+    Norm,
+    Rope,
+    Step,
+    StepFn,
+    Tensor,
+)
+from tinychat_mlx.backends.cpu import library as c
+from tinychat_mlx.backends.cpu.cores import default_threads, processor_name
+from tinychat_mlx.backends.cpu.engine import Engine
+from tinychat_mlx.backends.cpu.kvcache import CpuCache
+from tinychat_mlx.backends.cpu.memory import F32, Arena, Scratch, address
+from tinychat_mlx.backends.cpu.pack import CpuWeight, pack
+from tinychat_mlx.backends.cpu.rope import RopeTable
+from tinychat_mlx.backends.cpu.tape import Captured, Tape
+from tinychat_mlx.errors import BackendError
+from tinychat_mlx.weight import Weight
+
+__all__ = ["CpuBackend"]
+
+
+class CpuBackend(Backend):
+    """int4 and int8 weights meet activations rounded to int8 a group; exact keeps those, and the cache, in float32.
+
+    Tensors are float32 arrays whose last axis is contiguous.
+    """
+
+    name = "cpu"
+
+    def __init__(self, exact: bool = False, threads: int | None = None) -> None:
+        """threads None: TINYCHAT_THREADS, or one a fast core. Raises BackendError without the native library."""
+        self.exact = exact
+        isa = os.environ.get("TINYCHAT_CPU_ISA")
+        self.engine = Engine(isa or None, _threads(threads))
+        self.tape: Tape | None = None  # of the step being recorded
+        self._forced = bool(isa)
+        self._arena, self._scratch = Arena(), Scratch()
+        self._caches = 0
+        self._norms: dict[int, tuple[Norm, c.CNorm]] = {}
+        self._ropes: dict[int, RopeTable] = {}
+
+    # load ---------------------------------------------------------------------------------------
+    def put(self, array: npt.NDArray[Any]) -> Tensor:
+        form = np.float32 if array.dtype.kind == "f" else np.int32
+        return np.array(array, form, order="C")
+
+    def ids(self, ids: Sequence[int]) -> Tensor:
+        return np.array(ids, np.int32)
+
+    def pack(self, weight: Weight) -> Handle:
+        return pack(weight, self._arena, self.engine.run_one, self.exact)
+
+    def new_cache(self, shape: CacheShape, capacity: int) -> Cache:
+        return CpuCache(shape, capacity, c.F32 if self.exact else c.F16)
+
+    # step primitives ----------------------------------------------------------------------------
+    def embed(self, table: Handle, ids: Tensor) -> Tensor:
+        w = _weight(table)
+        y = self._new(ids.shape[0], w.shape[1])
+        op = c.EmbedOp(c.EMBED, ids.shape[0], address(ids), pointer(w.header), address(y))
+        return self._run(op, (ids,), y, w)
+
+    def linear(self, x: Tensor, w: Handle) -> Tensor:
+        return self._linear(x, w)
+
+    def norm(self, x: Tensor, norm: Norm) -> Tensor:
+        y = self._new(*x.shape)
+        rows, heads, dim = x.shape if x.ndim == 3 else (x.shape[0], 1, x.shape[1])
+        head = _stride(x, 1) if x.ndim == 3 else 0
+        spec = self._norm(norm)
+        op = c.NormOp(c.NORM, rows, heads, dim, _at(x), _stride(x, 0), head, pointer(spec), address(y))
+        return self._run(op, (x,), y, norm)
+
+    def rope(self, x: Tensor, rope: Rope, step: Step) -> Tensor:
+        reach = max(s.cache.length + s.rows for s in step.segments)
+        table = self._rope(rope, max(reach, *(s.cache.capacity for s in step.segments)))
+        table.reach(reach)
+        if self.tape is not None:
+            self.tape.tables.append(table)
+        op = c.RopeOp(c.ROPE, x.shape[0], x.shape[1], table.half, rope.interleaved, 0)
+        op.x, op.row_stride, op.head_stride = _at(x), _stride(x, 0), _stride(x, 1)
+        op.positions, op.table = address(step.positions), address(table.data)
+        return self._run(op, (x, step.positions), x, table)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, spec: Attention, step: Step) -> Tensor:
+        rows, heads, dim = q.shape
+        y = self._new(rows, heads * dim)
+        segments, lengths = self._segments(spec.layer, step)
+        op = c.AttentionOp(
+            c.ATTENTION, rows, heads, k.shape[1], dim, -(-dim // 16) * 16, len(segments), spec.window
+        )
+        cache = step.segments[0].cache
+        assert isinstance(cache, CpuCache), "a cache of another backend"
+        op.kv_kind, op.scale, op.softcap = cache.kind, spec.scale, spec.softcap
+        op.q, op.q_stride, op.q_head = _at(q), _stride(q, 0), _stride(q, 1)
+        op.k, op.k_stride, op.k_head = _at(k), _stride(k, 0), _stride(k, 1)
+        op.v, op.v_stride, op.v_head = _at(v), _stride(v, 0), _stride(v, 1)
+        op.y, op.segment = address(y), segments
+        alibi = None if spec.alibi is None else np.array(spec.alibi, np.float32)
+        op.alibi = None if alibi is None else address(alibi)
+        return self._run(op, (q, k, v), y, (segments, lengths, alibi))
+
+    def act(self, x: Tensor, kind: str) -> Tensor:
+        return self._map(c.MAP_ACT, self._new(*x.shape), x, act=kind)
+
+    def glu(self, gate: Tensor, up: Tensor, kind: str) -> Tensor:
+        return self._map(c.MAP_GLU, self._new(*gate.shape), gate, up, act=kind)
+
+    def add(self, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+        return self._map(c.MAP_ADD, a, a, b, scale)
+
+    def scale(self, x: Tensor, factor: float) -> Tensor:
+        return self._map(c.MAP_SCALE, x, x, None, factor)
+
+    def softcap(self, x: Tensor, cap: float) -> Tensor:
+        return self._map(c.MAP_SOFTCAP, x, x, None, cap)
+
+    # composites ---------------------------------------------------------------------------------
+    def norm_linear(self, x: Tensor, norm: Norm, w: Handle) -> Tensor:
+        return self._linear(x, w, norm)
+
+    def linear_add(self, x: Tensor, w: Handle, residual: Tensor) -> Tensor:
+        return self._linear(x, w, residual=residual)
+
+    def mlp(self, x: Tensor, mlp: Mlp, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
+        if mlp.gate_up is not None and mlp.gate_up.shape[0] % 32 == 0:
+            h = self._linear(x, mlp.gate_up, norm, act=mlp.act, gated=True)
+        elif mlp.gate_up is None and mlp.gate is None and mlp.up is not None:
+            h = self._linear(x, mlp.up, norm, act=mlp.act)
+        else:
+            return super().mlp(x, mlp, norm, residual)
+        return self._linear(h, mlp.down, residual=residual)
+
+    # whole steps --------------------------------------------------------------------------------
+    def capture(self, fn: StepFn) -> StepFn:
+        return Captured(fn, self)
+
+    def to_host(self, x: Tensor) -> F32:
+        return np.array(x, np.float32)
+
+    def memory(self) -> Memory:
+        import psutil
+
+        used = self._arena.used + self._scratch.held
+        return Memory(used, _peak_bytes(), int(psutil.virtual_memory().total))
+
+    def describe(self) -> Device:
+        e = self.engine
+        why = "TINYCHAT_CPU_ISA asks for it" if self._forced else ""
+        plural = "" if e.threads == 1 else "s"
+        mode = ", exact" if self.exact else ""
+        return Device(
+            "cpu",
+            processor_name(),
+            f"{e.isa}, {e.threads} thread{plural}{mode}",
+            why,
+            tuple(c.instruction_sets()),
+        )
+
+    # ops ----------------------------------------------------------------------------------------
+    def _new(self, *shape: int) -> F32:
+        return (self._scratch if self.tape is None else self.tape.scratch).new(*shape)
+
+    def _run(self, op: c.Op, tensors: Sequence[Tensor], y: Tensor, keep: object) -> Tensor:
+        """Run an op that reads `tensors` and writes y; `keep` lives as long as the op may be replayed."""
+        self.engine.run_one(op)
+        if self.tape is not None:
+            self.tape.add(op, tensors, y, keep)
+        return y
+
+    def _linear(
+        self,
+        x: Tensor,
+        handle: Handle,
+        norm: Norm | None = None,
+        residual: Tensor | None = None,
+        act: str = "",
+        gated: bool = False,
+    ) -> Tensor:
+        """[residual +] act(w · norm(x) + bias), or with the gate and up rows of w: act(gate) · up."""
+        w = _weight(handle)
+        assert x.shape[1] == w.shape[1], f"{w.name}: {x.shape[1]} inputs for {w.shape[1]}"
+        n = w.shape[0] // 2 if gated else w.shape[0]
+        y = self._new(x.shape[0], n)
+        op = c.LinearOp(c.LINEAR, x.shape[0], _at(x), _stride(x, 0), pointer(w.header))
+        if norm is not None:
+            op.norm = pointer(self._norm(norm))
+        op.y, op.y_stride = address(y), n
+        if residual is not None:
+            op.residual, op.residual_stride = _at(residual), _stride(residual, 0)
+        op.act, op.gated, op.exact = c.ACTS[act], gated, self.exact
+        return self._run(op, (x,) if residual is None else (x, residual), y, (w, norm))
+
+    def _map(
+        self, kind: int, y: Tensor, a: Tensor, b: Tensor | None = None, factor: float = 1.0, act: str = ""
+    ) -> Tensor:
+        """Elementwise, on the rows of two-dimensional tensors."""
+        op = c.MapOp(c.MAP, a.shape[0], a.shape[1], kind, c.ACTS[act], factor)
+        op.a, op.a_stride, op.y, op.y_stride = _at(a), _stride(a, 0), _at(y), _stride(y, 0)
+        if b is not None:
+            op.b, op.b_stride = _at(b), _stride(b, 0)
+        return self._run(op, (a,) if b is None else (a, b), y, None)
+
+    def _segments(self, layer: int, step: Step) -> tuple[Any, npt.NDArray[np.int64]]:
+        """The segments' native form for one layer, and the lengths it points to."""
+        if self.tape is not None:
+            lengths = self.tape.length
+        else:
+            lengths = np.array([s.cache.length for s in step.segments], np.int64)
+        first = address(lengths)
+        native = (c.CSegment * len(step.segments))()
+        for i, s in enumerate(step.segments):
+            assert isinstance(s.cache, CpuCache), "a cache of another backend"
+            if s.cache.length + s.rows > s.cache.rows:
+                raise BackendError(
+                    f"cpu backend: {s.rows} more tokens overflow a cache of {s.cache.capacity}"
+                )
+            native[i] = s.cache.segment(layer, s.rows, first + 8 * i)
+        return native, lengths
+
+    def _norm(self, norm: Norm) -> c.CNorm:
+        if id(norm) not in self._norms:
+            bias = None if norm.bias is None else address(norm.bias)
+            self._norms[id(norm)] = norm, c.CNorm(c.NORMS[norm.kind], norm.eps, address(norm.weight), bias)
+        return self._norms[id(norm)][1]
+
+    def _rope(self, rope: Rope, capacity: int) -> RopeTable:
+        table = self._ropes.get(id(rope))
+        if table is None or table.capacity < capacity:
+            table = self._ropes[id(rope)] = RopeTable(rope, capacity)
+        return table
+
+
+def _threads(asked: int | None) -> int:
+    if asked is not None:
+        return asked
+    text = os.environ.get("TINYCHAT_THREADS", "")
+    if not text:
+        return default_threads()
+    if not text.isdigit():
+        raise BackendError(f"TINYCHAT_THREADS: {text!r} is no number of threads — give 1, 2, ...")
+    return int(text)
+
+
+def _weight(handle: Handle) -> CpuWeight:
+    assert isinstance(handle, CpuWeight), f"{handle.name} was packed for another backend"
+    return handle
+
+
+def _at(x: Tensor) -> int:
+    """Address of a tensor whose last axis is contiguous."""
+    assert x.dtype == np.float32 and (x.strides[-1] == 4 or x.shape[-1] <= 1), "not a tensor of this backend"
+    return address(x)
+
+
+def _stride(x: Tensor, axis: int) -> int:
+    return int(x.strides[axis]) // 4
+
+
+def _peak_bytes() -> int:
+    """The most memory this process ever held."""
+    try:
+        import resource
+        import sys
+    except ImportError:  # Windows
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak) if sys.platform == "darwin" else int(peak) * 1024

@@ -1,0 +1,53 @@
+"""Who runs the ops? The native thread pool, called here, one list at a time."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+
+from tinychat_mlx.backends.cpu.library import Op, instruction_sets, open_library
+from tinychat_mlx.errors import BackendError
+
+_NO_MEMORY, _BAD_ID = 1, 2
+
+
+class OpList:
+    """Ops in the order in which they run, and whatever their pointers point to."""
+
+    def __init__(self, ops: Sequence[Op], keep: object = None) -> None:
+        self.ops, self.keep = list(ops), keep
+        self.pointers = (ctypes.c_void_p * len(ops))(*(ctypes.addressof(op) for op in ops))
+
+
+class Engine:
+    """A native thread pool and the kernels of one instruction set."""
+
+    def __init__(self, isa: str | None, threads: int) -> None:
+        """isa None: the best here. Raises BackendError if the processor lacks it, or for threads < 1."""
+        self._lib = open_library()
+        here = instruction_sets()
+        if isa and isa not in here:
+            raise BackendError(f"TINYCHAT_CPU_ISA: no {isa} on this processor — it has {', '.join(here)}")
+        if threads < 1:
+            raise BackendError(f"cpu backend: {threads} threads — ask for at least 1")
+        self.isa, self.threads = isa or here[0], threads
+        self._handle = self._lib.tc_new(self.isa.encode(), threads)
+        if not self._handle:
+            raise BackendError("cpu backend: out of memory — close other programs")
+        weakref.finalize(self, self._lib.tc_free, self._handle)
+
+    def run_one(self, op: Op) -> None:
+        pointer = ctypes.c_void_p(ctypes.addressof(op))
+        self._check(self._lib.tc_run(self._handle, ctypes.byref(pointer), 1))
+
+    def run(self, ops: OpList) -> None:
+        self._check(self._lib.tc_run(self._handle, ops.pointers, len(ops.ops)))
+
+    def _check(self, status: int) -> None:
+        if status == _BAD_ID:
+            raise BackendError(
+                "cpu backend: a token id lies outside the embedding table — the tokenizer is another model's"
+            )
+        if status == _NO_MEMORY:
+            raise BackendError("cpu backend: out of memory — take a smaller model or a shorter context")

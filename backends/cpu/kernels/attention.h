@@ -1,0 +1,315 @@
+// Causal attention with grouped heads over a KV cache, with an online softmax: keys in blocks of 64, a running
+// maximum and sum for each query, outputs rescaled when the maximum moves. All arithmetic float32.
+//
+// A work item is a KV head of a segment with some of its rows: their queries of all heads of the group share the
+// keys. For few queries the keys are split in chunks of 256 as well; whoever finishes a head's last chunk adds
+// the chunks up, in order, so that results do not depend on the number of threads.
+#pragma once
+#include "pool.h"
+#include "words.h"
+
+namespace {
+
+constexpr int KEYS = 64;                                           // a block: scores and converted keys stay in L1
+constexpr int CHUNK = 256;                                         // of keys, where they are split
+constexpr int SPLIT = 32;                                          // queries of an item up to which keys are split
+constexpr int QUERIES = 64;                                        // queries of an item where they are not
+constexpr int KV_TILES = W == 16 ? 2 : 1, NK = KV_TILES * 16 / W;  // tiles of 16 keys, and vectors, at a time
+constexpr float NEVER = -1e30f;
+
+struct Half {
+  using T = uint16_t;
+  static F get(const T* p) { return ldh(p); }
+  static void put(T* p, F x) { sth(p, x); }
+};
+struct Single {
+  using T = float;
+  static F get(const T* p) { return ld(p); }
+  static void put(T* p, F x) { st(p, x); }
+};
+
+struct Item {
+  const SegmentArg* segment;
+  int first_row;  // the segment's first row in the step
+  int head, row, rows, chunk, chunks;
+  int64_t length;
+};
+
+inline int group_of(const AttentionOp& op) {
+  return op.heads / op.kv_heads;
+}
+inline bool splits(const AttentionOp& op, const SegmentArg& s) {
+  return s.rows * group_of(op) <= SPLIT;
+}
+inline int rows_an_item(const AttentionOp& op, const SegmentArg& s) {
+  return splits(op, s) ? s.rows : greater(1, QUERIES / group_of(op));
+}
+inline int chunks_of(const AttentionOp& op, const SegmentArg& s) {
+  return splits(op, s) ? (int)((*s.length + s.rows + CHUNK - 1) / CHUNK) : 1;
+}
+inline int items_of(const AttentionOp& op, const SegmentArg& s) {
+  const int n = rows_an_item(op, s);
+  return op.kv_heads * ((s.rows + n - 1) / n) * chunks_of(op, s);
+}
+
+inline Item item_at(const AttentionOp& op, int i) {
+  Item item{op.segment, 0, 0, 0, 0, 0, 1, 0};
+  for (int n; i >= (n = items_of(op, *item.segment)); i -= n) item.first_row += item.segment++->rows;
+  const SegmentArg& s = *item.segment;
+  const int n = rows_an_item(op, s), blocks = (s.rows + n - 1) / n;
+  item.chunks = chunks_of(op, s);
+  item.chunk = i % item.chunks;
+  item.row = i / item.chunks % blocks * n;
+  item.head = i / item.chunks / blocks;
+  item.rows = lesser(n, s.rows - item.row);
+  item.length = *s.length;
+  return item;
+}
+
+// One row's key and value of one head into the cache, at its position.
+template <class KV>
+void append(const AttentionOp& op, const SegmentArg& s, int row, int head, int64_t at) {
+  using T = typename KV::T;
+  T* keys = (T*)s.keys + (size_t)head * s.capacity * op.dim + (size_t)(at / 16) * 16 * op.dim + at % 16;
+  T* values = (T*)s.values + ((size_t)head * s.capacity + at) * op.dim_pad;
+  const float* k = op.k + row * op.k_stride + head * op.k_head;
+  const float* v = op.v + row * op.v_stride + head * op.v_head;
+  for (int d = 0; d < op.dim; d += W) {
+    const int n = lesser(W, op.dim - d);
+    T line[W];
+    KV::put(line, n == W ? ld(k + d) : ld_part(k + d, n));
+    for (int i = 0; i < n; i++) keys[(size_t)(d + i) * 16] = line[i];
+    KV::put(line, n == W ? ld(v + d) : ld_part(v + d, n));
+    for (int i = 0; i < n; i++) values[d + i] = line[i];
+  }
+}
+
+// R queries (R, dim) times 64 keys -> scores (R, KEYS).
+template <class KV, int R>
+inline void score(const float* q, const typename KV::T* keys, int dim, int count, float* out) {
+  for (int t = 0; t < count; t += 16 * KV_TILES, keys += (size_t)16 * KV_TILES * dim) {
+    F s[R][NK];
+    repeat<R>([&](auto r) { repeat<NK>([&](auto v) { s[r.value][v.value] = all(0); }); });
+    for (int d = 0; d < dim; d++)
+      repeat<NK>([&](auto v) {
+        const F k = KV::get(keys + (v.value * W / 16) * 16 * dim + d * 16 + v.value * W % 16);
+        repeat<R>([&](auto r) { s[r.value][v.value] = fma(k, all(q[r.value * dim + d]), s[r.value][v.value]); });
+      });
+    repeat<R>(
+        [&](auto r) { repeat<NK>([&](auto v) { st(out + r.value * KEYS + t + v.value * W, s[r.value][v.value]); }); });
+  }
+}
+
+// acc (R, dim_pad) += p (R, KEYS) * values (count, dim_pad)
+template <class KV, int R>
+inline void weigh(const float* p, const typename KV::T* values, int dim_pad, int count, float* acc) {
+  constexpr int N = 16 / W;
+  for (int d = 0; d < dim_pad; d += 16) {
+    F a[R][N];
+    repeat<R>([&](auto r) {
+      repeat<N>([&](auto v) { a[r.value][v.value] = ld(acc + r.value * dim_pad + d + v.value * W); });
+    });
+    for (int j = 0; j < count; j++)
+      repeat<N>([&](auto v) {
+        const F x = KV::get(values + (size_t)j * dim_pad + d + v.value * W);
+        repeat<R>([&](auto r) { a[r.value][v.value] = fma(x, all(p[r.value * KEYS + j]), a[r.value][v.value]); });
+      });
+    repeat<R>([&](auto r) {
+      repeat<N>([&](auto v) { st(acc + r.value * dim_pad + d + v.value * W, a[r.value][v.value]); });
+    });
+  }
+}
+
+// fn(Int<R>, first query): all queries in the widest steps the registers allow. n is 1, 2 or a multiple of 4.
+template <class Fn>
+inline void by_queries(int n, Fn fn) {
+  int i = 0;
+  if constexpr (FLOAT_ROWS == 8)
+    for (; i + 8 <= n; i += 8) fn(Int<8>{}, i);
+  for (; i + 4 <= n; i += 4) fn(Int<4>{}, i);
+  for (; i + 2 <= n; i += 2) fn(Int<2>{}, i);
+  if (i < n) fn(Int<1>{}, i);
+}
+inline int padded(int queries) {
+  return queries <= 2 ? queries : (int)up_to(queries, 4);
+}
+
+// An item's state; queries beyond nq are zero and only fill the registers.
+struct State {
+  float *q, *acc, *scores, *top, *sum;  // (nq, dim), (nq, dim_pad), (nq, KEYS), (nq), (nq)
+};
+inline int most_queries(const AttentionOp& op) {
+  return greater(QUERIES, group_of(op)) + 4;
+}
+inline size_t attention_bytes(const AttentionOp& op) {
+  return (size_t)most_queries(op) * (size_t)(op.dim + op.dim_pad + KEYS + 2) * 4 + 64;
+}
+inline State state_at(const AttentionOp& op, uint8_t* room) {
+  const size_t n = (size_t)most_queries(op);
+  State s;
+  s.scores = (float*)room;
+  s.acc = s.scores + n * KEYS;
+  s.q = s.acc + n * op.dim_pad;
+  s.top = s.q + n * op.dim;
+  s.sum = s.top + n;
+  return s;
+}
+
+// Scores of one query against keys first.. -> weights; keys outside lo..hi count nothing.
+inline void soften(const AttentionOp& op, const State& s, int i, float slope, int64_t position, int64_t first,
+                   int64_t lo, int64_t hi) {
+  float* x = s.scores + i * KEYS;
+  if (op.softcap > 0)
+    for (int j = 0; j < KEYS; j += W) st(x + j, softcap(ld(x + j), op.softcap));
+  if (op.alibi)
+    for (int j = 0; j < KEYS; j++) x[j] += slope * (float)(first + j - position);
+  for (int j = 0; j < lesser(KEYS, (int)(lo - first)); j++) x[j] = NEVER;
+  for (int j = (int)(hi - first < 0 ? 0 : hi - first); j < KEYS; j++) x[j] = NEVER;
+  F peak = ld(x);
+  for (int j = W; j < KEYS; j += W) peak = most(peak, ld(x + j));
+  const float top = most_of(most(peak, all(s.top[i])));
+  F total = all(0);
+  for (int j = 0; j < KEYS; j += W) {
+    const F p = exponential(sub(ld(x + j), all(top)));
+    st(x + j, p);
+    total = add(total, p);
+  }
+  if (top > s.top[i]) {
+    float line[W];
+    st(line, exponential(all(s.top[i] - top)));
+    const F shrink = all(line[0]);
+    s.sum[i] *= line[0];
+    for (int d = 0; d < op.dim_pad; d += W) st(s.acc + i * op.dim_pad + d, mul(shrink, ld(s.acc + i * op.dim_pad + d)));
+    s.top[i] = top;
+  }
+  s.sum[i] += sum_of(total);
+}
+
+inline void start_item(const AttentionOp& op, const Item& it, const State& s, int nq, int n) {
+  const int group = group_of(op);
+  for (int i = 0; i < n; i++) {
+    float* q = s.q + (size_t)i * op.dim;
+    s.top[i] = NEVER, s.sum[i] = 0;
+    memset(s.acc + (size_t)i * op.dim_pad, 0, sizeof(float) * (size_t)op.dim_pad);
+    if (i >= nq) {
+      memset(q, 0, sizeof(float) * (size_t)op.dim);
+      continue;
+    }
+    const int row = it.first_row + it.row + i / group, head = it.head * group + i % group;
+    map(op.dim, op.q + row * op.q_stride + head * op.q_head, q, [&](F x) { return mul(x, all(op.scale)); });
+  }
+}
+
+// y = acc / sum for each query of the item.
+inline void end_item(const AttentionOp& op, const Item& it, int nq, const float* acc, const float* sum) {
+  const int group = group_of(op);
+  for (int i = 0; i < nq; i++) {
+    const int row = it.first_row + it.row + i / group, head = it.head * group + i % group;
+    const F inverse = all(1 / sum[i]);
+    map(op.dim, acc + (size_t)i * op.dim_pad, op.y + ((int64_t)row * op.heads + head) * op.dim,
+        [&](F x) { return mul(x, inverse); });
+  }
+}
+
+// Adds a head's chunks up: weights relative to the largest maximum of all.
+inline void merge(const AttentionOp& op, const Item& it, const State& s, int nq) {
+  const size_t one = (size_t)nq * (size_t)(op.dim_pad + 2);
+  const float* parts = it.segment->partial + one * (size_t)it.chunks * (size_t)it.head;
+  for (int i = 0; i < nq; i++) {
+    float* acc = s.acc + (size_t)i * op.dim_pad;
+    float top = NEVER;
+    for (int c = 0; c < it.chunks; c++) {
+      const float t = parts[one * (size_t)c + (size_t)nq * op.dim_pad + i];
+      top = t > top ? t : top;
+    }
+    memset(acc, 0, sizeof(float) * (size_t)op.dim_pad);
+    s.sum[i] = 0;
+    for (int c = 0; c < it.chunks; c++) {
+      const float* part = parts + one * (size_t)c;
+      float line[W];
+      st(line, exponential(all(part[(size_t)nq * op.dim_pad + i] - top)));
+      s.sum[i] += line[0] * part[(size_t)nq * (op.dim_pad + 1) + i];
+      map(op.dim_pad, acc, part + (size_t)i * op.dim_pad, acc, [&](F a, F b) { return fma(all(line[0]), b, a); });
+    }
+  }
+  end_item(op, it, nq, s.acc, s.sum);
+}
+
+// Keys lo.. this item's queries may see at all, in whole blocks; up to hi.
+struct Span {
+  int64_t lo, hi;
+};
+inline Span span_of(const AttentionOp& op, const Item& it) {
+  const int64_t first = it.length + it.row;
+  Span s{0, first + it.rows};
+  if (op.window > 0 && first - op.window + 1 > 0) s.lo = (first - op.window + 1) / KEYS * KEYS;
+  if (it.chunks > 1) {
+    const int64_t a = (int64_t)it.chunk * CHUNK, b = a + CHUNK;
+    s.lo = a > s.lo ? a : s.lo, s.hi = b < s.hi ? b : s.hi;
+  }
+  return s;
+}
+
+template <class KV>
+void attend(const AttentionOp& op, const Item& it, const State& s) {
+  using T = typename KV::T;
+  const int group = group_of(op), nq = it.rows * group, n = padded(nq);
+  const T* keys = (const T*)it.segment->keys + (size_t)it.head * it.segment->capacity * op.dim;
+  const T* values = (const T*)it.segment->values + (size_t)it.head * it.segment->capacity * op.dim_pad;
+  const Span span = span_of(op, it);
+  start_item(op, it, s, nq, n);
+  for (int64_t first = span.lo; first < span.hi; first += KEYS) {
+    const int count = (int)(span.hi - first < KEYS ? span.hi - first : KEYS);
+    by_queries(n, [&](auto r, int i) {
+      score<KV, decltype(r)::value>(s.q + (size_t)i * op.dim, keys + (size_t)first * op.dim, op.dim, count,
+                                    s.scores + i * KEYS);
+    });
+    for (int i = 0; i < nq; i++) {
+      const int64_t position = it.length + it.row + i / group;
+      const int64_t lo = op.window > 0 ? position - op.window + 1 : 0;
+      soften(op, s, i, op.alibi ? op.alibi[it.head * group + i % group] : 0, position, first, lo, position + 1);
+    }
+    by_queries(n, [&](auto r, int i) {
+      weigh<KV, decltype(r)::value>(s.scores + i * KEYS, values + (size_t)first * op.dim_pad, op.dim_pad, count,
+                                    s.acc + (size_t)i * op.dim_pad);
+    });
+  }
+  if (it.chunks == 1) return end_item(op, it, nq, s.acc, s.sum);
+  float* part = it.segment->partial + (size_t)nq * (size_t)(op.dim_pad + 2) * ((size_t)it.chunks * it.head + it.chunk);
+  memcpy(part, s.acc, sizeof(float) * (size_t)nq * op.dim_pad);
+  memcpy(part + (size_t)nq * op.dim_pad, s.top, sizeof(float) * (size_t)nq);
+  memcpy(part + (size_t)nq * (op.dim_pad + 1), s.sum, sizeof(float) * (size_t)nq);
+  int32_t* done = it.segment->done + it.head;
+  if (pool_arrive(done) + 1 < it.chunks) return;
+  *done = 0;
+  merge(op, it, s, nq);
+}
+
+template <class KV>
+void attention_of(const AttentionOp& op, const Worker& me) {
+  // A single row a segment: the item that reads the new key writes it, and nobody need wait.
+  const bool alone = op.rows == op.segments;
+  if (!alone) {
+    for (int i; (i = pool_take(me, 1)) < op.rows;) {
+      const SegmentArg* s = op.segment;
+      int row = i;
+      while (row >= s->rows) row -= s++->rows;
+      for (int h = 0; h < op.kv_heads; h++) append<KV>(op, *s, i, h, *s->length + row);
+    }
+    pool_barrier(me);
+  }
+  int items = 0;
+  for (int i = 0; i < op.segments; i++) items += items_of(op, op.segment[i]);
+  const State state = state_at(op, me.scratch);
+  for (int i; (i = pool_take(me, 1)) < items;) {
+    const Item it = item_at(op, i);
+    if (alone && it.chunk == it.chunks - 1) append<KV>(op, *it.segment, it.first_row, it.head, it.length);
+    attend<KV>(op, it, state);
+  }
+}
+
+void attention_op(const AttentionOp& op, const Worker& me) {
+  op.kv_kind == F16 ? attention_of<Half>(op, me) : attention_of<Single>(op, me);
+}
+
+}  // namespace

@@ -1,0 +1,5 @@
+#define ISA avxvnni_kernels
+#define NAME "avxvnni"
+#include "simd_avx2.h"
+// after the words
+#include "body.h"

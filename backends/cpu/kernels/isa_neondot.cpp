@@ -1,0 +1,5 @@
+#define ISA neondot_kernels
+#define NAME "neondot"
+#include "simd_neon.h"
+// after the words
+#include "body.h"

@@ -1,0 +1,144 @@
+// Weights as float32, activations as float32: dense matrices, and int4 and int8 in the exact mode, whose
+// blocks are widened to w = q * scale + bias first. Sums are float32, over k in blocks.
+#pragma once
+#include "finish.h"
+#include "linear_int.h"
+#include "pool.h"
+
+namespace {
+
+constexpr int DENSE_BLOCK = 128;  // inputs widened at a time: 128 x 16 floats, 8 kB, half of a small L1
+constexpr int FLOAT_SPAN = 512;   // rows whose sums of a tile stay in L2
+
+inline F ld_dense(int kind, const uint8_t* p, size_t i) {
+  switch (kind) {
+    case F16: return ldh((const uint16_t*)p + i);
+    case BF16: return ldb((const uint16_t*)p + i);
+    default: return ld((const float*)p + i);
+  }
+}
+
+// Inputs k0..k0 + n of a tile -> out (n, 16) float32.
+inline void widen(const Weight& w, const uint8_t* tile, int k0, int n, float* out) {
+  if (w.kind > INT8) {
+    for (int k = 0; k < n; k++)
+      for (int v = 0; v < V; v++) st(out + k * 16 + v * W, ld_dense(w.kind, tile, (size_t)(k0 + k) * 16 + v * W));
+    return;
+  }
+  const int bits = w.kind == INT4 ? 4 : 8;
+  const uint8_t* block = tile + block_bytes(w) * (size_t)(k0 / w.group);
+  const Tail t = tail_of<false>(w, block + (size_t)w.group * 2 * bits);
+  for (int k = 0; k < n; k++) {
+    const int line = bits == 4 ? k / 8 : k / 4, shift = bits == 4 ? 8 * (k % 4) + (k & 4) : 8 * (k % 4);
+    for (int v = 0; v < V; v++) {
+      const F q = field(block + line * 64 + 4 * W * v, shift, bits == 4 ? 15 : 255);
+      st(out + k * 16 + v * W, fma(q, t.scale[v], t.bias[v]));
+    }
+  }
+}
+
+// acc (R, 16) += x (R, n) * w (n, 16)
+template <int R, class Load>
+inline void float_micro(Load weight, int n, const float* x, int64_t stride, float* acc) {
+  constexpr int C = R == 1 ? 4 / (V < 4 ? V : 4) : 1;  // one row needs several sums to hide the latency
+  F a[R][V][C];
+  repeat<R>([&](auto r) {
+    repeat<V>([&](auto v) {
+      a[r.value][v.value][0] = ld(acc + r.value * 16 + v.value * W);
+      for (int c = 1; c < C; c++) a[r.value][v.value][c] = all(0);
+    });
+  });
+  int k = 0;
+  for (; k + C <= n; k += C)
+    repeat<C>([&](auto c) {
+      repeat<V>([&](auto v) {
+        const F line = weight(k + c.value, v.value);
+        repeat<R>([&](auto r) {
+          F& y = a[r.value][v.value][c.value];
+          y = fma(line, all(x[r.value * stride + k + c.value]), y);
+        });
+      });
+    });
+  for (; k < n; k++)
+    repeat<V>([&](auto v) {
+      const F line = weight(k, v.value);
+      repeat<R>(
+          [&](auto r) { a[r.value][v.value][0] = fma(line, all(x[r.value * stride + k]), a[r.value][v.value][0]); });
+    });
+  repeat<R>([&](auto r) {
+    repeat<V>([&](auto v) {
+      F y = a[r.value][v.value][0];
+      for (int c = 1; c < C; c++) y = add(y, a[r.value][v.value][c]);
+      st(acc + r.value * 16 + v.value * W, y);
+    });
+  });
+}
+
+// Rows x (rows, k) times one tile -> acc (rows, 16).
+inline void float_tile(const Weight& w, int index, const float* x, int64_t stride, int rows, float* block, float* acc) {
+  const uint8_t* tile = w.data + tile_bytes(w) * (size_t)index;
+  memset(acc, 0, sizeof(float) * 16 * (size_t)rows);
+  if (rows == 1 && w.kind > INT8) {
+    const int kind = w.kind;
+    auto run = [&](auto load) { float_micro<1>(load, w.k, x, 0, acc); };
+    if (kind == F16) return run([=](int k, int v) { return ldh((const uint16_t*)tile + (size_t)k * 16 + v * W); });
+    if (kind == BF16) return run([=](int k, int v) { return ldb((const uint16_t*)tile + (size_t)k * 16 + v * W); });
+    return run([=](int k, int v) { return ld((const float*)tile + (size_t)k * 16 + v * W); });
+  }
+  const int step = w.kind > INT8 ? DENSE_BLOCK : w.group;
+  const auto load = [=](int k, int v) { return ld(block + k * 16 + v * W); };
+  for (int k = 0; k < w.k; k += step) {
+    const int n = lesser(step, w.k - k);
+    widen(w, tile, k, n, block);
+    int row = 0;
+    for (; row + FLOAT_ROWS <= rows; row += FLOAT_ROWS)
+      float_micro<FLOAT_ROWS>(load, n, x + row * stride + k, stride, acc + row * 16);
+    for (; row < rows; row++) float_micro<1>(load, n, x + row * stride + k, stride, acc + row * 16);
+  }
+}
+
+inline size_t float_bytes(const Weight& w) {
+  const size_t block = w.kind > INT8 ? DENSE_BLOCK : (size_t)w.group;
+  return (FLOAT_SPAN * 2 * 16 + block * 16 + (size_t)w.k) * 4 + 192;
+}
+
+// All rows, normalised where the op says so: x itself, this thread's scratch (one row) or the shared room.
+inline const float* float_input(const LinearOp& op, const Worker& me, float* room, int64_t* stride) {
+  *stride = op.x_stride;
+  if (!op.norm) return op.x;
+  *stride = op.w->k;
+  if (op.rows == 1) return input_row(op, 0, room);
+  float* x = (float*)me.shared;
+  for (int i; (i = pool_take(me, 1)) < op.rows;) input_row(op, i, x + (size_t)i * op.w->k);
+  pool_barrier(me);
+  return x;
+}
+
+void linear_float(const LinearOp& op, const Worker& me) {
+  const Weight& w = *op.w;
+  float *acc = (float*)me.scratch, *block = acc + FLOAT_SPAN * 2 * 16;
+  float* room = block + 16 * (w.kind > INT8 ? DENSE_BLOCK : w.group);
+  int64_t stride;
+  const float* x = float_input(op, me, room, &stride);
+  const int items = pairs_of(op), step = op.rows == 1 ? claim(items, me.threads) : 1;
+  for (int at; (at = pool_take(me, step)) < items;)
+    for (int i = at; i < lesser(items, at + step); i++) {
+      const Pair pair = pair_at(op, i);
+      for (int row = 0; row < op.rows; row += FLOAT_SPAN) {
+        const int rows = lesser(FLOAT_SPAN, op.rows - row);
+        float *a = acc, *b = pair.second < 0 ? nullptr : acc + FLOAT_SPAN * 16;
+        float_tile(w, pair.first, x + row * stride, stride, rows, block, a);
+        if (b) float_tile(w, pair.second, x + row * stride, stride, rows, block, b);
+        for (int r = 0; r < rows; r++) {
+          F p[V], q[V];
+          for (int v = 0; v < V; v++) {
+            p[v] = ld(a + r * 16 + v * W);
+            if (b) q[v] = ld(b + r * 16 + v * W);
+          }
+          finish(op, row + r, pair, p, b ? q : nullptr);
+        }
+      }
+    }
+}
+
+}  // namespace

@@ -1,0 +1,312 @@
+// int4 and int8 weights times int8 activations, summed in int32 within a group and in float32 across groups:
+//   y[r] = sum over groups of  scale[r] * xs * dot(q, x8) + bias[r] * xsum
+//
+// One row and few rows read the packed nibbles; many rows unpack a pair of tiles once and use it for all.
+#pragma once
+#include "finish.h"
+#include "pool.h"
+#include "quantise.h"
+
+namespace {
+
+constexpr int FEW = 8;  // rows up to here are done four at a time, straight from the nibbles
+
+// int8 activations of some rows. Few: x[row][k], scale[row][g]. Many: panels of PANEL rows,
+// x[panel][k / 4][PANEL][4], scale[panel][g][PANEL].
+struct Quantised {
+  int8_t* x;
+  float *scale, *sum;
+};
+
+inline Quantised quantised_at(uint8_t* room, int rows, const Weight& w) {
+  const size_t groups = (size_t)(w.k / w.group), floats = up_to((int64_t)rows * (int64_t)groups * 4, 64);
+  float* scale = (float*)room;
+  return {(int8_t*)room + 2 * floats, scale, (float*)(room + floats)};
+}
+
+inline size_t quantised_bytes(int rows, const Weight& w) {
+  const size_t n = (size_t)up_to(rows, PANEL), groups = (size_t)(w.k / w.group);
+  return n * (size_t)w.k + 2 * (n * groups * 4 + 64) + 64;  // 64: the last panel's vector load may reach beyond it
+}
+
+struct Tail {  // a block's scales and biases, 16 rows
+  F scale[V], bias[V];
+};
+
+template <bool WIDE>
+inline Tail tail_of(const Weight& w, const uint8_t* p) {
+  Tail t;
+  for (int v = 0; v < V; v++) {
+    t.scale[v] = w.wide_scales ? ld((const float*)p + v * W) : ldh((const uint16_t*)p + v * W);
+    t.bias[v] = w.wide_scales ? ld((const float*)p + 16 + v * W) : ldh((const uint16_t*)p + 16 + v * W);
+    if (WIDE && WIDE_OFFSET != 0) t.bias[v] = fma(t.scale[v], all(WIDE_OFFSET), t.bias[v]);
+  }
+  return t;
+}
+
+// Sixteen inputs of a tile times R rows. q: 2 lines of nibbles or 4 of bytes; fetches `ahead`.
+template <bool WIDE, int R, int C, class A>
+inline void sixteen(const uint8_t* q, const Quads* x, A (*acc)[V][C], const uint8_t* ahead) {
+  constexpr bool TIGHT = A::ROOM < 4 / C;
+  repeat<WIDE ? 4 : 2>([&](auto line) { fetch(ahead + 64 * line.value); });
+  repeat<V>([&](auto vector) {
+    constexpr int v = decltype(vector)::value;
+    repeat<2>([&](auto part) {
+      constexpr int h = decltype(part)::value, L = 2 * h;
+      Codes a, b;
+      if constexpr (WIDE) {
+        a = wide_codes(q + 128 * h + 4 * W * v), b = wide_codes(q + 128 * h + 64 + 4 * W * v);
+      } else {
+        const Codes c = codes(q + 64 * h + 4 * W * v);
+        a = low(c), b = high(c);
+      }
+      repeat<R>([&](auto row) {
+        constexpr int r = decltype(row)::value;
+        acc[r][v][L % C].template add<L>(a, x[r]);
+        acc[r][v][(L + 1) % C].template add<L + 1>(b, x[r]);
+        if constexpr (TIGHT) acc[r][v][0].flush();
+      });
+    });
+  });
+}
+
+// A whole tile times R rows of activations -> sum[R][V].
+template <bool WIDE, int R>
+inline void tile_rows(const Weight& w, const uint8_t* tile, const Quantised& a, int row, F (*sum)[V]) {
+  constexpr int C = R == 1 ? CHAINS : CHAINS / R > 1 ? CHAINS / R : 1;
+  using A = Acc<WIDE>;
+  constexpr int STEPS = A::ROOM * C / 4 > 1 ? A::ROOM * C / 4 : 1, LINES = WIDE ? 256 : 128;  // bytes a step
+  const int groups = w.k / w.group, steps = w.group / 16;
+  const size_t block = block_bytes(w), ahead = 4 * block;
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) sum[r][v] = all(0);
+  for (int g = 0; g < groups; g++, tile += block) {
+    A acc[R][V][C];
+    const int8_t* x = a.x + (int64_t)row * w.k + g * w.group;
+    for (int s = 0; s < steps;) {
+      const int end = lesser(steps, s + STEPS);
+      for (; s < end; s++) {
+        Quads quad[R];
+        repeat<R>([&](auto r) { quad[r.value] = quads(x + (int64_t)r.value * w.k + 16 * s); });
+        sixteen<WIDE, R, C>(tile + s * LINES, quad, acc, tile + s * LINES + ahead);
+      }
+      repeat<R>([&](auto r) {
+        repeat<V>([&](auto v) { repeat<C>([&](auto c) { acc[r.value][v.value][c.value].flush(); }); });
+      });
+    }
+    const Tail t = tail_of<WIDE>(w, tile + steps * LINES);
+    repeat<R>([&](auto r) {
+      const int64_t at = (int64_t)(row + r.value) * groups + g;
+      const F xs = all(a.scale[at]), xsum = all(a.sum[at]);
+      repeat<V>([&](auto v) {
+        F d = to_float(acc[r.value][v.value][0].sum());
+        if constexpr (C > 1)
+          repeat<C - 1>([&](auto c) { d = add(d, to_float(acc[r.value][v.value][c.value + 1].sum())); });
+        F& y = sum[r.value][v.value];
+        y = fma(d, mul(t.scale[v.value], xs), fma(t.bias[v.value], xsum, y));
+      });
+    });
+  }
+}
+
+template <bool WIDE, int R>
+inline void pair_rows(const LinearOp& op, Pair pair, const Quantised& a, int row) {
+  const Weight& w = *op.w;
+  F sum[2][R][V];
+  tile_rows<WIDE, R>(w, w.data + tile_bytes(w) * (size_t)pair.first, a, row, sum[0]);
+  if (pair.second >= 0) tile_rows<WIDE, R>(w, w.data + tile_bytes(w) * (size_t)pair.second, a, row, sum[1]);
+  for (int r = 0; r < R; r++) finish(op, row + r, pair, sum[0][r], pair.second >= 0 ? sum[1][r] : nullptr);
+}
+
+template <bool WIDE>
+void few_rows(const LinearOp& op, const Worker& me, const Quantised& a) {
+  const int items = pairs_of(op), step = claim(items, me.threads);
+  for (int at; (at = pool_take(me, step)) < items;)
+    for (int i = at; i < lesser(items, at + step); i++) {
+      const Pair pair = pair_at(op, i);
+      int row = 0;
+      for (; row + 4 <= op.rows; row += 4) pair_rows<WIDE, 4>(op, pair, a, row);
+      for (; row + 2 <= op.rows; row += 2) pair_rows<WIDE, 2>(op, pair, a, row);
+      if (row < op.rows) pair_rows<WIDE, 1>(op, pair, a, row);
+    }
+}
+
+// Many rows -----------------------------------------------------------------------------------------------
+
+// A strip is what one step multiplies at once: the 16 rows of a tile, or with 16 lanes both tiles of a pair.
+constexpr int NV = W == 16 ? 2 : V, STRIPS = W == 16 ? 1 : 2, STRIP = NV * W;
+constexpr int PANELS = 516 / PANEL;  // panels whose sums of a pair stay in L2: 516 * 32 floats, 66 kB
+
+template <bool WIDE>
+inline void unpack(const uint8_t* q, int group, int line_bytes, uint8_t* out) {
+  for (int s = 0; s < group / (WIDE ? 4 : 8); s++, q += 64)
+    for (int v = 0; v < V; v++) {
+      const Codes c = WIDE ? wide_codes(q + 4 * W * v) : codes(q + 4 * W * v);
+      uint8_t* o = out + 4 * W * v;
+      if (WIDE) {
+        put_codes(o + (size_t)s * line_bytes, c);
+      } else {
+        put_codes(o + (size_t)(2 * s) * line_bytes, low(c));
+        put_codes(o + (size_t)(2 * s + 1) * line_bytes, high(c));
+      }
+    }
+}
+
+// A group of one strip times one panel: acc (PANEL, STRIP) += ...
+template <bool WIDE>
+inline void micro(const uint8_t* u, int quadruples, const int8_t* x, const float* xs, const float* xsum, const F* scale,
+                  const F* bias, float* acc) {
+  using A = Acc<WIDE>;
+  A a[PANEL][NV];
+  for (int k = 0; k < quadruples;) {
+    const int end = A::ROOM < quadruples - k ? k + A::ROOM : quadruples;
+    for (; k < end; k++, u += 4 * STRIP, x += 4 * PANEL) {
+      Codes w[NV];
+      repeat<NV>([&](auto v) { w[v.value] = codes(u + 4 * W * v.value); });
+      const Quads quad = quads(x);
+      repeat<PANEL>(
+          [&](auto i) { repeat<NV>([&](auto v) { a[i.value][v.value].template add<i.value>(w[v.value], quad); }); });
+    }
+    repeat<PANEL>([&](auto i) { repeat<NV>([&](auto v) { a[i.value][v.value].flush(); }); });
+  }
+  repeat<PANEL>([&](auto i) {
+    const F s = all(xs[i.value]), m = all(xsum[i.value]);
+    repeat<NV>([&](auto v) {
+      float* o = acc + i.value * STRIP + v.value * W;
+      const F d = to_float(a[i.value][v.value].sum());
+      st(o, fma(d, mul(scale[v.value], s), fma(bias[v.value], m, ld(o))));
+    });
+  });
+}
+
+struct ManyRoom {  // a thread's scratch for many rows
+  float* acc;      // [strip][panel][PANEL][STRIP]
+  uint8_t* codes;  // a group of a strip, unpacked
+};
+inline size_t many_bytes(const Weight& w) {
+  return (size_t)PANELS * PANEL * 32 * 4 + (size_t)w.group * STRIP + 64;
+}
+
+// Panels p0..p1 of a pair of tiles, sums left in room.acc.
+template <bool WIDE>
+inline void pair_panels(const Weight& w, Pair pair, const Quantised& a, int p0, int p1, const ManyRoom& room) {
+  const int groups = w.k / w.group, steps = w.group / 4;
+  const size_t block = block_bytes(w), tail = (size_t)w.group * (WIDE ? 16 : 8);
+  const int tiles[2] = {pair.first, pair.second < 0 ? pair.first : pair.second};
+  for (int strip = 0; strip < STRIPS; strip++) {
+    float* acc = room.acc + (size_t)strip * PANELS * PANEL * STRIP;
+    memset(acc, 0, sizeof(float) * (size_t)(p1 - p0) * PANEL * STRIP);
+    for (int g = 0; g < groups; g++) {
+      F scale[NV], bias[NV];
+      for (int t = 0; t < NV / V; t++) {  // the tiles of a strip: one, or two side by side
+        const uint8_t* b = w.data + tile_bytes(w) * (size_t)tiles[strip + t] + block * (size_t)g;
+        unpack<WIDE>(b, w.group, 4 * STRIP, room.codes + 64 * t);
+        const Tail ends = tail_of<WIDE>(w, b + tail);
+        for (int v = 0; v < V; v++) scale[t * V + v] = ends.scale[v], bias[t * V + v] = ends.bias[v];
+      }
+      for (int p = p0; p < p1; p++) {
+        const size_t at = ((size_t)p * groups + g) * PANEL;
+        micro<WIDE>(room.codes, steps, a.x + at * w.group, a.scale + at, a.sum + at, scale, bias,
+                    acc + (size_t)(p - p0) * PANEL * STRIP);
+      }
+    }
+    if (pair.second < 0) break;
+  }
+}
+
+inline void finish_panels(const LinearOp& op, Pair pair, int p0, int p1, const float* acc) {
+  for (int row = p0 * PANEL; row < lesser(op.rows, p1 * PANEL); row++) {
+    const float* a = acc + (size_t)(row - p0 * PANEL) * STRIP;
+    const float* b = STRIPS == 1 ? a + 16 : a + (size_t)PANELS * PANEL * STRIP;
+    F x[V], y[V];
+    for (int v = 0; v < V; v++) {
+      x[v] = ld(a + v * W);
+      if (pair.second >= 0) y[v] = ld(b + v * W);
+    }
+    finish(op, row, pair, x, pair.second >= 0 ? y : nullptr);
+  }
+}
+
+template <bool WIDE>
+void many_rows(const LinearOp& op, const Worker& me, const Quantised& a) {
+  const int items = pairs_of(op), panels = (op.rows + PANEL - 1) / PANEL;
+  const ManyRoom room{(float*)me.scratch, me.scratch + (size_t)PANELS * PANEL * 32 * 4};
+  for (int i; (i = pool_take(me, 1)) < items;) {
+    const Pair pair = pair_at(op, i);
+    for (int p0 = 0; p0 < panels; p0 += PANELS) {
+      const int p1 = lesser(panels, p0 + PANELS);
+      pair_panels<WIDE>(*op.w, pair, a, p0, p1, room);
+      finish_panels(op, pair, p0, p1, room.acc);
+    }
+  }
+}
+
+// Activations ---------------------------------------------------------------------------------------------
+
+// One row of op.x, normalised if the op says so, in float32: `room` (k) if it had to be made.
+inline const float* input_row(const LinearOp& op, int row, float* room) {
+  const float* x = op.x + row * op.x_stride;
+  if (!op.norm) return x;
+  norm_row(x, room, op.w->k, *op.norm);
+  return room;
+}
+
+// Quantises one panel of rows and interleaves it; rows beyond the last are zero.
+inline void pack_panel(const LinearOp& op, int panel, const Quantised& a, uint8_t* scratch) {
+  const Weight& w = *op.w;
+  const int groups = w.k / w.group;
+  float *room = (float*)scratch, *scale = room + w.k, *sum = scale + groups;
+  int8_t* q = (int8_t*)(sum + groups);
+  int8_t* x = a.x + (size_t)panel * PANEL * w.k;
+  for (int i = 0; i < PANEL; i++) {
+    const int row = panel * PANEL + i;
+    if (row < op.rows) {
+      quantise_row(input_row(op, row, room), w.k, w.group, q, scale, sum);
+    } else {
+      memset(scale, 0, sizeof(float) * (size_t)groups * 2 + (size_t)w.k);
+    }
+    for (int k = 0; k < w.k / 4; k++) memcpy(x + ((size_t)k * PANEL + (size_t)i) * 4, q + 4 * k, 4);
+    for (int g = 0; g < groups; g++) {
+      const size_t at = ((size_t)panel * groups + g) * PANEL + i;
+      a.scale[at] = scale[g], a.sum[at] = sum[g];
+    }
+  }
+}
+
+inline size_t row_bytes(const Weight& w) {
+  return (size_t)w.k * 5 + (size_t)(w.k / w.group) * 8 + 192;
+}
+
+// One row is quantised by every thread for itself: cheaper than to meet. More rows are shared out.
+inline Quantised quantise_input(const LinearOp& op, const Worker& me) {
+  const Weight& w = *op.w;
+  const size_t groups = (size_t)(w.k / w.group);
+  if (op.rows == 1) {
+    const Quantised a = quantised_at(me.scratch, 1, w);
+    float* room = (float*)(me.scratch + up_to((int64_t)quantised_bytes(1, w), 64));
+    quantise_row(input_row(op, 0, room), w.k, w.group, a.x, a.scale, a.sum);
+    return a;
+  }
+  const bool few = op.rows <= FEW;
+  const int items = few ? op.rows : (op.rows + PANEL - 1) / PANEL;
+  const Quantised a = quantised_at(me.shared, few ? op.rows : items * PANEL, w);
+  for (int i; (i = pool_take(me, 1)) < items;) {
+    if (few) {
+      const float* x = input_row(op, i, (float*)me.scratch);
+      quantise_row(x, w.k, w.group, a.x + (size_t)i * w.k, a.scale + groups * i, a.sum + groups * i);
+    } else {
+      pack_panel(op, i, a, me.scratch);
+    }
+  }
+  pool_barrier(me);
+  return a;
+}
+
+void linear_int(const LinearOp& op, const Worker& me) {
+  const Quantised a = quantise_input(op, me);
+  const bool wide = op.w->kind == INT8;
+  if (op.rows <= FEW) return wide ? few_rows<true>(op, me, a) : few_rows<false>(op, me, a);
+  return wide ? many_rows<true>(op, me, a) : many_rows<false>(op, me, a);
+}
+
+}  // namespace

@@ -1,0 +1,141 @@
+// The C ABI: what an op looks like in memory. ctypes declares the same structs in ../library.py, and
+// tc_sizeof lets it check that both sides agree.
+//
+// Every pointer is borrowed for the length of the call; strides count elements. All tensors are float32,
+// rows apart by a stride, the last axis contiguous.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+enum Code : int32_t { EMBED = 1, LINEAR, NORM, ROPE, ATTENTION, MAP, PACK, CODES };
+enum Kind : int32_t { INT4, INT8, F16, BF16, F32 };  // of a weight's numbers
+enum NormKind : int32_t { NO_NORM, RMS, LAYER };
+enum Act : int32_t { NO_ACT, SILU, GELU, GELU_TANH, RELU, RELU2 };
+enum MapKind : int32_t { MAP_ACT, MAP_GLU, MAP_ADD, MAP_SCALE, MAP_SOFTCAP };
+
+// A weight matrix (n, k) in tiles of 16 rows; rows beyond n are zero. A tile is a run of blocks, one for each
+// `group` of inputs (dense kinds: one block for all k inputs):
+//
+//   INT4   group/8 lines of 64 bytes, then 16 scales, 16 biases.   line s, byte 4*r + j:
+//          low nibble = row r, input 8*s + j;  high nibble = row r, input 8*s + 4 + j      (j = 0..3)
+//   INT8   group/4 lines of 64 bytes, then 16 scales, 16 biases.   line s, byte 4*r + j = row r, input 4*s + j
+//   dense  k lines of 16 numbers: line i = input i of the 16 rows
+//
+// So one vector load feeds a dot product with the rows in its 32-bit lanes, on every instruction set.
+// Scales and biases are fp16, or fp32 where wide_scales is set. w = q * scale + bias.
+// `data` is aligned to 64 bytes and followed by the layer's own bias (tiles * 16 floats) if has_bias is set.
+struct Weight {
+  int32_t kind, n, k, group, wide_scales, has_bias;
+  const uint8_t* data;
+};
+
+static inline int tiles_of(const Weight& w) {
+  return (w.n + 15) / 16;
+}
+
+static inline size_t block_bytes(const Weight& w) {
+  const size_t tail = w.wide_scales ? 128 : 64;
+  switch (w.kind) {
+    case INT4: return (size_t)w.group * 8 + tail;
+    case INT8: return (size_t)w.group * 16 + tail;
+    case F32: return (size_t)w.k * 64;
+    default: return (size_t)w.k * 32;
+  }
+}
+
+static inline size_t tile_bytes(const Weight& w) {
+  return w.kind <= INT8 ? block_bytes(w) * (size_t)(w.k / w.group) : block_bytes(w);
+}
+
+static inline const float* bias_of(const Weight& w) {
+  return w.has_bias ? (const float*)(w.data + tile_bytes(w) * (size_t)tiles_of(w)) : nullptr;
+}
+
+struct NormArg {
+  int32_t kind;
+  float eps;
+  const float *weight, *bias;
+};
+
+struct Op {
+  int32_t code, rows;
+};
+
+struct EmbedOp {
+  int32_t code, rows;
+  const int32_t* ids;
+  const Weight* table;
+  float* y;
+};
+
+// y = [residual +] act(w · norm(x) + bias); gated: w holds gate rows, then up rows, and y = act(gate) * up.
+struct LinearOp {
+  int32_t code, rows;
+  const float* x;
+  int64_t x_stride;
+  const Weight* w;
+  const NormArg* norm;  // may be null
+  float* y;
+  int64_t y_stride;
+  const float* residual;  // may be null, may be y
+  int64_t residual_stride;
+  int32_t act, gated, exact, pad;
+};
+
+struct NormOp {
+  int32_t code, rows, heads, dim;  // x (rows, heads, dim) -> y the same, contiguous
+  const float* x;
+  int64_t row_stride, head_stride;
+  const NormArg* norm;
+  float* y;
+};
+
+// Rotates x in place. table: for each position `half` cosines, then `half` sines.
+struct RopeOp {
+  int32_t code, rows, heads, half, interleaved, pad;
+  float* x;
+  int64_t row_stride, head_stride;
+  const int32_t* positions;
+  const float* table;
+};
+
+// One conversation's share of a step. For a layer and a KV head:
+//   keys   [capacity / 16][dim][16]: 16 neighbours' keys side by side, so that scores need no sum across lanes
+//   values [capacity][dim_pad]
+// fp16 or fp32 (wide). `length` tokens were there before this step.
+struct SegmentArg {
+  int32_t rows, capacity;
+  const int64_t* length;
+  uint8_t *keys, *values;  // of this layer
+  float* partial;          // room for split sums, see attention.h
+  int32_t* done;           // a counter a KV head, zero between ops
+};
+
+struct AttentionOp {
+  int32_t code, rows, heads, kv_heads, dim, dim_pad, segments, window, kv_kind, pad;
+  const float *q, *k, *v;
+  int64_t q_stride, q_head, k_stride, k_head, v_stride, v_head;
+  float* y;  // (rows, heads * dim), contiguous
+  const SegmentArg* segment;
+  const float* alibi;  // a slope a head, or null
+  float scale, softcap;
+};
+
+struct MapOp {
+  int32_t code, rows, cols, kind, act;
+  float factor;
+  const float* a;
+  int64_t a_stride;
+  const float* b;
+  int64_t b_stride;
+  float* y;
+  int64_t y_stride;
+};
+
+// Lays out rows `row`.. of a canonical matrix into w's tiles; row is a multiple of 16.
+struct PackOp {
+  int32_t code, rows, row, wide_source;  // wide_source: scales and biases come as fp32
+  const Weight* w;
+  const void* source;  // INT4, INT8: words of codes, row by row; dense: numbers of the same kind, row by row
+  const void *scales, *biases;
+};

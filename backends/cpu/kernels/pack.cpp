@@ -1,0 +1,68 @@
+// Canonical weights -> tiles (op.h draws both).
+#include <string.h>
+
+#include "kernels.h"
+
+// Nibbles 0..7 of a word of 8 inputs -> 0,4,1,5,2,6,3,7: inputs 8s + j and 8s + 4 + j share a byte.
+static uint32_t pair_up(uint32_t w) {
+  const uint32_t low = w & 0xffff, high = w >> 16;
+  const auto spread = [](uint32_t x) {  // 16 bits -> the low nibbles of 4 bytes
+    x = (x | x << 8) & 0x00ff00ff;
+    return (x | x << 4) & 0x0f0f0f0f;
+  };
+  return spread(low) | spread(high) << 4;
+}
+
+static uint16_t half_at(const void* p, int64_t i) {
+  return p ? ((const uint16_t*)p)[i] : 0;
+}
+
+static void pack_tail(const PackOp& op, int row, int g, int r, uint8_t* tail) {
+  const int64_t at = (int64_t)row * (op.w->k / op.w->group) + g;
+  if (!op.w->wide_scales) {
+    ((uint16_t*)tail)[r] = half_at(op.scales, at), ((uint16_t*)tail)[16 + r] = half_at(op.biases, at);
+    return;
+  }
+  ((float*)tail)[r] = ((const float*)op.scales)[at], ((float*)tail)[16 + r] = ((const float*)op.biases)[at];
+}
+
+static void pack_int(const PackOp& op, int tile, uint8_t* out) {
+  const Weight& w = *op.w;
+  const int words = w.group / (w.kind == INT4 ? 8 : 4), groups = w.k / w.group;
+  const size_t block = block_bytes(w);
+  for (int g = 0; g < groups; g++, out += block)
+    for (int r = 0; r < 16; r++) {
+      const int row = tile * 16 + r;
+      if (row >= op.rows) break;
+      const uint32_t* q = (const uint32_t*)op.source + ((int64_t)row * groups + g) * words;
+      for (int s = 0; s < words; s++) {
+        const uint32_t word = w.kind == INT4 ? pair_up(q[s]) : q[s];
+        memcpy(out + s * 64 + 4 * r, &word, 4);
+      }
+      pack_tail(op, row, g, r, out + words * 64);
+    }
+}
+
+template <class T>
+static void pack_dense(const PackOp& op, int tile, uint8_t* out) {
+  const int rows = op.rows - tile * 16 < 16 ? op.rows - tile * 16 : 16;
+  for (int r = 0; r < rows; r++) {
+    const T* x = (const T*)op.source + ((int64_t)tile * 16 + r) * op.w->k;
+    for (int k = 0; k < op.w->k; k++) ((T*)out)[(int64_t)k * 16 + r] = x[k];
+  }
+}
+
+void pack_op(const PackOp& op, const Worker& me) {
+  const int tiles = (op.rows + 15) / 16;
+  for (int t; (t = pool_take(me, 1)) < tiles;) {
+    uint8_t* out = (uint8_t*)op.w->data + tile_bytes(*op.w) * (size_t)(op.row / 16 + t);
+    if (op.rows - t * 16 < 16) memset(out, 0, tile_bytes(*op.w));
+    if (op.w->kind <= INT8) {
+      pack_int(op, t, out);
+    } else if (op.w->kind == F32) {
+      pack_dense<uint32_t>(op, t, out);
+    } else {
+      pack_dense<uint16_t>(op, t, out);
+    }
+  }
+}

@@ -1,0 +1,24 @@
+// Activations to int8, a scale for each group of inputs: x ~ q * scale, |q| <= 127.
+#pragma once
+#include "words.h"
+
+namespace {
+
+// x (k) -> q (k), scales (k / group), sums (k / group): the sum of a group's q * scale, which a weight's bias meets.
+inline void quantise_row(const float* x, int k, int group, int8_t* q, float* scales, float* sums) {
+  for (int g = 0; g < k / group; g++, x += group, q += group) {
+    F peak = all(0);
+    for (int i = 0; i < group; i += W) peak = most(peak, magnitude(ld(x + i)));
+    const float top = most_of(peak), scale = top / 127;
+    const F inverse = all(top > 1e-30f ? 127 / top : 0);
+    F sum = all(0);
+    for (int i = 0; i < group; i += W) {
+      const F whole = nearest(mul(ld(x + i), inverse));
+      sum = add(sum, whole);
+      st8(q + i, whole);
+    }
+    scales[g] = scale, sums[g] = scale * sum_of(sum);
+  }
+}
+
+}  // namespace

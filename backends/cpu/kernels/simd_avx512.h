@@ -1,0 +1,122 @@
+// AVX-512 F, BW, VL, DQ, VNNI. Words: see simd_scalar.h.
+#pragma once
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace {
+
+constexpr int W = 16;
+using F = __m512;
+using I = __m512i;
+
+inline F all(float x) {
+  return _mm512_set1_ps(x);
+}
+inline F ld(const float* p) {
+  return _mm512_loadu_ps(p);
+}
+inline F ldh(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+}
+inline F ldb(const uint16_t* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+inline void st(float* p, F x) {
+  _mm512_storeu_ps(p, x);
+}
+inline void sth(uint16_t* p, F x) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, 0));
+}
+inline void st8(int8_t* p, F x) {
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
+}
+inline F add(F a, F b) {
+  return _mm512_add_ps(a, b);
+}
+inline F sub(F a, F b) {
+  return _mm512_sub_ps(a, b);
+}
+inline F mul(F a, F b) {
+  return _mm512_mul_ps(a, b);
+}
+inline F quot(F a, F b) {
+  return _mm512_div_ps(a, b);
+}
+inline F fma(F a, F b, F c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
+inline F most(F a, F b) {
+  return _mm512_max_ps(a, b);
+}
+inline F least(F a, F b) {
+  return _mm512_min_ps(a, b);
+}
+inline F magnitude(F a) {
+  return _mm512_abs_ps(a);
+}
+inline F nearest(F a) {
+  return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+inline F power_of_two(F n) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+}
+inline float sum_of(F a) {
+  return _mm512_reduce_add_ps(a);
+}
+inline float most_of(F a) {
+  return _mm512_reduce_max_ps(a);
+}
+inline F to_float(I a) {
+  return _mm512_cvtepi32_ps(a);
+}
+inline F field(const uint8_t* p, int shift, uint32_t mask) {
+  const I u = _mm512_srl_epi32(_mm512_loadu_si512(p), _mm_cvtsi32_si128(shift));
+  return to_float(_mm512_and_si512(u, _mm512_set1_epi32((int)mask)));
+}
+
+using Codes = __m512i;
+inline Codes codes(const uint8_t* p) {
+  return _mm512_loadu_si512(p);
+}
+inline Codes wide_codes(const uint8_t* p) {
+  return codes(p);
+}
+inline Codes low(Codes c) {
+  return _mm512_and_si512(c, _mm512_set1_epi8(15));
+}
+inline Codes high(Codes c) {
+  return _mm512_and_si512(_mm512_srli_epi16(c, 4), _mm512_set1_epi8(15));
+}
+inline void put_codes(uint8_t* p, Codes c) {
+  _mm512_storeu_si512(p, c);
+}
+
+inline void fetch(const uint8_t* p) {
+  _mm_prefetch((const char*)p, _MM_HINT_T0);
+}
+
+struct Quads {
+  const int8_t* p;
+};
+inline Quads quads(const int8_t* p) {
+  return {p};
+}
+
+template <bool WIDE>
+struct Acc {
+  static constexpr int ROOM = 1 << 20;
+  I s = _mm512_setzero_si512();
+  template <int L>
+  void add(Codes w, Quads x) {
+    int32_t four;
+    memcpy(&four, x.p + 4 * L, 4);
+    s = _mm512_dpbusd_epi32(s, w, _mm512_set1_epi32(four));
+  }
+  void flush() {}
+  I sum() const { return s; }
+};
+constexpr float WIDE_OFFSET = 0;
+constexpr int CHAINS = 4, PANEL = 12, FLOAT_ROWS = 8;
+
+}  // namespace

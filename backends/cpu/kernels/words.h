@@ -1,0 +1,115 @@
+// Words made of the words in simd_*.h: tails, exp, activations, and loops unrolled at compile time.
+#pragma once
+#include "op.h"
+
+namespace {
+
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+// fn(Int<0>), fn(Int<1>), ... fn(Int<N - 1>)
+template <int N, class Fn>
+inline void repeat(Fn&& fn) {
+  if constexpr (N > 0) {
+    repeat<N - 1>(fn);
+    fn(Int<N - 1>{});
+  }
+}
+
+inline int lesser(int a, int b) {
+  return a < b ? a : b;
+}
+inline int greater(int a, int b) {
+  return a > b ? a : b;
+}
+inline int64_t up_to(int64_t x, int64_t multiple) {
+  return (x + multiple - 1) / multiple * multiple;
+}
+
+// The last n < W floats of a row.
+inline F ld_part(const float* p, int n) {
+  float a[W] = {};
+  for (int i = 0; i < n; i++) a[i] = p[i];
+  return ld(a);
+}
+inline void st_part(float* p, F x, int n) {
+  float a[W];
+  st(a, x);
+  for (int i = 0; i < n; i++) p[i] = a[i];
+}
+
+// y[i] = fn(a[i]) for a row of n.
+template <class Fn>
+inline void map(int n, const float* a, float* y, Fn fn) {
+  int i = 0;
+  for (; i + W <= n; i += W) st(y + i, fn(ld(a + i)));
+  if (i < n) st_part(y + i, fn(ld_part(a + i, n - i)), n - i);
+}
+// y[i] = fn(a[i], b[i]) for a row of n.
+template <class Fn>
+inline void map(int n, const float* a, const float* b, float* y, Fn fn) {
+  int i = 0;
+  for (; i + W <= n; i += W) st(y + i, fn(ld(a + i), ld(b + i)));
+  if (i < n) st_part(y + i, fn(ld_part(a + i, n - i), ld_part(b + i, n - i)), n - i);
+}
+
+// e^x within 2 units in the last place; below e^-87 it stays there (1e-38: nothing, beside 1).
+// x = n ln 2 + r, |r| <= ln 2 / 2; ln 2 in two parts so that n * (first part) is exact; Taylor's polynomial of
+// degree 7 leaves r^8 / 8! = 5e-9.
+inline F exponential(F x) {
+  x = least(most(x, all(-87.3f)), all(88.3f));
+  const F n = nearest(mul(x, all(1.44269504f)));
+  F r = fma(n, all(-0.693359375f), x);
+  r = fma(n, all(2.12194440e-4f), r);
+  F p = all(1.f / 5040);
+  p = fma(p, r, all(1.f / 720));
+  p = fma(p, r, all(1.f / 120));
+  p = fma(p, r, all(1.f / 24));
+  p = fma(p, r, all(1.f / 6));
+  p = fma(p, r, all(.5f));
+  p = fma(p, r, all(1.f));
+  p = fma(p, r, all(1.f));
+  return mul(p, power_of_two(n));
+}
+
+inline F sigmoid(F x) {
+  return quot(all(1), add(all(1), exponential(sub(all(0), x))));
+}
+inline F hyperbolic_tangent(F x) {
+  return sub(mul(all(2), sigmoid(add(x, x))), all(1));
+}
+
+// erf within 1.5e-7 (Abramowitz and Stegun 7.1.26).
+inline F error_function(F x) {
+  const F a = magnitude(x), t = quot(all(1), fma(a, all(.3275911f), all(1)));
+  F p = fma(t, all(1.061405429f), all(-1.453152027f));
+  p = fma(p, t, all(1.421413741f));
+  p = fma(p, t, all(-.284496736f));
+  p = fma(p, t, all(.254829592f));
+  const F e = sub(all(1), mul(mul(p, t), exponential(sub(all(0), mul(a, a)))));
+  return mul(e, quot(x, most(a, all(1e-30f))));  // with the sign of x
+}
+
+inline F act(F x, int kind) {
+  switch (kind) {
+    case SILU: return mul(x, sigmoid(x));
+    case GELU: return mul(mul(all(.5f), x), add(all(1), error_function(mul(x, all(.70710678f)))));
+    case GELU_TANH: {  // 0.5 x (1 + tanh u) = x sigmoid(2 u)
+      const F u = mul(x, fma(mul(x, x), all(2 * .7978845608f * .044715f), all(2 * .7978845608f)));
+      return mul(x, sigmoid(u));
+    }
+    case RELU: return most(x, all(0));
+    case RELU2: {
+      const F r = most(x, all(0));
+      return mul(r, r);
+    }
+    default: return x;
+  }
+}
+
+inline F softcap(F x, float cap) {
+  return mul(all(cap), hyperbolic_tangent(mul(x, all(1 / cap))));
+}
+
+}  // namespace

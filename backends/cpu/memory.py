@@ -1,0 +1,89 @@
+"""Where do weights, caches and intermediate results live?
+
+All of it is anonymous memory straight from the system: aligned, in huge pages where it is large and the
+system has them, and never touched before it is used.
+"""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Bytes = npt.NDArray[np.uint8]
+F32 = npt.NDArray[np.float32]
+
+HUGE = 2 << 20
+CHUNK = 64 << 20  # weights share chunks of this size: huge pages hold many small matrices
+ALIGN = 64
+
+
+def raw(size: int, huge: bool = False) -> Bytes:
+    """Zeroed memory of `size` bytes, aligned to 64 bytes; huge: to 2 MiB, and advised to be huge pages."""
+    if not huge:
+        return np.frombuffer(mmap.mmap(-1, max(size, 1)), np.uint8)[:size]
+    area = mmap.mmap(-1, size + HUGE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            area.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:  # a kernel without them: ordinary pages do
+            pass
+    whole = np.frombuffer(area, np.uint8)
+    start = -address(whole) % HUGE
+    return whole[start : start + size]
+
+
+def address(a: npt.NDArray[Any]) -> int:
+    """Of an array's first element."""
+    return int(a.ctypes.data)
+
+
+class Arena:
+    """Memory for weights, handed out piece after piece; a chunk is freed when its last piece is."""
+
+    def __init__(self) -> None:
+        self._chunk = raw(0)
+        self._at = 0
+        self.used = 0
+
+    def take(self, size: int) -> Bytes:
+        """`size` bytes, aligned to a cache line."""
+        if self._at + size > self._chunk.size:
+            self._chunk, self._at = raw(max(size, CHUNK), huge=True), 0
+        piece = np.frombuffer(self._chunk.data, np.uint8, size, self._at)
+        self._at += -(-size // ALIGN) * ALIGN
+        self.used += size
+        weakref.finalize(piece, self._give_back, size)
+        return piece
+
+    def _give_back(self, size: int) -> None:
+        self.used -= size
+
+
+class Scratch:
+    """Float32 arrays for results. Memory of an array that is no longer referenced serves the next one.
+
+    So a step touches few pages, again and again, and a recording of its calls stays small.
+    """
+
+    def __init__(self) -> None:
+        self._free: defaultdict[int, list[mmap.mmap]] = defaultdict(list)
+        self.held = 0
+
+    def new(self, *shape: int) -> F32:
+        """An array with arbitrary contents."""
+        count = int(np.prod(shape, dtype=np.int64))
+        size = max(4096, 1 << (4 * count - 1).bit_length()) if count else 4096
+        if self._free[size]:
+            area = self._free[size].pop()
+        else:
+            area = mmap.mmap(-1, size)
+            self.held += size
+        # Views of `a` keep `a` alive (its own base is no ndarray), so it dies with the last of them.
+        a = np.frombuffer(area, np.float32, count)
+        weakref.finalize(a, self._free[size].append, area)
+        return a.reshape(shape)

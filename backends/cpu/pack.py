@@ -1,0 +1,113 @@
+"""How does a canonical weight become tiles? (kernels/op.h draws them.)
+
+A handle is a small header and one buffer of position-independent bytes, so it can be written to disk and mapped.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from ctypes import byref
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tinychat_mlx.backends.cpu import library as c
+from tinychat_mlx.backends.cpu.memory import Arena, Bytes, address
+from tinychat_mlx.errors import BackendError
+from tinychat_mlx.weight import Dense, Packed, Weight, pack_codes, to_float32
+
+Run = Callable[[c.Op], None]
+
+STRIPE = 16 << 20  # bytes of float32 weights converted at a time
+KINDS = {c.INT4: "int4", c.INT8: "int8", c.F16: "float16", c.BF16: "bfloat16", c.F32: "float32"}
+
+
+class CpuWeight:
+    """A weight in tiles: what `CpuBackend.pack` returns."""
+
+    def __init__(self, name: str, header: c.CWeight, data: Bytes) -> None:
+        self.name = name
+        self.header = header
+        self.data = data
+        header.data = address(data)
+        self.shape = (int(header.n), int(header.k))
+
+    @property
+    def kind(self) -> str:
+        return KINDS[self.header.kind]
+
+
+def pack(weight: Weight, arena: Arena, run: Run, exact: bool) -> CpuWeight:
+    """Lay `weight` out in tiles, natively and on all threads, straight from where it lies.
+
+    exact keeps float32 matrices in float32; otherwise they are rounded to float16.
+    """
+    header = _packed_header(weight) if isinstance(weight, Packed) else _dense_header(weight, exact)
+    header.has_bias = weight.bias is not None
+    data = arena.take(int(c.open_library().tc_weight_bytes(byref(header))))
+    handle = CpuWeight(weight.name, header, data)
+    if isinstance(weight, Packed):
+        _pack_codes(weight, header, run)
+    else:
+        _pack_dense(weight, header, run)
+    if weight.bias is not None:
+        tail = data[data.size - -(-header.n // 16) * 64 :].view(np.float32)
+        tail[: header.n], tail[header.n :] = weight.bias, 0
+    return handle
+
+
+def _packed_header(w: Packed) -> c.CWeight:
+    n, k = w.shape
+    if w.w_bit not in (3, 4, 8):
+        raise BackendError(f"cpu backend: {w.name} has {w.w_bit} bits a weight — use 3, 4 or 8")
+    if w.group_size % 32 or k % w.group_size:
+        raise BackendError(
+            f"cpu backend: {w.name} has groups of {w.group_size} of {k} inputs — use multiples of 32"
+        )
+    wide = not (_fits_half(w.scales) and _fits_half(w.biases))
+    return c.CWeight(c.INT8 if w.w_bit == 8 else c.INT4, n, k, w.group_size, wide)
+
+
+def _fits_half(a: npt.NDArray[Any]) -> bool:
+    """Whether float16 holds every number of `a` exactly."""
+    if a.dtype == np.float16:
+        return True
+    with np.errstate(over="ignore"):
+        return bool(np.array_equal(a.astype(np.float16).astype(np.float32), a))
+
+
+def _pack_codes(w: Packed, header: c.CWeight, run: Run) -> None:
+    words = w.qweight
+    if w.w_bit == 3:  # the three bits of a code take four here: speed, not size, is what tiles are for
+        words = pack_codes(w.codes(), 4)
+    words = np.ascontiguousarray(words, "<u4")
+    form = np.float32 if header.wide_scales else np.float16
+    scales, biases = (np.ascontiguousarray(a, form) for a in (w.scales, w.biases))
+    run(
+        c.PackOp(
+            c.PACK, header.n, 0, 0, ctypes.pointer(header), address(words), address(scales), address(biases)
+        )
+    )
+
+
+def _dense_header(w: Dense, exact: bool) -> c.CWeight:
+    n, k = w.shape
+    if w.w.dtype == np.float16:
+        kind = c.F16
+    elif w.w.dtype == np.uint16:
+        kind = c.BF16
+    else:
+        kind = c.F32 if exact or float(np.abs(w.w).max(initial=0)) > 65504 else c.F16
+    return c.CWeight(kind, n, k)
+
+
+def _pack_dense(w: Dense, header: c.CWeight, run: Run) -> None:
+    n, k = w.shape
+    form = {c.F16: np.float16, c.BF16: np.uint16, c.F32: np.float32}[header.kind]
+    step = max(16, STRIPE // (4 * k) // 16 * 16)
+    for row in range(0, n, step):
+        part = w.w[row : row + step]
+        part = np.ascontiguousarray(part if part.dtype == form else to_float32(part), form)
+        run(c.PackOp(c.PACK, part.shape[0], row, 0, ctypes.pointer(header), address(part), None, None))
