@@ -1,0 +1,102 @@
+"""The group quantiser: which scale and zero a group of weights gets, and which codes.
+
+w_hat = (q - zero) * scale for groups of G consecutive inputs; q and zero are whole numbers of 0 … 2^w_bit - 1.
+The scale is rounded to what is stored first and the codes are chosen with it, so nothing is re-derived.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from tinychat_mlx.weight import F32, Packed, pack_codes
+
+U8 = npt.NDArray[np.uint8]
+LEAST_RANGE = np.float32(1e-5)  # of a group: keeps the scale of a constant group above zero
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where each group's 2^w_bit values lie: scales, zeros, any shape that broadcasts with the groups."""
+
+    scales: F32
+    zeros: F32
+    w_bit: int
+
+    def codes(self, w: F32) -> F32:
+        """The nearest code of each weight, as whole numbers in float32."""
+        q = np.rint(w / self.scales)
+        q += self.zeros
+        return np.clip(q, 0, 2**self.w_bit - 1, out=q)
+
+    def nearest(self, w: F32) -> F32:
+        """The nearest value of the grid to each weight."""
+        q = self.codes(w)
+        q -= self.zeros
+        q *= self.scales
+        return q
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Codes q (N, K) with scales and zeros (N, K/G) float32; scales are exact in float16."""
+
+    q: U8
+    scales: F32
+    zeros: F32
+    w_bit: int
+    group_size: int
+
+    def to_float32(self) -> F32:
+        """-> w_hat (N, K)."""
+        n, k = self.q.shape
+        w = self.q.reshape(n, -1, self.group_size).astype(np.float32)
+        w -= self.zeros[..., None]
+        w *= self.scales[..., None]
+        return w.reshape(n, k)
+
+    def packed(self, name: str, bias: F32 | None) -> Packed:
+        """-> the canonical weight. At 3 and 4 bits -zero · scale is exact in float16, at 8 bits rounded."""
+        biases = (-self.zeros * self.scales).astype(np.float16)
+        words = pack_codes(self.q, self.w_bit)
+        return Packed(name, words, self.scales.astype(np.float16), biases, self.w_bit, self.group_size, bias)
+
+
+def storable(scales: F32) -> F32:
+    """Round to 7 significant bits and to float16.
+
+    Zeros have at most 4 bits at w_bit 4, so zero · scale then fits float16's 11 and the forms q·s + b and
+    (q - z)·s agree to the bit. The scale moves by at most 0.8 %, before the codes are chosen.
+    """
+    bits = np.ascontiguousarray(scales, np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(1 << 16)) & np.uint32(0xFFFE0000)  # keeps 6 of 23 stored mantissa bits
+    return np.maximum(rounded.view(np.float32).astype(np.float16).astype(np.float32), np.float32(2**-24))
+
+
+def grid_between(low: F32, high: F32, w_bit: int) -> Grid:
+    """The asymmetric grid of a group whose weights reach from low to high (AWQ's rule: zero is clamped)."""
+    top = 2**w_bit - 1
+    scales = storable(np.maximum(high - low, LEAST_RANGE) / np.float32(top))
+    zeros = np.clip(-np.rint(low / scales), 0, top)
+    return Grid(scales, zeros, w_bit)
+
+
+def grid_of(groups: F32, w_bit: int) -> Grid:
+    """groups (…, G) -> the grid over each one's full range, scales and zeros (…, 1)."""
+    return grid_between(groups.min(-1, keepdims=True), groups.max(-1, keepdims=True), w_bit)
+
+
+def round_to_nearest(w: F32, w_bit: int, group_size: int) -> Quantized:
+    """w (N, K) -> codes, each weight by itself."""
+    groups = w.reshape(w.shape[0], -1, group_size)
+    grid = grid_of(groups, w_bit)
+    q = grid.codes(groups).astype(np.uint8).reshape(w.shape)
+    return Quantized(q, grid.scales[..., 0], grid.zeros[..., 0], w_bit, group_size)
+
+
+def rounded(w: F32, w_bit: int, group_size: int) -> F32:
+    """w (N, K) -> its values after rounding to nearest, without keeping codes."""
+    groups = w.reshape(w.shape[0], -1, group_size)
+    return grid_of(groups, w_bit).nearest(groups).reshape(w.shape)

@@ -1,0 +1,169 @@
+"""Run one decoder layer over the calibration rows and see the input of every linear: a backend wrapper.
+
+The graph has no hooks; a backend that notes what it is asked to multiply needs none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tinychat_mlx.awq.sites import Site, sites
+from tinychat_mlx.backend import (
+    Attention,
+    Backend,
+    Cache,
+    CacheShape,
+    Device,
+    Handle,
+    Memory,
+    Norm,
+    Rope,
+    Segment,
+    Step,
+    Tensor,
+)
+from tinychat_mlx.config import ModelConfig
+from tinychat_mlx.decoder import Graph, Layer, Loader, Source
+from tinychat_mlx.weight import F32, Weight
+
+STEP_ROWS = 1024  # calibration rows in one step: what bounds the memory of a layer's intermediates
+
+
+class Reached(Exception):
+    """The input that was waited for has been seen: the rest of the layer need not run."""
+
+
+class Recorder(Backend):
+    """Another backend, whose `linear` first shows its input. Composites run in their primitives."""
+
+    def __init__(self, inner: Backend) -> None:
+        self.inner, self.name = inner, inner.name
+        self.seen: Callable[[str, Tensor], None] = lambda name, x: None
+
+    def linear(self, x: Tensor, w: Handle) -> Tensor:
+        self.seen(w.name, x)
+        return self.inner.linear(x, w)
+
+    def put(self, array: npt.NDArray[Any]) -> Tensor:
+        return self.inner.put(array)
+
+    def ids(self, ids: Sequence[int]) -> Tensor:
+        return self.inner.ids(ids)
+
+    def pack(self, weight: Weight) -> Handle:
+        return self.inner.pack(weight)
+
+    def new_cache(self, shape: CacheShape, capacity: int) -> Cache:
+        return self.inner.new_cache(shape, capacity)
+
+    def step(self, segments: Sequence[Segment]) -> Step:
+        return self.inner.step(segments)
+
+    def embed(self, table: Handle, ids: Tensor) -> Tensor:
+        return self.inner.embed(table, ids)
+
+    def norm(self, x: Tensor, norm: Norm) -> Tensor:
+        return self.inner.norm(x, norm)
+
+    def rope(self, x: Tensor, rope: Rope, step: Step) -> Tensor:
+        return self.inner.rope(x, rope, step)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, spec: Attention, step: Step) -> Tensor:
+        return self.inner.attention(q, k, v, spec, step)
+
+    def act(self, x: Tensor, kind: str) -> Tensor:
+        return self.inner.act(x, kind)
+
+    def glu(self, gate: Tensor, up: Tensor, kind: str) -> Tensor:
+        return self.inner.glu(gate, up, kind)
+
+    def add(self, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+        return self.inner.add(a, b, scale)
+
+    def scale(self, x: Tensor, factor: float) -> Tensor:
+        return self.inner.scale(x, factor)
+
+    def softcap(self, x: Tensor, cap: float) -> Tensor:
+        return self.inner.softcap(x, cap)
+
+    def to_host(self, x: Tensor) -> F32:
+        return self.inner.to_host(x)
+
+    def memory(self) -> Memory:
+        return self.inner.memory()
+
+    def describe(self) -> Device:
+        return self.inner.describe()
+
+
+class LayerRun:
+    """One layer on a device, ready to take the calibration rows piece by piece.
+
+    Windows of `window` consecutive rows are conversations of their own; a step takes several.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, source: Source, backend: Recorder, window: int) -> None:
+        self.config, self.backend, self.window = config, backend, window
+        self.graph = Graph(config, backend)
+        loaded = Loader(config, source, backend).layer(layer)
+        self.layer = replace(loaded, attention=replace(loaded.attention, layer=0))  # a cache for one layer
+        self.keys = {name: site.key for site in sites(config) for name in self._names(loaded, site)}
+        self._caches: list[Cache] = []
+
+    @staticmethod
+    def _names(layer: Layer, site: Site) -> list[str]:
+        """Names of the handles whose input is the site's, less those that would show it again."""
+        mlp_first = layer.mlp.gate_up or layer.mlp.gate or layer.mlp.up
+        assert mlp_first is not None
+        first = {"q": layer.qkv[0], "o": layer.o, "gate": mlp_first, "up": mlp_first, "down": layer.mlp.down}
+        return [first[site.roles[0]].name]
+
+    def inputs(self, x: F32, key: str) -> F32:
+        """Rows x (T, C) of one step -> the input (T, K) of the site `key`."""
+        got: list[F32] = []
+
+        def seen(name: str, tensor: Tensor) -> None:
+            if self.keys.get(name) == key:
+                got.append(self.backend.to_host(tensor))
+                raise Reached
+
+        try:
+            self._run(x, seen)
+        except Reached:
+            pass
+        return got[0]
+
+    def forward(self, x: F32, seen: Callable[[str, F32], None] | None = None) -> F32:
+        """Rows x (T, C) of one step -> the layer's output; seen(key, input) is called at every site."""
+
+        def show(name: str, tensor: Tensor) -> None:
+            if seen is not None and name in self.keys:
+                seen(self.keys[name], self.backend.to_host(tensor))
+
+        return self.backend.to_host(self._run(x, show))
+
+    def _run(self, x: F32, seen: Callable[[str, Tensor], None]) -> Tensor:
+        step = self.backend.step(self._segments(len(x)))
+        self.backend.seen = seen
+        return self.graph.block(self.backend.put(x), self.layer, step)
+
+    def _segments(self, rows: int) -> list[Segment]:
+        """Fresh caches for the windows of a step: storage is kept, lengths stay 0."""
+        c, n = self.config, -(-rows // self.window)
+        shape = CacheShape(1, c.num_key_value_heads, c.head_dim)
+        while len(self._caches) < n:
+            self._caches.append(self.backend.new_cache(shape, self.window))
+        sizes = [min(self.window, rows - i * self.window) for i in range(n)]
+        return [Segment(cache, size) for cache, size in zip(self._caches, sizes, strict=False)]
+
+
+def steps(rows: int, window: int) -> Iterator[slice]:
+    """Cut the calibration rows into steps of whole windows, about STEP_ROWS each."""
+    size = max(1, STEP_ROWS // window) * window
+    for at in range(0, rows, size):
+        yield slice(at, min(at + size, rows))

@@ -1,0 +1,79 @@
+"""The published searches: a scale for each input channel, a clip for each group (Lin et al. 2024, §3).
+
+A linear is judged by the quadratic form of its inputs' second moments, group by group, so the cost does not
+grow with the number of calibration tokens. The paper judges q, k, v by the whole attention and gate, up by
+the whole MLP; their own outputs order the candidates nearly alike and need no forward pass each.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tinychat_mlx.awq.moments import BlockMoments
+from tinychat_mlx.awq.quantizer import grid_of, rounded
+from tinychat_mlx.awq.rows import over_rows
+from tinychat_mlx.awq.sites import Index
+from tinychat_mlx.weight import F32
+
+ALPHAS = [i / 20 for i in range(20)]  # 0 is no scaling: the result is never worse than rounding
+SHRINKS = [1 - i / 20 for i in range(10)]
+
+
+def tied_mean(magnitude: F32, at: Index | None) -> F32:
+    """Mean |x| of each channel -> of each scale, averaged over the channels that share it."""
+    if at is None:
+        return magnitude
+    return (np.bincount(at, magnitude) / np.bincount(at)).astype(np.float32)
+
+
+def scale_of(magnitude: F32, alpha: float) -> F32:
+    """Mean |x| -> the scales of one candidate, normalised around 1."""
+    s = np.maximum(magnitude ** np.float32(alpha), np.float32(1e-4))
+    s /= np.sqrt(s.max() * s.min())
+    return np.where(np.isfinite(s), s, np.float32(1))
+
+
+def scaled_error(w: F32, s: F32, w_bit: int, group_size: int) -> F32:
+    """w (N, K), s (K,) -> Q(w · s) / s - w."""
+    out = np.empty_like(w)
+
+    def piece(rows: slice) -> None:
+        out[rows] = rounded(w[rows] * s, w_bit, group_size) / s - w[rows]
+
+    over_rows(len(w), 4 * w.shape[1], piece)
+    return out
+
+
+def search_scale(
+    w: F32, moments: BlockMoments, at: Index | None, w_bit: int, group_size: int
+) -> tuple[F32, float]:
+    """Linears of one input w (N, K), stacked -> the best scales (one per channel or tied), their alpha."""
+    magnitude = tied_mean(moments.mean_abs, at)
+    best, chosen = np.inf, (np.ones_like(magnitude), 0.0)
+    for alpha in ALPHAS:
+        s = scale_of(magnitude, alpha)
+        full = s if at is None else s[at]
+        loss = float(moments.loss(scaled_error(w, full, w_bit, group_size)).sum(dtype=np.float64))
+        if loss < best:
+            best, chosen = loss, (s, alpha)
+    return chosen
+
+
+def clip(w: F32, moments: BlockMoments, w_bit: int, group_size: int) -> F32:
+    """Clamp every group of w (N, K) to the symmetric bound whose rounding errs least on the group's output."""
+    per_token = np.float32(1 / max(moments.tokens, 1))
+
+    def piece(rows: slice) -> F32:
+        groups = w[rows].reshape(-1, w.shape[1] // group_size, group_size)
+        bound = np.abs(groups).max(-1, keepdims=True)
+        least, best = np.full(bound.shape, np.inf, np.float32), bound
+        for shrink in SHRINKS:
+            candidate = bound * np.float32(shrink)
+            clamped = np.clip(groups, -candidate, candidate)
+            delta = (grid_of(clamped, w_bit).nearest(clamped) - groups).transpose(1, 0, 2)
+            error = np.einsum("grk,grk->rg", delta @ moments.blocks, delta)[..., None] * per_token
+            better = error < least
+            least, best = np.where(better, error, least), np.where(better, candidate, best)
+        return np.clip(groups, -best, best).reshape(len(groups), -1)
+
+    return np.concatenate(over_rows(len(w), 4 * w.shape[1], piece))

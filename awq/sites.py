@@ -1,0 +1,203 @@
+"""Which linears share an input, and what absorbs 1/s: derived from the ArchSpec, not listed per model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from tinychat_mlx.config import ModelConfig
+from tinychat_mlx.decoder import Source, heads_to_blocks
+from tinychat_mlx.errors import ConfigError
+from tinychat_mlx.weight import F32, Dense, Weight
+
+Index = npt.NDArray[np.intp]
+UNCLIPPED = ("q", "k")  # their errors meet in a product: one's own output says little about it
+
+
+@dataclass(frozen=True)
+class Site:
+    """An input of a layer, the linears that read it, and the norm or linear (a role) that absorbs 1/s."""
+
+    key: str
+    roles: tuple[str, ...]
+    absorber: str | None
+
+
+def sites(config: ModelConfig) -> tuple[Site, ...]:
+    """The sites of one layer, in the order in which a forward pass reaches them."""
+    spec = config.spec
+    if config.moe is not None:
+        raise ConfigError("config.json: mixtures of experts run here but are not quantised by `convert` yet")
+    first = ("gate", "up") if spec.gated else ("up",)
+    # act(gate) · up is linear in up, and ReLU(x / s) = ReLU(x) / s; behind GELU nothing can absorb.
+    scalable = spec.gated or config.act == "relu"
+    o, down = Site("o_in", ("o",), "v"), Site("down_in", ("down",), "up" if scalable else None)
+    before = {role: role if role in spec.norms else None for role in ("pre_attn", "pre_mlp")}
+    if spec.parallel and before["pre_mlp"] is None:
+        return Site("block_in", ("q", "k", "v", *first), before["pre_attn"]), o, down
+    attn_in = Site("attn_in", ("q", "k", "v"), before["pre_attn"])
+    return attn_in, o, Site("mlp_in", first, before["pre_mlp"]), down
+
+
+def shared(site: Site, config: ModelConfig) -> Index | None:
+    """For each input channel the index of its scale, where channels must share one; None: one each.
+
+    Under grouped-query attention channel (h, d) of o's input is a mean over positions of channel
+    (h // n_rep, d) of v, so the query heads of one key/value head share their scales.
+    """
+    n_rep = config.num_attention_heads // config.num_key_value_heads
+    if site.absorber != "v" or n_rep == 1:
+        return None
+    d = config.head_dim
+    channels = np.arange(config.num_attention_heads * d)
+    at: Index = channels // (n_rep * d) * d + channels % d
+    return at
+
+
+@dataclass(frozen=True)
+class Module:
+    """A tensor of the checkpoint (a role, "qkv") and the linears it holds one below the other."""
+
+    role: str
+    parts: tuple[str, ...]
+    by_head: bool = False  # rows lie head by head: each kv head's queries, its key, its value
+
+    def stored_order(self, config: ModelConfig) -> Index | slice:
+        """Where each stored row stands among the parts' rows."""
+        return np.argsort(heads_to_blocks(config)) if self.by_head else slice(None)
+
+
+def modules(config: ModelConfig) -> tuple[Module, ...]:
+    """The matrices of a layer as the checkpoint stores them."""
+    spec = config.spec
+    single = [Module("o", ("o",))]
+    if spec.qkv:
+        single.append(Module("qkv", ("q", "k", "v"), spec.qkv == "heads"))
+    else:
+        single += [Module(role, (role,)) for role in "qkv"]
+    if spec.gated and spec.fused_gate_up:
+        single.append(Module("gate_up", ("gate", "up")))
+    else:
+        single += [Module(role, (role,)) for role in (("gate", "up") if spec.gated else ("up",))]
+    return (*single, Module("down", ("down",)))
+
+
+@dataclass
+class LayerWeights:
+    """One decoder layer in float32, changed in place by folding; a Source for the graph's Loader.
+
+    linears: part (q, k, v, o, gate, up, down) -> (N, K); biases: part -> (N,); vectors: full tensor name ->
+    values as stored.
+    """
+
+    config: ModelConfig
+    layer: int
+    linears: dict[str, F32]
+    biases: dict[str, F32]
+    vectors: dict[str, F32]
+
+    @classmethod
+    def read(cls, config: ModelConfig, layer: int, source: Source) -> LayerWeights:
+        """Take a layer out of a source of dense weights."""
+        made, sizes = cls(config, layer, {}, {}, {}), shapes(config)
+        for module in modules(config):
+            n, k = sum(sizes[part][0] for part in module.parts), sizes[module.parts[0]][1]
+            weight = source.weight(config.spec.name(module.role, layer), (n, k))
+            rows = np.empty((n, k), np.float32)
+            rows[module.stored_order(config)] = weight.to_float32()
+            bias = None
+            if weight.bias is not None:
+                bias = np.empty(n, np.float32)
+                bias[module.stored_order(config)] = weight.bias
+            at = 0
+            for part in module.parts:
+                own = slice(at, at := at + sizes[part][0])
+                made.linears[part] = rows[own]
+                if bias is not None:
+                    made.biases[part] = bias[own]
+        for role in (*config.spec.norms, *(("q_norm", "k_norm") if config.spec.qk_norm else ())):
+            for end in ("weight", "bias"):
+                name = f"{config.spec.name(role, layer)}.{end}"
+                if end == "weight" or source.has(name):
+                    made.vectors[name] = np.array(source.vector(name), np.float32)
+        return made
+
+    def copy(self) -> LayerWeights:
+        """A layer whose arrays may be replaced without changing this one's."""
+        return replace(
+            self, linears=dict(self.linears), biases=dict(self.biases), vectors=dict(self.vectors)
+        )
+
+    def has(self, name: str) -> bool:
+        return name in self.vectors
+
+    def vector(self, name: str) -> F32:
+        return self.vectors[name]
+
+    def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
+        found = next(m for m in modules(self.config) if self.config.spec.name(m.role, self.layer) == module)
+        order = found.stored_order(self.config)
+        rows = np.concatenate([self.linears[part] for part in found.parts])[order]
+        bias = [self.biases[part] for part in found.parts if part in self.biases]
+        return Dense(module, rows, np.concatenate(bias)[order] if bias else None)
+
+    def stacked(self, site: Site) -> F32:
+        """The linears of a site one below the other, (sum of N, K)."""
+        return np.concatenate([self.linears[role] for role in site.roles])
+
+    def unstack(self, site: Site, w: F32) -> Iterator[tuple[str, F32]]:
+        """The inverse of `stacked`: role, rows."""
+        at = 0
+        for role in site.roles:
+            n = len(self.linears[role])
+            yield role, w[at : at + n]
+            at += n
+
+
+def shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(N, K) of every linear of a layer, by role."""
+    c = config
+    q, kv, hidden, inner = (
+        c.num_attention_heads * c.head_dim,
+        c.num_key_value_heads * c.head_dim,
+        c.hidden_size,
+        c.intermediate_size,
+    )
+    table = {"q": (q, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, q)}
+    table |= {"gate": (inner, hidden)} if c.spec.gated else {}
+    return table | {"up": (inner, hidden), "down": (hidden, inner)}
+
+
+def fold(weights: LayerWeights, site: Site, s: F32, at: Index | None) -> F32:
+    """Multiply the columns of a site's linears by s and let the absorber divide: the layer computes the same.
+
+    s: a scale a channel, or where `at` (see `shared`) is given one for each index in it. A norm is kept as
+    the float16 numbers that will be stored, and s follows it exactly. -> the scale of every input channel.
+    """
+    assert site.absorber is not None
+    if site.absorber in weights.config.spec.norms:
+        s = _fold_norm(weights, site.absorber, s)
+    else:
+        weights.linears[site.absorber] = weights.linears[site.absorber] / s[:, None]
+        if site.absorber in weights.biases:
+            weights.biases[site.absorber] = weights.biases[site.absorber] / s
+    per_channel = s if at is None else s[at]
+    for role in site.roles:
+        weights.linears[role] = weights.linears[role] * per_channel
+    return per_channel
+
+
+def _fold_norm(weights: LayerWeights, role: str, s: F32) -> F32:
+    name, offset = weights.config.spec.name(role, weights.layer), np.float32(weights.config.spec.norm_offset)
+    old = weights.vectors[f"{name}.weight"]
+    new = ((old + offset) / s - offset).astype(np.float16).astype(np.float32)
+    exact = np.divide(old + offset, new + offset, out=np.ones_like(s), where=(new + offset) != 0)
+    usable = (exact > 0) & np.isfinite(exact)  # a channel the norm switches off keeps its scale
+    s = np.where(usable, exact, np.float32(1))
+    weights.vectors[f"{name}.weight"] = np.where(usable, new, old)
+    if f"{name}.bias" in weights.vectors:
+        weights.vectors[f"{name}.bias"] = weights.vectors[f"{name}.bias"] / s
+    return s
