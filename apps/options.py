@@ -79,6 +79,13 @@ def sampling(options: dict[str, Any]) -> dict[str, Any]:
     return given | ({"stop": tuple(options["stop"])} if options.get("stop") else {})
 
 
+def origins(ctx: click.Context) -> dict[str, str]:
+    """Where each option's value comes from: flag, environment, config; what has only a default is left out."""
+    words = {"COMMANDLINE": "flag", "ENVIRONMENT": "environment", "DEFAULT_MAP": "config"}
+    found = {name: ctx.get_parameter_source(name) for name in ctx.params}
+    return {name: words[source.name] for name, source in found.items() if source and source.name in words}
+
+
 def load_model(options: dict[str, Any]) -> Model:
     """Load what the options name. Raises a TinychatError that says what is missing."""
     import tinychat_mlx

@@ -21,6 +21,7 @@ import tinychat_mlx
 from tinychat_mlx.backend import Device, Memory
 from tinychat_mlx.errors import ContextFullError, ModelNotFoundError
 from tinychat_mlx.generate import Event, Stats
+from tinychat_mlx.sampler import from_generation_config
 
 
 class ScriptedModel:
@@ -34,7 +35,13 @@ class ScriptedModel:
         self.engine = SimpleNamespace(ids=[])
         self.turn = 0
         self.asked: list[Any] = []
-        self.tokenizer = SimpleNamespace(encode=lambda text, **_: text.split())
+        self.generation_config = {"temperature": 0.6}
+        self.defaults = from_generation_config(self.generation_config)
+        opened = "<think>" if script.get("template_thinks") else ""
+        self.tokenizer = SimpleNamespace(
+            encode=lambda text, **_: text.split(),
+            render=lambda messages, **_: "".join(m["content"] for m in messages) + opened,
+        )
 
     def memory(self) -> Memory:
         return Memory(12_000_000, 12_000_000, 0)
@@ -45,11 +52,19 @@ class ScriptedModel:
             with open(log, "a") as f:
                 f.write(json.dumps({"messages": messages, **settings}) + "\n")
         prompt = sum(len(m["content"].split()) + 1 for m in messages)
+        dropped = 0
+        while settings.get("on_full") == "slide" and prompt >= self.context and len(messages) > 2:
+            messages, dropped = messages[2:], dropped + 2
+            prompt = sum(len(m["content"].split()) + 1 for m in messages)
         if prompt >= self.context:
             raise ContextFullError(f"the prompt has {prompt} tokens, the context holds {self.context}")
-        return self._answer(messages[-1]["content"], prompt)
+        return self._answer(messages[-1]["content"], prompt, dropped, settings.get("max_tokens"))
 
-    def _answer(self, last: str, prompt: int) -> Iterator[Event]:
+    def generate(self, prompt: list[str], **settings: Any) -> Iterator[Event]:
+        self.asked.append((prompt, settings))
+        return self._answer(" ".join(prompt), len(prompt))
+
+    def _answer(self, last: str, prompt: int, dropped: int = 0, most: int | None = None) -> Iterator[Event]:
         script, start = self.script, time.perf_counter()
         answers = script.get("answers", ["{echo}"])
         text = answers[self.turn % len(answers)].replace("{echo}", last)
@@ -66,13 +81,18 @@ class ScriptedModel:
             if len(self.engine.ids) >= self.context:
                 reason = "context"
                 break
+            if most is not None and count >= most:
+                reason = "length"
+                break
             yield Event("text", text[at : at + n])
             self.engine.ids.append(0)
             count += 1
             time.sleep(script.get("delay", 0))
         yield Event(
             "end",
-            stats=Stats(prompt, 0, count, first, 100.0, 50.0, len(self.engine.ids), self.context, reason),
+            stats=Stats(
+                prompt, 0, count, first, 100.0, 50.0, len(self.engine.ids), self.context, reason, dropped
+            ),
         )
 
 

@@ -6,54 +6,86 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from tinychat_mlx.apps.options import load_model, model_options, sampling, sampling_options, text_or_file
-from tinychat_mlx.apps.terminal import detect
+from tinychat_mlx.apps.options import (
+    LOADING,
+    load_model,
+    model_options,
+    origins,
+    sampling,
+    sampling_options,
+    text_or_file,
+)
+from tinychat_mlx.apps.terminal import Terminal, detect
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from tinychat_mlx.apps.chat.session import Session
     from tinychat_mlx.apps.chat.view import View
+    from tinychat_mlx.model import Model
 
 
 @click.command()
 @model_options
 @click.option("--system", envvar="TINYCHAT_SYSTEM", metavar="TEXT", help="System prompt, or @FILE.")
+@click.option("-c", "--continue", "latest", is_flag=True, help="Go on with the latest saved chat.")
+@click.option("--session", metavar="NAME", help="Go on with a saved chat, by its id or title.")
 @click.option(
     "--on-full",
-    type=click.Choice(["stop", "slide"]),
+    type=click.Choice(["stop", "slide", "compact"]),
     default="stop",
     envvar="TINYCHAT_ON_FULL",
-    help="When the context is full: stop and say so, or forget the oldest messages (and say so).",
+    help="When the context is full: cut the answer, drop the oldest messages, or sum up; it is always said.",
 )
+@click.option("--think/--no-think", default=None, envvar="TINYCHAT_THINK", help="For models that can think.")
 @click.option("--plain", is_flag=True, envvar="TINYCHAT_PLAIN", help="No colour, no Markdown, no redraws.")
-@click.option(
-    "--no-save", is_flag=True, envvar="TINYCHAT_NO_SAVE", help="Keep this chat and its prompts off the disk."
-)
+@click.option("--no-save", is_flag=True, envvar="TINYCHAT_NO_SAVE", help="Keep this chat off the disk.")
 @sampling_options
-def chat(plain: bool, no_save: bool, on_full: str, **options: Any) -> int:
+@click.pass_context
+def chat(
+    ctx: click.Context, /, plain: bool, no_save: bool, on_full: str, think: bool | None, **options: Any
+) -> int:
     """Chat with a model. /help inside lists the commands."""
-    system = text_or_file(options["system"]) or ""
-    terminal = detect(plain)
-    notice(f"loading {options['model']} {terminal.glyphs.ellipsis}", terminal.live)
-    try:
-        model = load_model(options)
-    finally:
-        notice("", terminal.live)
-    from tinychat_mlx.apps.chat.app import Chat, Settings
-    from tinychat_mlx.apps.chat.session import Session
+    system, terminal = text_or_file(options["system"]), detect(plain)
+    notice(f"loading {terminal.glyphs.ellipsis}", terminal)
     from tinychat_mlx.apps.chat.view import View
 
     view = View(terminal)
     data = None if no_save else open_data(view)
-    settings = Settings(sampling(options), on_full)
-    return Chat(model, view, Session.new(data, model.name, system), settings, data).run()
+    session = resume(data, options["session"], options["latest"], view)
+    if session is not None and ctx.get_parameter_source("model") == ParameterSource.DEFAULT:
+        options["model"] = session.model or options["model"]
+    model = load(options, view)
+    from tinychat_mlx.apps.chat.answer import Settings
+    from tinychat_mlx.apps.chat.app import Chat
+    from tinychat_mlx.apps.chat.session import Session
+
+    session = session or Session.new(data)
+    session.model = options["model"]
+    if system is not None and system != session.system:
+        session.set_system(system)
+    settings = Settings(sampling(options), on_full, think)
+    loading = {name: options[name] for name in LOADING}
+    made = Chat(model, view, session, settings, data, loading, lambda wanted: load(wanted, view))
+    made.origins = origins(ctx)
+    return made.run()
 
 
-def notice(text: str, live: bool) -> None:
+def load(options: dict[str, Any], view: View) -> Model:
+    """Load a model, saying so in a passing row."""
+    notice(f"loading {options['model']} {view.glyphs.ellipsis}", view.terminal)
+    try:
+        return load_model(options)
+    finally:
+        notice("", view.terminal)
+
+
+def notice(text: str, terminal: Terminal) -> None:
     """A passing word in the current row."""
-    if live:
-        sys.stdout.write(f"\r{text}\x1b[K\r" if text else "\r\x1b[K")
+    if terminal.live:
+        sys.stdout.write(f"\r{text}\x1b[K\r")
         sys.stdout.flush()
 
 
@@ -66,3 +98,17 @@ def open_data(view: View) -> Path | None:
     except OSError as e:
         view.warn(f"this chat is not saved: {e}")
         return None
+
+
+def resume(data: Path | None, name: str | None, latest: bool, view: View) -> Session | None:
+    """The saved chat that --session or --continue asks for. Raises UsageError for a name nobody saved."""
+    if not (name or latest):
+        return None
+    from tinychat_mlx.apps.chat.session import Session, find, saved
+
+    if data is None:
+        raise click.UsageError("--continue and --session need the folder where chats are saved")
+    if not name and not saved(data):
+        view.note("no saved chat yet: this is a new one")
+        return None
+    return Session.load(find(data, name or "last"))

@@ -5,6 +5,7 @@
     {"piece": "Hel"} {"piece": "lo"}              an answer in the making; the message that follows replaces it
     {"keep": 3}                                   only the first 3 messages count from here on
     {"system": "Be brief."} {"title": "…"}        the system prompt; the title
+    {"summary": "…", "from": 8}                   the model sees this in place of the messages before the ninth
 
 Files are for their owner alone (0600 in a 0700 folder). A torn last line is what a kill leaves; it is skipped.
 """
@@ -50,6 +51,8 @@ class Session:
     title: str = ""
     created: float = field(default_factory=time.time)
     messages: list[Message] = field(default_factory=list)
+    summary: str = ""  # what the model sees in place of messages[:seen_from]
+    seen_from: int = 0
     _pieces: str = ""
     _flushed: float = 0.0
 
@@ -72,7 +75,10 @@ class Session:
             elif "piece" in record:
                 pieces += str(record["piece"])
             elif isinstance(record.get("keep"), int):
-                made.messages, pieces = made.messages[: record["keep"]], ""
+                made._cut(record["keep"])
+                pieces = ""
+            elif "summary" in record and isinstance(record.get("from"), int):
+                made.summary, made.seen_from = str(record["summary"]), record["from"]
             elif "system" in record or "title" in record:
                 made.system, made.title = record.get("system", made.system), record.get("title", made.title)
             else:
@@ -94,10 +100,16 @@ class Session:
         return self.title or " ".join(first.split())[:60]
 
     def for_model(self) -> list[Message]:
-        """The messages as the chat template wants them."""
+        """The messages as the chat template wants them.
+
+        A summary goes into the first message that is still seen: not every template knows a system prompt.
+        """
         keys = ("role", "content", "reasoning_content")
         head = [{"role": "system", "content": self.system}] if self.system else []
-        return head + [{k: m[k] for k in keys if k in m} for m in self.messages]
+        seen = [{k: m[k] for k in keys if k in m} for m in self.messages[self.seen_from :]]
+        if self.summary and seen:
+            seen[0]["content"] = f"(What was said before, summed up: {self.summary})\n\n{seen[0]['content']}"
+        return head + seen
 
     # changes ----------------------------------------------------------------------------------------
     def add(self, message: Message) -> None:
@@ -115,9 +127,19 @@ class Session:
 
     def keep(self, count: int) -> None:
         """Forget all but the first `count` messages."""
-        del self.messages[count:]
+        self._cut(count)
         self._pieces = ""
         self._append({"keep": count})
+
+    def _cut(self, count: int) -> None:
+        del self.messages[count:]
+        if count <= self.seen_from:  # what the summary tells is partly taken back
+            self.summary, self.seen_from = "", 0
+
+    def sum_up(self, summary: str, seen_from: int) -> None:
+        """Let the model see a summary in place of messages[:seen_from], which stay on record."""
+        self.summary, self.seen_from = summary, seen_from
+        self._append({"summary": summary, "from": seen_from})
 
     def set_system(self, text: str) -> None:
         self.system = text
@@ -133,6 +155,8 @@ class Session:
         other = Session.new(folder, self.model, self.system)
         for message in self.messages:
             other.add(message)
+        if self.summary:
+            other.sum_up(self.summary, self.seen_from)
         if self.name:
             other.set_title(f"{self.name} (branch)")
         return other

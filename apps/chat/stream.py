@@ -136,14 +136,21 @@ class MarkdownAnswer:
             return []
         gap: list[RenderableType] = [Text()] if self.blank else []
         self.blank, self.started = False, True
-        if m := markdown.FENCE.match(line):
+        if self._is_block(line) and (m := markdown.FENCE.match(line)):
             self.fence, self.code = (m[1], m[2]), markdown.Highlighter(m[3])
             return [*gap, self._ruler(m[3])]
-        if markdown.TABLE_ROW.match(line):
+        if self._is_block(line):
             self.rows.append(line)
             return gap
-        parsed = markdown.parse(line, self.glyphs)
+        parsed = self._parse(line)
         return [*gap, self._ruler()] if parsed.rule else [*gap, *self._wrap(parsed, parsed.source)]
+
+    def _parse(self, line: str) -> markdown.Line:
+        return markdown.parse(line, self.glyphs)
+
+    def _is_block(self, line: str) -> bool:
+        """Does this line open code, or belong to a table?"""
+        return bool(markdown.FENCE.match(line) or markdown.TABLE_ROW.match(line))
 
     def _code_line(self, line: str) -> list[RenderableType]:
         assert self.code is not None
@@ -183,11 +190,9 @@ class MarkdownAnswer:
         """Rows of the unfinished line that nothing can change any more."""
         if self.code is not None or self.rows or not self.pending.strip():
             return []
-        line = self.line or markdown.parse(self.pending, self.glyphs)
+        line = self.line or self._parse(self.pending)
         source = self.pending if self.line else line.source
-        if line.rule or (
-            self.line is None and (markdown.FENCE.match(self.pending) or markdown.TABLE_ROW.match(source))
-        ):
+        if line.rule or (self.line is None and self._is_block(self.pending)):
             return []
         head = source[: _last_break(source)]
         rows = self._wrap(line, head)
@@ -211,8 +216,8 @@ class MarkdownAnswer:
             rows = [Text(note, "dim")]
         elif self.line is not None:
             rows = self._wrap(self.line, self.pending, final=False)
-        elif self.pending.strip() and not markdown.FENCE.match(self.pending):
-            line = markdown.parse(self.pending, self.glyphs)
+        elif self.pending.strip() and not self._is_block(self.pending):
+            line = self._parse(self.pending)
             rows = [self._ruler()] if line.rule else self._wrap(line, line.source, final=False)
         gap = [Text()] if self.blank and rows else []
         return [*gap, *rows][-min(TAIL_ROWS + 2, self.terminal.height - 2) :]
@@ -226,7 +231,3 @@ def _last_break(source: str) -> int:
         if c.isspace() or ord(c) >= 0x2E80:
             return cut - back
     return cut
-
-
-def answer_view(console: Console, terminal: Terminal) -> MarkdownAnswer | PlainAnswer:
-    return (MarkdownAnswer if terminal.live else PlainAnswer)(console, terminal)

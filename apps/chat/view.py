@@ -10,22 +10,13 @@ from rich.text import Text
 
 from tinychat_mlx import __version__
 from tinychat_mlx.apps.chat.stream import MarkdownAnswer, PlainAnswer
-from tinychat_mlx.apps.terminal import Terminal
+from tinychat_mlx.apps.terminal import Terminal, size
 
 if TYPE_CHECKING:
     from tinychat_mlx.generate import Stats
     from tinychat_mlx.model import Model
 
 WARN, ALARM = 0.7, 0.9  # shares of the context at which the meter turns yellow, red
-
-
-def size(n: float) -> str:
-    """Bytes as people say them: 7.1 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.0f} {unit}" if unit == "B" or n >= 100 else f"{n:.1f} {unit}"
-        n /= 1000
-    return f"{n:.1f} TB"
 
 
 def colour_of(share: float) -> str:
@@ -55,6 +46,12 @@ class View:
 
     def answer(self) -> MarkdownAnswer | PlainAnswer:
         return (MarkdownAnswer if self.terminal.live else PlainAnswer)(self.out, self.terminal)
+
+    def replay(self, text: str) -> None:
+        """Show an answer of the past."""
+        shown = self.answer()
+        shown.feed(text)
+        shown.finish()
 
     # notes ------------------------------------------------------------------------------------------
     def say(self, text: str | Text = "", style: str = "") -> None:

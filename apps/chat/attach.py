@@ -1,0 +1,73 @@
+"""Files that go along with a message: /file PATH, or @path within it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinychat_mlx.apps.terminal import size
+from tinychat_mlx.errors import UsageError
+
+MOST_BYTES = 1_000_000  # far above any context here; a larger file is a mistake
+_MENTION = re.compile(r'(?<!\S)@(?:"([^"]+)"|(\S+))')
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """A text file, read when it was named."""
+
+    name: str
+    text: str
+
+    def describe(self) -> str:
+        return f"{self.name} ({size(len(self.text.encode()))}, {self.text.count(chr(10)) + 1} lines)"
+
+    def quoted(self) -> str:
+        """The file within a fence longer than any inside it."""
+        ticks = max((len(m) for m in re.findall(r"`{3,}", self.text)), default=2) + 1
+        fence = "`" * max(3, ticks)
+        return f"{self.name}:\n{fence}\n{self.text.rstrip()}\n{fence}"
+
+
+def read(path: str) -> Attachment:
+    """Read a text file. Raises UsageError naming what is wrong with it."""
+    at = Path(path).expanduser()
+    try:
+        if not at.is_file():
+            raise UsageError(f"{path}: no such file")
+        if at.stat().st_size > MOST_BYTES:
+            raise UsageError(
+                f"{path} has {size(at.stat().st_size)}: more than a model can read, take a part of it"
+            )
+        return Attachment(at.name, at.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is no UTF-8 text: only text can be attached") from None
+    except OSError as e:
+        raise UsageError(f"{path} cannot be read: {e.strerror}") from None
+
+
+def expand(text: str, attached: list[Attachment]) -> tuple[str, list[Attachment]]:
+    """The message with its files before it -> (content, the files that @path named and exist)."""
+    names = [m[1] or m[2].rstrip(",;:!?.") for m in _MENTION.finditer(text)]
+    mentioned = [read(name) for name in dict.fromkeys(names) if Path(name).expanduser().is_file()]
+    return "\n\n".join([*(a.quoted() for a in [*attached, *mentioned]), text]), mentioned
+
+
+def complete(before: str) -> Iterable[tuple[str, int, str]]:
+    """Paths that may follow an @ before the cursor."""
+    m = re.search(r"(?<!\S)@(\S*)$", before)
+    yield from paths(m[1]) if m else ()
+
+
+def paths(typed: str) -> Iterable[tuple[str, int, str]]:
+    """Paths beginning with what is typed."""
+    folder, _, begin = typed.rpartition("/")
+    root = Path(f"{folder}/" if folder or typed.startswith("/") else ".").expanduser()
+    try:
+        found = sorted(p for p in root.iterdir() if p.name.startswith(begin))
+    except OSError:
+        return
+    for path in [p for p in found if begin.startswith(".") or not p.name.startswith(".")][:50]:
+        yield path.name + ("/" if path.is_dir() else ""), -len(begin), "folder" if path.is_dir() else "file"

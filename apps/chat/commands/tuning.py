@@ -1,0 +1,197 @@
+"""Commands that change who answers and how: /model /backend /system /set /show /think /stats /context."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.text import Text
+
+from tinychat_mlx.apps import fit
+from tinychat_mlx.apps.chat.commands import command, one_of
+from tinychat_mlx.apps.options import BACKENDS, SAMPLING, text_or_file
+from tinychat_mlx.apps.terminal import size
+from tinychat_mlx.errors import TinychatError, UsageError
+
+if TYPE_CHECKING:
+    from tinychat_mlx.apps.chat.app import Chat
+
+POLICIES = ("stop", "slide", "compact")
+
+
+# who answers -------------------------------------------------------------------------------------------
+@command(
+    "model",
+    "[NAME]",
+    words=lambda chat, typed: ((m, -len(typed), "") for m in fit.local() if m.startswith(typed)),
+)
+def model(chat: Chat, name: str) -> None:
+    """Show the models at hand, or switch to one (a folder, a hub id, demo)."""
+    if name:
+        switch(chat, chat.loading | {"model": name})
+        return
+    for each in fit.local():
+        chat.view.say(f"{'*' if each == chat.loading.get('model') else ' '} {each}")
+    chat.view.note("any folder with a config.json and any Hugging Face id will do too")
+
+
+@command("backend", "[NAME]", words=one_of(*BACKENDS))
+def backend(chat: Chat, name: str) -> None:
+    """Show where the model computes, or load it elsewhere."""
+    if name and name not in BACKENDS:
+        raise UsageError(f"no backend {name!r}: known are {', '.join(BACKENDS)}")
+    if name:
+        switch(chat, chat.loading | {"backend": name})
+        return
+    device = chat.model.device
+    chat.view.say(f"{device.backend}: {device.name} ({device.detail}) {chat.view.glyphs.dash} {device.why}")
+
+
+def switch(chat: Chat, loading: dict[str, Any]) -> None:
+    """Load another model, or the same elsewhere; the conversation goes on. On failure the old one stays."""
+    if chat.load is None:
+        raise UsageError("the model cannot be changed here")
+    before, old = chat.loading, chat.model
+    need = fit.look_up(loading["model"])
+    chat.view.note(fit.describe(loading["model"], need, freed=old.nbytes))
+    fit.check(loading["model"], need, freed=old.nbytes)
+    both = need.nbytes <= fit.available()
+    if not both:  # the old one must go first
+        del chat.model, old
+        chat.last = None
+        gc.collect()
+    try:
+        chat.model = chat.load(loading)
+        chat.loading = loading
+    except (TinychatError, OSError, KeyboardInterrupt):
+        if not both:
+            chat.model = chat.load(before)
+        raise
+    finally:
+        chat.used = 0
+    chat.view.header(chat.model)
+
+
+# how it answers ----------------------------------------------------------------------------------------
+@command("system", "[TEXT|@FILE|none]")
+def system(chat: Chat, text: str) -> None:
+    """Show or change the system prompt."""
+    if text:
+        try:
+            chat.session.set_system("" if text == "none" else text_or_file(text) or "")
+        except click.BadParameter as e:
+            raise UsageError(e.message) from None
+    chat.view.note(f"system prompt: {chat.session.system or 'none'}")
+
+
+def _settings(chat: Chat, typed: str) -> Iterable[tuple[str, int, str]]:
+    name, space, value = typed.partition(" ")
+    if not space:
+        choices = {n: text for n, (_, text) in SAMPLING.items()} | {"on_full": "When the context is full."}
+        yield from ((n, -len(typed), text) for n, text in choices.items() if n.startswith(name))
+    elif name == "on_full":
+        yield from one_of(*POLICIES)(chat, value)
+
+
+@command("set", "NAME VALUE", words=_settings)
+def set_(chat: Chat, text: str) -> None:
+    """Change a setting (temperature, top_p, seed, max_tokens, on_full …); the value "default" takes it back."""
+    name, _, value = text.replace("=", " ").partition(" ")
+    name, value = name.replace("-", "_"), value.strip()
+    if name not in (*SAMPLING, "stop", "on_full") or not value:
+        raise UsageError(f"/set NAME VALUE, with NAME one of {', '.join([*SAMPLING, 'stop', 'on_full'])}")
+    if name == "on_full":
+        if value not in POLICIES:
+            raise UsageError(f"on_full must be one of {', '.join(POLICIES)}")
+        chat.settings.on_full = value
+    elif value == "default":
+        chat.settings.sampling.pop(name, None)
+    elif name == "stop":
+        chat.settings.sampling["stop"] = (value,)
+    else:
+        try:
+            chat.settings.sampling[name] = SAMPLING[name][0].convert(value, None, None)
+        except click.BadParameter as e:
+            raise UsageError(f"{name}: {e.message}") from None
+    chat.origins[name] = "/set"
+    show(chat, name)
+
+
+@command("show")
+def show(chat: Chat, only: str) -> None:
+    """Show the settings and where each comes from."""
+    given, file = chat.settings.sampling, chat.model.generation_config
+    rows: list[tuple[str, object, str]] = []
+    for name in [*SAMPLING, "stop"]:
+        if name in given:
+            rows.append((name, given[name], chat.origins.get(name, "flag")))
+        else:
+            rows.append((name, getattr(chat.model.defaults, name), "model" if name in file else "built in"))
+    rows.append(("on_full", chat.settings.on_full, chat.origins.get("on_full", "built in")))
+    if not only:
+        rows = [("model", chat.model.name, ""), ("system", chat.session.system or None, ""), *rows]
+    for name, value, origin in rows:
+        if only in ("", name):
+            chat.view.say(Text(f"  {name:<20}{value}").append(f"  ({origin})" if origin else "", "dim"))
+
+
+@command("think", "[on|off|show|hide|budget N]", words=one_of("on", "off", "show", "hide", "budget "))
+def think(chat: Chat, text: str) -> None:
+    """Let the model think or not, show its thoughts or fold them, bound them."""
+    word, _, rest = text.partition(" ")
+    s = chat.settings
+    if word in ("on", "off"):
+        s.think = word == "on"
+    elif word in ("show", "hide"):
+        s.unfold = word == "show"
+    elif word == "budget" and rest.isdecimal():
+        s.budget = int(rest)
+    elif word:
+        raise UsageError("/think on, off, show, hide, or budget N (tokens; 0: no bound)")
+    state = {None: "as the model has it", True: "on", False: "off"}[s.think]
+    bound = f"at most {s.budget:,} tokens" if s.budget else "unbounded"
+    chat.view.note(f"thinking {state}, {'shown' if s.unfold else 'folded'}, {bound}")
+
+
+# what it costs -----------------------------------------------------------------------------------------
+@command("stats")
+def stats(chat: Chat, _: str) -> None:
+    """Speed of this conversation's answers, and memory."""
+    answers = [m for m in chat.session.messages if m.get("tokens")]
+    held, view = chat.model.memory(), chat.view
+    if answers:
+        tokens = sum(m["tokens"] for m in answers)
+        seconds = sum(m["tokens"] / m["decode_tok_s"] for m in answers if m.get("decode_tok_s"))
+        first = sorted(m["ttft_s"] for m in answers)[len(answers) // 2]
+        view.say(f"  answers         {len(answers)}, {tokens:,} tokens")
+        view.say(f"  speed           {tokens / seconds if seconds else 0:.1f} tok/s over all")
+        view.say(f"  first token     {first:.2f} s (median)")
+    if chat.last is not None and chat.last.stats is not None:
+        s = chat.last.stats
+        view.say(f"  last prompt     {s.prompt_tokens:,} tokens, {s.cached_tokens:,} of them reused")
+        view.say(f"  prefill         {s.prefill_tok_s:.0f} tok/s")
+    view.say(f"  weights         {size(chat.model.nbytes)}")
+    if held.used:
+        limit = f" of {size(held.limit)}" if held.limit else ""
+        view.say(f"  memory          {size(held.used)} now, {size(held.peak)} at most{limit}")
+
+
+@command("context")
+def context(chat: Chat, _: str) -> None:
+    """What takes up the context, message by message."""
+    view, most = chat.view, chat.model.context
+    messages = chat.session.for_model()
+    counts = [len(chat.model.tokenizer.encode(m["content"], special=False)) for m in messages]
+    for message, count in zip(messages, counts, strict=True):
+        flat = " ".join(message["content"].split())
+        room = max(10, view.terminal.width - 30)
+        view.say(Text(f"  {count:>7,}  {message['role']:<10}").append(flat[:room], "dim"))
+    view.say(view.meter(max(chat.used, sum(counts)), most, 20))
+    what = {
+        "stop": "an answer that does not fit is cut and said so",
+        "slide": "the oldest messages are dropped and said so",
+        "compact": "what was said is summed up",
+    }
+    view.note(f"when it is full: {what[chat.settings.on_full]} (/set on_full {'|'.join(POLICIES)})")

@@ -1,0 +1,116 @@
+"""A person at a terminal: types into the real chat and sees what a terminal would show."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pexpect
+import pyte
+
+ROOT = Path(__file__).resolve().parent.parent
+DRIVER = ROOT / "tests" / "chat_driver.py"
+CTRL_C, CTRL_D, CTRL_J, CTRL_R, ENTER, UP = "\x03", "\x04", "\x0a", "\x12", "\r", "\x1b[A"
+
+
+class Screen:
+    """A person at a terminal: types, and sees what a terminal would show, scrollback included."""
+
+    def __init__(self, argv: list[str], rows: int, columns: int, env: dict[str, str]) -> None:
+        self.screen = pyte.HistoryScreen(columns, rows, history=10_000, ratio=0.001)
+        self.stream = pyte.ByteStream(self.screen)
+        self.child = pexpect.spawn(argv[0], argv[1:], dimensions=(rows, columns), env=env, timeout=20)
+        self.child.delaybeforesend = None
+        # Terminals answer the question for the cursor's place; so does this one.
+        self.screen.write_process_input = lambda data: self.child.send(data)
+        self.raw = b""
+
+    def pump(self, seconds: float = 0.05) -> bool:
+        """Show what the program wrote -> whether it still runs."""
+        try:
+            data = self.child.read_nonblocking(65536, timeout=seconds)
+        except pexpect.TIMEOUT:
+            return True
+        except pexpect.EOF:
+            return False
+        self.raw += data
+        self.stream.feed(data)
+        return True
+
+    def type(self, text: str) -> None:
+        self.child.send(text)
+
+    @property
+    def lines(self) -> list[str]:
+        """Scrollback and screen, as rows of text."""
+
+        def words(row: Any) -> str:
+            # pyte keeps an empty cell after a wide letter
+            return "".join(row[x].data for x in range(self.screen.columns)).rstrip()
+
+        return [words(r) for r in self.screen.history.top] + [
+            words(self.screen.buffer[y]) for y in range(self.screen.lines)
+        ]
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines)
+
+    def wait(self, wanted: str | Callable[[str], bool], seconds: float = 15) -> str:
+        """Until the screen shows it -> all text. Fails with the screen's picture."""
+        seen = wanted if callable(wanted) else lambda text: wanted in text
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            alive = self.pump()
+            if seen(self.text):
+                return self.text
+            if not alive:
+                break
+        raise AssertionError(f"never saw {wanted!r} in:\n{self.text.rstrip()}")
+
+    def prompt(self, seconds: float = 15) -> str:
+        """Until an empty prompt waits at the end."""
+        return self.wait(lambda text: self._at_prompt(), seconds)
+
+    def _at_prompt(self) -> bool:
+        row = "".join(self.screen.buffer[self.screen.cursor.y][x].data for x in range(self.screen.columns))
+        return row.strip() in ("❯", ">") and self.screen.cursor.x == 2
+
+    def say(self, text: str, seconds: float = 15) -> str:
+        """Type a line, wait for the answer to end -> all text."""
+        self.prompt()
+        self.type(text)
+        self.wait(text.split("\n")[-1][-20:])
+        self.type(ENTER)
+        self.pump(0.2)
+        return self.prompt(seconds)
+
+    def exit_code(self) -> int:
+        while self.pump():
+            pass
+        self.child.close()
+        return -self.child.signalstatus if self.child.signalstatus else self.child.exitstatus
+
+
+class Chats:
+    """Starts chats whose files live in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.open = folder, []
+
+    def __call__(
+        self, *args: str, rows: int = 24, columns: int = 80, env: dict[str, str] | None = None, **script: Any
+    ) -> Screen:
+        path = self.folder / f"script{len(self.open)}.json"
+        path.write_text(json.dumps(script))
+        own = {"TINYCHAT_DATA": str(self.folder / "data"), "TERM": "xterm-256color", "PYTHONPATH": str(ROOT)}
+        kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "VIRTUAL_ENV", "SYSTEMROOT")}
+        argv = [sys.executable, str(DRIVER), str(path), *args]
+        made = Screen(argv, rows, columns, kept | {"LANG": "C.UTF-8"} | own | (env or {}))
+        self.open.append(made)
+        return made
