@@ -351,6 +351,45 @@ def llama(path: Path, form: str) -> tuple[Path, dict[str, Weight]]:
     return folder(path, config, tensors), weights
 
 
+MOE = {
+    "qwen3_moe": (
+        "mlp.experts.{e}.",
+        {"gate_proj": "gate_proj", "up_proj": "up_proj", "down_proj": "down_proj"},
+    ),
+    "mixtral": ("block_sparse_moe.experts.{e}.", {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}),
+}
+
+
+@pytest.mark.parametrize("family", MOE)
+def test_experts_that_mlx_lm_stacks_are_read_one_by_one(family: str, tmp_path: Path) -> None:
+    mx = pytest.importorskip("mlx.core")
+    utils = pytest.importorskip("mlx_lm.utils")
+    config = {
+        "model_type": family, "hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 128,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32,
+        "num_experts": 3, "num_local_experts": 3, "num_experts_per_tok": 2, "decoder_sparse_step": 1,
+        "mlp_only_layers": [], "norm_topk_prob": True, "vocab_size": 64, "rms_norm_eps": 1e-5,
+        "rope_theta": 1e4, "tie_word_embeddings": False, "max_position_embeddings": 64,
+    }  # fmt: skip
+    model_class, args = utils._get_classes(config)
+    model = model_class(args.from_dict(config))
+    model, config = utils.quantize_model(model, config, group_size=32, bits=4)
+    utils.save_model(tmp_path, model)
+    utils.save_config(config, tmp_path / "config.json")
+    prefix, names = MOE[family]
+    stacks = dict(model.named_modules())
+    checkpoint = Checkpoint.open(tmp_path)
+    for theirs, ours in names.items():
+        block = "model.layers.0." + prefix.split(".")[0]
+        stack = stacks[f"{block}.switch_mlp.{theirs}"]
+        expected = np.array(mx.dequantize(stack.weight, stack.scales, stack.biases, group_size=32, bits=4))
+        for e in range(3):
+            weight = checkpoint.weight(f"model.layers.0.{prefix.format(e=e)}{ours}", expected.shape[1:])
+            # float32 throughout: MLX may fuse multiply and add, one rounding of |q s| <= 2
+            np.testing.assert_allclose(weight.to_float32(), expected[e], rtol=0, atol=2 * 2**-23)
+    assert not any("switch_mlp" in name for name in checkpoint.names())
+
+
 @pytest.mark.parametrize("form", ["mlx", "awq"])
 def test_mlx_lm_loads_what_is_written_and_finds_the_same_weights(form: str, tmp_path: Path) -> None:
     mx = pytest.importorskip("mlx.core")

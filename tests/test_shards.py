@@ -70,7 +70,8 @@ def test_side_files_are_copied_byte_for_byte_and_nothing_else(tmp_path: Path) ->
     source, target = tmp_path / "a", tmp_path / "b"
     carried = [
         "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-        "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "additional_chat_templates/tool.jinja",
+        "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+        "additional_chat_templates/tool.jinja",
         "generation_config.json", "LICENSE", "LICENSE.md", "NOTICE.txt", "USE_POLICY.md", "vocab.txt",
         "x.tiktoken",
     ]  # fmt: skip

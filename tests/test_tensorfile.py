@@ -128,7 +128,10 @@ def pipe(path: Path) -> None:
 
 
 def dangling(path: Path) -> None:
-    path.symlink_to(path.with_name("gone"))
+    try:
+        path.symlink_to(path.with_name("gone"))
+    except OSError as error:
+        pytest.skip(f"no links here: {error}")
 
 
 def header_over_limit(path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from tinychat_mlx.errors import ConfigError, FormatError, ModelNotFoundError, TinychatError
 from tinychat_mlx.formats import detect
+from tinychat_mlx.formats.stacked import File, unstacked
 from tinychat_mlx.formats.stored import FLOATS, Shape, Stored
 from tinychat_mlx.tensorfile import TensorFile, open_regular, show
 from tinychat_mlx.weight import F32, Array, Dense, Weight, to_float32
@@ -58,7 +59,7 @@ class Checkpoint:
         self.config = read_json(folder / "config.json")
         completed = _with_side_files(folder, self.config)
         layouts = detect.declared(completed)
-        self._files = _open_files(folder)
+        self._files = dict(unstacked(_open_files(folder)))
         self._layout = detect.choose(layouts, self, self._files)
         self._mapped: deque[str] = deque()
         self._mapped_bytes = 0
@@ -128,7 +129,7 @@ class Checkpoint:
         file = self._files.get(name)
         return str(file.path if file else self.folder)
 
-    def _file(self, name: str) -> TensorFile:
+    def _file(self, name: str) -> File:
         file = self._files.get(name)
         if file is None:
             raise FormatError(
@@ -192,7 +193,7 @@ def _with_side_files(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     return config | {"quantization_config": side | block}
 
 
-def _open_files(folder: Path) -> dict[str, TensorFile]:
+def _open_files(folder: Path) -> dict[str, File]:
     """-> each tensor's file, by tensor name. Raises FormatError if a file is missing, damaged or foreign."""
     if (folder / INDEX).exists():
         return _open_shards(folder)
@@ -202,7 +203,7 @@ def _open_files(folder: Path) -> dict[str, TensorFile]:
     return {name: file for name in file.names}
 
 
-def _open_shards(folder: Path) -> dict[str, TensorFile]:
+def _open_shards(folder: Path) -> dict[str, File]:
     index = folder / INDEX
     try:
         weight_map = read_json(index).get("weight_map")

@@ -117,10 +117,9 @@ def open_regular(path: Path) -> BinaryIO:
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except FileNotFoundError:
         raise FormatError(f"{path}: the file is not there — download the model again") from None
-    except IsADirectoryError:
-        raise FormatError(f"{path}: is a folder, not a file") from None
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{show(str(path))}: cannot be opened: {error}") from None
+    except (OSError, ValueError) as error:  # Windows opens no folder: the other systems see it below
+        reason = "is a folder, not a file" if path.is_dir() else f"cannot be opened: {error}"
+        raise FormatError(f"{path}: {reason}") from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise FormatError(f"{path}: not a regular file (a folder, pipe or device)")

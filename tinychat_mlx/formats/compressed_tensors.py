@@ -51,7 +51,8 @@ class CompressedTensors:
         if n % 8:
             raise stored.wrong("weight_zero_point", f"belongs to {n} outputs, no multiple of 8")
         packed = stored.take("weight_zero_point", (n // 8, groups), "I32")
-        return nibbles.unpack(np.ascontiguousarray(packed.T)).T
+        zeros: nibbles.Codes = nibbles.unpack(np.ascontiguousarray(packed.T)).T
+        return zeros
 
     @staticmethod
     def fits(stored: Stored) -> bool:

@@ -90,5 +90,6 @@ def to_bfloat16(a: Array) -> Array:
     """float32 -> bfloat16 bits in uint16, rounded half to even; NaN stays NaN."""
     bits = np.ascontiguousarray(a, np.float32).view(np.uint32)
     half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-    rounded = ((bits + half) >> np.uint32(16)).astype(np.uint16)
-    return np.where(np.isnan(a), np.uint16(0x7FC0), rounded)
+    rounded: Array = ((bits + half) >> np.uint32(16)).astype(np.uint16)
+    rounded[np.isnan(a)] = 0x7FC0
+    return rounded

@@ -54,7 +54,8 @@ def unpack(words: npt.NDArray[Any], order: tuple[int, ...] = tuple(range(8))) ->
     shifts = np.empty(8, np.uint32)
     shifts[list(order)] = np.arange(0, 32, 4)
     wide = (words.view(np.uint32)[..., None] >> shifts) & np.uint32(15)
-    return wide.astype(np.uint8).reshape(words.shape[0], -1)
+    codes: Codes = wide.astype(np.uint8).reshape(words.shape[0], -1)
+    return codes
 
 
 def pack(codes: Codes, order: tuple[int, ...] = tuple(range(8))) -> Words:

@@ -1,0 +1,63 @@
+"""MLX stacks a layer's experts in one tensor, switch_mlp; here each appears under its Hugging Face name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+from tinychat_mlx.weight import Array
+
+_STACK = re.compile(r"(.+)\.switch_mlp\.(gate_proj|up_proj|down_proj)\.(\w+)")
+_MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+
+class File(Protocol):
+    """What a checkpoint needs to know of a TensorFile."""
+
+    @property
+    def path(self) -> Path: ...
+
+    def info(self, name: str) -> tuple[str, tuple[int, ...]]: ...
+
+    def nbytes(self, name: str) -> int: ...
+
+    def read(self, name: str) -> Array: ...
+
+    def release(self, name: str) -> None: ...
+
+
+class ExpertFile:
+    """One expert's share of a stacked tensor (E, …), whatever name it is asked for by."""
+
+    def __init__(self, file: File, stack: str, expert: int) -> None:
+        self.path, self._file, self._stack, self._expert = file.path, file, stack, expert
+
+    def info(self, name: str) -> tuple[str, tuple[int, ...]]:
+        dtype, shape = self._file.info(self._stack)
+        return dtype, shape[1:]
+
+    def nbytes(self, name: str) -> int:
+        return self._file.nbytes(self._stack) // self._file.info(self._stack)[1][0]
+
+    def read(self, name: str) -> Array:
+        expert: Array = self._file.read(self._stack)[self._expert]
+        return expert
+
+    def release(self, name: str) -> None:
+        self._file.release(self._stack)
+
+
+def unstacked(files: dict[str, File]) -> Iterator[tuple[str, File]]:
+    """Tensor names and their files, each stack replaced by its experts."""
+    for name, file in files.items():
+        match = _STACK.fullmatch(name)
+        shape = file.info(name)[1] if match else ()
+        if match is None or len(shape) < 2:
+            yield name, file
+            continue
+        block, role, suffix = match.groups()
+        role = _MIXTRAL[role] if block.endswith("block_sparse_moe") else role
+        for expert in range(shape[0]):
+            yield f"{block}.experts.{expert}.{role}.{suffix}", ExpertFile(file, name, expert)
