@@ -79,7 +79,8 @@ Weight = Dense | Packed
 def to_float32(a: Array) -> F32:
     """Widen float16, float32 or bfloat16 bits (uint16) to float32, exactly."""
     if a.dtype == np.uint16:
-        return (a.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        wide: npt.NDArray[np.uint32] = a.astype(np.uint32) << np.uint32(16)
+        return wide.view(np.float32)
     return a.astype(np.float32, copy=False)
 
 
