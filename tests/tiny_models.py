@@ -56,6 +56,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": 16, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2},
     ),
     "internlm3": ("internlm3", {"head_dim": 16, "qkv_bias": True, "bias": True}),
+    "seed_oss": ("seed_oss", {"head_dim": 16, "attention_bias": True, "attention_out_bias": True}),
+    "arcee": ("arcee", {"hidden_act": "relu2", "mlp_bias": True}),
+    "ernie4_5": ("ernie4_5", {"head_dim": 32, "use_bias": True}),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 2}),
     "granite": (
         "granite",
