@@ -308,7 +308,7 @@ def test_a_config_that_is_no_file_or_not_utf8_or_huge_is_refused(tmp_path: Path)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_reading_a_large_model_keeps_its_pages_out_of_memory(tmp_path: Path) -> None:
-    """512 MiB read tensor by tensor: the resident memory stays near the 128 MiB that may be mapped."""
+    """512 MiB read tensor by tensor of 32: hardly more than the one in use is resident."""
     (tmp_path / "config.json").write_text("{}")
     names = [f"l{i}" for i in range(16)]
     write(
@@ -332,4 +332,4 @@ def test_reading_a_large_model_keeps_its_pages_out_of_memory(tmp_path: Path) -> 
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)], capture_output=True, check=True
     )
-    assert int(done.stdout) < 200
+    assert int(done.stdout) < 72  # MiB: one view is dropped after the next is made

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,6 @@ from tinychat_mlx.weight import F32, Array, Dense, Weight, to_float32
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 UNREAD = (".bin", ".pt", ".pth", ".ckpt", ".npz", ".gguf", ".h5", ".msgpack")  # weights, but never opened
 MAX_JSON = 64 << 20  # bytes; indices of the largest models have about 10 MB
-# Mapped pages count as memory of this process. After this many bytes the first ones are packed: they may go.
-MAX_MAPPED = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -61,8 +58,6 @@ class Checkpoint:
         layouts = detect.declared(completed)
         self._files = dict(unstacked(_open_files(folder)))
         self._layout = detect.choose(layouts, self, self._files)
-        self._mapped: deque[str] = deque()
-        self._mapped_bytes = 0
         generation = folder / "generation_config.json"
         self.generation_config = read_json(generation) if generation.exists() else {}
         self.nbytes = sum(file.nbytes(name) for name, file in self._files.items())
@@ -112,18 +107,7 @@ class Checkpoint:
 
     def read(self, name: str) -> Array:
         """-> a stored tensor, a view of its file."""
-        file = self._file(name)
-        self._mapped.append(name)
-        self._mapped_bytes += file.nbytes(name)
-        while self._mapped_bytes > MAX_MAPPED and len(self._mapped) > 1:
-            self.release(self._mapped.popleft())
-        return file.read(name)
-
-    def release(self, name: str) -> None:
-        """Let a stored tensor's pages leave memory. Arrays of it stay valid and are read again when used."""
-        file = self._file(name)
-        self._mapped_bytes -= file.nbytes(name)
-        file.release(name)
+        return self._file(name).read(name)
 
     def where(self, name: str) -> str:
         file = self._files.get(name)

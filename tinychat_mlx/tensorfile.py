@@ -13,6 +13,7 @@ import math
 import mmap
 import os
 import stat
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -80,7 +81,8 @@ class TensorFile:
     def read(self, name: str) -> Array:
         """-> a read-only view into the map; BF16 as its bits in uint16.
 
-        Only a tensor that does not start at a multiple of its item's size is copied.
+        Only a tensor that does not start at a multiple of its item's size is copied. When the last
+        view is gone its pages leave memory, so that reading a model tensor by tensor does not hold it.
         """
         span = self._span(name)
         dtype = _NUMPY[span.dtype]
@@ -88,21 +90,22 @@ class TensorFile:
         if count == 0:
             return np.empty(span.shape, dtype)
         flat = np.frombuffer(self._map, dtype, count, span.begin)
+        weakref.finalize(flat, _leave_memory, self._map, span).atexit = False  # views keep `flat` alive
         return (flat if flat.flags.aligned else flat.copy()).reshape(span.shape)
-
-    def release(self, name: str) -> None:
-        """Let this tensor's pages leave memory. Arrays of it stay valid and read them again when used."""
-        span = self._span(name)
-        page = mmap.PAGESIZE
-        first, last = -(-span.begin // page) * page, span.end // page * page
-        if first < last and hasattr(self._map, "madvise"):
-            self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def _span(self, name: str) -> Span:
         span = self._spans.get(name)
         if span is None:
             raise FormatError(f"{self.path}: no tensor {show(name)} in it")
         return span
+
+
+def _leave_memory(data: mmap.mmap, span: Span) -> None:
+    """Drop a tensor's pages; another array of it stays valid and reads them again."""
+    page = mmap.PAGESIZE
+    first, last = -(-span.begin // page) * page, span.end // page * page
+    if first < last and hasattr(data, "madvise"):
+        data.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def show(name: object) -> str:

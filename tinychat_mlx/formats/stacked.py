@@ -25,8 +25,6 @@ class File(Protocol):
 
     def read(self, name: str) -> Array: ...
 
-    def release(self, name: str) -> None: ...
-
 
 class ExpertFile:
     """One expert's share of a stacked tensor (E, …), whatever name it is asked for by."""
@@ -44,9 +42,6 @@ class ExpertFile:
     def read(self, name: str) -> Array:
         expert: Array = self._file.read(self._stack)[self._expert]
         return expert
-
-    def release(self, name: str) -> None:
-        self._file.release(self._stack)
 
 
 def unstacked(files: dict[str, File]) -> Iterator[tuple[str, File]]:
