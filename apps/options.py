@@ -34,11 +34,49 @@ SAMPLING: dict[str, tuple[Any, str]] = {
     "repetition_penalty": (click.FloatRange(0, min_open=True), "Above 1: seen tokens become less likely."),
     "seed": (click.IntRange(0), "The same seed gives the same answer."),
 }
-DEFAULTS = {"model": "demo", "backend": "auto", "exact": False}
+CHATTING: dict[str, tuple[Any, str]] = {
+    "system": (str, "System prompt, or @FILE."),
+    "on_full": (
+        click.Choice(["stop", "slide", "compact"]),
+        "When the context is full: cut the answer, drop the oldest messages, or sum up; it is always said.",
+    ),
+    "think": (bool, "Let a model that can think do so, or not."),
+    "plain": (bool, "No colour, no Markdown, no redraws."),
+    "no_save": (bool, "Keep this chat off the disk."),
+}
+DEFAULTS = {
+    "model": "demo",
+    "backend": "auto",
+    "exact": False,
+    "on_full": "stop",
+    "plain": False,
+    "no_save": False,
+}
+
+
+def known() -> dict[str, Callable[[Any], Any]]:
+    """Setting -> what checks its value; for the config file."""
+
+    def check(kind: Any) -> Callable[[Any], Any]:
+        if kind in (bool, str):
+            return lambda value: value if isinstance(value, kind) else _refuse(value, kind)
+        return lambda value: kind.convert(value, None, None)
+
+    rows = {**LOADING, **CHATTING, **SAMPLING}
+    checks = {name: check(kind) for name, (kind, _) in rows.items()}
+    texts = check(str)
+    return checks | {
+        "stop": lambda value: [texts(v) for v in value] if isinstance(value, list) else _refuse(value, list)
+    }
+
+
+def _refuse(value: object, kind: type) -> None:
+    raise TypeError(f"{value!r} is no {({bool: 'true or false', str: 'text', list: 'list of texts'})[kind]}")
 
 
 def _option(name: str, kind: Any, text: str) -> Callable[[F], F]:
-    flags = [f"--{name.replace('_', '-')}", name]
+    flag = f"--{name.replace('_', '-')}"
+    flags = [flag, name]
     if name == "model":
         flags.insert(0, "-m")
     common: dict[str, Any] = {
@@ -46,28 +84,56 @@ def _option(name: str, kind: Any, text: str) -> Callable[[F], F]:
         "envvar": f"TINYCHAT_{name.upper()}",
         "default": DEFAULTS.get(name),
     }
+    if name == "think":
+        return click.option(f"{flag}/--no-{name}", **common)
     if kind is bool:
         return click.option(*flags, is_flag=True, **common)
     if isinstance(kind, (click.IntRange, click.FloatRange)):
         common["metavar"] = "N" if isinstance(kind, click.IntRange) else "X"
     elif kind is str:
-        common["metavar"] = name.upper()
+        common["metavar"] = "TEXT" if name == "system" else name.upper()
     return click.option(*flags, type=kind, **common)
 
 
+def _use_config(ctx: click.Context, param: click.Parameter, preset: str | None) -> None:
+    """Before the other options are looked at: their defaults come from the config file."""
+    from tinychat_mlx.apps.config import settings
+
+    mine = {p.name for p in ctx.command.params}
+    ctx.default_map = {name: value for name, value in settings(preset).items() if name in mine}
+
+
 def model_options(command: F) -> F:
-    """Add the options that say what to load."""
+    """Add the options that say what to load, and the config file with its presets."""
     for name, (kind, text) in reversed(LOADING.items()):
+        command = _option(name, kind, text)(command)
+    return click.option(
+        "--preset",
+        metavar="NAME",
+        envvar="TINYCHAT_PRESET",
+        is_eager=True,
+        expose_value=False,
+        callback=_use_config,
+        help="A set of settings from the config file (`tinychat config path`).",
+    )(command)
+
+
+def chat_options(command: F) -> F:
+    """Add the options of a conversation."""
+    for name, (kind, text) in reversed(CHATTING.items()):
         command = _option(name, kind, text)(command)
     return command
 
 
 def sampling_options(command: F) -> F:
     """Add the options that shape an answer."""
-    stop = click.option(
-        "--stop", multiple=True, metavar="TEXT", help="End the answer before this text (repeatable)."
-    )
-    command = stop(command)
+    command = click.option(
+        "--stop",
+        multiple=True,
+        metavar="TEXT",
+        envvar="TINYCHAT_STOP",
+        help="End the answer before this text (repeatable).",
+    )(command)
     for name, (kind, text) in reversed(SAMPLING.items()):
         command = _option(name, kind, text)(command)
     return command

@@ -108,7 +108,12 @@ class Chats:
     ) -> Screen:
         path = self.folder / f"script{len(self.open)}.json"
         path.write_text(json.dumps(script))
-        own = {"TINYCHAT_DATA": str(self.folder / "data"), "TERM": "xterm-256color", "PYTHONPATH": str(ROOT)}
+        own = {
+            "TINYCHAT_DATA": str(self.folder / "data"),
+            "TERM": "xterm-256color",
+            "PYTHONPATH": str(ROOT),
+            "TINYCHAT_CONFIG": "/absent",
+        }
         kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "VIRTUAL_ENV", "SYSTEMROOT")}
         argv = [sys.executable, str(DRIVER), str(path), *args]
         made = Screen(argv, rows, columns, kept | {"LANG": "C.UTF-8"} | own | (env or {}))

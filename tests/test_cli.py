@@ -14,7 +14,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 DRIVER = ROOT / "tests" / "chat_driver.py"
-ENV = {k: v for k, v in os.environ.items() if not k.startswith("TINYCHAT_")} | {"PYTHONPATH": str(ROOT)}
+ENV = {k: v for k, v in os.environ.items() if not k.startswith("TINYCHAT_")} | {
+    "PYTHONPATH": str(ROOT),
+    "TINYCHAT_CONFIG": str(ROOT / "absent.toml"),  # whoever runs the tests may have settings of their own
+}
 
 
 def tinychat(*args: str, stdin: str | None = None, env: dict[str, str] | None = None) -> Any:
@@ -48,7 +51,7 @@ def scripted(tmp_path: Path) -> Any:
 # start-up ----------------------------------------------------------------------------------------------
 def test_help_and_version_import_nothing_heavy() -> None:
     code = (
-        "import sys; from tinychat_mlx.apps.cli import main; main(['--help']); main(['--version']);"
+        "import sys, os; os.environ.pop('TINYCHAT_CONFIG'); from tinychat_mlx.apps.cli import main; main(['--help']); main(['--version']);"
         "main(['chat', '--help']); main(['run', '--help']);"
         "heavy = {'numpy', 'rich', 'prompt_toolkit', 'tokenizers', 'jinja2', 'torch', 'transformers', 'mlx',"
         " 'huggingface_hub', 'asyncio', 'platformdirs'};"
@@ -146,6 +149,70 @@ def test_system_prompt_may_come_from_a_file(scripted: Any, tmp_path: Path) -> No
 def test_an_answer_cut_by_the_context_says_so_on_stderr(scripted: Any) -> None:
     done = scripted("run", "x", answers=["w " * 100], context=20, piece=2, stdin="")
     assert done.returncode == 0 and "context of 20 tokens" in done.stderr and done.stdout.startswith("w w")
+
+
+# the config file ---------------------------------------------------------------------------------------
+@pytest.fixture
+def config(tmp_path: Path) -> Any:
+    def write(text: str) -> dict[str, str]:
+        (tmp_path / "config.toml").write_text(text)
+        return {"TINYCHAT_CONFIG": str(tmp_path / "config.toml")}
+
+    return write
+
+
+CONFIG = """
+system = "From the file."
+temperature = 0.3
+top_k = 9
+stop = ["END", "STOP"]
+[presets.calm]
+temperature = 0.1
+"""
+
+
+def test_config_counts_below_flags_and_environment(scripted: Any, config: Any, tmp_path: Path) -> None:
+    env = config(CONFIG) | {"TINYCHAT_TOP_K": "5"}
+    for args, temperature in (
+        ([], 0.3),
+        (["--preset", "calm"], 0.1),
+        (["--preset", "calm", "--temperature", "1"], 1),
+    ):
+        scripted("run", "x", *args, stdin="", env=env, log=str(tmp_path / "log"))
+        asked = json.loads((tmp_path / "log").read_text().splitlines()[-1])
+        assert (asked["temperature"], asked["top_k"], asked["stop"]) == (temperature, 5, ["END", "STOP"])
+        assert asked["messages"][0]["content"] == "From the file."
+
+
+def test_config_show_tells_the_origin_of_every_setting(config: Any) -> None:
+    env = config(CONFIG) | {"TINYCHAT_TOP_K": "5", "TINYCHAT_PRESET": "calm"}
+    done = tinychat("config", "show", "--origin", "--seed", "3", env=env)
+    lines = done.stdout.splitlines()
+    for line in ("top_k = 5  # environment", "temperature = 0.1  # config", "seed = 3  # flag"):
+        assert line in lines, done.stdout + done.stderr
+    assert 'model = "demo"  # built in' in lines and "min_p = (as the model says)  # model" in lines
+    assert (
+        json.loads(tinychat("config", "show", "--json", env=env).stdout)["top_k"]["origin"] == "environment"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("temprature = 1", "did you mean 'temperature'?"),
+        ("temperature = -1", "temperature: -1"),
+        ("exact = 'yes'", "exact: 'yes' is no true or false"),
+        ("stop = 'x'", "is no list of texts"),
+        ("model = ", "config.toml: "),
+        ("preset = 'nobody'", "no preset 'nobody'"),
+        ("[presets]\nx = 1", "presets are tables"),
+        ("[presets.a]\nbackend = 'tpu'", "presets.a: backend: "),
+    ],
+)
+def test_a_wrong_config_is_one_line_that_names_file_and_key(config: Any, text: str, wrong: str) -> None:
+    done = tinychat("run", "x", stdin="", env=config(text))
+    assert done.returncode == 1 and one_line(done) and wrong in done.stderr, done.stderr
+    assert "config.toml" in done.stderr
 
 
 # errors ------------------------------------------------------------------------------------------------

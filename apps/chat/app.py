@@ -69,6 +69,7 @@ class Chat:
                 return True
             if text.startswith("/") and not text.startswith("//"):
                 commands.dispatch(self, text)
+                self.view.say()
             else:
                 self.ask(text.removeprefix("/") if text.startswith("//") else text)
         except KeyboardInterrupt:

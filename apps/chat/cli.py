@@ -10,6 +10,7 @@ from click.core import ParameterSource
 
 from tinychat_mlx.apps.options import (
     LOADING,
+    chat_options,
     load_model,
     model_options,
     origins,
@@ -29,19 +30,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @model_options
-@click.option("--system", envvar="TINYCHAT_SYSTEM", metavar="TEXT", help="System prompt, or @FILE.")
 @click.option("-c", "--continue", "latest", is_flag=True, help="Go on with the latest saved chat.")
 @click.option("--session", metavar="NAME", help="Go on with a saved chat, by its id or title.")
-@click.option(
-    "--on-full",
-    type=click.Choice(["stop", "slide", "compact"]),
-    default="stop",
-    envvar="TINYCHAT_ON_FULL",
-    help="When the context is full: cut the answer, drop the oldest messages, or sum up; it is always said.",
-)
-@click.option("--think/--no-think", default=None, envvar="TINYCHAT_THINK", help="For models that can think.")
-@click.option("--plain", is_flag=True, envvar="TINYCHAT_PLAIN", help="No colour, no Markdown, no redraws.")
-@click.option("--no-save", is_flag=True, envvar="TINYCHAT_NO_SAVE", help="Keep this chat off the disk.")
+@chat_options
 @sampling_options
 @click.pass_context
 def chat(

@@ -11,14 +11,14 @@ from rich.text import Text
 
 from tinychat_mlx.apps import fit
 from tinychat_mlx.apps.chat.commands import command, one_of
-from tinychat_mlx.apps.options import BACKENDS, SAMPLING, text_or_file
+from tinychat_mlx.apps.options import BACKENDS, CHATTING, SAMPLING, text_or_file
 from tinychat_mlx.apps.terminal import size
 from tinychat_mlx.errors import TinychatError, UsageError
 
 if TYPE_CHECKING:
     from tinychat_mlx.apps.chat.app import Chat
 
-POLICIES = ("stop", "slide", "compact")
+POLICIES: tuple[str, ...] = tuple(CHATTING["on_full"][0].choices)
 
 
 # who answers -------------------------------------------------------------------------------------------
@@ -134,7 +134,8 @@ def show(chat: Chat, only: str) -> None:
         rows = [("model", chat.model.name, ""), ("system", chat.session.system or None, ""), *rows]
     for name, value, origin in rows:
         if only in ("", name):
-            chat.view.say(Text(f"  {name:<20}{value}").append(f"  ({origin})" if origin else "", "dim"))
+            shown = "unset" if value in (None, ()) else value
+            chat.view.say(Text(f"  {name:<20}{shown}").append(f"  ({origin})" if origin else "", "dim"))
 
 
 @command("think", "[on|off|show|hide|budget N]", words=one_of("on", "off", "show", "hide", "budget "))

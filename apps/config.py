@@ -1,0 +1,125 @@
+"""The config file: settings and presets in TOML, and `tinychat config` to see what counts and why.
+
+    model = "demo"                  # any option of `tinychat chat`, spelled with _
+    temperature = 0.5
+
+    [presets.coder]                 # tinychat --preset coder
+    model = "Qwen/Qwen2.5-Coder-1.5B-Instruct-AWQ"
+    system = "@~/prompts/coder.txt"
+
+A flag wins over the environment (TINYCHAT_TEMPERATURE), that over the preset, that over the rest of the file,
+that over the model's generation_config.json, that over what is built in.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tinychat_mlx.errors import ConfigError
+
+
+def config_path() -> Path:
+    """TINYCHAT_CONFIG, or config.toml in the platform's folder for settings."""
+    if named := os.environ.get("TINYCHAT_CONFIG"):
+        return Path(named)
+    from platformdirs import user_config_path
+
+    return user_config_path("tinychat-mlx", appauthor=False) / "config.toml"
+
+
+def settings(preset: str | None = None) -> dict[str, Any]:
+    """What the file sets, the preset's settings over the others. Raises ConfigError naming file and key."""
+    path = config_path()
+    if not path.is_file():
+        if preset:
+            raise ConfigError(f"no preset {preset!r}: there is no {path}")
+        return {}
+    table = _read(path)
+    presets = table.pop("presets", {})
+    preset = preset or table.pop("preset", None)
+    table.pop("preset", None)
+    if not isinstance(presets, dict) or not all(isinstance(p, dict) for p in presets.values()):
+        raise ConfigError(f"{path}: presets are tables: [presets.NAME]")
+    if preset and preset not in presets:
+        raise ConfigError(f"{path}: no preset {preset!r}; there are {', '.join(presets) or 'none'}")
+    made = _checked(path, table, "")
+    for name, values in presets.items():
+        checked = _checked(path, values, f"presets.{name}: ")
+        made |= checked if name == preset else {}
+    return made
+
+
+def _read(path: Path) -> dict[str, Any]:
+    toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    try:
+        found: dict[str, Any] = toml.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:  # a TOML error is a ValueError and names line and column
+        raise ConfigError(f"{path}: {e}") from None
+    return found
+
+
+def _checked(path: Path, table: dict[str, Any], where: str) -> dict[str, Any]:
+    from tinychat_mlx.apps.options import known
+
+    kinds = known()
+    for name, value in table.items():
+        if name not in kinds:
+            near = difflib.get_close_matches(name, [*kinds, "preset", "presets"], 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(kinds)}"
+            raise ConfigError(f"{path}: {where}no setting {name!r}: {hint}")
+        try:
+            kinds[name](value)
+        except (click.BadParameter, ValueError, TypeError) as e:
+            reason = e.message if isinstance(e, click.BadParameter) else e
+            raise ConfigError(f"{path}: {where}{name}: {reason}") from None
+    return table
+
+
+@click.group()
+def config() -> None:
+    """Show the settings and where each comes from."""
+
+
+@config.command()
+def path() -> None:
+    """Print where the config file is looked for."""
+    click.echo(config_path())
+
+
+def _show(ctx: click.Context, /, origin: bool, as_json: bool, **values: Any) -> None:
+    """Print every setting that `tinychat chat` would begin with; takes the same options."""
+    from tinychat_mlx.apps.options import origins
+
+    found = origins(ctx)
+    rows = {
+        name: {"value": value, "origin": found.get(name, "built in" if value is not None else "model")}
+        for name, value in values.items()
+    }
+    if as_json:
+        click.echo(json.dumps(rows, default=list))
+        return
+    for name, row in rows.items():
+        value = (
+            "(as the model says)" if row["value"] is None else json.dumps(row["value"], ensure_ascii=False)
+        )
+        click.echo(f"{name} = {value}" + (f"  # {row['origin']}" if origin else ""))
+
+
+def _make_show() -> click.Command:
+    from tinychat_mlx.apps.options import chat_options, model_options, sampling_options
+
+    command = click.pass_context(_show)
+    command = click.option("--json", "as_json", is_flag=True, help="As one JSON object.")(command)
+    command = click.option("--origin", is_flag=True, help="Say where each value comes from.")(command)
+    return click.command("show")(model_options(chat_options(sampling_options(command))))
+
+
+config.add_command(_make_show())
