@@ -16,6 +16,7 @@ from tinychat_mlx.backend import (
     CacheShape,
     Device,
     Memory,
+    Mlp,
     Norm,
     Rope,
     Segment,
@@ -23,11 +24,12 @@ from tinychat_mlx.backend import (
     StepFn,
     Tensor,
 )
-from tinychat_mlx.backends.mlx import sampling
+from tinychat_mlx.backends.mlx import sampling, winners
 from tinychat_mlx.backends.mlx.activations import act_of, glu_of
 from tinychat_mlx.backends.mlx.attention import attend, heads_first
 from tinychat_mlx.backends.mlx.cache import MlxCache, TracedCache
 from tinychat_mlx.backends.mlx.device import GB, MB, choose_dtype, find_chip, mx, set_limits
+from tinychat_mlx.backends.mlx.fused import Kernels
 from tinychat_mlx.backends.mlx.weights import pack
 from tinychat_mlx.errors import BackendError
 from tinychat_mlx.weight import F32, Weight
@@ -40,14 +42,22 @@ class MlxBackend(Backend):
 
     name = "mlx"
 
-    def __init__(self, exact: bool = False, threads: int | None = None, compiled: bool | None = None) -> None:
+    def __init__(
+        self,
+        exact: bool = False,
+        threads: int | None = None,
+        compiled: bool | None = None,
+        kernels: str | None = None,
+    ) -> None:
         """exact: float32 throughout. threads: MLX chooses its own. compiled: capture through mx.compile
-        (default: with Metal; on a CPU it would start a C++ compiler).
+        (default: with Metal; on a CPU it would start a C++ compiler). kernels: see winners.choice.
 
         Raises BackendError without a usable MLX or Metal device.
         """
         self.chip = find_chip()
         self.dtype = choose_dtype(self.chip, exact)
+        takes, self.chosen = winners.choice(kernels, self.chip.metal, self.chip.name)
+        self.kernels = None if takes is None else Kernels(takes)
         set_limits(self.chip)
         self.compiled = self.chip.metal if compiled is None else compiled
         # Usable from any thread, one at a time: `_evaluating` sees to that
@@ -75,10 +85,13 @@ class MlxBackend(Backend):
                 ) from None
 
     def _derived(self, of: Any, what: str, make: Callable[[Any], Any]) -> Any:
-        """make(of), computed once for each constant."""
+        """make(of), computed once for each constant; lazily, a captured step would compute it at each call."""
         key = (id(of), what)
         if key not in self._made:
-            self._made[key] = (of, make(of))  # holding `of` keeps its id its own
+            made = make(of)
+            with self._evaluating():
+                mx.eval(made)
+            self._made[key] = (of, made)  # holding `of` keeps its id its own
         return self._made[key][1]
 
     def _fuse(self, name: str, f: Callable[..., Any]) -> Callable[..., Any]:
@@ -140,7 +153,8 @@ class MlxBackend(Backend):
         return table.rows(ids)
 
     def linear(self, x: Tensor, w: Any) -> Tensor:
-        return w.matmul(x)
+        y = None if self.kernels is None else self.kernels.product(x, w)
+        return w.matmul(x) if y is None else y
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor:
         weight = self._narrow(norm.weight, x.dtype)
@@ -194,6 +208,22 @@ class MlxBackend(Backend):
     def softcap(self, x: Tensor, cap: float) -> Tensor:
         return mx.tanh(x.astype(mx.float32) / cap) * cap
 
+    # composites: our kernels where they were chosen, else the parts -------------------------------
+    def norm_linear(self, x: Tensor, norm: Norm, w: Any) -> Tensor:
+        y = None if self.kernels is None else self.kernels.product(x, w, norm)
+        return super().norm_linear(x, norm, w) if y is None else y
+
+    def linear_add(self, x: Tensor, w: Any, residual: Tensor) -> Tensor:
+        y = None if self.kernels is None else self.kernels.product(x, w, residual=residual)
+        return super().linear_add(x, w, residual) if y is None else y
+
+    def mlp(self, x: Tensor, mlp: Mlp, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
+        w: Any = mlp.gate_up
+        h = None if self.kernels is None or w is None else self.kernels.product(x, w, norm, mlp.act)
+        if h is None:
+            return super().mlp(x, mlp, norm, residual)
+        return self.linear(h, mlp.down) if residual is None else self.linear_add(h, mlp.down, residual)
+
     # whole steps ----------------------------------------------------------------------------------
     def capture(self, fn: StepFn) -> StepFn:
         """Through mx.compile: one program for each span of keys, with the position as an input."""
@@ -237,7 +267,8 @@ class MlxBackend(Backend):
     def describe(self) -> Device:
         where = "Metal" if self.chip.metal else "on the CPU, for tests: slow"
         dtype = str(self.dtype).removeprefix("mlx.core.")
-        return Device("mlx", self.chip.name, f"mlx {mx.__version__}, {where}, {dtype}")
+        detail = f"mlx {mx.__version__}, {where}, {dtype}"
+        return Device("mlx", self.chip.name, detail, features=(self.chosen,))
 
 
 def traced(fn: StepFn, span: int) -> Callable[..., Any]:

@@ -1,0 +1,149 @@
+"""Our Metal kernels: when one applies, how it is launched, and the MLX operations it stands for.
+
+All are one text in variants: a packed product of one row (`matvec`) or of 2 to 8 rows (`rows`), with the
+RMSNorm before it (`norm`), the gated activation (`gate_up`), the bias and the residual folded in.
+
+There is none for prefill, on purpose. MLX's qmm_t decodes a 32 x 32 tile of weights for 32 rows of x: about
+4 operations for each of 1024 weights beside 32 · 1024 multiply-adds, 12 %. Tiles of 64 rows would save half
+of that, 6 % at best, for twice the accumulators (fewer threadgroups in flight on an 8-core M1), and MLX has
+kernels for the M5's matrix units that ours would keep it from. A gain on paper that small needs a Mac first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from tinychat_mlx.backend import Norm
+from tinychat_mlx.backends.mlx.activations import glu_of
+from tinychat_mlx.backends.mlx.device import mx
+from tinychat_mlx.backends.mlx.weights import MlxHandle, PackedHandle
+
+KINDS = ("matvec", "norm", "gate_up", "rows")
+MOST_ROWS = 8
+ACTS = ("silu", "gelu_tanh", "relu", "relu2")  # their numbers in packed.metal; Metal has no erf for gelu
+THREADS, ROWS_A_THREADGROUP = 64, 8  # two SIMD-groups of four rows of W, or of two gate and two up rows
+
+Takes = Callable[[str], bool]
+
+
+@cache
+def text(name: str) -> str:
+    """A file of kernels/."""
+    return (files("tinychat_mlx.backends.mlx") / "kernels" / f"{name}.metal").read_text(encoding="utf-8")
+
+
+def digest() -> str:
+    """Changes when a kernel does: measurements of another text are worth nothing."""
+    parts = [text(n) for n in ("packed", "begin", "one", "few", "end")]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
+
+
+def kind_of(rows: int, norm: Norm | None, act: str | None) -> str:
+    if rows > 1:
+        return "rows"
+    return "gate_up" if act is not None else "norm" if norm is not None else "matvec"
+
+
+def key_of(kind: str, rows: int, w: PackedHandle, dtype: Any) -> str:
+    """What a measurement is of: "norm 3072x2048 int4 g128 float16", and the number of rows if several."""
+    name = str(dtype).removeprefix("mlx.core.")
+    tail = f" {rows} rows" if rows > 1 else ""
+    return f"{kind} {w.shape[0]}x{w.shape[1]} int{w.bits} g{w.group_size} {name}{tail}"
+
+
+def applies(x: Any, w: MlxHandle, norm: Norm | None, act: str | None) -> bool:
+    """Whether a kernel means the same as the stock operations here."""
+    if not isinstance(w, PackedHandle) or w.bits not in (4, 8) or w.scales.dtype != x.dtype:
+        return False
+    n, k = w.shape
+    # 256: MLX hands inputs of under 8 elements over as constants, which the kernels do not read
+    sizes = 1 <= x.shape[0] <= MOST_ROWS and k % 32 == 0 and n * k >= 256
+    return sizes and (norm is None or norm.kind == "rms") and (act is None or act in ACTS)
+
+
+class Kernels:
+    """The kernels a backend may use. takes(key) says for which shapes they are chosen."""
+
+    def __init__(self, takes: Takes) -> None:
+        self.takes = takes
+        self._made: dict[tuple[Any, ...], Any] = {}
+        self._eps: dict[float, Any] = {}
+
+    def product(
+        self,
+        x: Any,
+        w: MlxHandle,
+        norm: Norm | None = None,
+        act: str | None = None,
+        residual: Any = None,
+    ) -> Any | None:
+        """[residual +] [glu of] (norm(x) · wᵀ + bias), or None: the stock operations are to be used."""
+        if not applies(x, w, norm, act):
+            return None
+        assert isinstance(w, PackedHandle)
+        rows = x.shape[0]
+        if not self.takes(key_of(kind_of(rows, norm, act), rows, w, x.dtype)):
+            return None
+        return self.launch(x, w, norm, act, residual)
+
+    def launch(self, x: Any, w: PackedHandle, norm: Norm | None, act: str | None, residual: Any) -> Any:
+        """As product, unconditionally. x (T, K) with T from 1 to MOST_ROWS -> (T, N), or (T, N / 2) with act."""
+        rows, streams = x.shape[0], w.shape[0]
+        optional = {
+            "norm_weight": None if norm is None else norm.weight,
+            "eps": None if norm is None else self._scalar(norm.eps),
+            "bias": w.bias,
+            "residual": None if residual is None else residual.astype(x.dtype),
+        }
+        given = {name: a for name, a in optional.items() if a is not None}
+        kernel = self._kernel(w.bits, rows, act, tuple(given))
+        n = streams if act is None else streams // 2
+        (y,) = kernel(
+            inputs=[x, w.w, w.scales, w.biases, *given.values()],
+            template=[("T", x.dtype), ("G", w.group_size)],
+            grid=(-(-streams // ROWS_A_THREADGROUP) * THREADS, 1, 1),
+            threadgroup=(THREADS, 1, 1),
+            output_shapes=[(rows, n)],
+            output_dtypes=[x.dtype],
+        )
+        return y
+
+    def _scalar(self, value: float) -> Any:
+        return self._eps.setdefault(value, mx.array(value, mx.float32))
+
+    def _kernel(self, bits: int, rows: int, act: str | None, given: tuple[str, ...]) -> Any:
+        """The variant for these operands, made once. mx.fast is asked late, so that a test may replace it."""
+        variant = (bits, rows, act, given)
+        if variant not in self._made:
+            defines = {
+                "BITS": bits,
+                "ROWS": rows,
+                "NORM": int("norm_weight" in given),
+                "GLU": int(act is not None),
+                "ACT": 0 if act is None else ACTS.index(act),
+                "BIAS": int("bias" in given),
+                "RESIDUAL": int("residual" in given),
+            }
+            head = "".join(f"#define {name} {value}\n" for name, value in defines.items())
+            self._made[variant] = mx.fast.metal_kernel(
+                name="tinychat_" + "_".join(str(v) for v in defines.values()),
+                input_names=["x", "w", "scales", "biases", *given],
+                output_names=["y"],
+                header=head + text("packed"),
+                source=text("begin") + text("one" if rows == 1 else "few") + text("end"),
+            )
+        return self._made[variant]
+
+
+def stock(x: Any, w: MlxHandle, norm: Norm | None, act: str | None, residual: Any) -> Any:
+    """What Kernels.launch stands for, in MLX's own operations: its twin in tests and in measurements."""
+    h = x if norm is None else mx.fast.rms_norm(x, norm.weight.astype(x.dtype), norm.eps)
+    y = w.matmul(h)
+    if act is not None:
+        half = w.shape[0] // 2
+        y = glu_of(act)(y[:, :half], y[:, half:])
+    return y if residual is None else residual + y

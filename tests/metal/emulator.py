@@ -1,0 +1,205 @@
+"""Runs kernels made with mx.fast.metal_kernel on a CPU: the very text MLX generates, compiled as C++.
+
+    launches = traced(call, *inputs)          # MLX's own trace: text, grid, threadgroup of every kernel in it
+    kernels = build([l.text for l in launches])
+    run(kernels[0], buffers, launches[0].grid, launches[0].threadgroup)   # inputs then outputs, in MLX's order
+
+MLX without Metal refuses to call a metal_kernel, but traces it for export, so shapes, dtypes, address spaces,
+attributes and template instantiation are MLX's own. Where a text names an input's shape, strides or ndim, MLX
+passes it as a further buffer behind the input: int32 shape, int64 strides, int32 ndim.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import mmap
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+HERE = Path(__file__).resolve().parent
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tinychat-emulator"
+FLAGS = ["-std=c++17", "-O1", "-march=native", "-w", "-shared", "-fPIC", "-fno-strict-aliasing"]
+# Metal's half rounds after every operation; on x86 both compilers must be told.
+HALF = {"g++": ["-fexcess-precision=16"], "clang++": ["-Xclang", "-ffloat16-excess-precision=none"]}
+INSTANCE = re.compile(r"\ntemplate \[\[host_name.*?decltype\((\w+<[^;]*?>)\) [^;]*;\n", re.DOTALL)
+
+
+def compiler() -> str | None:
+    """One that has _Float16 and can be told to round it."""
+    for name, half in HALF.items():
+        if shutil.which(name):
+            probe = [name, "-std=c++17", *half, "-march=native", "-fsyntax-only", "-x", "c++", "-"]
+            tried = subprocess.run(probe, check=False, input=b"_Float16 x;", capture_output=True)
+            if tried.returncode == 0:
+                return name
+    return None
+
+
+CXX = compiler()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel of a trace, as MLX would start it. A grid counts threads."""
+
+    name: str
+    text: str
+    grid: tuple[int, int, int]
+    threadgroup: tuple[int, int, int]
+
+
+def traced(call: Callable[..., Any], *inputs: Any) -> list[Launch]:
+    """Every metal_kernel launched by call(*inputs), in order."""
+    return [
+        Launch(a[0], a[1], (a[2], a[3], a[4]), (a[5], a[6], a[7]))
+        for name, a in primitives(call, *inputs)
+        if name == "CustomKernel"
+    ]
+
+
+def primitives(call: Callable[..., Any], *inputs: Any) -> list[tuple[str, list[Any]]]:
+    """(name, arguments) of every operation in MLX's trace of call(*inputs), in order."""
+    events: list[dict[str, Any]] = []
+    mx.export_function(events.append, call, *inputs)
+    return [(e["name"], e["arguments"]) for e in events if e["type"] == "primitive"]
+
+
+def threadgroup_variables(text: str) -> str:
+    """Mark `threadgroup T name[...]` as a variable: a macro cannot tell it from a pointer."""
+    return re.sub(r"\bthreadgroup\s+((?:const\s+)?[\w:<>, ]+?\s+\w+\s*\[)", r"MTL_TG_STATIC \1", text)
+
+
+def entry(text: str, number: int) -> str:
+    """The text of one kernel -> C++ in a namespace of its own, with an entry point emulate_<number>."""
+    found = re.search(r"\[\[kernel\]\] void (\w+)\(\n(.*?)\) \{\n", text, re.DOTALL)
+    assert found, "not a kernel that MLX generated"
+    instance = INSTANCE.search(text)
+    body = threadgroup_variables(text[: instance.start()] if instance else text)
+    body = re.sub(r"\bthreadgroup\b(?!_)", "", body)
+    called = instance.group(1) if instance else found.group(1)
+    arguments = ", ".join(argument(p) for p in found.group(2).split(",\n"))
+    return (
+        f"namespace k{number} {{\n{body}\nstatic void call(void** b) {{ {called}({arguments}); }}\n}}\n"
+        f'extern "C" int emulate_{number}(void** b, const unsigned* g, const unsigned* t, int o, char* e) '
+        f"{{ return shim::emulate(k{number}::call, b, g, t, o, e); }}\n"
+    )
+
+
+def argument(parameter: str) -> str:
+    """A parameter of the generated signature -> what is passed: a buffer, or an attribute's value."""
+    buffer = re.match(r"\s*(const )?(?:device|constant) (.+?)([*&]) (\w+) \[\[buffer\((\d+)\)\]\]", parameter)
+    if buffer:
+        const, dtype, kind, _, index = buffer.groups()
+        return f"{'*' if kind == '&' else ''}({const or ''}{dtype}*)b[{index}]"
+    attribute = re.search(r"\[\[(\w+)\]\]", parameter)
+    assert attribute, parameter
+    return f"attr_{attribute.group(1)}()"
+
+
+def build(texts: Sequence[str]) -> list[Any]:
+    """Compile kernels as one file, which costs one start of the compiler; cached by content."""
+    unit = f'#include "{HERE}/msl_shim.h"\n' + "".join(entry(t, i) for i, t in enumerate(texts))
+    headers = "".join((HERE / n).read_text() for n in ("msl_shim.h", "fibers.h"))
+    key = hashlib.sha256(repr((unit, headers, CXX, FLAGS)).encode()).hexdigest()[:16]
+    library = CACHE / f"{key}.so"
+    if not library.exists():
+        assert CXX is not None, "needs g++ or clang++ 16"
+        CACHE.mkdir(parents=True, exist_ok=True, mode=0o700)
+        source, partial = CACHE / f"{key}.cpp", CACHE / f"{key}.{os.getpid()}"
+        source.write_text(unit)
+        subprocess.run([CXX, *FLAGS, *HALF[CXX], str(source), "-o", str(partial)], check=True)
+        partial.rename(library)
+    loaded = ctypes.CDLL(str(library))
+    return [getattr(loaded, f"emulate_{i}") for i in range(len(texts))]
+
+
+def run(
+    kernel: Any, buffers: Sequence[Any], grid: Sequence[int], threadgroup: Sequence[int], order: int = 0
+) -> None:
+    """order: bit 0 reverses lanes and SIMD-groups, bit 1 threadgroups; results must not depend on it.
+
+    Raises RuntimeError for divergence, a barrier not all reach, and an access behind a guarded buffer.
+    """
+    pointers = (ctypes.c_void_p * len(buffers))(*[b.ctypes.data for b in buffers])
+    three, error = ctypes.c_uint * 3, ctypes.create_string_buffer(256)
+    if kernel(pointers, three(*grid), three(*threadgroup), order, error):
+        raise RuntimeError(error.value.decode())
+
+
+class Guarded:
+    """Arrays that end where a forbidden page begins; the pages go with this object."""
+
+    def __init__(self) -> None:
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        self.libc.mmap.restype = ctypes.c_void_p
+        self.libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+        self.libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        self.libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        self.maps: list[tuple[int, int]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for start, size in self.maps:
+            self.libc.munmap(start, size)
+
+    def copy(self, array: Any) -> Any:
+        """The array again, its last byte before the forbidden page."""
+        page = mmap.PAGESIZE
+        size = max(1, -(-array.nbytes // page)) * page
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        start = self.libc.mmap(None, size + page, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+        self.libc.mprotect(start + size, page, 0)
+        self.maps.append((start, size + page))
+        memory = (ctypes.c_char * array.nbytes).from_address(start + size - array.nbytes)
+        copy = np.frombuffer(memory, array.dtype).reshape(array.shape)
+        copy[...] = array
+        return copy
+
+
+def host(a: Any) -> Any:
+    """An MLX array as NumPy's; bfloat16, which NumPy lacks, as its bits."""
+    return np.ascontiguousarray(np.array(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a))
+
+
+def floats(a: Any) -> Any:
+    """NumPy float64 of a host array; uint16 is bfloat16's bits."""
+    wide = (a.astype(np.uint32) << 16).view(np.float32) if a.dtype == np.uint16 else a
+    return wide.astype(np.float64)
+
+
+def unwritten(shape: Sequence[int], dtype: Any) -> Any:
+    """An output filled with NaN (of bfloat16: a NaN's bits), so that what is never written is seen."""
+    if dtype == np.uint16:
+        return np.full(shape, 0x7FFF, np.uint16)
+    return np.full(shape, np.nan, dtype)
+
+
+def buffers_of(names: Sequence[str], inputs: Sequence[Any], source: str) -> list[Any]:
+    """Host arrays as MLX passes them, with the shapes, strides and ranks that the source names."""
+    out: list[Any] = []
+    for name, value in zip(names, inputs, strict=True):
+        out.append(value)
+        if value.ndim == 0:
+            continue
+        if f"{name}_shape" in source:
+            out.append(np.array(value.shape, np.int32))
+        if f"{name}_strides" in source:
+            out.append(np.array([s // value.itemsize for s in value.strides], np.int64))
+        if f"{name}_ndim" in source:
+            out.append(np.array([value.ndim], np.int32))
+    return out

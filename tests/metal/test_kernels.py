@@ -1,0 +1,230 @@
+"""Our Metal kernels, run by the emulator: each form against float64, in both lane orders, at guard pages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+mx = pytest.importorskip("mlx.core", reason="MLX is not installed")
+
+from metal import address_spaces
+from metal.emulator import CXX, Guarded, buffers_of, build, floats, host, run, traced, unwritten
+
+from tinychat_mlx.backend import Norm
+from tinychat_mlx.backends.mlx import fused, winners
+from tinychat_mlx.backends.mlx.fused import Kernels, stock
+from tinychat_mlx.backends.mlx.weights import PackedHandle, pack
+from tinychat_mlx.errors import BackendError
+from tinychat_mlx.weight import Packed, pack_codes
+
+pytestmark = pytest.mark.skipif(CXX is None, reason="no g++ or clang++ with _Float16")
+
+DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}  # half a unit of the last place
+ROWS = (2, 3, 4, 5, 6, 7, 8, 2, 8)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One product. n: outputs; act: W has twice as many rows, gate first."""
+
+    dtype: str
+    group: int
+    n: int
+    k: int
+    bits: int = 4
+    rows: int = 1
+    norm: bool = False
+    act: str | None = None
+    bias: bool = False
+    residual: bool = False
+
+    def __str__(self) -> str:
+        on = [w for w in ("norm", "bias", "residual") if getattr(self, w)] + ([self.act] if self.act else [])
+        return f"{self.dtype}-int{self.bits}g{self.group}-{self.rows}x{self.n}x{self.k}-{'-'.join(on)}"
+
+
+def cases(kind: str) -> list[Case]:
+    """Every dtype and group; one group, K just above a block, ragged N, K of small models (896, 1152)."""
+    out = []
+    for i, (dtype, group) in enumerate((d, g) for d in DTYPES for g in (32, 64, 128)):
+        for j, (n, k) in enumerate([(13, group), (8, 896), (37, 512), (18, 512 + group), (9, 1152)]):
+            form: dict[str, Any] = {"bias": i % 3 == 0, "residual": i % 2 == 0}
+            if kind == "norm":
+                form |= {"norm": True, "residual": False}
+            if kind == "gate_up":
+                form = {"norm": i % 2 == 1, "act": fused.ACTS[i % 4], "bias": i % 3 == 0}
+            if kind == "rows":
+                form |= {"rows": ROWS[i], "norm": i % 3 == 1, "act": "silu" if i in (2, 4) else None}
+                form["residual"] &= form["act"] is None
+            out.append(Case(dtype, group, n, k, bits=8 if j == 3 else 4, **form))
+    return out
+
+
+@dataclass(frozen=True)
+class Operands:
+    """A case's arrays on MLX, and how the kernel is called with them."""
+
+    x: Any
+    w: PackedHandle
+    norm: Norm | None
+    residual: Any
+
+    def buffers(self, text: str) -> list[Any]:
+        named = {"x": self.x, "w": self.w.w, "scales": self.w.scales, "biases": self.w.biases}
+        if self.norm is not None:
+            named |= {"norm_weight": self.norm.weight, "eps": mx.array(self.norm.eps)}
+        named |= {"bias": self.w.bias, "residual": self.residual}
+        given = {name: host(a) for name, a in named.items() if a is not None}
+        return buffers_of(list(given), list(given.values()), text)
+
+
+def operands(c: Case) -> Operands:
+    rng = np.random.default_rng(c.n * c.k + c.rows)
+    streams, groups = c.n * (2 if c.act else 1), c.k // c.group
+    codes = rng.integers(0, 2**c.bits, (streams, c.k), dtype=np.uint8)
+    scales = (rng.random((streams, groups)) + 0.5) * 2.0 / 2**c.bits * c.k**-0.5
+    biases = -scales * rng.integers(0, 2**c.bits, scales.shape)
+    bias = rng.standard_normal(streams).astype(np.float32) if c.bias else None
+    f32 = (np.float32(a) for a in (scales, biases))
+    w = pack(Packed("w", pack_codes(codes, c.bits), *f32, c.bits, c.group, bias), DTYPES[c.dtype])
+    assert isinstance(w, PackedHandle)
+
+    def floats_of(*shape: int) -> Any:
+        return mx.array(rng.standard_normal(shape).astype(np.float32)).astype(DTYPES[c.dtype])
+
+    weight = mx.array(1 + 0.3 * rng.standard_normal(c.k).astype(np.float32))
+    norm = Norm("n", "rms", weight, None, 1e-3) if c.norm else None
+    return Operands(floats_of(c.rows, c.k), w, norm, floats_of(c.rows, c.n) if c.residual else None)
+
+
+def launch(c: Case) -> tuple[Any, Operands]:
+    """-> (MLX's trace of the kernel for this case, its operands)."""
+    o, kernels = operands(c), Kernels(lambda key: True)
+    (found,) = traced(lambda x: kernels.launch(x, o.w, o.norm, c.act, o.residual), o.x)
+    return found, o
+
+
+@cache
+def compiled(kind: str) -> dict[str, Any]:
+    """Every text that the cases of a kind need -> its emulated kernel: one start of the compiler."""
+    texts = list(dict.fromkeys(launch(c)[0].text for c in cases(kind)))
+    return dict(zip(texts, build(texts), strict=True))
+
+
+ACTS = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3))),
+    "relu": lambda x: np.maximum(x, 0),
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
+}
+
+
+def meaning(c: Case, o: Operands) -> tuple[Any, Any]:
+    """-> (the result in float64, the error that float32 sums and one rounding to T may make)."""
+    x, s, b = (floats(host(a)) for a in (o.x, o.w.scales, o.w.biases))
+    shape = (s.shape[0], s.shape[1], c.group)
+    codes = Packed("w", host(o.w.w), s, b, c.bits, c.group).codes().astype(np.float64).reshape(shape)
+    dense = (codes * s[..., None] + b[..., None]).reshape(-1, c.k)
+    parts = (codes * np.abs(s)[..., None] + np.abs(b)[..., None]).reshape(-1, c.k)  # summed apart
+    if o.norm is not None:
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + o.norm.eps) * floats(host(o.norm.weight))
+    y, magnitude = x @ dense.T, np.abs(x) @ parts.T
+    if c.bias:
+        y = y + floats(host(o.w.bias))
+        magnitude = magnitude + np.abs(floats(host(o.w.bias)))
+    error = c.k * 2.0**-23 * magnitude
+    if c.act is not None:
+        gate, up, f = y[:, : c.n], y[:, c.n :], ACTS[c.act]
+        slope = np.maximum(1.2, 2 * np.abs(gate)) if c.act == "relu2" else 1.2  # the steepest of |act'|
+        error = slope * error[:, : c.n] * np.abs(up) + np.abs(f(gate)) * error[:, c.n :] + 1e-6
+        y = f(gate) * up
+    if o.residual is not None:
+        y = y + floats(host(o.residual))
+    return y, error + 1.01 * UNIT[c.dtype] * np.abs(y) + 1e-7
+
+
+@pytest.mark.parametrize("kind, case", [(k, c) for k in fused.KINDS for c in cases(k)], ids=str)
+def test_a_kernel_means_the_product(kind: str, case: Case) -> None:
+    found, o = launch(case)
+    y64, bound = meaning(case, o)
+    dtype = {"bfloat16": np.uint16}.get(case.dtype) or np.dtype(case.dtype)
+    results = []
+    for order in (0, 3):
+        with Guarded() as guarded:
+            buffers = [guarded.copy(b) for b in o.buffers(found.text)]
+            y = guarded.copy(unwritten((case.rows, case.n), dtype))
+            run(compiled(kind)[found.text], [*buffers, y], found.grid, found.threadgroup, order)
+            results.append(floats(y))
+    assert (results[0] == results[1]).all(), "the order of lanes must not matter"
+    assert (np.abs(results[0] - y64) <= bound).all()  # a NaN fails
+
+
+@pytest.mark.parametrize("kind", fused.KINDS)
+def test_each_kernel_has_at_least_forty_cases_and_a_twin(kind: str) -> None:
+    assert len(cases(kind)) >= 40
+    for case in cases(kind):
+        o = operands(case)
+        form = (o.norm, case.act)
+        assert fused.applies(o.x, o.w, *form) and fused.kind_of(case.rows, *form) == kind
+        if case.dtype == "float32":  # MLX's CPU loops of the narrow types sum in that type
+            twin = floats(host(stock(o.x, o.w, o.norm, case.act, o.residual)))
+            y64, bound = meaning(case, o)
+            assert (np.abs(twin - y64) <= 4 * bound).all()  # it rounds after every operation
+
+
+@pytest.mark.skipif(address_spaces.CLANG is None, reason="no clang++: address spaces are not checked")
+def test_kernels_respect_address_spaces() -> None:
+    texts = {launch(c)[0].text for k in fused.KINDS for c in cases(k) if c.dtype == "float16"}
+    assert len(texts) > 8
+    for text in texts:
+        assert address_spaces.errors(text) == []
+        assert address_spaces.errors(text.replace("const device uint32_t* w,", "const thread uint32_t* w,"))
+
+
+def test_a_kernel_is_used_only_where_it_means_the_same() -> None:
+    o = operands(Case("float32", 32, 13, 96))
+    layer = Norm("n", "layer", mx.ones(96), None, 1e-5)
+    wide = mx.zeros((9, 96))
+    assert fused.applies(o.x, o.w, None, None)
+    for x, w, norm, act in [
+        (wide, o.w, None, None),
+        (o.x, o.w, layer, None),
+        (o.x, o.w, None, "gelu"),
+        (o.x.astype(mx.float16), o.w, None, None),
+        (o.x, operands(Case("float32", 32, 9, 96, bits=3)).w, None, None),
+    ]:
+        assert not fused.applies(x, w, norm, act)
+    assert Kernels(lambda key: False).product(o.x, o.w) is None
+
+
+def test_winners_are_kept_for_this_chip_this_mlx_and_these_kernels(tmp_path: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(winners, "path", lambda: tmp_path / "cache" / "k.json")
+    monkeypatch.delenv(winners.SWITCH, raising=False)
+    assert winners.choice(None, True, "Apple M1")[0] is None
+    times = {"matvec 8x896 int4 g128 float16": (9.0, 12.0), "norm 8x64 int4 g32 float16": (9.9, 10.0)}
+    winners.save("Apple M1", times)
+    winners.save("Apple M1", {"gate_up 8x64 int4 g32 float16": (3.0, 2.0)})
+    takes, why = winners.choice(None, True, "Apple M1")
+    assert takes is not None and "1 shapes" in why and len(winners.measured("Apple M1")) == 3
+    assert [takes(k) for k in times] == [True, False]  # one per cent is noise
+    assert winners.read("Apple M2") == frozenset()
+    monkeypatch.setattr(winners, "digest", lambda: "another text")
+    assert winners.read("Apple M1") == frozenset()
+    winners.path().write_text('{"chip": 7')
+    assert winners.choice(None, True, "Apple M1")[0] is None
+
+
+def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(winners.SWITCH, "matvec,norm")
+    takes, _ = winners.choice(None, True, "Apple M1")
+    assert takes is not None
+    assert [takes(f"{k} 8x64 int4 g32 float16") for k in fused.KINDS] == [True, True, False, False]
+    assert winners.choice("off", True, "Apple M1")[0] is None
+    assert winners.choice(None, False, "a CPU")[0] is None, "without Metal a kernel cannot run"
+    with pytest.raises(BackendError, match="'fast' is unknown: off, all"):
+        winners.choice("fast", True, "Apple M1")
