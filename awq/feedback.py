@@ -3,9 +3,11 @@
 The mean squared output error of a row is e H eᵀ with e = w - w_hat and H the second moments of the input.
 With H = U D Uᵀ, U unit upper triangular, it is the sum over columns j of D_j (e_j + Σ_{i<j} e_i U_ij)²: rounding
 column j of w plus the errors before it, weighted by U, makes each term as small as a code can
-(GPTQ: Frantar et al. 2022; in this form LDLQ: Chee et al. 2023).
+(GPTQ: Frantar et al. 2022; in this form LDLQ: Chee et al. 2023). Then, with all columns known, the scales
+are fitted by least squares and each code is looked at again (`refine`).
 
-Everything here is transposed, (K, N): a column of the weight is a row in memory.
+Everything here is transposed, (K, N): a column of the weight is a row in memory. Columns come in groups of
+G, in the order in which they are quantised.
 """
 
 from __future__ import annotations
@@ -15,22 +17,47 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tinychat_mlx.awq.quantizer import Grid, Quantized, grid_between, storable
+from tinychat_mlx.awq.cholesky import upper_factor
+from tinychat_mlx.awq.quantizer import Grid, grid_between, storable
 from tinychat_mlx.awq.rows import over_rows
 from tinychat_mlx.weight import F32
 
 Order = npt.NDArray[np.intp]
 DAMPING = 0.01  # of the mean of H's diagonal, added to it: what the calibration tokens did not show
-SHRINKS = [1 - i / 20 for i in range(9)]
+SHRINKS = [1 - i / 20 for i in range(9)]  # of a group's range: the joint clip
 PIECE = 32  # columns fed back by one product inside a group
+STRIPE = 1024  # rows of the weight handled at once where a product per group would be large
 
 
 @dataclass(frozen=True)
 class Factor:
-    """H + damping = U D Uᵀ, columns in the order in which they are quantised."""
+    """H = U D Uᵀ."""
 
     u: F32  # (K, K) unit upper triangular
     d: F32  # (K,)
+
+
+@dataclass
+class Codes:
+    """q (K, N) whole numbers, scales and zeros (K/G, N): all float32."""
+
+    q: F32
+    scales: F32
+    zeros: F32
+    w_bit: int
+
+    @property
+    def group_size(self) -> int:
+        return len(self.q) // len(self.scales)
+
+    def grid(self, g: int) -> Grid:
+        return Grid(self.scales[g], self.zeros[g], self.w_bit)
+
+    def values(self) -> F32:
+        """-> w_hat (K, N)."""
+        w = self.q.reshape(len(self.scales), -1, self.q.shape[1]) - self.zeros[:, None]
+        w *= self.scales[:, None]
+        return w.reshape(self.q.shape)
 
 
 def damped(h: F32, damping: float = DAMPING) -> F32:
@@ -44,59 +71,61 @@ def damped(h: F32, damping: float = DAMPING) -> F32:
 
 def factor(h: F32) -> Factor:
     """A damped H (K, K) -> its factors."""
-    r = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
+    r = upper_factor(h)
     root = np.ascontiguousarray(np.diagonal(r))
     return Factor(r / root, root * root)
 
 
-def by_importance(h: F32, group_size: int) -> Order:
+def by_importance(diagonal: F32, group_size: int) -> Order:
     """An order of columns that keeps groups together: heavy groups first, heavy columns first in each.
 
     What is rounded early has the most columns left to make good for it.
     """
-    diagonal = np.diagonal(h).reshape(-1, group_size)
-    groups = np.argsort(-diagonal.sum(1), kind="stable")
-    inside = np.argsort(-diagonal, axis=1, kind="stable")
-    return (groups[:, None] * group_size + inside[groups]).reshape(-1)
+    grouped = diagonal.reshape(-1, group_size)
+    groups = np.argsort(-grouped.sum(1), kind="stable")
+    inside = np.argsort(-grouped, axis=1, kind="stable")
+    order: Order = (groups[:, None] * group_size + inside[groups]).reshape(-1)
+    return order
 
 
 def fit_grid(v: F32, d: F32, w_bit: int) -> Grid:
     """A group's columns v (G, N) with weights d (G,) -> the grid (N,) among shrunken ranges that errs least."""
-    low, high = v.min(0), v.max(0)
-    least = np.full(v.shape[1], np.inf, np.float32)
-    scales, zeros = np.empty_like(least), np.empty_like(least)
 
-    def piece(rows: slice) -> None:
+    def piece(rows: slice) -> tuple[F32, F32]:
         part = v[:, rows]
+        low, high = part.min(0), part.max(0)
+        least, scales, zeros = np.full_like(low, np.inf), np.ones_like(low), np.zeros_like(low)
         for shrink in SHRINKS:
-            grid = grid_between(low[rows] * np.float32(shrink), high[rows] * np.float32(shrink), w_bit)
-            error = d @ np.square(grid.nearest(part) - part)
-            better = error < least[rows]
-            least[rows] = np.where(better, error, least[rows])
-            scales[rows] = np.where(better, grid.scales, scales[rows])
-            zeros[rows] = np.where(better, grid.zeros, zeros[rows])
+            grid = grid_between(low * np.float32(shrink), high * np.float32(shrink), w_bit)
+            miss = grid.nearest(part)
+            miss -= part
+            error = d @ np.square(miss, out=miss)
+            better = error < least
+            least = np.where(better, error, least)
+            scales, zeros = np.where(better, grid.scales, scales), np.where(better, grid.zeros, zeros)
+        return scales, zeros
 
-    over_rows(v.shape[1], 4 * len(v), piece)
-    return Grid(scales, zeros, w_bit)
+    found = over_rows(v.shape[1], 4 * len(v), piece)
+    return Grid(np.concatenate([s for s, _ in found]), np.concatenate([z for _, z in found]), w_bit)
 
 
-def feed_back(wt: F32, f: Factor, w_bit: int, group_size: int) -> tuple[F32, F32, F32]:
-    """wt (K, N) in quantisation order -> codes (K, N), scales and zeros (K/G, N), all float32."""
-    k, n = wt.shape
-    q, e = np.empty_like(wt), np.empty_like(wt)
-    scales = np.empty((k // group_size, n), np.float32)
-    zeros = np.empty_like(scales)
+def feed_back(w: F32, f: Factor, w_bit: int, group_size: int) -> Codes:
+    """Quantise w (K, N), each group's grid chosen when its turn comes."""
+    k, n = w.shape
+    e = np.empty_like(w)
+    codes = Codes(np.empty_like(w), np.empty((k // group_size, n), np.float32), np.empty((0,), np.float32), w_bit)
+    codes.zeros = np.empty_like(codes.scales)
     for g in range(k // group_size):
         at = slice(g * group_size, (g + 1) * group_size)
-        v = wt[at] + f.u[: at.start, at].T @ e[: at.start]
+        v = w[at] + f.u[: at.start, at].T @ e[: at.start]
         grid = fit_grid(v, f.d[at], w_bit)
-        scales[g], zeros[g] = grid.scales, grid.zeros
-        _one_group(wt[at], v, grid, f.u[at, at], q[at], e[at])
-    return q, scales, zeros
+        codes.scales[g], codes.zeros[g] = grid.scales, grid.zeros
+        _feed_group(w[at], v, grid, f.u[at, at], codes.q[at], e[at])
+    return codes
 
 
-def _one_group(w: F32, v: F32, grid: Grid, u: F32, q: F32, e: F32) -> None:
-    """Round a group's columns one by one: w what is wanted, v w plus the groups before; fills q and e (G, N)."""
+def _feed_group(w: F32, v: F32, grid: Grid, u: F32, q: F32, e: F32) -> None:
+    """Round a group's columns one by one: w is wanted, v is w plus the groups before; fills q and e (G, N)."""
     for start in range(0, len(w), PIECE):
         end = min(start + PIECE, len(w))
         if start:
@@ -107,24 +136,71 @@ def _one_group(w: F32, v: F32, grid: Grid, u: F32, q: F32, e: F32) -> None:
             e[j] = w[j] - (q[j] - grid.zeros) * grid.scales
 
 
-def refit_scales(wt: F32, q: F32, zeros: F32, scales: F32, h: F32, group_size: int) -> F32:
-    """The scales (K/G, N) that minimise e H eᵀ for given codes, all groups of a row together."""
-    k, n = wt.shape
-    groups = k // group_size
-    z = (q.reshape(groups, group_size, n) - zeros[:, None]).reshape(k, n)
-    hz = np.empty((groups, k, n), np.float32)
-    for g in range(groups):
-        at = slice(g * group_size, (g + 1) * group_size)
-        hz[g] = h[:, at] @ z[at]
-    a = np.einsum("akn,gakn->nga", z.reshape(groups, group_size, n), hz.reshape(groups, groups, group_size, n))
-    b = np.einsum("kn,gkn->ng", wt, hz)
-    ridge = np.float32(1e-6) * np.einsum("ngg->n", a)[:, None, None] / groups + np.float32(1e-20)
-    solved = np.linalg.solve(a + ridge * np.eye(groups, dtype=np.float32), b[..., None])[..., 0].T
-    usable = np.isfinite(solved) & (solved > 0.5 * scales) & (solved < 2 * scales)
-    return storable(np.where(usable, solved, scales))
+def refine(w: F32, codes: Codes, h: F32, rounds: int) -> None:
+    """Improve codes in place: fit all scales of a row together, then each code given all others; repeat."""
+    refit_scales(w, codes, h)
+    for _ in range(rounds):
+        descend(w, codes, h)
+        refit_scales(w, codes, h)
 
 
-def error(wt: F32, w_hat_t: F32, h: F32) -> npt.NDArray[np.float64]:
-    """-> (N,) e H eᵀ of each row."""
-    e = wt - w_hat_t
-    return np.einsum("kn,kn->n", e, h @ e).astype(np.float64)
+def descend(w: F32, codes: Codes, h: F32) -> None:
+    """Give each column in turn the codes that minimise e H eᵀ while all others stay (coordinate descent)."""
+    size, e = codes.group_size, w - codes.values()
+    curvature = np.diagonal(h)
+    for g in range(len(codes.scales)):
+        at = slice(g * size, (g + 1) * size)
+        pull = h[at] @ e  # (G, N): minus half the gradient
+        _descend_group(w[at], pull, codes.grid(g), h[at, at], curvature[at], codes.q[at], e[at])
+
+
+def _descend_group(w: F32, pull: F32, grid: Grid, h: F32, curvature: F32, q: F32, e: F32) -> None:
+    """One group of `descend`; changes q and e (G, N). moved holds what this group's errors changed by."""
+    moved = np.zeros_like(e)
+    for start in range(0, len(w), PIECE):
+        end = min(start + PIECE, len(w))
+        if start:
+            pull[start:end] += h[start:end, :start] @ moved[:start]
+        for j in range(start, end):
+            force = pull[j] if j == start else pull[j] + h[j, start:j] @ moved[start:j]
+            q[j] = grid.codes(w[j] - e[j] + force / curvature[j])
+            new = w[j] - (q[j] - grid.zeros) * grid.scales
+            moved[j] = new - e[j]
+            e[j] = new
+
+
+def refit_scales(w: F32, codes: Codes, h: F32) -> None:
+    """Replace the scales by those that minimise e H eᵀ for the given codes, all groups of a row together.
+
+    A row's w_hat is a sum over groups g of scale_g · z_g, so this is a K/G by K/G system for each row.
+    """
+    k, n = w.shape
+    groups, size = len(codes.scales), codes.group_size
+    for low in range(0, n, STRIPE):
+        rows = slice(low, min(low + STRIPE, n))
+        z = codes.q[:, rows].reshape(groups, size, -1) - codes.zeros[:, None, rows]
+        flat = z.reshape(k, -1)
+        a = np.empty((flat.shape[1], groups, groups), np.float64)
+        b = np.empty((flat.shape[1], groups), np.float64)
+        for g in range(groups):
+            hz = h[:, g * size : (g + 1) * size] @ z[g]  # (K, rows)
+            b[:, g] = np.einsum("kn,kn->n", w[:, rows], hz)
+            a[:, :, g] = np.einsum("gkn,gkn->ng", z, hz.reshape(groups, size, -1))
+        codes.scales[:, rows] = _solved(a, b, codes.scales[:, rows])
+
+
+def _solved(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64], old: F32) -> F32:
+    """Solve a (N, g, g) x = b (N, g); where x strays far from the old scale (g, N) that one stays."""
+    groups = a.shape[1]
+    diagonal = np.einsum("ngg->ng", a)
+    diagonal += 1e-6 * diagonal.mean(1, keepdims=True) + 1e-30  # a group of zeros alone has no scale to find
+    x = np.linalg.solve(a, b[..., None])[..., 0].T.astype(np.float32)
+    assert x.shape[0] == groups
+    usable = np.isfinite(x) & (x > old / 2) & (x < old * 2)
+    return np.where(usable, storable(np.where(usable, x, old)), old)
+
+
+def squared_error(w: F32, w_hat: F32, h: F32) -> npt.NDArray[np.float64]:
+    """w, w_hat (K, N) -> e H eᵀ of each row (N,)."""
+    e = w - w_hat
+    return np.einsum("kn,kn->n", e, h @ e, dtype=np.float64)

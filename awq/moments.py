@@ -48,22 +48,37 @@ class BlockMoments:
 
         return np.concatenate(over_rows(len(delta), 4 * delta.shape[1], piece))
 
+    def divided(self, s: F32) -> BlockMoments:
+        """The moments of x / s."""
+        f = s.reshape(len(self.blocks), -1)
+        blocks = self.blocks / (f[:, :, None] * f[:, None, :])
+        return BlockMoments(self.magnitude / s, blocks, self.tokens)
+
 
 @dataclass
 class FullMoments:
-    """Sums over tokens of x xᵀ (K, K) and of error xᵀ (N or K, K), where x is what the quantised model
-    feeds a site and error what it lacks of what the float model would feed it."""
+    """Sums over tokens of |x| (K,) and of x xᵀ (K, K)."""
 
-    h: F32
-    cross: F32
+    magnitude: F32
+    sums: F32
     tokens: int = 0
 
     @classmethod
-    def empty(cls, k: int, n: int) -> FullMoments:
-        return cls(np.zeros((k, k), np.float32), np.zeros((n, k), np.float32))
+    def empty(cls, k: int) -> FullMoments:
+        return cls(np.zeros(k, np.float32), np.zeros((k, k), np.float32))
 
-    def add(self, x: F32, missing: F32) -> None:
-        """Take in rows x (T, K) and missing (T, N)."""
-        self.h += x.T @ x
-        self.cross += missing.T @ x
+    def add(self, x: F32) -> None:
+        """Take in rows x (T, K)."""
+        self.magnitude += np.abs(x).sum(0)
+        self.sums += x.T @ x  # NumPy sees the same matrix twice and does half the work
         self.tokens += len(x)
+
+    def h(self) -> F32:
+        """-> the mean of x xᵀ (K, K)."""
+        return self.sums / np.float32(max(self.tokens, 1))
+
+    def blocks(self, group_size: int) -> BlockMoments:
+        """What the published searches would have kept."""
+        g = len(self.sums) // group_size
+        diagonal = self.sums.reshape(g, group_size, g, group_size)[np.arange(g), :, np.arange(g)]
+        return BlockMoments(self.magnitude, np.ascontiguousarray(diagonal), self.tokens)

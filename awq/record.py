@@ -29,7 +29,7 @@ from tinychat_mlx.backend import (
 )
 from tinychat_mlx.config import ModelConfig
 from tinychat_mlx.decoder import Graph, Layer, Loader, Source
-from tinychat_mlx.weight import F32, Weight
+from tinychat_mlx.weight import F32, Weight, take_rows
 
 STEP_ROWS = 1024  # calibration rows in one step: what bounds the memory of a layer's intermediates
 
@@ -167,3 +167,38 @@ def steps(rows: int, window: int) -> Iterator[slice]:
     size = max(1, STEP_ROWS // window) * window
     for at in range(0, rows, size):
         yield slice(at, min(at + size, rows))
+
+
+class _Rows:
+    """A source whose embedding has only the rows that are asked for."""
+
+    def __init__(self, source: Source, module: str, rows: npt.NDArray[np.intp]) -> None:
+        self.source, self.module, self.rows = source, module, rows
+
+    def has(self, name: str) -> bool:
+        return self.source.has(name)
+
+    def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
+        if module != self.module:
+            return self.source.weight(module, shape)
+        return take_rows(module, self.source.weight(module), self.rows)
+
+    def vector(self, name: str) -> F32:
+        return self.source.vector(name)
+
+
+def embedded_rows(
+    config: ModelConfig, source: Source, backend: Backend, ids: npt.NDArray[np.int32], window: int
+) -> F32:
+    """Calibration tokens (T,) -> the rows (T, C) that enter the first layer; windows start at position 0."""
+    used, at = np.unique(ids, return_inverse=True)
+    config = replace(config, vocab_size=len(used))
+    inputs = Loader(config, _Rows(source, config.spec.name("embed"), used), backend).inputs()
+    graph, pieces = Graph(config, backend), []
+    cache_of = CacheShape(1, config.num_key_value_heads, config.head_dim)
+    for rows in steps(len(ids), window):
+        sizes = [min(window, rows.stop - a) for a in range(rows.start, rows.stop, window)]
+        step = backend.step([Segment(Cache(cache_of, window), size) for size in sizes])
+        x = graph.embedded(inputs, backend.ids(at[rows].tolist()), step)
+        pieces.append(backend.to_host(x))
+    return np.concatenate(pieces)

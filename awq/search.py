@@ -77,3 +77,32 @@ def clip(w: F32, moments: BlockMoments, w_bit: int, group_size: int) -> F32:
         return np.clip(groups, -best, best).reshape(len(groups), -1)
 
     return np.concatenate(over_rows(len(w), 4 * w.shape[1], piece))
+
+
+def search_fed_scale(
+    w: F32, mean_abs: F32, d: F32, at: Index | None, group_size: int
+) -> tuple[F32, float]:
+    """As `search_scale`, for weights quantised with error feedback, which leaves Σ_j D_j · (rounding of column j)².
+
+    A rounding's mean square goes with the square of its group's range, and scaling channel j by s divides D_j
+    by s². So one pass for the ranges judges a candidate. d (K,): the D of the unscaled inputs.
+    """
+    magnitude = tied_mean(mean_abs, at)
+    groups = w.shape[1] // group_size
+
+    def loss(s: F32) -> float:
+        weight = (d / (s * s)).reshape(groups, group_size).sum(1)
+
+        def piece(rows: slice) -> float:
+            scaled = (w[rows] * s).reshape(-1, groups, group_size)
+            span = scaled.max(-1) - scaled.min(-1)
+            return float(np.sum(np.square(span, out=span) @ weight, dtype=np.float64))
+
+        return sum(over_rows(len(w), 4 * w.shape[1], piece))
+
+    best, chosen = np.inf, (np.ones_like(magnitude), 0.0)
+    for alpha in ALPHAS:
+        s = scale_of(magnitude, alpha)
+        if (found := loss(s if at is None else s[at])) < best:
+            best, chosen = found, (s, alpha)
+    return chosen

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from tinychat_mlx.awq.quantizer import Quantized
 from tinychat_mlx.config import ModelConfig
 from tinychat_mlx.decoder import Source, heads_to_blocks
 from tinychat_mlx.errors import ConfigError
@@ -148,13 +149,13 @@ class LayerWeights:
         """The linears of a site one below the other, (sum of N, K)."""
         return np.concatenate([self.linears[role] for role in site.roles])
 
-    def unstack(self, site: Site, w: F32) -> Iterator[tuple[str, F32]]:
-        """The inverse of `stacked`: role, rows."""
+    def unstack_codes(self, site: Site, codes: Quantized) -> Iterator[tuple[str, Quantized]]:
+        """The codes of stacked linears, role by role."""
         at = 0
         for role in site.roles:
-            n = len(self.linears[role])
-            yield role, w[at : at + n]
-            at += n
+            rows = slice(at, at := at + len(self.linears[role]))
+            parts = codes.q[rows], codes.scales[rows], codes.zeros[rows]
+            yield role, Quantized(*parts, codes.w_bit, codes.group_size)
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:

@@ -1,0 +1,179 @@
+"""tinychat convert: quantise a model, or change the format of a quantised one."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tinychat_mlx.apps.options import BACKENDS
+
+if TYPE_CHECKING:
+    from tinychat_mlx.awq.convert import Result
+    from tinychat_mlx.awq.settings import Settings
+    from tinychat_mlx.awq.stream import Progress
+    from tinychat_mlx.backend import Backend
+    from tinychat_mlx.checkpoint import Checkpoint
+
+
+@click.command()
+@click.argument("source", metavar="SRC")
+@click.option("-o", "--output", "target", metavar="DST", type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--method", type=click.Choice(["rtn", "awq", "awq+"]), default="awq+", show_default=True,
+              help="Plain rounding, the published AWQ, or AWQ with error feedback.")  # fmt: skip
+@click.option("--w-bit", type=click.Choice(["3", "4", "8"]), default="4", show_default=True, help="Bits a weight.")
+@click.option("--group-size", type=click.Choice(["32", "64", "128"]), default="128", show_default=True,
+              help="Inputs that share a scale.")  # fmt: skip
+@click.option("--format", "form", type=click.Choice(["mlx", "awq"]), default="mlx", show_default=True,
+              help="MLX affine, or AutoAWQ GEMM (vLLM, SGLang, transformers).")  # fmt: skip
+@click.option("--head", type=click.Choice(["int8", "int4", "fp16"]), default="int8", show_default=True,
+              help="Embedding and head (AutoAWQ keeps them in fp16).")  # fmt: skip
+@click.option("--calib", default="self", show_default=True, metavar="FILE|self|HUB_ID",
+              help="Calibration text: .txt, .jsonl chats, a dataset's id, or the model's own.")  # fmt: skip
+@click.option("--calib-tokens", type=click.IntRange(0), default=0, metavar="N",
+              help="Calibration tokens (0: chosen by the model's size).")  # fmt: skip
+@click.option("--resume", is_flag=True, help="Go on with an interrupted conversion: same result, byte for byte.")
+@click.option("--force", is_flag=True, help="Replace what is there.")
+@click.option("--dry-run", is_flag=True, help="Print time, memory and disk; write nothing.")
+@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True,
+              help="Where the model runs for calibration.")  # fmt: skip
+@click.option("--threads", type=click.IntRange(1), metavar="N", help="CPU threads.")
+@click.option("--report", type=click.Path(path_type=Path), metavar="DIR", help="Write a report: Markdown, JSON, plots.")
+@click.option("--seed", type=click.IntRange(0), default=0, metavar="N", help="Of the calibration text.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def convert(source: str, target: Path | None, **options: Any) -> None:
+    """Quantise SRC (a folder or a Hugging Face id) into the folder DST.
+
+    An SRC that is quantised already keeps its codes and changes its format.
+    """
+    from tinychat_mlx.awq.settings import Settings
+    from tinychat_mlx.checkpoint import Checkpoint
+    from tinychat_mlx.loading import find_folder
+
+    if target is None and not options["dry_run"]:
+        raise click.UsageError("missing -o DST, the folder to write")
+    settings = Settings(
+        method=options["method"], w_bit=int(options["w_bit"]), group_size=int(options["group_size"]),
+        format=options["form"], head=options["head"], calib=options["calib"], tokens=options["calib_tokens"],
+        seed=options["seed"], compare=options["report"] is not None,
+    )  # fmt: skip
+    checkpoint = Checkpoint.open(find_folder(source))
+    if options["dry_run"]:
+        _dry_run(checkpoint, settings, options)
+    else:
+        assert target is not None
+        _convert(checkpoint, Path(os.path.abspath(target)), settings, options)
+
+
+def _backend(options: dict[str, Any], exact: bool) -> Backend:
+    from tinychat_mlx.loading import choose, create
+
+    return create(choose(options["backend"])[0], exact, options["threads"])
+
+
+def _convert(source: Checkpoint, target: Path, settings: Settings, options: dict[str, Any]) -> None:
+    from tinychat_mlx.awq.calibrate import calibration_ids
+    from tinychat_mlx.awq.convert import convert as run
+
+    start = time.perf_counter()
+    screen = Screen(quiet=options["as_json"])
+    try:
+        with screen:
+            result = run(
+                source, target, settings, lambda: _backend(options, exact=True),
+                lambda config, src, _, s, window, watch: calibration_ids(
+                    config, src, lambda: _backend(options, exact=False), s, window, watch
+                ),
+                screen.show, options["resume"], options["force"],
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        click.echo(f"interrupted: nothing is at {target}; repeat the command with --resume to go on", err=True)
+        raise
+    seconds = time.perf_counter() - start
+    if options["report"] is not None:
+        from tinychat_mlx.awq.report import write_report
+
+        write_report(options["report"], source, result, settings, seconds)
+    _say(source, result, settings, seconds, options["as_json"])
+
+
+def _say(source: Checkpoint, result: Result, settings: Settings, seconds: float, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    fallen = [f"layer {i} {s.key}" for i, layer in enumerate(result.layers) for s in layer if s.fell_back]
+    if as_json:
+        layers = [[asdict(site) for site in layer] for layer in result.layers]
+        summary = {
+            "folder": str(result.folder), "bytes": result.nbytes, "source_bytes": source.nbytes,
+            "seconds": seconds, "settings": asdict(settings), "plain_rounding": fallen, "layers": layers,
+        }  # fmt: skip
+        click.echo(json.dumps(summary))
+        return
+    share = result.nbytes / source.nbytes
+    click.echo(
+        f"{result.folder}: {result.nbytes / 1e6:.1f} MB, {share:.0%} of {source.nbytes / 1e6:.1f} MB, "
+        f"in {seconds:.0f} s"
+    )
+    if fallen:
+        click.echo(f"plain rounding was kept, its error did not fall: {', '.join(fallen)}", err=True)
+
+
+def _dry_run(source: Checkpoint, settings: Settings, options: dict[str, Any]) -> None:
+    from dataclasses import asdict
+
+    from tinychat_mlx.awq.estimate import estimate
+
+    found = estimate(source, settings, lambda exact: _backend(options, exact))
+    if options["as_json"]:
+        click.echo(json.dumps(asdict(found)))
+        return
+    click.echo(
+        f"time    about {found.seconds / 60:.1f} min on this machine\n"
+        f"memory  about {found.peak_bytes / 1e9:.2f} GB at its peak\n"
+        f"disk    {found.disk_bytes / 1e9:.2f} GB while it runs, {found.result_bytes / 1e9:.2f} GB in the end"
+    )
+
+
+class Screen:
+    """Progress on stderr: a bar with the time left, and a line for each layer."""
+
+    def __init__(self, quiet: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        self.console = Console(stderr=True, quiet=quiet)
+        columns = ("[progress.description]{task.description}", "{task.completed}/{task.total}")
+        self.bar = Progress(
+            TextColumn(columns[0]), BarColumn(), TextColumn(columns[1]), TimeElapsedColumn(), TextColumn("left"),
+            TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal, speed_estimate_period=600,
+        )  # fmt: skip
+        self.tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> Screen:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def show(self, p: Progress) -> None:
+        if p.phase not in self.tasks:
+            self.tasks[p.phase] = self.bar.add_task(p.phase, total=p.total)
+        self.bar.update(self.tasks[p.phase], completed=p.done, total=p.total)
+        if p.layer:
+            sites = "  ".join(
+                f"{s.key} {s.rtn:.2e}→{s.error:.2e}{' (plain)' if s.fell_back else ''}" for s in p.layer
+            )
+            self.console.print(f"layer {p.done}/{p.total}  {sites}  {_memory()}", highlight=False)
+        elif p.note and (p.done == p.total or p.phase == "finish"):
+            self.console.print(f"{p.phase}: {p.note}", highlight=False)
+
+
+def _memory() -> str:
+    import psutil
+
+    return f"{psutil.Process().memory_info().rss / 1e9:.2f} GB"

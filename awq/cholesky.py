@@ -1,0 +1,36 @@
+"""H = R Rᵀ with R upper triangular, in blocks, so that nearly all of it is matrix products."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tinychat_mlx.errors import FormatError
+from tinychat_mlx.weight import F32
+
+BLOCK = 256  # NumPy's own factor of one block, which is slow, takes 3 % of the work at K = 8192
+STRIPE = 1024  # rows updated at once: bounds the temporary
+
+
+def upper_factor(h: F32) -> F32:
+    """A symmetric positive definite h (K, K) -> R (K, K), upper triangular: the last column comes first.
+
+    Raises FormatError where h is not positive definite or not finite.
+    """
+    r = np.array(h[::-1, ::-1], np.float32)  # an ordinary Cholesky factor of h turned round
+    k = len(r)
+    try:
+        for at in range(0, k, BLOCK):
+            end = min(at + BLOCK, k)
+            corner = np.linalg.cholesky(r[at:end, at:end])
+            r[at:end, at:end] = corner
+            panel = r[end:, at:end] @ np.linalg.inv(corner).T
+            r[end:, at:end] = panel
+            for low in range(end, k, STRIPE):
+                high = min(low + STRIPE, k)
+                r[low:high, end:high] -= panel[low - end : high - end] @ panel[: high - end].T
+    except np.linalg.LinAlgError:
+        raise FormatError("the inputs of a linear are not finite: a weight is damaged or overflows") from None
+    for at in range(0, k, STRIPE):  # what lies above the diagonal is left over from h
+        rows = slice(at, at + STRIPE)
+        r[rows] = np.tril(r[rows], at)
+    return r[::-1, ::-1]

@@ -1,0 +1,131 @@
+"""The model writes its own calibration text, so that nothing need be downloaded.
+
+Many conversations decode together, one row each. A chat model is given the beginning of a user's turn and
+writes question and answer; any other starts from one of the openings below. The weights are rounded to
+8 bits for this, which changes hardly a token and halves the memory.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tinychat_mlx.awq.stream import Ids, Progress, Watch
+from tinychat_mlx.awq.tensors import rounded_rows
+from tinychat_mlx.backend import Backend, Segment
+from tinychat_mlx.config import ModelConfig
+from tinychat_mlx.decoder import Decoder, Source
+from tinychat_mlx.errors import TinychatError, TokenizerError
+from tinychat_mlx.tokenizer import Tokenizer
+from tinychat_mlx.weight import F32, Dense, Weight
+
+OPENINGS = (
+    "The", "In", "I", "A", "We", "It was", "He said", "She", "This is", "When", "Why", "How to", "What is",
+    "Once upon a time", "The history of", "According to", "Abstract:", "Chapter 1", "Dear", "To make",
+    "import", "def ", "#include <", "function ", "SELECT", "<html>", "# ", "1.", "Q: ", "2 + 2 =",
+    "Le", "Der", "El", "Il", "Die", "Les", "На", "中", "日本", "O", "En", "Question:",
+)  # fmt: skip
+MARKS = ("AWQFIRSTMARK", "AWQSECONDMARK", "AWQTHIRDMARK")
+
+
+class RoundedSource:
+    """A source whose matrices are rounded to 8 bits as they are read."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def has(self, name: str) -> bool:
+        return self.source.has(name)
+
+    def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
+        weight = self.source.weight(module, shape)
+        size = next((g for g in (128, 64, 32) if weight.shape[1] % g == 0), 0)
+        return rounded_rows(weight, 8, size) if isinstance(weight, Dense) and size else weight
+
+    def vector(self, name: str) -> F32:
+        return self.source.vector(name)
+
+
+def write_text(
+    config: ModelConfig,
+    source: Source,
+    backend: Backend,
+    tokenizer: Tokenizer,
+    stops: frozenset[int],
+    wanted: int,
+    length: int,
+    seed: int,
+    watch: Watch,
+) -> Ids:
+    """Sample about `wanted` tokens in conversations of `length` -> tokens (T,), conversation after conversation."""
+    decoder = Decoder(config, RoundedSource(source), backend)
+    count = -(-wanted // length)
+    rng = np.random.default_rng(seed)
+    writers = [_Writer(*turns(tokenizer, rng), stops) for _ in range(count)]
+    caches = [decoder.new_cache(length) for _ in writers]
+    ids = np.empty((count, length), np.int32)
+    logits = None
+    for at in range(length):
+        choices = sampled(logits, rng) if logits is not None else [0] * count
+        ids[:, at] = [writer.next(choice) for writer, choice in zip(writers, choices, strict=True)]
+        step = backend.step([Segment(cache, 1) for cache in caches])
+        x = decoder.graph.embedded(decoder.inputs, backend.ids(ids[:, at].tolist()), step)
+        for layer in decoder.layers:
+            x = decoder.graph.block(x, layer, step)
+        for cache in caches:
+            cache.length += 1
+        logits = backend.to_host(decoder.graph.logits(x, decoder.final_norm, decoder.head))
+        watch(Progress("calibrate", at + 1, length, f"the model writes {count} conversations"))
+    return ids.reshape(-1)
+
+
+def sampled(logits: F32, rng: np.random.Generator) -> list[int]:
+    """One token a row (B, V), by the model's own probabilities (temperature 1)."""
+    if not np.isfinite(logits).all():
+        raise TinychatError("the model's logits are not finite: its weights are damaged or overflow")
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    total = np.cumsum(p, axis=-1, dtype=np.float64)
+    at = rng.random(len(p)) * total[:, -1]
+    return [int(np.searchsorted(row, a, side="right")) for row, a in zip(total, at, strict=True)]
+
+
+class _Writer:
+    """Says which token comes next in one conversation: a given one, or the one the model chose."""
+
+    def __init__(
+        self, opening: list[int], to_answer: list[int], to_question: list[int], stops: frozenset[int]
+    ) -> None:
+        self.forced = list(opening)
+        self.turns = (to_answer, to_question)
+        self.stops, self.turn = stops, 0
+
+    def next(self, choice: int) -> int:
+        """The next token; where the model ends a turn, the template's words between turns follow."""
+        if self.forced:
+            return self.forced.pop(0)
+        if choice not in self.stops:
+            return choice
+        self.forced = list(self.turns[self.turn % 2])
+        self.turn += 1
+        return self.forced.pop(0) if self.forced else choice
+
+
+def turns(tokenizer: Tokenizer, rng: np.random.Generator) -> tuple[list[int], list[int], list[int]]:
+    """-> tokens that open a conversation, that lead from a question to its answer, from an answer to the next.
+
+    Taken from the chat template by rendering marks. A model without one gets an opening, and another
+    after each end of text.
+    """
+    try:
+        roles = ("user", "assistant", "user")
+        chat = [{"role": role, "content": mark} for role, mark in zip(roles, MARKS, strict=True)]
+        text = tokenizer.render(chat, add_generation_prompt=False)
+        parts = []
+        for mark in MARKS:
+            before, found, text = text.partition(mark)
+            if not found:
+                raise TokenizerError("the template does not show a message as it is")
+            parts.append(tokenizer.encode(before, special=False))
+        return parts[0], parts[1], parts[2]
+    except TokenizerError:
+        opening, again = (tokenizer.encode(OPENINGS[rng.integers(len(OPENINGS))]) for _ in range(2))
+        return opening, again, again

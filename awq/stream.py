@@ -1,0 +1,205 @@
+"""The conversion, layer by layer: one decoder layer of float weights in memory, each finished one on disk.
+
+A work folder beside the target holds the plan, the calibration tokens, the rows that enter the next layer,
+and a shard for each finished layer; every file appears whole or not at all. So a killed run goes on where
+it stopped and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tinychat_mlx.awq.layer import Moments, SiteReport, empty_moments, quantize_layer, round_layer
+from tinychat_mlx.awq.record import LayerRun, Recorder, embedded_rows, steps
+from tinychat_mlx.awq.settings import Settings, plan_text
+from tinychat_mlx.awq.sites import LayerWeights, sites
+from tinychat_mlx.awq.tensors import layer_entries, rim_entries
+from tinychat_mlx.backend import Backend
+from tinychat_mlx.checkpoint import Checkpoint
+from tinychat_mlx.config import ModelConfig
+from tinychat_mlx.errors import TinychatError, UsageError
+from tinychat_mlx.shards import write_json
+from tinychat_mlx.tensorfile import replacing, write
+from tinychat_mlx.weight import F32
+
+Ids = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Said when a phase moves on: calibrate, layers, finish. layer: what was measured at the layer just done."""
+
+    phase: str
+    done: int
+    total: int
+    note: str = ""
+    layer: tuple[SiteReport, ...] = ()
+
+
+Watch = Callable[[Progress], None]
+
+
+class WorkFolder:
+    """What is kept between runs. Files are written beside their place and renamed into it."""
+
+    def __init__(self, target: Path) -> None:
+        self.path = target.parent / f".{target.name}.converting"
+
+    def begin(self, plan: dict[str, Any], resume: bool, force: bool) -> None:
+        """Make the folder, or check that what lies there is the same conversion. Raises UsageError."""
+        text, file = plan_text(plan), self.path / "plan.json"
+        if self.path.exists() and resume:
+            if file.exists() and file.read_text(encoding="utf-8") != text:
+                raise UsageError(
+                    f"{self.path} was begun with other settings or another model: "
+                    "repeat the first command exactly, or leave out --resume and add --force"
+                )
+        elif self.path.exists():
+            if not force and any(self.path.iterdir()):
+                raise UsageError(
+                    f"{self.path} holds an interrupted conversion: add --resume to finish it, --force to begin anew"
+                )
+            shutil.rmtree(self.path)
+        self.path.mkdir(exist_ok=True)
+        with replacing(file) as f:
+            f.write(text.encode())
+
+    def shard(self, layer: int) -> Path:
+        return self.path / f"layer-{layer:04}.safetensors"
+
+    def report(self, layer: int) -> Path:
+        return self.path / f"layer-{layer:04}.json"
+
+    def rows(self, layer: int) -> Path:
+        return self.path / f"rows-{layer:04}.npy"
+
+    def save(self, path: Path, array: npt.NDArray[Any]) -> None:
+        with replacing(path) as file:
+            np.save(file, array, allow_pickle=False)
+
+    def load(self, path: Path) -> npt.NDArray[Any]:
+        array: npt.NDArray[Any] = np.load(path, allow_pickle=False)
+        return array
+
+    def finished(self, layers: int, with_rows: bool) -> int:
+        """-> how many layers need not be done again."""
+        done = 0
+        while done < layers and self.shard(done).exists() and self.report(done).exists():
+            done += 1
+        while with_rows and 0 < done < layers and not self.rows(done).exists():
+            done -= 1
+        return done
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+@dataclass
+class Conversion:
+    """A dense model on its way into codes."""
+
+    source: Checkpoint
+    config: ModelConfig
+    settings: Settings
+    backend: Backend
+    work: WorkFolder
+    window: int
+
+    def run(self, calibration: Callable[[Watch], Ids], watch: Watch) -> list[tuple[SiteReport, ...]]:
+        """Quantise all layers into the work folder -> what was measured, layer by layer."""
+        config, layers = self.config, self.config.num_hidden_layers
+        needs_rows = self.settings.method != "rtn"
+        done = self.work.finished(layers, needs_rows)
+        x = self._first_rows(calibration, watch, done) if needs_rows and done < layers else None
+        reports = [_read_report(self.work.report(i)) for i in range(done)]
+        for i, report in enumerate(reports):
+            watch(Progress("layers", i + 1, layers, "kept", report))
+        for layer in range(done, layers):
+            weights = LayerWeights.read(config, layer, self.source)
+            if x is None:
+                quantized = round_layer(weights, self.settings.form)
+            else:
+                moments, x = self._record(weights, x)
+                quantized = quantize_layer(weights, moments, self.settings.form, self.settings.compare)
+                del moments
+                if layer + 1 < layers:
+                    self.work.save(self.work.rows(layer + 1), x)
+            report = quantized.reports
+            write_json(self.work.report(layer), {"sites": [asdict(r) for r in report]})
+            write(self.work.shard(layer), layer_entries(quantized, self.settings.format), {"format": "mlx"})
+            self.work.rows(layer).unlink(missing_ok=True)
+            del weights, quantized
+            reports.append(report)
+            watch(Progress("layers", layer + 1, layers, "", report))
+        self._rim(watch)
+        return reports
+
+    def _first_rows(self, calibration: Callable[[Watch], Ids], watch: Watch, done: int) -> F32:
+        """The rows that enter the first unfinished layer."""
+        tokens = self.work.path / "calibration.npy"
+        if not tokens.exists():
+            self.work.save(tokens, calibration(watch))
+        if done:
+            return np.asarray(self.work.load(self.work.rows(done)), np.float32)
+        ids = self.work.load(tokens)
+        return embedded_rows(self.config, self.source, self.backend, ids, self.window)
+
+    def _record(self, weights: LayerWeights, x: F32) -> tuple[dict[str, Moments], F32]:
+        """Run the rows through a layer -> its sites' moments, the rows that leave it (in x's place)."""
+        method, size = self.settings.method, self.settings.group_size
+        moments = {
+            site.key: empty_moments(method, weights.linears[site.roles[0]].shape[1], size)
+            for site in sites(self.config)
+        }
+        run = LayerRun(self.config, weights.layer, weights, Recorder(self.backend), self.window)
+        for rows in steps(len(x), self.window):
+            x[rows] = run.forward(x[rows], lambda key, a: moments[key].add(a))
+        if not np.isfinite(x).all():
+            raise TinychatError(
+                f"layer {weights.layer}: its output is not finite on the calibration text: the weights overflow"
+            )
+        return moments, x
+
+    def _rim(self, watch: Watch) -> None:
+        path = self.work.path / "rim.safetensors"
+        if not path.exists():
+            watch(Progress("finish", 0, 2, "embedding and head"))
+            bits, size = self.settings.head_bits, self.settings.group_size
+            write(path, rim_entries(self.config, self.source, bits, size), {"format": "mlx"})
+
+
+def _read_report(path: Path) -> tuple[SiteReport, ...]:
+    found = json.loads(path.read_text(encoding="utf-8"))["sites"]
+    return tuple(SiteReport(**{**site, "roles": tuple(site["roles"])}) for site in found)
+
+
+def timed(watch: Watch) -> tuple[Watch, dict[str, float]]:
+    """A watch that also notes how many seconds each phase took."""
+    seconds: dict[str, float] = {}
+    last = [time.perf_counter()]
+
+    def wrapped(p: Progress) -> None:
+        now = time.perf_counter()
+        seconds[p.phase] = seconds.get(p.phase, 0.0) + now - last[0]
+        last[0] = now
+        watch(p)
+
+    return wrapped, seconds
+
+
+def shards(work: WorkFolder, layers: int) -> Iterator[Path]:
+    """The finished files, in the order in which a model is read."""
+    yield work.path / "rim.safetensors"
+    for layer in range(layers):
+        yield work.shard(layer)
+
+

@@ -1,0 +1,102 @@
+"""Which tensors a converted model has: a layer's, and those before and after the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from tinychat_mlx.awq.layer import QuantizedLayer
+from tinychat_mlx.awq.quantizer import Quantized, round_to_nearest
+from tinychat_mlx.awq.sites import Module, modules
+from tinychat_mlx.config import ModelConfig
+from tinychat_mlx.decoder import Source
+from tinychat_mlx.formats.awq_gemm import awq_entries
+from tinychat_mlx.formats.mlx import float_entry, mlx_entries
+from tinychat_mlx.tensorfile import Entry
+from tinychat_mlx.weight import Dense, Packed, Weight, to_float32
+
+ROWS = 4096  # of an embedding rounded at once: 4096 · 4096 · 4 bytes
+
+
+def weight_entries(weight: Weight, format: str) -> list[Entry]:
+    """A weight in the chosen format; floats in float16."""
+    if isinstance(weight, Packed) and format == "awq":
+        return awq_entries(weight)
+    if isinstance(weight, Dense):
+        return mlx_entries(Dense(weight.name, to_float32(weight.w).astype(np.float16), weight.bias))
+    return mlx_entries(weight)
+
+
+def layer_entries(layer: QuantizedLayer, format: str) -> list[Entry]:
+    """All tensors of a quantised layer, under the names the checkpoint had."""
+    weights, config = layer.weights, layer.weights.config
+    tensors: list[Entry] = []
+    for module in modules(config):
+        tensors += weight_entries(_stored(layer, module), format)
+    return tensors + [float_entry(name, v, "F16") for name, v in weights.vectors.items()]
+
+
+def _stored(layer: QuantizedLayer, module: Module) -> Packed:
+    """A module's parts one below the other, rows as the checkpoint has them."""
+    config, biases = layer.weights.config, layer.weights.biases
+    order, parts = module.stored_order(config), [layer.parts[part] for part in module.parts]
+    q, scales, zeros = (np.concatenate([getattr(p, f) for p in parts])[order] for f in ("q", "scales", "zeros"))
+    bias = [biases[part] for part in module.parts if part in biases]
+    whole = Quantized(q, scales, zeros, parts[0].w_bit, parts[0].group_size)
+    name = config.spec.name(module.role, layer.weights.layer)
+    return whole.packed(name, np.concatenate(bias)[order] if bias else None)
+
+
+def rim_names(config: ModelConfig, source: Source) -> tuple[list[str], list[str]]:
+    """Names outside the layers: matrices (embedding, head, positions), vectors (final norm, embedding norm)."""
+    spec = config.spec
+    matrices = [spec.name("embed")]
+    if source.has(spec.name("head")):
+        matrices.append(spec.name("head"))
+    if spec.positions == "learned":
+        matrices.append(spec.name("positions"))
+    norms = [spec.name("final_norm")] + ([spec.name("embed_norm")] if spec.embed_norm else [])
+    vectors = [f"{norm}.{end}" for norm in norms for end in ("weight", "bias") if source.has(f"{norm}.{end}")]
+    return matrices, vectors
+
+
+def rim_entries(config: ModelConfig, source: Source, bits: int, group_size: int) -> Iterator[Entry]:
+    """Embedding and head at `bits` (16: float16), positions and norms in float16; one matrix in memory."""
+    matrices, vectors = rim_names(config, source)
+    for name in matrices:
+        weight = source.weight(name)
+        assert isinstance(weight, Dense)
+        if bits == 16 or name == config.spec.name("positions"):
+            yield from weight_entries(weight, "mlx")
+        else:
+            yield from weight_entries(rounded_rows(weight, bits, rim_group(config, group_size)), "mlx")
+    for name in vectors:
+        yield float_entry(name, source.vector(name), "F16")
+
+
+def rim_group(config: ModelConfig, group_size: int) -> int:
+    """The group size of embedding and head: the model's, or the largest that divides hidden_size."""
+    return next(g for g in (group_size, 64, 32) if config.hidden_size % g == 0)
+
+
+def rounded_rows(weight: Dense, bits: int, group_size: int) -> Packed:
+    """Round a matrix piece by piece, so that it is never whole in float32."""
+    pieces = [
+        round_to_nearest(to_float32(weight.w[at : at + ROWS]), bits, group_size).packed(weight.name, None)
+        for at in range(0, len(weight.w), ROWS)
+    ]
+    stack = [np.concatenate([getattr(p, f) for p in pieces]) for f in ("qweight", "scales", "biases")]
+    return Packed(weight.name, stack[0], stack[1], stack[2], bits, group_size, weight.bias)
+
+
+def quantization_block(config: ModelConfig, source: Source, w_bit: int, group_size: int, head_bits: int) -> dict:
+    """`quantization` of config.json as MLX writes it; what differs from the body is named."""
+    block: dict[str, object] = {"group_size": group_size, "bits": w_bit, "mode": "affine"}
+    group = rim_group(config, group_size)
+    for role in ("embed", "head"):
+        name = config.spec.name(role)
+        if role == "head" and not source.has(name):
+            continue
+        block[name] = False if head_bits == 16 else {"group_size": group, "bits": head_bits}
+    return block
