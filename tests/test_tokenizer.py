@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -305,7 +306,7 @@ def test_streaming_costs_the_same_for_every_token(kind: str, ours: dict[str, Tok
         for _ in range(100):
             stream.push(token)
         stream.flush()
-        assert work <= 100 * 6 + 100, tokenizer.decode([token], skip_special=False)
+        assert work <= 100 * 4 + 100, tokenizer.decode([token], skip_special=False)
 
 
 @settings(max_examples=150, deadline=None)
@@ -334,11 +335,8 @@ def test_the_librarys_own_stream_would_not_do(ours: dict[str, Tokenizer]) -> Non
     assert wrong > 0
 
 
-@given(
-    st.lists(st.sampled_from([" ", "'", "n", "t", "s", "m", "v", "e", "r", ".", "?", ",", "a"]), max_size=14)
-)
-@settings(max_examples=400, deadline=None)
-def test_spaces_cleaned_in_a_stream_equal_spaces_cleaned_at_once(letters: list[str]) -> None:
+@pytest.mark.parametrize(("letters", "length"), [(" 'nt", 7), (" 'sa.", 5)])
+def test_spaces_cleaned_in_a_stream_equal_spaces_cleaned_at_once(letters: str, length: int) -> None:
     from tinychat_mlx.detokenizer import CleanStream
 
     class Letters:
@@ -348,9 +346,9 @@ def test_spaces_cleaned_in_a_stream_equal_spaces_cleaned_at_once(letters: list[s
         def flush(self) -> str:
             return ""
 
-    assert "".join(streamed(CleanStream(Letters()), list(range(len(letters))))) == clean_up_spaces(
-        "".join(letters)
-    )
+    for word in itertools.product(range(len(letters)), repeat=length):
+        text = "".join(letters[i] for i in word)
+        assert "".join(streamed(CleanStream(Letters()), list(word))) == clean_up_spaces(text), text
 
 
 # -- stop strings
@@ -452,6 +450,16 @@ def test_a_truncated_tokenizer_json_is_refused_wherever_it_ends(tmp_path: Path) 
         (folder / "tokenizer.json").write_bytes(whole[:end])
         with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
             Tokenizer.load(folder)
+
+
+def test_a_panic_of_the_library_is_an_error_of_ours(tmp_path: Path) -> None:
+    """Rust panics reach Python as a BaseException that `except Exception` lets through."""
+    folder = write_folder(tmp_path, "bytelevel")
+    state = json.loads((folder / "tokenizer.json").read_text())
+    state["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
+        Tokenizer.load(folder)
 
 
 def test_half_a_surrogate_pair_is_refused(ours: dict[str, Tokenizer]) -> None:

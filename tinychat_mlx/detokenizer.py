@@ -82,7 +82,7 @@ class WindowStream:
         self._hidden = hidden
         self._byte_runs = byte_runs
         self._half_characters = half_characters
-        self._context: list[int] = []  # tokens whose text was shown, so that the next one is not the first
+        self._context: list[int] = []  # the last token whose text was shown: the next one is not the first
         self._pending: list[int] = []
         self._shown = ""  # what the context decodes to
 
@@ -97,10 +97,8 @@ class WindowStream:
         if self._half_characters and text.endswith("\ufffd"):
             return ""
         new = text[len(self._shown) :]
-        # A token that decodes to nothing alone (a stripped first space) cannot stand for what precedes it.
-        self._context = [token] if self._decode([token]) else [*self._context[:1], token]
+        self._context, self._pending = [token], []
         self._shown = self._decode(self._context)
-        self._pending = []
         return new
 
     def flush(self) -> str:
