@@ -123,3 +123,11 @@ def _download(dataset: str) -> list[Path]:
         raise ModelNotFoundError(
             f"dataset {dataset}: the hub does not give it ({type(error).__name__}): give a file, or --calib self"
         ) from None
+
+
+def encoded(file: str, tokenizer: Tokenizer) -> list[int]:
+    """All documents of a file or dataset, in their order, end to end -> tokens."""
+    ids: list[int] = []
+    for document in read_documents(file):
+        ids += tokenizer.encode(document) if isinstance(document, str) else tokenizer.encode_chat(document)
+    return ids

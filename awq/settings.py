@@ -21,7 +21,7 @@ from tinychat_mlx.weight import to_float32
 
 HEADS = {"int8": 8, "int4": 4, "fp16": 16}
 FORMATS = ("mlx", "awq")
-WINDOW = 256  # tokens of a calibration conversation, at most
+WINDOW = 512  # tokens of a calibration conversation, at most
 CHECK_ROWS = 1 << 22  # numbers looked at at once for NaN
 
 

@@ -1,0 +1,64 @@
+"""tinychat eval: perplexity of a model on a text, and how far it lies from another model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tinychat_mlx.apps.options import BACKENDS
+
+if TYPE_CHECKING:
+    from tinychat_mlx.awq.evaluate import Quality
+    from tinychat_mlx.model import Model
+
+
+@click.command("eval")
+@click.option("-m", "--model", default="demo", show_default=True, metavar="MODEL", help="What to measure.")
+@click.option("--text", required=True, type=click.Path(path_type=Path), metavar="FILE", help="A .txt, or .jsonl chats.")
+@click.option("--against", metavar="MODEL", help="The dense model to compare with: adds KL and top-1 agreement.")
+@click.option("--window", type=click.IntRange(2), default=512, show_default=True, metavar="N",
+              help="Tokens read at once; perplexities of different windows cannot be compared.")  # fmt: skip
+@click.option("--max-tokens", type=click.IntRange(2), metavar="N", help="Measure the first N tokens only.")
+@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="Where to compute.")
+@click.option("--exact", is_flag=True, help="Activations in full precision, not int8.")
+@click.option("--threads", type=click.IntRange(1), metavar="N", help="CPU threads.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def evaluate(model: str, text: Path, against: str | None, **options: Any) -> None:
+    """Measure what quantising lost."""
+    from tinychat_mlx.awq.calibrate import encoded
+    from tinychat_mlx.awq.evaluate import evaluate as measure
+    from tinychat_mlx.awq.evaluate import scores
+
+    def opened(name: str, exact: bool) -> Model:
+        import tinychat_mlx
+
+        return tinychat_mlx.load(name, backend=options["backend"], exact=exact, threads=options["threads"])
+
+    first = opened(model, options["exact"])
+    other = opened(against, True) if against else None
+    window = min(options["window"], first.config.max_position_embeddings)
+    ids = encoded(str(text), first.tokenizer)[: options["max_tokens"]]
+    quality = measure(
+        ids,
+        scores(first.engine.decoder, first.backend.to_host),
+        scores(other.engine.decoder, other.backend.to_host) if other else None,
+        window,
+    )
+    if options["as_json"]:
+        click.echo(json.dumps({"model": model, "against": against, "text": str(text)} | quality.as_dict()))
+    else:
+        click.echo(_lines(quality))
+
+
+def _lines(q: Quality) -> str:
+    lines = [f"perplexity  {q.ppl:.4f} ± {q.ppl_se:.4f}   ({q.tokens} tokens in windows of {q.window})"]
+    if q.kl_mean is not None:
+        lines += [
+            f"KL mean     {q.kl_mean:.5f} ± {q.kl_mean_se:.5f} nats",
+            f"KL 99 %     {q.kl_p99:.5f} ± {q.kl_p99_se:.5f} nats",
+            f"top-1       {q.top1:.2%} ± {q.top1_se:.2%} agree",
+        ]
+    return "\n".join(lines)

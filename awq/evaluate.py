@@ -1,0 +1,137 @@
+"""What quantising lost: perplexity, and how far a model's predictions lie from another's, with standard errors.
+
+Text is cut into windows of W consecutive tokens, each read by itself from position 0; within one, every token
+but the first is predicted. Standard errors take windows as independent, tokens inside one not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from tinychat_mlx.backend import Cache, Tensor
+from tinychat_mlx.errors import UsageError
+from tinychat_mlx.weight import F32
+
+F64 = npt.NDArray[np.float64]
+WINDOW = 512
+ROWS = 128  # logits (ROWS, V) of two models are in memory at once
+RESAMPLES = 200  # of windows, for the standard error of a percentile
+
+
+class Decoding(Protocol):
+    """The part of a decoder that is measured."""
+
+    def new_cache(self, capacity: int) -> Cache: ...
+
+    def forward(self, ids: Sequence[int], cache: Cache, last_only: bool = True) -> Tensor: ...
+
+
+Scores = Callable[[Sequence[int]], Iterator[F32]]  # tokens of a window -> logits (ROWS, V), piece after piece
+
+
+@dataclass(frozen=True)
+class Quality:
+    """kl: mean over tokens of KL(against ‖ model) in nats; top1: share of tokens where both choose the same."""
+
+    ppl: float
+    ppl_se: float
+    tokens: int
+    window: int
+    kl_mean: float | None = None
+    kl_mean_se: float | None = None
+    kl_p99: float | None = None
+    kl_p99_se: float | None = None
+    top1: float | None = None
+    top1_se: float | None = None
+
+    def as_dict(self) -> dict[str, float]:
+        """Without what was not measured."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+def scores(decoder: Decoding, to_host: Callable[[Tensor], F32]) -> Scores:
+    """A model as a function from a window to its logits."""
+
+    def of(ids: Sequence[int]) -> Iterator[F32]:
+        cache = decoder.new_cache(len(ids))
+        for at in range(0, len(ids), ROWS):
+            yield to_host(decoder.forward(ids[at : at + ROWS], cache, last_only=False))
+
+    return of
+
+
+def evaluate(
+    ids: Sequence[int],
+    model: Scores,
+    against: Scores | None = None,
+    window: int = WINDOW,
+    watch: Callable[[int, int], None] = lambda done, total: None,
+) -> Quality:
+    """Measure a model on tokens (T,). Raises UsageError for fewer than two."""
+    starts = [at for at in range(0, len(ids), window) if len(ids) - at > 1]
+    if not starts:
+        raise UsageError(f"the text has {len(ids)} tokens: at least two are needed")
+    nll, kl, same = [], [], []
+    for i, at in enumerate(starts):
+        piece = ids[at : at + window]
+        rows = _window(piece, model, against)
+        nll.append(rows[0])
+        kl.append(rows[1])
+        same.append(rows[2])
+        watch(i + 1, len(starts))
+    mean, se = clustered(nll)
+    ppl = float(np.exp(mean))
+    quality = Quality(ppl, ppl * se, sum(map(len, nll)), window)
+    if against is None:
+        return quality
+    p99 = float(np.percentile(np.concatenate(kl), 99))
+    measured = (*clustered(kl), p99, percentile_error(kl, 99), *clustered(same))
+    return Quality(quality.ppl, quality.ppl_se, quality.tokens, window, *measured)
+
+
+def _window(ids: Sequence[int], model: Scores, against: Scores | None) -> tuple[F64, F64, F64]:
+    """-> for each token but the first its negative log-likelihood, the KL there, whether the choices agree."""
+    out: tuple[list[F64], list[F64], list[F64]] = ([], [], [])
+    wanted = np.asarray(ids[1:], np.intp)
+    others = against(ids) if against is not None else None
+    at = 0
+    for logits in model(ids):
+        rows = min(len(logits), len(wanted) - at)
+        log_q = log_softmax(logits[:rows])
+        out[0].append(-log_q[np.arange(rows), wanted[at : at + rows]])
+        if others is not None:
+            log_p = log_softmax(next(others)[:rows])
+            out[1].append(np.einsum("tv,tv->t", np.exp(log_p), log_p - log_q))
+            out[2].append((log_p.argmax(-1) == log_q.argmax(-1)).astype(np.float64))
+        at += rows
+    nll, kl, same = (np.concatenate(column) if column else np.empty(0) for column in out)
+    return nll, kl, same
+
+
+def log_softmax(logits: F32) -> F64:
+    """(T, V) -> log probabilities in float64: a KL of 1e-5 is a difference of nearly equal numbers."""
+    x = logits.astype(np.float64)
+    x -= x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def clustered(windows: Sequence[F64]) -> tuple[float, float]:
+    """Mean over all tokens, and its standard error with each window as one draw (ratio estimator)."""
+    total, count = sum(map(len, windows)), len(windows)
+    mean = float(sum(w.sum() for w in windows) / total)
+    if count < 2:
+        return mean, float("nan")
+    off = np.array([w.sum() - mean * len(w) for w in windows])
+    return mean, float(np.sqrt(count / (count - 1) * np.square(off).sum()) / total)
+
+
+def percentile_error(windows: Sequence[F64], at: float) -> float:
+    """Standard error of a percentile over tokens, by drawing windows again (bootstrap, seeded)."""
+    rng, n = np.random.default_rng(0), len(windows)
+    drawn = [np.concatenate([windows[i] for i in rng.integers(n, size=n)]) for _ in range(RESAMPLES)]
+    return float(np.std([np.percentile(d, at) for d in drawn])) if n > 1 else float("nan")
