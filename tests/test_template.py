@@ -1,7 +1,5 @@
 """Messages to text as transformers does it; templates that escape, loop or explode get nowhere."""
 
-# ruff: noqa: E501  (templates are written as their authors write them)
-
 from __future__ import annotations
 
 import dataclasses
@@ -616,10 +614,8 @@ BOMBS = [
     "{% set n = namespace(x='ab') %}{% for i in range(99) %}{% set n.x = [n.x, n.x] | join %}{% endfor %}",
     "{% set n = namespace(x='ab') %}{% for i in range(99) %}{% set n.x = n.x | replace('a', 'aa') %}{% endfor %}",
     "{% set n = namespace(x=[1]) %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
-    "{% set n = namespace(x='ab') %}{% for i in range(99) %}{% set b %}{{ n.x }}{{ n.x }}{% endset %}"
-    "{% set n.x = b %}{% endfor %}",
-    "{% macro two(x) %}{{ x }}{{ x }}{% endmacro %}{% set n = namespace(x='ab') %}"
-    "{% for i in range(99) %}{% set n.x = two(n.x) %}{% endfor %}",
+    "{% set n = namespace(x='ab') %}{% for i in range(99) %}{% set b %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = b %}{% endfor %}",
+    "{% macro m(x) %}{{ x }}{{ x }}{% endmacro %}{% set n = namespace(x='ab') %}{% for i in range(99) %}{% set n.x = m(n.x) %}{% endfor %}",
     "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "{% for x in [1] recursive %}{{ loop([1, 1]) }}{% endfor %}",

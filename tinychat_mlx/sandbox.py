@@ -83,12 +83,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
             raise LimitError(f"it makes more than {MAX_LENGTH} characters")
         return value
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902, N805
-        # The odd names are jinja2's own: a keyword argument of the template must not meet them.
-        owner = getattr(__obj, "__self__", None)
+    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        owner = getattr(obj, "__self__", None)
         if isinstance(owner, str):
-            _check_widening(__obj.__name__, (owner, *args))
-        return __self.bounded(super().call(__context, __obj, *args, **kwargs))
+            _check_widening(obj.__name__, (owner, *args))
+        return self.bounded(super().call(context, obj, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "*":
@@ -130,7 +129,7 @@ class _Generator(CodeGenerator):
 class _Generation(Extension):
     """`{% generation %}…{% endgeneration %}` marks what to train on; here it passes its body on."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  (declared so by jinja2)
 
     def parse(self, parser: Parser) -> nodes.Node:
         lineno = next(parser.stream).lineno
