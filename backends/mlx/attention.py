@@ -48,4 +48,4 @@ def heads_first(x: Any) -> Any:
 
 def heads_last(x: Any) -> Any:
     """(1, H, T, D) -> (T, H, D)."""
-    return x[0].swapaxes(0, 1)
+    return x.squeeze(0).swapaxes(0, 1)  # x[0] would gather

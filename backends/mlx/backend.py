@@ -49,8 +49,8 @@ class MlxBackend(Backend):
         compiled: bool | None = None,
         kernels: str | None = None,
     ) -> None:
-        """exact: float32 throughout. threads: MLX chooses its own. compiled: capture through mx.compile
-        (default: with Metal; on a CPU it would start a C++ compiler). kernels: see winners.choice.
+        """exact: float32 throughout. threads: MLX chooses its own. compiled: capture steps through
+        mx.compile (default: winners.captures). kernels: see winners.choice.
 
         Raises BackendError without a usable MLX or Metal device.
         """
@@ -59,7 +59,7 @@ class MlxBackend(Backend):
         takes, self.chosen = winners.choice(kernels, self.chip.metal, self.chip.name)
         self.kernels = None if takes is None else Kernels(takes)
         set_limits(self.chip)
-        self.compiled = self.chip.metal if compiled is None else compiled
+        self.compiled = winners.captures(self.chip.name) if compiled is None else compiled
         # Usable from any thread, one at a time: `_evaluating` sees to that
         self.stream = mx.new_thread_unsafe_stream(mx.default_device())
         self._thread, self._lock = 0, threading.Lock()
@@ -181,7 +181,7 @@ class MlxBackend(Backend):
             x[:, :, None], rotated, traditional=rope.interleaved, base=None, scale=1.0,
             offset=step.positions, freqs=wavelengths,
         )  # fmt: skip
-        return y[:, :, 0]
+        return y.squeeze(2)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, spec: Attention, step: Step) -> Tensor:
         outs, row = [], 0

@@ -13,6 +13,7 @@ from tinychat_mlx.backends.mlx.fused import KINDS, Takes, digest
 from tinychat_mlx.errors import BackendError
 
 SWITCH = "TINYCHAT_MLX_KERNELS"
+CAPTURE = "captured step"  # the key of a measurement of whole steps: through mx.compile, and not
 MARGIN = 0.97  # a kernel must be 3 % faster: two measurements of one thing differ by as much
 
 
@@ -27,15 +28,25 @@ def choice(asked: str | None, metal: bool, chip: str) -> tuple[Takes | None, str
     text = asked or os.environ.get(SWITCH) or "measured"
     if text == "measured":
         wins = read(chip)
-        if not wins:
+        if not wins - {CAPTURE}:
             return None, "stock operations: not measured on this Mac yet (tinychat bench --kernels)"
-        return (lambda key: key in wins), f"{len(wins)} shapes by our kernels, measured here"
+        return (lambda key: key in wins), f"{len(wins - {CAPTURE})} shapes by our kernels, measured here"
     if text == "off":
         return None, "stock operations: asked for"
     kinds = set(KINDS) if text == "all" else set(text.split(","))
     if unknown := sorted(kinds - set(KINDS)):
         raise BackendError(f"{SWITCH}: {unknown[0]!r} is unknown: off, all, or some of {','.join(KINDS)}")
     return (lambda key: key.split()[0] in kinds), f"our kernels asked for: {', '.join(sorted(kinds))}"
+
+
+def captures(chip: str) -> bool:
+    """Whether decode steps go through mx.compile: where that was measured to be faster.
+
+    It saves Python's time, which a step in flight mostly hides, and costs a launch for each cache write.
+    TINYCHAT_MLX_CAPTURE=1 or 0 overrides it.
+    """
+    asked = os.environ.get("TINYCHAT_MLX_CAPTURE")
+    return asked == "1" if asked else CAPTURE in read(chip)
 
 
 def path() -> Path:

@@ -1,0 +1,150 @@
+"""The roofline on paper: bytes and kernel launches a token, and what they allow, chip by chip.
+
+    python -m tinychat_mlx.backends.mlx.cost [SHAPE]
+
+A decoded token reads every weight once. Its time on a Mac is bytes / (0.8 · bandwidth) + launches · 2.3 µs:
+0.8 is the share of the specified bandwidth that 4B and larger models reach with MLX and llama.cpp on M1, M2
+and M4 Pro; 2.3 µs a launch is what is left over in mlx-lm's own figure for Qwen3-4B on an M4 Max (134.5
+tokens/s, 690 launches), and it foretells the M3 Pro's (44.6) within 5 %. Nothing here was measured by us.
+
+This module imports no MLX: it runs anywhere.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+SHARE, LAUNCH_S = 0.8, 2.3e-6
+CHIPS = {  # GB/s, specified
+    "M1": 68.25, "M1 Pro": 200.0, "M1 Max": 400.0, "M2": 100.0, "M2 Pro": 200.0, "M2 Max": 400.0,
+    "M3": 100.0, "M3 Pro": 150.0, "M3 Max": 400.0, "M4": 120.0, "M4 Pro": 273.0, "M4 Max": 546.0, "M5": 153.6,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes that decide a decoder's cost, named as in config.json."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    tie_word_embeddings: bool = True
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Shape:
+        """From a config.json of a dense, gated model."""
+        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+        sizes = {name: int(config[name]) for name in names}
+        heads = sizes["num_attention_heads"]
+        kind = config.get("model_type")
+        return cls(
+            **sizes,
+            num_key_value_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or sizes["hidden_size"] // heads),
+            tie_word_embeddings=bool(config.get("tie_word_embeddings")),
+            qkv_bias=kind == "qwen2" or bool(config.get("attention_bias")),
+            qk_norm=kind == "qwen3",
+        )
+
+    @property
+    def linears(self) -> list[tuple[int, int]]:
+        """(N, K) of one layer's products, joined: qkv, o, gate and up, down."""
+        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        c, f = self.hidden_size, self.intermediate_size
+        return [(q + 2 * kv, c), (c, q), (2 * f, c), (c, f)]
+
+
+SHAPES = {
+    "qwen2.5-0.5b": Shape(896, 4864, 24, 14, 2, 64, 151936, qkv_bias=True),
+    "qwen3-0.6b": Shape(1024, 3072, 28, 16, 8, 128, 151936, qk_norm=True),
+    "llama-3.2-1b": Shape(2048, 8192, 16, 32, 8, 64, 128256),
+    "qwen2.5-1.5b": Shape(1536, 8960, 28, 12, 2, 128, 151936, qkv_bias=True),
+    "llama-3.2-3b": Shape(3072, 8192, 28, 24, 8, 128, 128256),
+    "qwen3-4b": Shape(2560, 9728, 36, 32, 8, 128, 151936, qk_norm=True),
+    "llama-3.1-8b": Shape(4096, 14336, 32, 32, 8, 128, 128256, tie_word_embeddings=False),
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a program keeps and runs a model. Groups share a float16 scale and offset."""
+
+    name: str
+    w_bit: int
+    group_size: int
+    head_bit: int
+    fused: bool = False  # our kernels, or one launch for each of mlx-lm's operations
+    joined: bool = True  # qkv, and gate and up, as one product each
+
+
+MLX_LM = Form("mlx-lm", 4, 64, 4, joined=False)
+OURS = {bits: Form(f"ours, head int{bits}", 4, 128, bits, fused=True) for bits in (4, 8)}
+
+
+def bytes_per_token(shape: Shape, form: Form, context: int = 0) -> int:
+    """Weights read for one token, and keys and values of a context in float16."""
+    body = shape.num_hidden_layers * sum(n * k for n, k in shape.linears)
+    head = shape.vocab_size * shape.hidden_size  # of an embedding one row is read; a tied one is the head
+    overhead = 32 / form.group_size
+    kv = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * 2 * context
+    return round((body * (form.w_bit + overhead) + head * (form.head_bit + overhead)) / 8) + kv
+
+
+def launches_per_token(shape: Shape, form: Form) -> int:
+    """Kernels started for one token; equals the count of MLX's trace (tests/metal/test_model.py)."""
+    layer = 2 + 2 + 1  # rope of q and k, two cache writes, attention
+    layer += 2 if shape.qk_norm else 0
+    if form.fused:
+        layer += 4  # qkv with its norm, o with its residual, gate and up, down
+    else:
+        products = 4 if form.joined else 7
+        layer += products + 2 + 1 + 2  # norms, gated activation, residuals
+        layer += (1 if form.joined else 3) if shape.qkv_bias else 0
+    around = 3 + 1 + (1 if form.fused else 2)  # gather of three arrays, dequantise; norm and head
+    return shape.num_hidden_layers * layer + around
+
+
+def seconds_per_token(shape: Shape, form: Form, gb_s: float, context: int = 0) -> float:
+    """The model of this file's first lines."""
+    read = bytes_per_token(shape, form, context) / (SHARE * gb_s * 1e9)
+    return read + launches_per_token(shape, form) * LAUNCH_S
+
+
+def table(shape: Shape, context: int = 0) -> list[dict[str, Any]]:
+    """One row a chip: expected tokens/s of each form, and the ceiling of the bytes alone."""
+    forms = [MLX_LM, *OURS.values()]
+    rows: list[dict[str, Any]] = []
+    for chip, gb_s in CHIPS.items():
+        row: dict[str, Any] = {"chip": chip, "gb_s": gb_s}
+        for form in forms:
+            row[form.name] = round(1 / seconds_per_token(shape, form, gb_s, context), 1)
+        row["ceiling"] = round(gb_s * 1e9 / bytes_per_token(shape, OURS[4], context), 1)
+        rows.append(row)
+    return rows
+
+
+def report(name: str, context: int = 0) -> str:
+    """The table as text. Raises KeyError for a shape that is not in SHAPES."""
+    shape = SHAPES[name]
+    lines = [f"{name}, a token after {context}:"]
+    for form in (MLX_LM, *OURS.values()):
+        size, launches = bytes_per_token(shape, form, context), launches_per_token(shape, form)
+        lines.append(f"  {form.name:16} {size / 1e6:8.1f} MB read   {launches:4d} launches")
+    rows = table(shape, context)
+    lines.append("  " + "".join(f"{h:>17}" for h in rows[0]) + "   (tokens/s, expected; ceiling: head int4)")
+    lines += ["  " + "".join(f"{v:>17}" for v in row.values()) for row in rows]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    for shown in sys.argv[1:] or SHAPES:
+        print(report(shown), end="\n\n")
