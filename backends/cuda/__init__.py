@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
 
 try:
     import torch
 except ImportError as e:
     raise ImportError(f"torch cannot be imported ({e}): pip install tinychat-mlx[cuda]") from None
 
-from tinychat_mlx.backend import Device
+import torch.nn.functional as F
+
+from tinychat_mlx.backend import Attention, Backend, Device, Mlp, Norm, Rope, Segment, Step, StepFn
 from tinychat_mlx.backends.cuda import device as devices
-from tinychat_mlx.backends.cuda.torch_ops import TorchBackend
+from tinychat_mlx.backends.cuda import weights
+from tinychat_mlx.backends.cuda.graph import Replay
+from tinychat_mlx.backends.cuda.kernels import Kernels, can_attend, can_glu
+from tinychat_mlx.backends.cuda.torch_ops import FEW, TorchBackend, guarded, own
+from tinychat_mlx.backends.cuda.weights import TiledHandle
 from tinychat_mlx.errors import BackendError
+from tinychat_mlx.weight import F32
 
 KV = "TINYCHAT_CUDA_KV"  # fp16 (default) or int8: what the KV cache is stored in
+PURE = "TINYCHAT_CUDA_KERNELS"  # 0: torch alone
+# Rows from which a weight is made dense for cuBLAS. Writing and reading it costs 4.5 bytes a weight, our gemm
+# loses perhaps half of cuBLAS's rate: 0.94 ps against 3.6 fs a row on an H200, 44 ps against 0.15 ps on an
+# Orin: about 260 to 290 rows. Computed, not measured.
+MANY = 256
 
 
 class CudaBackend(TorchBackend):
@@ -23,9 +39,13 @@ class CudaBackend(TorchBackend):
     name = "cuda"
 
     def __init__(
-        self, exact: bool = False, threads: int | None = None, dtype: torch.dtype | None = None
+        self,
+        exact: bool = False,
+        threads: int | None = None,
+        dtype: torch.dtype | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
-        """exact: the KV cache is never int8. threads: torch's on CPU tensors. dtype: tests choose it.
+        """exact: the KV cache is never int8. threads: torch's on CPU tensors. dtype, kernels: for tests.
 
         Raises BackendError when there is no usable device.
         """
@@ -37,6 +57,163 @@ class CudaBackend(TorchBackend):
             torch.set_num_threads(threads)
         chosen = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
         super().__init__(device, chosen, kv == "int8" and not exact)
+        self.kernels = kernels
+        self._recordable = True  # until a one-row step has read a cache's length on the host
+        if kernels is None and device.type == "cuda" and os.environ.get(PURE) != "0":
+            self.kernels = self._own_kernels()
+
+    def _own_kernels(self) -> Kernels | None:
+        """Compile one kernel as a trial; where that fails, say so and go on with torch alone."""
+        from tinychat_mlx.backends.cuda.nvrtc import Compiler, Driver, find_nvrtc
+
+        major, minor = torch.cuda.get_device_capability(self.device)
+        try:
+            if (major, minor) < devices.OLDEST:
+                raise BackendError(f"sm_{major}{minor} is older than sm_75")
+            driver = Driver(Compiler(find_nvrtc(torch.version.cuda), f"sm_{major}{minor}"))
+            driver.function("rows", (), "norm_rows")
+        except (BackendError, OSError) as e:
+            self.announce(f"no kernels of our own ({e}): pure torch is used, which is several times slower")
+            return None
+        processors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        return Kernels(driver, self.device, processors)
+
+    # step primitives, with a kernel where there is one --------------------------------------------------
+    def ids(self, ids: Sequence[int]) -> torch.Tensor:
+        return self._send(torch.tensor(ids, dtype=torch.int32))
+
+    def step(self, segments: Sequence[Segment]) -> Step:
+        spans = [np.arange(s.cache.length, s.cache.length + s.rows, dtype=np.int32) for s in segments]
+        return Step(tuple(segments), self._send(torch.from_numpy(np.concatenate(spans))))
+
+    def _send(self, host: torch.Tensor) -> torch.Tensor:
+        """To the device without waiting for it: only a copy from pinned memory is asynchronous."""
+        if self.device.type != "cuda":
+            return host
+        return host.pin_memory().to(self.device, non_blocking=True)
+
+    @guarded
+    def embed(self, table: Any, ids: torch.Tensor) -> torch.Tensor:
+        if self.kernels is not None and isinstance(table, TiledHandle):
+            return self.kernels.embed(table, ids)
+        return super().embed(table, ids)
+
+    @guarded
+    def linear(self, x: torch.Tensor, w: Any) -> torch.Tensor:
+        if self.kernels is None or not isinstance(w, TiledHandle) or x.shape[0] > MANY:
+            return super().linear(x, w)
+        x = self._rows(x)
+        few = x.shape[0] <= FEW
+        return self.kernels.matvec(x, w, None) if few else self.kernels.gemm(x, w, None)
+
+    def _rows(self, x: torch.Tensor) -> torch.Tensor:
+        """What a kernel reads: half, rows next to each other, 16-byte aligned (K % 32 == 0)."""
+        x = x.to(self.dtype).contiguous()
+        return x if x.data_ptr() % 16 == 0 else x.clone()
+
+    def tiled_linear(self, x: torch.Tensor, w: TiledHandle) -> torch.Tensor:
+        """Many rows: made dense a slab at a time, multiplied by cuBLAS."""
+        if self.kernels is None:
+            return super().tiled_linear(x, w)
+        n, k = w.shape
+        y = torch.empty((x.shape[0], n), dtype=self.dtype, device=x.device)
+        step = max(weights.SLAB // (weights.TILE * k), 1)
+        for at in range(0, w.codes.shape[0], step):
+            dense = self.kernels.dequantise(w, at, min(step, w.codes.shape[0] - at))
+            y[:, at * weights.TILE : at * weights.TILE + dense.shape[0]] = F.linear(x, dense)
+        return y
+
+    @guarded
+    def linear_add(self, x: torch.Tensor, w: Any, residual: torch.Tensor) -> torch.Tensor:
+        if self.kernels is None or not isinstance(w, TiledHandle) or x.shape[0] > MANY:
+            return self.add(residual, self.linear(x, w))
+        x, residual = self._rows(x), residual.float().contiguous()
+        few = x.shape[0] <= FEW
+        return self.kernels.matvec(x, w, residual) if few else self.kernels.gemm(x, w, residual)
+
+    @guarded
+    def norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        if self.kernels is None or x.dtype != torch.float32 or not _rows_only(x):
+            return super().norm(x, norm)
+        return self.kernels.norm(x, norm, half=x.dim() == 2)
+
+    @guarded
+    def rope(self, x: torch.Tensor, rope: Rope, step: Step) -> torch.Tensor:
+        if self.kernels is None or x.shape[0] > FEW or not _rows_only(x):
+            return super().rope(x, rope, step)
+        return self.kernels.rope(x.float(), rope, step.positions)
+
+    @guarded
+    def attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Attention, step: Step
+    ) -> torch.Tensor:
+        one_each = step.rows == len(step.segments)
+        if self.kernels is None or not one_each or not can_attend(q.shape[2]):
+            self._recordable = self._recordable and not one_each
+            return super().attention(q, k, v, spec, step)
+        outputs = []
+        for i, segment in enumerate(step.segments):
+            row = slice(i, i + 1)
+            qkv = (x[row].float().contiguous() for x in (q, k, v))
+            cache = own(segment.cache)
+            outputs.append(self.kernels.attend(*qkv, cache, spec, step.positions[row]))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    @guarded
+    def glu(self, gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
+        joined = gate._base if gate._base is not None and gate._base is up._base else None
+        halves = joined is not None and joined.shape == (gate.shape[0], 2 * gate.shape[1])
+        if self.kernels is None or joined is None or not halves or joined.dtype != torch.float16:
+            return super().glu(gate, up, kind)
+        return self.kernels.glu(joined, kind)
+
+    def mlp(self, x: Any, mlp: Mlp, norm: Norm | None = None, residual: Any | None = None) -> torch.Tensor:
+        if self.kernels is None or x.shape[0] > FEW or not can_glu(mlp.gate_up):
+            made: torch.Tensor = Backend.mlp(self, x, mlp, norm, residual)
+            return made
+        h = self._rows(x if norm is None else self.norm(x, norm))
+        assert isinstance(mlp.gate_up, TiledHandle)
+        h = self.kernels.matvec_glu(h, mlp.gate_up, mlp.act)
+        return self.linear(h, mlp.down) if residual is None else self.linear_add(h, mlp.down, residual)
+
+    # whole steps ----------------------------------------------------------------------------------------
+    def capture(self, fn: StepFn) -> StepFn:
+        """A CUDA graph, where every kernel of a step reads its position from the device: not in pure torch."""
+        if self.kernels is None or self.device.type != "cuda":
+            return fn
+        return Replay(fn, lambda: self._recordable)
+
+    def sampler(
+        self, temperature: float, top_k: int, top_p: float, min_p: float, seed: int | None
+    ) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """Draws with the host sampler's random numbers: the same seed gives the same tokens, but for rounding."""
+        if self.kernels is None:
+            return None
+        kernels, rng = self.kernels, np.random.default_rng(seed)
+
+        def draw(logits: torch.Tensor) -> torch.Tensor:
+            chance = 0.0 if temperature == 0 else float(rng.random())
+            row = logits[-1:].float().contiguous()
+            token = kernels.sample(row, temperature, top_k, top_p, min_p, chance)
+            if self.device.type == "cuda":
+                host = torch.empty(1, dtype=torch.int32, pin_memory=True)
+                host.copy_(token, non_blocking=True)
+                arrived = torch.cuda.Event()
+                arrived.record()
+                token.arrived = arrived, host  # type: ignore[attr-defined]
+            return token
+
+        return draw
+
+    def to_host(self, x: torch.Tensor) -> F32:
+        """A drawn token is waited for alone: the step that follows it goes on."""
+        arrived = getattr(x, "arrived", None)
+        if arrived is None:
+            return super().to_host(x)
+        event, host = arrived
+        event.synchronize()
+        token: F32 = host.numpy().astype(np.float32)
+        return token
 
     def describe(self) -> Device:
         kind = str(self.dtype).removeprefix("torch.")
@@ -46,5 +223,11 @@ class CudaBackend(TorchBackend):
             return Device(self.name, "CPU", f"torch {torch.__version__}: {note}")
         p = torch.cuda.get_device_properties(self.device)
         memory = "shared memory" if devices.is_shared(self.device) else "memory"
-        detail = f"sm_{p.major}{p.minor}, {p.total_memory / 2**30:.1f} GiB {memory}, {kind}, KV {kv}"
+        path = "pure torch" if self.kernels is None else "own int4 kernels"
+        detail = f"sm_{p.major}{p.minor}, {p.total_memory / 2**30:.1f} GiB {memory}, {path}, {kind}, KV {kv}"
         return Device(self.name, p.name, f"{detail}, torch {torch.__version__} (CUDA {torch.version.cuda})")
+
+
+def _rows_only(x: torch.Tensor) -> bool:
+    """Whether x (T, C) or (T, H, D) is contiguous within a row; the rows may lie apart."""
+    return x.stride(-1) == 1 and (x.dim() == 2 or x.stride(1) == x.shape[2])

@@ -60,7 +60,7 @@ class TorchBackend(Backend):
     def __init__(self, device: torch.device, dtype: torch.dtype, int8_kv: bool = False) -> None:
         self.device, self.dtype, self.int8_kv = device, dtype, int8_kv
         self._held = self._peak = 0
-        self._angles: tuple[Step, Rope, torch.Tensor, torch.Tensor] | None = None
+        self._angles: tuple[torch.Tensor, Rope, torch.Tensor, torch.Tensor] | None = None
 
     # load ---------------------------------------------------------------------------------------
     @guarded
@@ -165,9 +165,9 @@ class TorchBackend(Backend):
 
     def angles(self, rope: Rope, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
         """cos, sin (T, 1, R/2) float32, computed once for all the layers of a step that share a table."""
-        if self._angles is None or self._angles[0] is not step or self._angles[1] is not rope:
+        if self._angles is None or self._angles[0] is not step.positions or self._angles[1] is not rope:
             angle = step.positions.float()[:, None, None] * rope.inv_freq
-            self._angles = (step, rope, angle.cos() * rope.factor, angle.sin() * rope.factor)
+            self._angles = (step.positions, rope, angle.cos() * rope.factor, angle.sin() * rope.factor)
         return self._angles[2], self._angles[3]
 
     @guarded

@@ -1,0 +1,115 @@
+// Many rows of activations times a weight in tiles: y (T, N) = x (T, K) wᵀ, on tensor cores.
+//
+// A block makes 128 outputs of 128 rows with eight warps, each 32 outputs of 64 rows. Codes go straight from
+// global memory to the registers of the warp that needs them, already in mma order, and become halves there:
+// q - offset (exact), then scale * q + bias, rounded once, as a dequantised fp16 weight would be. Activations
+// come through shared memory in three stages of 64 inputs (3 x 16 KiB, all that a block may have without
+// asking), copied asynchronously. They lie in planes of 32 inputs, 64 bytes a row, so that the eight lanes of
+// one phase of a 16-byte read touch all 32 banks once, and one such read is the B operand of two mma.
+//
+// Per 64 inputs a warp has 64 mma, 16 reads of shared memory, 2 of codes and about 2 x 52 operations on codes:
+// the tensor cores are the bound (on an H200 2 clocks an mma and SM, 8 warps: 1024 clocks; the codes of two
+// warps a scheduler 416 issue slots). Meant for 9 to about 256 rows; beyond, unpack.cu and cuBLAS win.
+
+constexpr int STAGES = 3, ROWS = 128, OUTPUTS = 128, PLANE = ROWS * 4;  // in 16 bytes
+
+// Grid (ceil(N / 128), ceil(T / 128)), 256 threads. bias (N), residual (T, N) float may be null; exactly one of
+// y_half, y_float is not. K % 32 == 0; x is 16-byte aligned. N % 2 == 0 where y_half is used.
+KERNEL(256, 1) gemm(const uint4* codes, const uint2* scales, const u16* x, const float* bias, const float* residual,
+                    u16* y_half, float* y_float, int N, int K, int T) {
+  __shared__ uint4 staged[STAGES][2][PLANE];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int tiles = (N + 15) / 16, units = (K + 127) / 128, steps = units * 2;
+  const int first_tile = blockIdx.x * (OUTPUTS / 16) + warp % 4 * 2, first_row = blockIdx.y * ROWS;
+  const int row_base = warp / 4 * 64;
+  constexpr int HALF_LOADS = LOADS / 2;  // of 64 inputs
+  constexpr int HALF_GROUPS = GROUP == 32 ? 2 : 1;
+
+  auto stage = [&](int step) {  // 128 rows x 64 inputs: 1024 pieces of 16 bytes
+    if (step < steps)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int piece = threadIdx.x + 256 * i, row = piece / 8, part = piece % 8, k = step * 64 + part * 8;
+        const bool full = first_row + row < T && k < K;
+        copy_async(&staged[step % STAGES][part / 4][row * 4 + part % 4],
+                   full ? x + size_t(first_row + row) * K + k : x, full);
+      }
+    copy_commit();
+  };
+  uint4 coming[2][HALF_LOADS];
+  uint2 scaling[2][HALF_GROUPS];
+  auto fetch = [&](int step) {
+    if (step >= steps) return;
+#pragma unroll
+    for (int m = 0; m < 2; m++) {
+      const int tile = min(first_tile + m, tiles - 1);  // past the edge: anything that is there
+      const uint4* from = codes + unit_at(tile, step / 2, units) + step % 2 * HALF_LOADS * 32 + lane;
+#pragma unroll
+      for (int i = 0; i < HALF_LOADS; i++) coming[m][i] = from[32 * i];
+#pragma unroll
+      for (int i = 0; i < HALF_GROUPS; i++)
+        scaling[m][i] = scales[group_at(tile, (step * 64 + i * 32) / GROUP, units) + g];
+    }
+  };
+
+  float sum[2][8][4] = {};
+  stage(0);
+  stage(1);
+  fetch(0);
+  for (int step = 0; step < steps; step++) {
+    copy_wait<1>();
+    __syncthreads();  // everyone's copies of this step are there, and everyone is done with the step before
+    stage(step + 2);
+    uint4 here[2][LOADS];  // `operand` counts from the unit's start; only this half is filled
+    uint2 scale[2][HALF_GROUPS];
+#pragma unroll
+    for (int m = 0; m < 2; m++) {
+#pragma unroll
+      for (int i = 0; i < HALF_LOADS; i++) here[m][i] = coming[m][i];
+#pragma unroll
+      for (int i = 0; i < HALF_GROUPS; i++) scale[m][i] = scaling[m][i];
+    }
+    fetch(step + 1);
+#pragma unroll
+    for (int c = 0; c < 2; c++) {
+      u32 a[2][2][4];
+#pragma unroll
+      for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+          operand(a[m][j], here[m], c, j);
+          const uint2 s = scale[m][c % HALF_GROUPS];
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            const u32 pairs = i % 2 ? s.y : s.x, offset = i % 2 && BITS == 4 ? 0x54005400u : 0x64006400u;
+            a[m][j][i] = fma2(sub2(a[m][j][i], offset), bytes(pairs, 0, 0x1010), bytes(pairs, 0, 0x3232));
+          }
+        }
+#pragma unroll
+      for (int n = 0; n < 8; n++) {
+        const uint4 b = staged[step % STAGES][c][(row_base + n * 8 + g) * 4 + t];
+#pragma unroll
+        for (int m = 0; m < 2; m++) {
+          mma(sum[m][n], a[m][0], b.x, b.y);
+          mma(sum[m][n], a[m][1], b.z, b.w);
+        }
+      }
+    }
+  }
+
+#pragma unroll
+  for (int m = 0; m < 2; m++)
+#pragma unroll
+    for (int n = 0; n < 8; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int out = (first_tile + m) * 16 + g + 8 * (i / 2), row = first_row + row_base + n * 8 + 2 * t + i % 2;
+        if (out >= N || row >= T) continue;
+        const size_t at = size_t(row) * N + out;
+        float value = sum[m][n][i];
+        if (bias) value += bias[out];
+        if (residual) value += residual[at];
+        if (y_half) y_half[at] = to_half(value);
+        else y_float[at] = value;
+      }
+}

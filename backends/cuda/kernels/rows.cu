@@ -1,0 +1,60 @@
+// What happens to whole rows: norms, rotary positions. Statistics and angles in float32.
+
+DEVICE float block_sum(float v, float* shared) {  // every thread gets the sum; at most 32 warps
+#pragma unroll
+  for (int o = 16; o; o /= 2) v += SHUFFLE_XOR(v, o);
+  __syncthreads();  // the last call's readers are done
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
+  __syncthreads();
+  float sum = 0.f;
+  for (int w = 0; w < int(blockDim.x / 32); w++) sum += shared[w];
+  return sum;
+}
+
+// RMSNorm (layer 0) or LayerNorm (layer 1) of x (T, H, C), whose T rows are `stride` apart, heads C apart.
+// Exactly one of y_half, y_float (T, H, C) is not null. bias may be null. Grid: (H, T); threads % 32 == 0.
+KERNEL(1024, 1) norm_rows(const float* x, const float* weight, const float* bias, u16* y_half, float* y_float, int C,
+                     int stride, float eps, int layer) {
+  __shared__ float shared[32];
+  const float* in = x + size_t(blockIdx.y) * stride + size_t(blockIdx.x) * C;
+  float sum = 0.f, mean = 0.f;
+  if (layer) {
+    for (int i = threadIdx.x; i < C; i += blockDim.x) sum += in[i];
+    mean = block_sum(sum, shared) / C;
+  }
+  sum = 0.f;
+  for (int i = threadIdx.x; i < C; i += blockDim.x) sum += (in[i] - mean) * (in[i] - mean);
+  const float scale = rsqrtf(block_sum(sum, shared) / C + eps);
+  const size_t out = (size_t(blockIdx.y) * gridDim.x + blockIdx.x) * C;
+  for (int i = threadIdx.x; i < C; i += blockDim.x) {
+    const float v = (in[i] - mean) * scale * weight[i] + (bias ? bias[i] : 0.f);
+    if (y_half) y_half[out + i] = to_half(v);
+    else y_float[out + i] = v;
+  }
+}
+
+// y (T, H, D) = x (T, H, D), rows `stride` apart, with its first 2 · half inputs rotated by positions (T).
+// Grid: (H, T), threads D rounded up to 32. y must not be x.
+KERNEL(1024, 1) rope_rows(const float* x, const float* inv_freq, const int* positions, float* y, int D, int half,
+                     int stride, float factor, int interleaved) {
+  const float* in = x + size_t(blockIdx.y) * stride + size_t(blockIdx.x) * D;
+  const int d = threadIdx.x;
+  if (d >= D) return;
+  float v = in[d];
+  if (d < 2 * half) {
+    const int i = interleaved ? d / 2 : d % half;
+    const bool second = interleaved ? d % 2 : d >= half;
+    const int other = interleaved ? d ^ 1 : second ? d - half : d + half;
+    const float angle = float(positions[blockIdx.y]) * inv_freq[i], c = cosf(angle) * factor, s = sinf(angle) * factor;
+    v = second ? fmaf(in[other], s, v * c) : fmaf(-in[other], s, v * c);
+  }
+  y[(size_t(blockIdx.y) * gridDim.x + blockIdx.x) * D + d] = v;
+}
+
+// y (T, F) half = act(gate) * up; x (T, 2F) half, gate first. Grid: (ceil(F / 256), T), 256 threads.
+KERNEL(256, 2) glu_rows(const u16* x, u16* y, int F, int act) {
+  const int f = blockIdx.x * 256 + threadIdx.x;
+  if (f >= F) return;
+  const u16* in = x + size_t(blockIdx.y) * 2 * F;
+  y[size_t(blockIdx.y) * F + f] = to_half(activation(from_half(in[f]), act) * from_half(in[F + f]));
+}
