@@ -5,10 +5,12 @@ from __future__ import annotations
 import codecs
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from types import FrameType
 from typing import TextIO
 
 # A model's text may hold escape sequences; a terminal that obeyed them could be made to lie or to type.
@@ -107,7 +109,8 @@ def size(n: float) -> str:
 def quiet_keys() -> Iterator[None]:
     """While an answer streams, keys are neither shown nor lost: the next prompt gets them.
 
-    Also keeps Enter apart from Ctrl-J (both are line feeds to a terminal in its usual mode).
+    Also keeps Enter apart from Ctrl-J (both are line feeds to a terminal in its usual mode). However the program
+    is ended, short of kill -9, the terminal gets its mode back.
     """
     try:
         import termios
@@ -120,8 +123,17 @@ def quiet_keys() -> Iterator[None]:
     quiet = termios.tcgetattr(at)
     quiet[0] &= ~termios.ICRNL
     quiet[3] &= ~(termios.ECHO | termios.ICANON)
+    handlers = {s: signal.signal(s, _end) for s in (signal.SIGTERM, signal.SIGHUP)}
     termios.tcsetattr(at, termios.TCSANOW, quiet)
     try:
         yield
     finally:
-        termios.tcsetattr(at, termios.TCSANOW, before)
+        with suppress(termios.error):  # a terminal that has gone needs no mode
+            termios.tcsetattr(at, termios.TCSANOW, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """End as a signal would, but through every `finally`."""
+    raise SystemExit(128 + number)

@@ -124,6 +124,13 @@ def test_keys_typed_during_an_answer_reach_the_next_prompt_and_do_not_show_in_it
     assert "slow answer here\n" in text
 
 
+def test_keys_typed_while_the_model_loads_are_not_lost(chats: Chats) -> None:
+    chat = chats(load=1, answers=["{echo}!"])
+    chat.wait("loading")
+    chat.type("early bird" + ENTER)
+    assert "early bird!" in chat.wait("first token")
+
+
 def test_unknown_command_names_the_nearest(chats: Chats) -> None:
     assert "did you mean /clear?" in chats().say("/claer")
 
@@ -304,6 +311,22 @@ def test_history_is_kept_across_runs_and_searched(chats: Chats, tmp_path: Path) 
     assert (tmp_path / "data" / "history").stat().st_mode & 0o777 == 0o600
 
 
+def test_the_editor_of_the_environment_writes_the_message(chats: Chats, tmp_path: Path) -> None:
+    editor = tmp_path / "editor"
+    editor.write_text("#!/bin/sh\nprintf 'written in\\nan editor' >> \"$1\"\n")
+    editor.chmod(0o755)
+    log = tmp_path / "log"
+    chat = chats(log=str(log), answers=["ok"], env={"EDITOR": str(editor), "VISUAL": ""})
+    chat.prompt()
+    chat.type("begun, ")
+    chat.wait("begun,")
+    chat.type("\x07")  # Ctrl-G
+    chat.wait("an editor")
+    chat.type(ENTER)
+    chat.wait("first token")
+    assert sent(log) == "begun, written in\nan editor"
+
+
 def test_slash_opens_a_menu_of_commands(chats: Chats) -> None:
     chat = chats()
     chat.prompt()
@@ -351,8 +374,22 @@ def test_a_terminal_of_40_columns_and_10_rows_works(chats: Chats) -> None:
     assert text.count("a long") + text.count("a\nlong") >= 29
 
 
-def test_without_job_control_a_terminated_chat_leaves_the_terminal_usable(chats: Chats) -> None:
-    chat = chats()
+@pytest.mark.parametrize("when", ["prompt", "answer"])
+def test_terminated_it_gives_the_terminal_its_mode_back(chats: Chats, when: str) -> None:
+    import termios
+
+    chat = chats(answers=["word " * 500], delay=0.01)
+    before = termios.tcgetattr(chat.child.child_fd)
     chat.prompt()
+    if when == "answer":
+        chat.type("go" + ENTER)
+        chat.wait("word word")
+    assert termios.tcgetattr(chat.child.child_fd)[3] & termios.ECHO == 0
     os.kill(chat.child.pid, signal.SIGTERM)
-    assert chat.exit_code() in (-signal.SIGTERM, 0, 143)
+    end = time.monotonic() + 10
+    while time.monotonic() < end and chat.pump():
+        pass
+    after = termios.tcgetattr(chat.child.child_fd)
+    assert (after[0], after[3]) == (before[0], before[3])
+    assert chat.exit_code() == 128 + signal.SIGTERM
+    assert "Traceback" not in chat.text

@@ -74,7 +74,9 @@ def test_branch_and_new_leave_the_old_chat_as_it_was(chats: Chats, tmp_path: Pat
 def test_compact_replaces_old_messages_for_the_model_and_keeps_them_on_record(
     chats: Chats, tmp_path: Path
 ) -> None:
-    chat = chats(log=str(tmp_path / "log"), answers=["A1", "A2", "they like herons", "A3"], rows=60)
+    chat = chats(
+        log=str(tmp_path / "log"), answers=["A1", "A2", "they like herons", "A3"], rows=60, columns=160
+    )
     chat.say("I like herons")
     assert "nothing to sum up" in chat.say("/compact")
     chat.say("two")
@@ -143,6 +145,32 @@ def test_model_and_backend_switch_and_the_conversation_goes_on(chats: Chats, tmp
     assert "error: missing: no such folder" in chat.say("/model missing")
     assert "other" in chat.say("two")
     assert texts(asked(tmp_path)) == ["one", "one", "two"]
+
+
+def test_a_model_too_large_for_memory_is_refused_before_it_is_loaded(chats: Chats, tmp_path: Path) -> None:
+    huge = tmp_path / "huge"
+    huge.mkdir()
+    with (huge / "model.safetensors").open("wb") as file:
+        file.truncate(1 << 42)  # 4.4 TB, and no block of it on the disk
+    chat = chats(rows=60, columns=160)
+    text = chat.say(f"/model {huge}")
+    assert "error:" in text and "GB are free" in text and "TB of memory" in text
+    assert "scripted" in chat.say("/show")
+
+
+def test_models_at_hand_are_listed_and_offered(chats: Chats, tmp_path: Path) -> None:
+    for name, whole in (("org--whole", True), ("org--half", False)):
+        folder = tmp_path / "hub" / f"models--{name}" / "snapshots" / "abc"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        (folder.parent.parent / "blobs").mkdir()
+        if not whole:
+            (folder.parent.parent / "blobs" / "x.incomplete").write_text("")
+    chat = chats(env={"HF_HUB_CACHE": str(tmp_path / "hub")})
+    text = chat.say("/model")
+    assert "* demo" in text and "org/whole" in text and "org/half" not in text
+    chat.type("/model org/")
+    chat.wait(lambda text: text.count("org/whole") == 2)
 
 
 def test_stats_and_context_count(chats: Chats) -> None:

@@ -151,6 +151,17 @@ def test_an_answer_cut_by_the_context_says_so_on_stderr(scripted: Any) -> None:
     assert done.returncode == 0 and "context of 20 tokens" in done.stderr and done.stdout.startswith("w w")
 
 
+def test_the_bundled_model_answers(tmp_path: Path) -> None:
+    """No script here: the whole way from the command to the demo's weights."""
+    from tinychat_mlx.loading import DEMO
+
+    if not DEMO.exists():
+        pytest.skip("the demo model is not in this checkout")
+    done = tinychat("run", "--temperature", "0", "--json", "who are you?", stdin="")
+    made = json.loads(done.stdout)
+    assert done.returncode == 0 and "demo" in made["text"].lower() and made["finish_reason"] == "stop"
+
+
 # the config file ---------------------------------------------------------------------------------------
 @pytest.fixture
 def config(tmp_path: Path) -> Any:

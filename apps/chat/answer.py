@@ -6,11 +6,11 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tinychat_mlx.apps.chat.session import Message, Session
+from tinychat_mlx.apps.chat.settings import Settings
 from tinychat_mlx.apps.chat.thinking import CLOSE, OPEN, Splitter, Thought
 from tinychat_mlx.apps.chat.view import View
 
@@ -20,21 +20,6 @@ if TYPE_CHECKING:
     from tinychat_mlx.model import Model
 
 PATIENCE_S = 1.0  # a wait longer than this is explained
-
-
-@dataclass
-class Settings:
-    """What shapes the answers, as flags, config file and /set have it."""
-
-    sampling: dict[str, Any] = field(default_factory=dict)
-    on_full: str = "stop"  # stop | slide | compact
-    think: bool | None = None  # None: as the model's template has it
-    unfold: bool = False  # show thoughts
-    budget: int = 0  # tokens a thought may have; 0: no bound
-
-    @property
-    def template(self) -> dict[str, Any]:
-        return {} if self.think is None else {"enable_thinking": self.think}
 
 
 class Answer:

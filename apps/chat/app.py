@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinychat_mlx.apps.chat import attach, commands
-from tinychat_mlx.apps.chat.answer import Answer, Settings
+from tinychat_mlx.apps.chat.answer import Answer
 from tinychat_mlx.apps.chat.commands.conversation import compact
 from tinychat_mlx.apps.chat.prompt import Fragments, Reader, make_reader
 from tinychat_mlx.apps.chat.session import Session
+from tinychat_mlx.apps.chat.settings import Settings
 from tinychat_mlx.apps.chat.view import View, colour_of
-from tinychat_mlx.apps.terminal import quiet_keys, size
+from tinychat_mlx.apps.terminal import size
 from tinychat_mlx.errors import ContextFullError, TinychatError
 
 if TYPE_CHECKING:
@@ -53,9 +53,8 @@ class Chat:
         reader = make_reader(self.view.terminal, history, self.complete, self.toolbar)
         self.view.header(self.model)
         self.recall()
-        with quiet_keys() if self.view.terminal.live else nullcontext():
-            while self._turn(reader):
-                pass
+        while self._turn(reader):
+            pass
         if self.session.messages and self.session.path and self.view.terminal.interactive:
             self.view.note(f"saved as {self.session.ident}; `tinychat chat --continue` goes on with it")
         return 0
@@ -78,6 +77,8 @@ class Chat:
             self.view.note(f"to leave, press Ctrl-D or type /exit{more}")
         except (EOFError, commands.Leave):
             return False
+        except BrokenPipeError:  # whoever read the answers has gone
+            raise
         except (TinychatError, OSError) as e:
             self.view.error(" ".join(str(e).split()))
         return True
@@ -150,7 +151,7 @@ class Chat:
         share, held = self.used / most, self.model.memory().used
         stats = self.last.stats if self.last else None
         speed = f"{stats.decode_tok_s:.0f} tok/s, first {stats.ttft_s:.2f} s{g.dot}" if stats else ""
-        if self.view.terminal.width < 60:
+        if self.view.terminal.width < 80:
             speed = ""
         return [
             ("", f" {self.model.name}{g.dot}{self.model.device.backend}{g.dot}{speed}"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
+from tinychat_mlx.apps.chat.settings import Settings
 from tinychat_mlx.apps.options import (
     LOADING,
     chat_options,
@@ -18,7 +20,7 @@ from tinychat_mlx.apps.options import (
     sampling_options,
     text_or_file,
 )
-from tinychat_mlx.apps.terminal import Terminal, detect
+from tinychat_mlx.apps.terminal import Terminal, detect, quiet_keys
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,25 +41,32 @@ def chat(
     ctx: click.Context, /, plain: bool, no_save: bool, on_full: str, think: bool | None, **options: Any
 ) -> int:
     """Chat with a model. /help inside lists the commands."""
-    system, terminal = text_or_file(options["system"]), detect(plain)
+    terminal = detect(plain)
+    with quiet_keys() if terminal.live else nullcontext():
+        return open_chat(ctx, terminal, no_save, Settings(sampling(options), on_full, think), options)
+
+
+def open_chat(
+    ctx: click.Context, terminal: Terminal, no_save: bool, settings: Settings, options: dict[str, Any]
+) -> int:
+    """Load the model, find the conversation, talk -> exit code."""
+    system = text_or_file(options["system"])
     notice(f"loading {terminal.glyphs.ellipsis}", terminal)
+    from tinychat_mlx.apps.chat.app import Chat
+    from tinychat_mlx.apps.chat.session import Session
     from tinychat_mlx.apps.chat.view import View
 
     view = View(terminal)
     data = None if no_save else open_data(view)
     session = resume(data, options["session"], options["latest"], view)
-    if session is not None and ctx.get_parameter_source("model") == ParameterSource.DEFAULT:
+    asked = ctx.get_parameter_source("model") in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+    if session is not None and not asked:
         options["model"] = session.model or options["model"]
     model = load(options, view)
-    from tinychat_mlx.apps.chat.answer import Settings
-    from tinychat_mlx.apps.chat.app import Chat
-    from tinychat_mlx.apps.chat.session import Session
-
     session = session or Session.new(data)
-    session.model = options["model"]
+    session.set_model(options["model"])
     if system is not None and system != session.system:
         session.set_system(system)
-    settings = Settings(sampling(options), on_full, think)
     loading = {name: options[name] for name in LOADING}
     made = Chat(model, view, session, settings, data, loading, lambda wanted: load(wanted, view))
     made.origins = origins(ctx)

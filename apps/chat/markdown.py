@@ -34,6 +34,9 @@ _SPAN = re.compile(  # what is opened and closed; what then still looks like an 
     r"|~~\S.*?~~|!?\[[^\]]*\]\([^)]*\)|!?\[[^\]]*\](?=[^(]|$)|<[^>\s]+>"
 )
 _OPENER = re.compile(r"`|\*(?=[^\s*])|\*\*$|(?<!\w)_(?=\S)|~~(?=\S)|\[")
+_BEGINS = re.compile(
+    r"\S|\s*(?:@|def |class |async |fn |func|pub|private |protected |static |export |const )"
+)
 _STYLES = {"strong": "bold", "em": "italic", "s": "strike", "link": "underline"}
 
 
@@ -150,27 +153,39 @@ def _cells(row: str) -> list[str]:
 class Highlighter:
     """Colours the lines of one code block as they come."""
 
-    CONTEXT = (
-        100  # earlier lines the lexer sees again: enough for its state, and a bound on the work per line
-    )
+    FEW, MOST = 20, 100  # earlier lines the lexer sees again: all while they are few, never more than that
 
     def __init__(self, language: str) -> None:
         from rich.syntax import Syntax
 
-        self.syntax = Syntax("", language or "text", theme="ansi_dark") if language else None
+        lexer = Syntax("", language).lexer if language else None  # looked up once: it is slow
+        self.syntax = Syntax("", lexer, theme="ansi_dark") if lexer is not None else None
         self.lines: list[str] = []
 
-    def line(self, source: str, keep: bool = True) -> Text:
-        """The next line, styled; `keep` when it is finished."""
-        source = source.expandtabs(4)
-        if self.syntax is None or self.syntax.lexer is None:
+    def line(self, source: str) -> Text:
+        """The next line, finished."""
+        made = self._colour([*self.lines, source.expandtabs(4)])
+        self.lines = self._context([*self.lines, source.expandtabs(4)])
+        return made
+
+    def unfinished(self, source: str) -> Text:
+        """The line being written, coloured for itself: thirty times a second is too often for its context."""
+        return self._colour([source.expandtabs(4)])
+
+    def _context(self, lines: list[str]) -> list[str]:
+        """Lines the next one depends on: if they are many, from the last that begins something new."""
+        if len(lines) <= self.FEW:
+            return lines
+        begins = [i for i in range(1, len(lines)) if not lines[i - 1].strip() and _BEGINS.match(lines[i])]
+        return lines[begins[-1] if begins else 0 :][-self.MOST :]
+
+    def _colour(self, lines: list[str]) -> Text:
+        """The last of the lines, styled."""
+        source = lines[-1]
+        if self.syntax is None:
             return Text(source)
-        seen = [*self.lines, source]
-        if keep:
-            self.lines = seen[-self.CONTEXT :]
-        # A blank last line would be stripped, and the lexer wants its line feed.
-        made = self.syntax.highlight("\n".join(seen) + "\n").split("\n", allow_blank=True)
-        at = len(seen) - 1
+        made = self.syntax.highlight("\n".join(lines) + "\n").split("\n", allow_blank=True)
+        at = len(lines) - 1
         if at < len(made) and made[at].plain.rstrip() == source.rstrip():
             return made[at]
         return Text(source)  # the lexer changed the text: the text counts, not its colour

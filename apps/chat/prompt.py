@@ -89,7 +89,7 @@ class RichReader:
         glyphs = self.terminal.glyphs
         session: PromptSession[str] = PromptSession(
             message=[("class:prompt", glyphs.prompt)],
-            prompt_continuation=[("class:more", glyphs.more)],
+            prompt_continuation=lambda width, line, wraps: [("class:more", "  " if wraps else glyphs.more)],
             multiline=True,
             history=kept,
             key_bindings=_keys(),

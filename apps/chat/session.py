@@ -4,7 +4,7 @@
     {"role": "user", "content": "hi"}             a message; any further keys belong to it
     {"piece": "Hel"} {"piece": "lo"}              an answer in the making; the message that follows replaces it
     {"keep": 3}                                   only the first 3 messages count from here on
-    {"system": "Be brief."} {"title": "…"}        the system prompt; the title
+    {"system": "…"} {"title": "…"} {"model": "…"} the system prompt; the title; what answers from here on
     {"summary": "…", "from": 8}                   the model sees this in place of the messages before the ninth
 
 Files are for their owner alone (0600 in a 0700 folder). A torn last line is what a kill leaves; it is skipped.
@@ -79,8 +79,9 @@ class Session:
                 pieces = ""
             elif "summary" in record and isinstance(record.get("from"), int):
                 made.summary, made.seen_from = str(record["summary"]), record["from"]
-            elif "system" in record or "title" in record:
-                made.system, made.title = record.get("system", made.system), record.get("title", made.title)
+            elif {"system", "title", "model"} & record.keys():
+                for name in {"system", "title", "model"} & record.keys():
+                    setattr(made, name, str(record[name]))
             else:
                 raise FormatError(
                     f"{path}: line {number} is no record of a chat: remove the line or the file"
@@ -145,6 +146,11 @@ class Session:
         self.system = text
         self._append({"system": text})
 
+    def set_model(self, name: str) -> None:
+        if name != self.model:
+            self.model = name
+            self._append({"model": name})
+
     def set_title(self, text: str) -> None:
         self.title = text
         self._append({"title": text})
@@ -207,8 +213,15 @@ def find(folder: Path, name: str) -> Path:
     paths = saved(folder)
     if name == "last" and paths:
         return paths[0]
-    exact = [p for p in paths if p.stem == name or Session.load(p).title == name]
-    near = exact or [p for p in paths if p.stem.startswith(name)]
+    near = [p for p in paths if p.stem == name] or [p for p in paths if _title(p) == name]
+    near = near or [p for p in paths if p.stem.startswith(name)]
     if not near:
         raise UsageError(f"no saved chat {name!r}: /sessions lists them")
     return near[0]
+
+
+def _title(path: Path) -> str:
+    try:
+        return Session.load(path).title
+    except FormatError:  # a damaged file does not keep the others from being found
+        return ""

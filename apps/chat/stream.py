@@ -207,7 +207,7 @@ class MarkdownAnswer:
     def _open_rows(self) -> list[Text]:
         """The line being written, its last rows."""
         if self.code is not None:
-            row = self.code.line(self.pending.removeprefix(self.fence[0]), keep=False)
+            row = self.code.unfinished(self.pending.removeprefix(self.fence[0]))
             row.truncate(self.console.width - 1, overflow="ellipsis")
             return [row]
         rows: list[Text] = []

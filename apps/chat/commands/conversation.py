@@ -28,7 +28,7 @@ def last_question(chat: Chat) -> int:
 @command("new")
 def new(chat: Chat, _: str) -> None:
     """Begin another conversation; this one stays saved."""
-    chat.go_to(Session.new(chat.data, chat.model.name, chat.session.system))
+    chat.go_to(Session.new(chat.data, chat.session.model, chat.session.system))
     chat.view.note("a new conversation; the system prompt stays, /sessions lists the saved ones")
 
 

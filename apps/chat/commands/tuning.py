@@ -65,6 +65,7 @@ def switch(chat: Chat, loading: dict[str, Any]) -> None:
     try:
         chat.model = chat.load(loading)
         chat.loading = loading
+        chat.session.set_model(loading["model"])
     except (TinychatError, OSError, KeyboardInterrupt):
         if not both:
             chat.model = chat.load(before)
