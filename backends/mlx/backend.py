@@ -67,7 +67,7 @@ class MlxBackend(Backend):
         self._fused: dict[str, Callable[..., Any]] = {}
 
     # threads and evaluation -----------------------------------------------------------------------
-    def _enter(self) -> None:
+    def enter(self) -> None:
         """Send this thread's operations to the backend's stream: MLX's default stream is per thread."""
         if threading.get_ident() != self._thread:
             mx.set_default_stream(self.stream)
@@ -103,24 +103,24 @@ class MlxBackend(Backend):
     # load -----------------------------------------------------------------------------------------
     def put(self, array: npt.NDArray[Any]) -> Tensor:
         """Integers as they are, floats as float32: `norm` narrows its weights, `rope` must not."""
-        self._enter()
+        self.enter()
         x = mx.array(array)
         if array.dtype == np.uint16:
             return x.view(mx.bfloat16).astype(mx.float32)
         return x if array.dtype.kind in "iu" else x.astype(mx.float32)
 
     def ids(self, ids: Sequence[int]) -> Tensor:
-        self._enter()
+        self.enter()
         return mx.array(np.asarray(ids, np.int32))
 
     def pack(self, weight: Weight) -> Any:
-        self._enter()
+        self.enter()
         with self._evaluating():
             return pack(weight, self.dtype)
 
     def new_cache(self, shape: CacheShape, capacity: int) -> MlxCache:
         """Raises BackendError where weights and cache together would not fit."""
-        self._enter()
+        self.enter()
         self._check_room(shape, capacity)
         cache = MlxCache(shape, capacity, self.dtype)
         with self._evaluating():
@@ -139,7 +139,7 @@ class MlxBackend(Backend):
             )
 
     def step(self, segments: Sequence[Segment]) -> Step:
-        self._enter()
+        self.enter()
         if sum(s.rows for s in segments) > len(segments):
             # Finish the piece before: MLX is lazy, and a whole prompt would pile up unevaluated
             with self._evaluating():
@@ -257,7 +257,7 @@ class MlxBackend(Backend):
         return start
 
     def to_host(self, x: Tensor) -> F32:
-        self._enter()
+        self.enter()
         with self._evaluating():
             return np.array(x.astype(mx.float32))
 

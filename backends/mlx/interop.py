@@ -1,0 +1,132 @@
+"""mlx-lm's model in place of our decoder: for architectures that our graph does not know, on a Mac.
+
+Never chosen silently: `--engine mlx-lm` asks for it. It has the decoder's calls (`config`, `backend`,
+`new_cache`, `forward`, `advance`), so the engine, the chat and the server run on it unchanged.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinychat_mlx.backend import Cache, CacheShape, Tensor
+from tinychat_mlx.backends.mlx.backend import MlxBackend
+from tinychat_mlx.backends.mlx.device import mx
+from tinychat_mlx.errors import BackendError, FormatError
+
+INSTALL = "pip install -U 'mlx-lm>=0.32'"  # older ones run Python that config.json names (CVE-2026-5843)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the engine asks a model's config for."""
+
+    vocab_size: int
+    max_position_embeddings: int
+
+
+class ForeignCache(Cache):
+    """mlx-lm's caches of all layers, and the tokens in them: not every kind can be cut back."""
+
+    def __init__(self, model: Any, capacity: int) -> None:
+        super().__init__(CacheShape(0, 0, 0), capacity)
+        self.model, self.tokens = model, mx.zeros(0, mx.int32)
+        self.pending = 0  # the last so many tokens must be computed again before the next
+        self.layers = self._fresh()
+
+    def _fresh(self) -> Any:
+        from mlx_lm.models.cache import make_prompt_cache
+
+        return make_prompt_cache(self.model)
+
+    def rewind(self, length: int) -> None:
+        """Cut every layer back; where one cannot be (sliding windows, state spaces), begin again."""
+        from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
+
+        surplus = self.length - length
+        super().rewind(length)
+        if surplus and can_trim_prompt_cache(self.layers):
+            trim_prompt_cache(self.layers, surplus)
+        elif surplus:
+            self.layers, self.pending = self._fresh(), length
+        self.tokens = self.tokens[:length]
+
+
+class MlxLmDecoder:
+    """Raises BackendError without mlx-lm or for an architecture it does not know, FormatError for a bad folder."""
+
+    def __init__(self, folder: Path, backend: MlxBackend | None = None) -> None:
+        self.backend = MlxBackend() if backend is None else backend
+        self.backend.enter()
+        config = read_config(folder)
+        self.model = load_model(folder)
+        text: Mapping[str, Any] = config.get("text_config") or config
+        try:
+            vocabulary, context = int(text["vocab_size"]), int(text.get("max_position_embeddings", 1 << 17))
+        except (KeyError, TypeError, ValueError):
+            raise FormatError(f"{folder / 'config.json'}: vocab_size is missing or not a number") from None
+        self.config = Limits(vocabulary, context)
+
+    def new_cache(self, capacity: int) -> ForeignCache:
+        return ForeignCache(self.model, capacity)
+
+    def forward(self, ids: Sequence[int], cache: Cache, last_only: bool = True) -> Tensor:
+        """ids (T,) continue what cache holds -> logits (1, V) of the last, or (T, V) of all."""
+        return self._continue(self.backend.ids(ids), cache, last_only)
+
+    def advance(self, token: Tensor, cache: Cache) -> Tensor:
+        """forward of one token (1,) that is still on the device -> logits (1, V)."""
+        return self._continue(token, cache, True)
+
+    def _continue(self, ids: Tensor, cache: Cache, last_only: bool) -> Tensor:
+        assert isinstance(cache, ForeignCache)
+        self.backend.enter()
+        if cache.pending:
+            self.model(cache.tokens[None], cache=cache.layers)
+            cache.pending = 0
+        logits = self.model(ids[None], cache=cache.layers)[0]
+        cache.tokens = mx.concatenate([cache.tokens, ids])
+        cache.length += ids.shape[0]
+        return logits[-1:] if last_only else logits
+
+    def describe(self) -> str:
+        """Said aloud where the model is announced."""
+        import mlx_lm
+
+        return f"mlx-lm {mlx_lm.__version__} runs this model, not tinychat's own graph"
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json; refuses one that names Python code to run."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise FormatError(
+            f"{folder / 'config.json'}: cannot be read ({e}): is this a model folder?"
+        ) from None
+    if not isinstance(config, dict):
+        raise FormatError(f"{folder / 'config.json'}: must be an object")
+    if "model_file" in config:
+        raise FormatError(f"{folder / 'config.json'}: model_file names Python code; tinychat does not run it")
+    return config
+
+
+def load_model(folder: Path) -> Any:
+    """mlx-lm's module with its weights on the device."""
+    try:
+        import mlx_lm.utils
+    except ImportError as e:
+        raise BackendError(
+            f"--engine mlx-lm: mlx-lm is not installed or does not load ({e}): {INSTALL}"
+        ) from None
+    version = tuple(int(n) for n in mlx_lm.__version__.split(".")[:2])
+    if version < (0, 32):
+        raise BackendError(f"--engine mlx-lm: mlx-lm {mlx_lm.__version__} is too old: {INSTALL}")
+    try:
+        model, _ = mlx_lm.utils.load_model(folder)
+    except (ValueError, FileNotFoundError) as e:
+        raise BackendError(f"--engine mlx-lm: {folder.name}: mlx-lm says: {e}") from None
+    return model
