@@ -12,9 +12,12 @@ import layouts
 import numpy as np
 import pytest
 from folders import dense_and, folder, quantised, refused
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tinychat_mlx.checkpoint import Checkpoint
 from tinychat_mlx.errors import ConfigError, FormatError
+from tinychat_mlx.formats.detect import check_left_out, declared
 
 METHODS = [
     "gptq", "GPTQ", "marlin", "fp8", "mxfp4", "bitsandbytes", "modelopt", "hqq", "aqlm", "quanto", "eetq",
@@ -39,6 +42,8 @@ MUTATIONS: list[tuple[str, str, Any]] = [  # layout, dotted key of the block, it
         ("awq-gemm", "modules_to_not_convert", v)
         for v in (["mlp.down_proj"], ["down_proj"], ["layers.0"], ["model"])
     ),
+    *(("awq-gemm", "modules_to_not_convert", v) for v in (5, "lm_head", {"lm_head": True}, True, 1.5)),
+    *(("compressed-tensors", "ignore", v) for v in (5, "lm_head", {"a": 1})),
     *(("mlx", "bits", v) for v in (0, 1, 2, 5, 6, 16, "4", 4.0, None, [], True)),
     *(("mlx", "group_size", v) for v in (0, 16, 256, -1, "64", None, 64.5)),
     *(("mlx", "mode", v) for v in ("mxfp4", "nvfp4", "mxfp8", "", None, 4)),
@@ -167,3 +172,30 @@ def test_a_left_out_list_matches_whole_parts_and_never_runs_a_pattern(tmp_path: 
     ]  # type: ignore[index]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert Checkpoint.open(tmp_path).modules
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.sampled_from(sorted(layouts.WRITERS)), st.integers(0, 99), JSON)
+@settings(max_examples=500, deadline=None)
+def test_any_value_anywhere_in_the_block_is_understood_or_refused(
+    layout: str, place: int, value: Any
+) -> None:
+    """Never another exception, whatever a stranger wrote into config.json."""
+    config = copy.deepcopy(layouts.config(layout, 64))
+    tables: list[tuple[dict[str, Any], str]] = [(config, key) for key in config]
+    for table, key in tables:
+        if isinstance(inner := table.get(key), dict):
+            tables += [(inner, name) for name in [*inner, "modules_to_not_convert", "ignore"]]
+    table, key = tables[place % len(tables)]
+    table[key] = value
+    try:
+        declared(config)
+        check_left_out(config, frozenset({"model.layers.0.mlp.down_proj"}))
+    except ConfigError as error:
+        assert "config.json" in str(error) and len(str(error)) < 600

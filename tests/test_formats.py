@@ -168,9 +168,11 @@ def test_long_groups_are_split_into_equal_ones(
 def test_symmetric_compressed_tensors_have_zero_eight(tmp_path: Path) -> None:
     q, z, s = layouts.sample(16, 256, 128)
     tensors = layouts.compressed_tensors(q, z, s)
-    del tensors["weight_zero_point"]
     config = layouts.config("compressed-tensors", 128)
     config["quantization_config"]["config_groups"]["group_0"]["weights"]["symmetric"] = True  # type: ignore[index]
+    with pytest.raises(FormatError, match="weight_zero_point' is there, config.json says symmetric: True"):
+        Checkpoint.open(folder(tmp_path, config, stored(tensors))).weight(MODULE)
+    del tensors["weight_zero_point"]
     weight = Checkpoint.open(folder(tmp_path, config, stored(tensors))).weight(MODULE)
     np.testing.assert_array_equal(weight.to_float32().astype(np.float64), meaning(q, np.full_like(z, 8), s))
 

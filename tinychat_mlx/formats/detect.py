@@ -245,13 +245,17 @@ def _disagree(tensors: Tensors, name: str, what: str) -> FormatError:
 def check_left_out(config: dict[str, Any], quantised: frozenset[str]) -> None:
     """Raise ConfigError if a quantised module is one that config.json says is not.
 
-    Names must match by their parts: "mlp.gate" is not in "mlp.gate_proj". Patterns ("re:…") are not run,
-    for a hostile one never ends: the tensors decide in any case.
+    Names must match by their parts: "mlp.gate" is not in "mlp.gate_proj". Patterns ("re:…") match nothing:
+    they are not run, for a hostile one never ends, and the tensors decide in any case.
     """
     block = _block(config) or {}
-    listed = [*(block.get("modules_to_not_convert") or []), *(block.get("ignore") or [])]
-    listed += [module for module, value in block.items() if value is False]
-    plain = [f".{name}." for name in listed if isinstance(name, str) and not name.startswith("re:")]
+    listed = [module for module, value in block.items() if value is False]
+    for key in ("modules_to_not_convert", "ignore"):
+        names = block.get(key) or []
+        if not isinstance(names, list):
+            raise ConfigError(f"config.json: {key} is {show(names)}, not a list of modules")
+        listed += names
+    plain = [f".{name}." for name in listed if isinstance(name, str)]
     for module in quantised if plain else ():
         if any(name in f".{module}." for name in plain):
             raise ConfigError(
