@@ -43,9 +43,15 @@ def kernels(text: str) -> dict[str, list[str]]:
     }
 
 
-def build(program: str, defines: Mapping[str, int]) -> ctypes.CDLL:
-    """Compile one program for the CPU; cached by content."""
+Change = tuple[str, str]
+
+
+def build(program: str, defines: Mapping[str, int], change: Change | None = None) -> ctypes.CDLL:
+    """Compile one program for the CPU; cached by content. change (old, new): a bug put in on purpose."""
     text = programs.source(program, defines, prelude=False)
+    if change is not None:
+        assert change[0] in text
+        text = text.replace(*change)
     unit = f'#include "{HERE}/emulator.h"\n#include "{programs.FOLDER}/prelude.cuh"\n{text}\n'
     for name, types in kernels(text).items():
         call = ", ".join(f"*({t}*)b[{i}]" for i, t in enumerate(types))
@@ -67,12 +73,12 @@ def build(program: str, defines: Mapping[str, int]) -> ctypes.CDLL:
 
 
 class Emulator:
-    """A launcher whose device is this CPU. `launched` counts kernels by name."""
+    """A launcher whose device is this CPU."""
 
-    def __init__(self, order: int = 0) -> None:
-        self.order = order
+    def __init__(self, order: int = 0, change: Change | None = None) -> None:
+        self.order, self.change = order, change
         self.loaded: dict[tuple[str, str], ctypes.CDLL] = {}
-        self.launched: dict[str, int] = {}
+        self.launched: dict[str, int] = {}  # kernel -> how often
 
     def launch(
         self,
@@ -85,7 +91,7 @@ class Emulator:
     ) -> None:
         key = program, str(sorted(defines.items()))
         if key not in self.loaded:
-            self.loaded[key] = build(program, defines)
+            self.loaded[key] = build(program, defines, self.change)
         self.launched[kernel] = self.launched.get(kernel, 0) + 1
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
         three, error = ctypes.c_uint * 3, ctypes.create_string_buffer(256)
@@ -129,6 +135,3 @@ class Guarded:
         copy[...] = array
         return copy
 
-    def poison(self, shape: Sequence[int], dtype: Any) -> np.ndarray:
-        """An output: NaN in every element."""
-        return self.copy(np.full(shape, np.nan, dtype))
