@@ -115,6 +115,22 @@ def test_packed_weights_stay_packed_and_mean_the_same(
     agree(logits(d, t.ids, [30, *[1] * 10]), expected)
 
 
+@pytest.mark.parametrize("variant", ["qwen2_moe", "olmoe"])
+@pytest.mark.parametrize("form", [None, (4, 32), (8, 32)], ids=["dense", "int4", "int8"])
+def test_experts_stay_on_the_device(
+    variant: str, form: tuple[int, int] | None, tiny_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """40 rows are sorted by expert, 9 are not; a captured step holds the routing."""
+    t = tiny(variant, tiny_root)
+    expected = logits(decoder(t.folder, ReferenceBackend(), form), t.ids, [40])
+    d = decoder(t.folder, MlxBackend(compiled=True), form)
+    hosts: list[Any] = []
+    monkeypatch.setattr(Backend, "moe", lambda *a: hosts.append(a))
+    for cuts in ([40], [9, 20, *[1] * 11]):
+        agree(logits(d, t.ids, cuts), expected)
+    assert not hosts
+
+
 def test_groups_wider_than_mlx_knows_are_the_same_numbers() -> None:
     w = quantised(np.random.default_rng(0).standard_normal((8, 512)).astype(np.float32), 4, 512)
     x = np.random.default_rng(1).standard_normal((3, 512)).astype(np.float32)

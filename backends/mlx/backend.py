@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from tinychat_mlx.backend import (
     Device,
     Memory,
     Mlp,
+    Moe,
     Norm,
     Rope,
     Segment,
@@ -29,6 +30,7 @@ from tinychat_mlx.backends.mlx.activations import act_of, glu_of
 from tinychat_mlx.backends.mlx.attention import attend, heads_first
 from tinychat_mlx.backends.mlx.cache import MlxCache, TracedCache
 from tinychat_mlx.backends.mlx.device import GB, MB, choose_dtype, find_chip, mx, set_limits
+from tinychat_mlx.backends.mlx.experts import Experts, mixture, pack_experts
 from tinychat_mlx.backends.mlx.fused import Kernels
 from tinychat_mlx.backends.mlx.weights import pack
 from tinychat_mlx.errors import BackendError
@@ -63,6 +65,7 @@ class MlxBackend(Backend):
         # Usable from any thread, one at a time: `_evaluating` sees to that
         self.stream = mx.new_thread_unsafe_stream(mx.default_device())
         self._thread, self._lock = 0, threading.Lock()
+        self._routes_on_host = False  # experts of mixed forms: such a step cannot be captured
         self._made: dict[tuple[int, str], tuple[Any, Any]] = {}
         self._fused: dict[str, Callable[..., Any]] = {}
 
@@ -224,10 +227,27 @@ class MlxBackend(Backend):
             return super().mlp(x, mlp, norm, residual)
         return self.linear(h, mlp.down) if residual is None else self.linear_add(h, mlp.down, residual)
 
+    captures_moe = True
+
+    def pack_experts(self, act: str, experts: Iterable[tuple[Weight, Weight]]) -> Any:
+        handles = [(self.pack(up), self.pack(down)) for up, down in experts]
+        with self._evaluating():
+            made = pack_experts(act, handles)
+        self._routes_on_host |= not isinstance(made, Experts)
+        return made
+
+    def moe(self, x: Tensor, moe: Moe, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
+        if not isinstance(moe.experts, Experts):
+            return super().moe(x, moe, norm, residual)
+        h = x if norm is None else self.norm(x, norm)
+        glu = self._fuse(f"{moe.act} glu", glu_of(moe.act))
+        y = mixture(h, self.linear(h, moe.router), moe, glu, self.mlp)
+        return y if residual is None else residual + y
+
     # whole steps ----------------------------------------------------------------------------------
     def capture(self, fn: StepFn) -> StepFn:
         """Through mx.compile: one program for each span of keys, with the position as an input."""
-        if not self.compiled:
+        if not self.compiled or self._routes_on_host:
             return fn
         programs: dict[int, Callable[..., Any]] = {}
 

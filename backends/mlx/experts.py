@@ -1,0 +1,117 @@
+"""A mixture of experts without leaving the device: experts stacked, and multiplied by index."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from tinychat_mlx.backend import Mlp, Moe
+from tinychat_mlx.backends.mlx.device import mx
+from tinychat_mlx.backends.mlx.weights import DenseHandle, MlxHandle, PackedHandle
+
+SORTED = 64  # products from which rows are put in the order of their experts, so that each is read once
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Matrices of one form: arrays as in a handle, with the experts as first axis."""
+
+    arrays: tuple[Any, ...]  # (w,) (E, N, K), or w, scales, biases
+    bits: int  # 0: dense
+    group_size: int
+
+    def matmul(self, x: Any, expert: Any, in_order: bool) -> Any:
+        """x (M, 1, K), expert (M,) uint32 -> (M, 1, N): row m by the matrix expert[m]."""
+        if not self.bits:
+            w = self.arrays[0].swapaxes(-1, -2)
+            return mx.gather_mm(x, w, rhs_indices=expert, sorted_indices=in_order)
+        return mx.gather_qmm(
+            x, *self.arrays, rhs_indices=expert, transpose=True, group_size=self.group_size, bits=self.bits,
+            sorted_indices=in_order,
+        )  # fmt: skip
+
+
+def form_of(h: MlxHandle) -> tuple[Any, ...]:
+    """What two handles must share to be stacked."""
+    if h.bias is not None:
+        return (id(h),)
+    return (h.shape,) if isinstance(h, DenseHandle) else (h.shape, h.bits, h.group_size)
+
+
+def stacked(handles: list[MlxHandle]) -> Stack | None:
+    """Handles of one form -> a Stack, or None where the forms differ."""
+    first = handles[0]
+    if first.bias is not None or any(form_of(h) != form_of(first) for h in handles):
+        return None
+    packed = [h for h in handles if isinstance(h, PackedHandle)]
+    if not packed:
+        arrays = (mx.stack([h.w for h in handles]),)
+        mx.eval(arrays)
+        return Stack(arrays, 0, 0)
+    fields = ("w", "scales", "biases")
+    arrays = tuple(mx.stack([getattr(h, f) for h in packed]) for f in fields)
+    mx.eval(arrays)
+    return Stack(arrays, packed[0].bits, packed[0].group_size)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The routed experts stacked (gate and up joined), and the shared one, if any, as it is."""
+
+    up: Stack
+    down: Stack
+    shared: Mlp | None
+
+
+def pack_experts(act: str, handles: Iterable[tuple[MlxHandle, MlxHandle]]) -> Experts | tuple[Mlp, ...]:
+    """(gate_up, down) of each expert, the shared one last -> Experts, or one by one where the forms differ.
+
+    A shared expert of the routed ones' size cannot be told from them here: it is stacked, and found by index.
+    """
+    pairs: list[tuple[Any, Any]] = list(handles)
+    odd = len(pairs) > 1 and [form_of(h)[0] for h in pairs[-1]] != [form_of(h)[0] for h in pairs[0]]
+    routed = pairs[:-1] if odd else pairs
+    up, down = stacked([p[0] for p in routed]), stacked([p[1] for p in routed])
+    if up is None or down is None:
+        return tuple(Mlp(act, d, gate_up=u) for u, d in pairs)
+    return Experts(up, down, Mlp(act, pairs[-1][1], gate_up=pairs[-1][0]) if odd else None)
+
+
+def route(logits: Any, moe: Moe) -> tuple[Any, Any, Any]:
+    """Router logits (T, E [+ 1]) -> experts (T, k), their weights (T, k), the shared one's (T, 1) or None."""
+    logits = logits.astype(mx.float32)
+    p = mx.softmax(logits[:, : moe.num_experts], -1)
+    choice = mx.argpartition(-p, moe.top_k - 1, -1)[:, : moe.top_k]
+    share = mx.take_along_axis(p, choice, -1)
+    if moe.normalise:
+        share = share / share.sum(-1, keepdims=True)
+    shared = mx.sigmoid(logits[:, moe.num_experts :]) if logits.shape[1] > moe.num_experts else None
+    return choice.astype(mx.uint32), share, shared
+
+
+def mixture(
+    h: Any, logits: Any, moe: Moe, glu: Callable[[Any, Any], Any], mlp: Callable[[Any, Mlp], Any]
+) -> Any:
+    """h (T, C), the router's logits -> the weighted sum of each row's experts (T, C)."""
+    experts = moe.experts
+    assert isinstance(experts, Experts)
+    choice, share, shared = route(logits, moe)
+    if shared is not None and experts.shared is None:  # stacked behind the routed ones
+        choice = mx.concatenate([choice, mx.full(shared.shape, moe.num_experts, mx.uint32)], -1)
+        share = mx.concatenate([share, shared], -1)
+    rows, k = choice.shape
+    flat = choice.reshape(-1)
+    row = mx.repeat(mx.arange(rows), k)
+    order = mx.argsort(flat) if rows * k >= SORTED else None
+    if order is not None:
+        flat, row = flat[order], row[order]
+    y = experts.up.matmul(h[row][:, None], flat, order is not None)
+    half = y.shape[-1] // 2
+    y = experts.down.matmul(glu(y[..., :half], y[..., half:]), flat, order is not None).squeeze(1)
+    if order is not None:
+        y = y[mx.argsort(order)]
+    total = (y.reshape(rows, k, -1).astype(mx.float32) * share[..., None]).sum(1)
+    if shared is not None and experts.shared is not None:
+        total = total + mlp(h, experts.shared).astype(mx.float32) * shared
+    return total.astype(h.dtype)
