@@ -22,10 +22,14 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("source", metavar="SRC")
-@click.option("-o", "--output", "target", metavar="DST", type=click.Path(path_type=Path), help="Folder to write.")
+@click.option(
+    "-o", "--output", "target", metavar="DST", type=click.Path(path_type=Path), help="Folder to write."
+)
 @click.option("--method", type=click.Choice(["rtn", "awq", "awq+"]), default="awq+", show_default=True,
               help="Plain rounding, the published AWQ, or AWQ with error feedback.")  # fmt: skip
-@click.option("--w-bit", type=click.Choice(["3", "4", "8"]), default="4", show_default=True, help="Bits a weight.")
+@click.option(
+    "--w-bit", type=click.Choice(["3", "4", "8"]), default="4", show_default=True, help="Bits a weight."
+)
 @click.option("--group-size", type=click.Choice(["32", "64", "128"]), default="128", show_default=True,
               help="Inputs that share a scale.")  # fmt: skip
 @click.option("--format", "form", type=click.Choice(["mlx", "awq"]), default="mlx", show_default=True,
@@ -36,13 +40,17 @@ if TYPE_CHECKING:
               help="Calibration text: .txt, .jsonl chats, a dataset's id, or the model's own.")  # fmt: skip
 @click.option("--calib-tokens", type=click.IntRange(0), default=0, metavar="N",
               help="Calibration tokens (0: chosen by the model's size).")  # fmt: skip
-@click.option("--resume", is_flag=True, help="Go on with an interrupted conversion: same result, byte for byte.")
+@click.option(
+    "--resume", is_flag=True, help="Go on with an interrupted conversion: same result, byte for byte."
+)
 @click.option("--force", is_flag=True, help="Replace what is there.")
 @click.option("--dry-run", is_flag=True, help="Print time, memory and disk; write nothing.")
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True,
               help="Where the model runs for calibration.")  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="CPU threads.")
-@click.option("--report", type=click.Path(path_type=Path), metavar="DIR", help="Write a report: Markdown, JSON, plots.")
+@click.option(
+    "--report", type=click.Path(path_type=Path), metavar="DIR", help="Write a report: Markdown, JSON, plots."
+)
 @click.option("--seed", type=click.IntRange(0), default=0, metavar="N", help="Of the calibration text.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def convert(source: str, target: Path | None, **options: Any) -> None:
@@ -82,7 +90,7 @@ def _convert(source: Checkpoint, target: Path, settings: Settings, options: dict
     start = time.perf_counter()
     screen = Screen(quiet=options["as_json"])
     try:
-        with screen:
+        with screen.bar:
             result = run(
                 source, target, settings, lambda: _backend(options, exact=True),
                 lambda config, src, _, s, window, watch: calibration_ids(
@@ -91,7 +99,9 @@ def _convert(source: Checkpoint, target: Path, settings: Settings, options: dict
                 screen.show, options["resume"], options["force"],
             )  # fmt: skip
     except KeyboardInterrupt:
-        click.echo(f"interrupted: nothing is at {target}; repeat the command with --resume to go on", err=True)
+        click.echo(
+            f"interrupted: nothing is at {target}; repeat the command with --resume to go on", err=True
+        )
         raise
     seconds = time.perf_counter() - start
     if options["report"] is not None:
@@ -152,13 +162,6 @@ class Screen:
             TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal, speed_estimate_period=600,
         )  # fmt: skip
         self.tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> Screen:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
 
     def show(self, p: Progress) -> None:
         if p.phase not in self.tasks:

@@ -64,7 +64,9 @@ def packed(documents: Sequence[Document], tokenizer: Tokenizer, wanted: int, see
         ids += tokenizer.encode(document) if isinstance(document, str) else tokenizer.encode_chat(document)
         used += 1
     if len(ids) < LEAST:
-        raise UsageError(f"the calibration text has {len(ids)} tokens, at least {LEAST} are needed: give more text")
+        raise UsageError(
+            f"the calibration text has {len(ids)} tokens, at least {LEAST} are needed: give more text"
+        )
     return np.array(ids[:wanted], np.int32), used
 
 

@@ -29,8 +29,14 @@ def upper_factor(h: F32) -> F32:
                 high = min(low + STRIPE, k)
                 r[low:high, end:high] -= panel[low - end : high - end] @ panel[: high - end].T
     except np.linalg.LinAlgError:
-        raise FormatError("the inputs of a linear are not finite: a weight is damaged or overflows") from None
+        raise _not_finite() from None
+    if not np.isfinite(np.diagonal(r)).all():
+        raise _not_finite()
     for at in range(0, k, STRIPE):  # what lies above the diagonal is left over from h
         rows = slice(at, at + STRIPE)
         r[rows] = np.tril(r[rows], at)
     return r[::-1, ::-1]
+
+
+def _not_finite() -> FormatError:
+    return FormatError("the inputs of a linear are not finite: a weight is damaged or overflows")

@@ -117,7 +117,8 @@ def log_softmax(logits: F32) -> F64:
     """(T, V) -> log probabilities in float64: a KL of 1e-5 is a difference of nearly equal numbers."""
     x = logits.astype(np.float64)
     x -= x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+    x -= np.log(np.exp(x).sum(-1, keepdims=True))
+    return x
 
 
 def clustered(windows: Sequence[F64]) -> tuple[float, float]:

@@ -60,20 +60,24 @@ class Codes:
         return w.reshape(self.q.shape)
 
 
-def damped(h: F32, damping: float = DAMPING) -> F32:
-    """H + damping · mean(diag H); dead channels, whose inputs are always 0, get 1 of that mean."""
-    diagonal = np.diagonal(h)
+def damped(sums: F32, per_token: float = 1.0, damping: float = DAMPING) -> F32:
+    """Sums of x xᵀ, changed in place to their mean + damping · its mean diagonal.
+
+    Dead channels, whose inputs are always 0, get all of the mean diagonal.
+    """
+    sums *= np.float32(per_token)
+    diagonal = np.diagonal(sums).copy()
     mean = np.float32(max(float(diagonal.mean()), 1e-20))
-    out = h.copy()
-    out[np.diag_indices_from(out)] += np.where(diagonal > 0, np.float32(damping), np.float32(1)) * mean
-    return out
+    sums[np.diag_indices_from(sums)] += np.where(diagonal > 0, np.float32(damping), np.float32(1)) * mean
+    return sums
 
 
 def factor(h: F32) -> Factor:
     """A damped H (K, K) -> its factors."""
-    r = upper_factor(h)
-    root = np.ascontiguousarray(np.diagonal(r))
-    return Factor(r / root, root * root)
+    r = np.ascontiguousarray(upper_factor(h))
+    root = np.diagonal(r).copy()
+    r /= root
+    return Factor(r, root * root)
 
 
 def by_importance(diagonal: F32, group_size: int) -> Order:
@@ -113,7 +117,9 @@ def feed_back(w: F32, f: Factor, w_bit: int, group_size: int) -> Codes:
     """Quantise w (K, N), each group's grid chosen when its turn comes."""
     k, n = w.shape
     e = np.empty_like(w)
-    codes = Codes(np.empty_like(w), np.empty((k // group_size, n), np.float32), np.empty((0,), np.float32), w_bit)
+    codes = Codes(
+        np.empty_like(w), np.empty((k // group_size, n), np.float32), np.empty((0,), np.float32), w_bit
+    )
     codes.zeros = np.empty_like(codes.scales)
     for g in range(k // group_size):
         at = slice(g * group_size, (g + 1) * group_size)
@@ -203,4 +209,5 @@ def _solved(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64], old: F32) ->
 def squared_error(w: F32, w_hat: F32, h: F32) -> npt.NDArray[np.float64]:
     """w, w_hat (K, N) -> e H eᵀ of each row (N,)."""
     e = w - w_hat
-    return np.einsum("kn,kn->n", e, h @ e, dtype=np.float64)
+    error: npt.NDArray[np.float64] = np.einsum("kn,kn->n", e, h @ e, dtype=np.float64)
+    return error

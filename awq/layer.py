@@ -36,7 +36,9 @@ class SiteReport:
     error: float
     alpha: float
     fell_back: bool  # the error did not fall: plain rounding was kept
-    others: Mapping[str, float] = field(default_factory=dict)  # method -> error, where a comparison was asked for
+    others: Mapping[str, float] = field(
+        default_factory=dict
+    )  # method -> error, where a comparison was asked for
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,10 @@ def quantize_layer(
         judge = _Judge(weights.stacked(site), m)
         kept = _Attempt(weights, _rounded(weights, site, form), np.ones(1, np.float32), 0.0)
         rtn = best = judge.error(kept, site)
-        attempt = _plus if isinstance(m, FullMoments) else _published
-        tried = attempt(weights, site, m, form)
+        if isinstance(m, FullMoments):
+            tried = _plus(weights, site, m, form)
+        else:
+            tried = _published(weights, site, m, form)
         error = judge.error(tried, site)
         if error < rtn:
             kept, best = tried, error
@@ -108,8 +112,8 @@ class _Judge:
         self.w = w
         self.loss: Callable[[F32], float]
         if isinstance(moments, FullMoments):
-            h = moments.h()
-            self.loss = lambda d: float(np.einsum("nk,nk->", d @ h, d, dtype=np.float64))
+            sums = moments.sums  # not its mean: at K = 8192 a copy is 268 MB
+            self.loss = lambda d: float(np.einsum("nk,nk->", d @ sums, d, dtype=np.float64))
         else:
             self.loss = lambda d: float(moments.loss(d).sum(dtype=np.float64))
         self.signal = max(self.loss(w), 1e-30)
@@ -153,9 +157,10 @@ def _published(weights: LayerWeights, site: Site, moments: BlockMoments, form: F
 
 def _plus(weights: LayerWeights, site: Site, moments: FullMoments, form: Form) -> _Attempt:
     """Scales by the error that feedback will leave, then feedback with joint clip, refit and descent."""
-    h = feedback.damped(moments.h())
-    order = feedback.by_importance(np.diagonal(h), form.group_size)
-    f = feedback.factor(h[np.ix_(order, order)])
+    diagonal = np.diagonal(moments.sums)
+    order = feedback.by_importance(diagonal, form.group_size)
+    h = feedback.damped(moments.sums[np.ix_(order, order)], 1 / max(moments.tokens, 1))
+    f = feedback.factor(h)
     found = None
     if site.absorber is not None:
         d = np.empty_like(f.d)
@@ -166,9 +171,11 @@ def _plus(weights: LayerWeights, site: Site, moments: FullMoments, form: Form) -
     scaled, s, alpha = _scaled(weights, site, found)
     # Dividing the inputs by s divides rows and columns of H: U and D follow without another factorisation.
     so = s[order]
-    f = feedback.Factor(f.u * so[None] / so[:, None], f.d / (so * so))
-    h = h[np.ix_(order, order)] / (so[:, None] * so[None])
-    codes = _fed_codes(scaled.stacked(site), order, f, h, form)
+    f.u[:] *= so
+    f.u[:] /= so[:, None]
+    h /= so
+    h /= so[:, None]
+    codes = _fed_codes(scaled.stacked(site), order, feedback.Factor(f.u, f.d / (so * so)), h, form)
     return _Attempt(scaled, dict(scaled.unstack_codes(site, codes)), s, alpha)
 
 

@@ -35,7 +35,8 @@ class BlockMoments:
 
     @property
     def mean_abs(self) -> F32:
-        return self.magnitude / np.float32(max(self.tokens, 1))
+        mean: F32 = self.magnitude / np.float32(max(self.tokens, 1))
+        return mean
 
     def loss(self, delta: F32) -> F32:
         """delta (N, K), a change of the weights -> (N, K/G): mean squared change of each partial output."""
@@ -44,7 +45,8 @@ class BlockMoments:
 
         def piece(rows: slice) -> F32:
             d = delta[rows].reshape(-1, groups, size).transpose(1, 0, 2)  # (K/G, rows, G)
-            return np.einsum("grk,grk->rg", d @ self.blocks, d) * per_token
+            error: F32 = np.einsum("grk,grk->rg", d @ self.blocks, d) * per_token
+            return error
 
         return np.concatenate(over_rows(len(delta), 4 * delta.shape[1], piece))
 
@@ -72,10 +74,6 @@ class FullMoments:
         self.magnitude += np.abs(x).sum(0)
         self.sums += x.T @ x  # NumPy sees the same matrix twice and does half the work
         self.tokens += len(x)
-
-    def h(self) -> F32:
-        """-> the mean of x xᵀ (K, K)."""
-        return self.sums / np.float32(max(self.tokens, 1))
 
     def blocks(self, group_size: int) -> BlockMoments:
         """What the published searches would have kept."""

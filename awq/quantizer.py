@@ -27,9 +27,10 @@ class Grid:
 
     def codes(self, w: F32) -> F32:
         """The nearest code of each weight, as whole numbers in float32."""
-        q = np.rint(w / self.scales)
+        q: F32 = np.rint(w / self.scales)
         q += self.zeros
-        return np.clip(q, 0, 2**self.w_bit - 1, out=q)
+        np.clip(q, 0, 2**self.w_bit - 1, out=q)
+        return q
 
     def nearest(self, w: F32) -> F32:
         """The nearest value of the grid to each weight."""
@@ -72,7 +73,9 @@ def storable(scales: F32) -> F32:
     """
     bits = np.ascontiguousarray(scales, np.float32).view(np.uint32)
     rounded = (bits + np.uint32(1 << 16)) & np.uint32(0xFFFE0000)  # keeps 6 of 23 stored mantissa bits
-    return np.maximum(rounded.view(np.float32).astype(np.float16).astype(np.float32), np.float32(2**-24))
+    half: F32 = rounded.view(np.float32).astype(np.float16).astype(np.float32)
+    np.maximum(half, np.float32(2**-24), out=half)
+    return half
 
 
 def grid_between(low: F32, high: F32, w_bit: int) -> Grid:

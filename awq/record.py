@@ -21,6 +21,7 @@ from tinychat_mlx.backend import (
     Device,
     Handle,
     Memory,
+    Mlp,
     Norm,
     Rope,
     Segment,
@@ -107,7 +108,9 @@ class LayerRun:
     Windows of `window` consecutive rows are conversations of their own; a step takes several.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, source: Source, backend: Recorder, window: int) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, source: Source, backend: Recorder, window: int
+    ) -> None:
         self.config, self.backend, self.window = config, backend, window
         self.graph = Graph(config, backend)
         loaded = Loader(config, source, backend).layer(layer)
@@ -118,9 +121,11 @@ class LayerRun:
     @staticmethod
     def _names(layer: Layer, site: Site) -> list[str]:
         """Names of the handles whose input is the site's, less those that would show it again."""
-        mlp_first = layer.mlp.gate_up or layer.mlp.gate or layer.mlp.up
+        mlp = layer.mlp
+        assert isinstance(mlp, Mlp), "sites() refuses mixtures of experts"
+        mlp_first = mlp.gate_up or mlp.gate or mlp.up
         assert mlp_first is not None
-        first = {"q": layer.qkv[0], "o": layer.o, "gate": mlp_first, "up": mlp_first, "down": layer.mlp.down}
+        first = {"q": layer.qkv[0], "o": layer.o, "gate": mlp_first, "up": mlp_first, "down": mlp.down}
         return [first[site.roles[0]].name]
 
     def inputs(self, x: F32, key: str) -> F32:
@@ -193,7 +198,7 @@ def embedded_rows(
     """Calibration tokens (T,) -> the rows (T, C) that enter the first layer; windows start at position 0."""
     used, at = np.unique(ids, return_inverse=True)
     config = replace(config, vocab_size=len(used))
-    inputs = Loader(config, _Rows(source, config.spec.name("embed"), used), backend).inputs()
+    inputs = Loader(config, _Rows(source, config.spec.name("embed"), used.astype(np.intp)), backend).inputs()
     graph, pieces = Graph(config, backend), []
     cache_of = CacheShape(1, config.num_key_value_heads, config.head_dim)
     for rows in steps(len(ids), window):

@@ -30,7 +30,8 @@ def scale_of(magnitude: F32, alpha: float) -> F32:
     """Mean |x| -> the scales of one candidate, normalised around 1."""
     s = np.maximum(magnitude ** np.float32(alpha), np.float32(1e-4))
     s /= np.sqrt(s.max() * s.min())
-    return np.where(np.isfinite(s), s, np.float32(1))
+    usable: F32 = np.where(np.isfinite(s), s, np.float32(1))
+    return usable
 
 
 def scaled_error(w: F32, s: F32, w_bit: int, group_size: int) -> F32:
@@ -79,9 +80,7 @@ def clip(w: F32, moments: BlockMoments, w_bit: int, group_size: int) -> F32:
     return np.concatenate(over_rows(len(w), 4 * w.shape[1], piece))
 
 
-def search_fed_scale(
-    w: F32, mean_abs: F32, d: F32, at: Index | None, group_size: int
-) -> tuple[F32, float]:
+def search_fed_scale(w: F32, mean_abs: F32, d: F32, at: Index | None, group_size: int) -> tuple[F32, float]:
     """As `search_scale`, for weights quantised with error feedback, which leaves Σ_j D_j · (rounding of column j)².
 
     A rounding's mean square goes with the square of its group's range, and scaling channel j by s divides D_j

@@ -87,9 +87,13 @@ def open_dense(source: Checkpoint, settings: Settings) -> ModelConfig:
         if k % settings.group_size:
             fits = [str(g) for g in (128, 64, 32) if k % g == 0]
             hint = f"use --group-size {fits[0]}" if fits else "it cannot be stored in groups of 32, 64 or 128"
-            raise FormatError(f"{name}: {k} inputs are no multiple of the group size {settings.group_size}: {hint}")
+            raise FormatError(
+                f"{name}: {k} inputs are no multiple of the group size {settings.group_size}: {hint}"
+            )
         if settings.format == "awq" and n % 8:
-            raise FormatError(f"{name}: {n} outputs are no multiple of 8, which AutoAWQ needs: use --format mlx")
+            raise FormatError(
+                f"{name}: {n} outputs are no multiple of 8, which AutoAWQ needs: use --format mlx"
+            )
     if settings.head_bits < 16 and config.hidden_size % 32:
         raise FormatError(f"hidden_size {config.hidden_size} is no multiple of 32: use --head fp16")
     check_complete(config, source)
@@ -131,5 +135,3 @@ def refuse_quantised(source: Checkpoint) -> None:
         raise ConfigError(
             f"{source.folder}: already quantised ({source.quantization.describe()}): it can only change its format"
         )
-
-

@@ -128,9 +128,7 @@ class LayerWeights:
 
     def copy(self) -> LayerWeights:
         """A layer whose arrays may be replaced without changing this one's."""
-        return replace(
-            self, linears=dict(self.linears), biases=dict(self.biases), vectors=dict(self.vectors)
-        )
+        return replace(self, linears=dict(self.linears), biases=dict(self.biases), vectors=dict(self.vectors))
 
     def has(self, name: str) -> bool:
         return name in self.vectors

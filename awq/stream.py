@@ -201,5 +201,3 @@ def shards(work: WorkFolder, layers: int) -> Iterator[Path]:
     yield work.path / "rim.safetensors"
     for layer in range(layers):
         yield work.shard(layer)
-
-

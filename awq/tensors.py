@@ -41,7 +41,9 @@ def _stored(layer: QuantizedLayer, module: Module) -> Packed:
     """A module's parts one below the other, rows as the checkpoint has them."""
     config, biases = layer.weights.config, layer.weights.biases
     order, parts = module.stored_order(config), [layer.parts[part] for part in module.parts]
-    q, scales, zeros = (np.concatenate([getattr(p, f) for p in parts])[order] for f in ("q", "scales", "zeros"))
+    q, scales, zeros = (
+        np.concatenate([getattr(p, f) for p in parts])[order] for f in ("q", "scales", "zeros")
+    )
     bias = [biases[part] for part in module.parts if part in biases]
     whole = Quantized(q, scales, zeros, parts[0].w_bit, parts[0].group_size)
     name = config.spec.name(module.role, layer.weights.layer)
@@ -90,7 +92,9 @@ def rounded_rows(weight: Dense, bits: int, group_size: int) -> Packed:
     return Packed(weight.name, stack[0], stack[1], stack[2], bits, group_size, weight.bias)
 
 
-def quantization_block(config: ModelConfig, source: Source, w_bit: int, group_size: int, head_bits: int) -> dict:
+def quantization_block(
+    config: ModelConfig, source: Source, w_bit: int, group_size: int, head_bits: int
+) -> dict[str, object]:
     """`quantization` of config.json as MLX writes it; what differs from the body is named."""
     block: dict[str, object] = {"group_size": group_size, "bits": w_bit, "mode": "affine"}
     group = rim_group(config, group_size)
