@@ -23,15 +23,15 @@ Skill = Callable[[Chat, bool], Turn]
 
 # Odds of each skill per turn. Stories are five times as long as the rest, so they are rare.
 SKILLS: tuple[tuple[Skill, float], ...] = (
-    (talk.sums, 26),
-    (talk.drill, 6),
-    (talk.fact, 27),
-    (talk.topic, 10),
+    (talk.sums, 24),
+    (talk.drill, 4),
+    (talk.fact, 24),
+    (talk.topic, 12),
     (talk.story, 6),
-    (talk.chitchat, 4),
+    (talk.chitchat, 3),
     (talk.unknown, 9),
-    (memory.tell, 5),
-    (memory.recall, 9),
+    (memory.tell, 8),
+    (memory.recall, 16),
 )
 _PLAIN_SYSTEM = (
     "You are a helpful assistant.",
@@ -167,8 +167,15 @@ HELD_OUT_COUNTS = {
 
 def held_out_items(seed: int = 7) -> list[dict[str, Any]]:
     """Make the scored prompts, skill by skill."""
-    rng = Random(seed)
-    return [held_out_item(rng, s) for s, n in HELD_OUT_COUNTS.items() for _ in range(n)]
+    rng, items, asked = Random(seed), [], set()
+    for skill, n in HELD_OUT_COUNTS.items():
+        while sum(i["skill"] == skill for i in items) < n:
+            item = held_out_item(rng, skill)
+            question = (item["messages"][-1]["content"].lower().strip("?.! "), item["gold"])
+            if question not in asked or skill in ("memory", "untold"):
+                asked.add(question)
+                items.append(item)
+    return items
 
 
 def text_of_size(seed: int, size: int) -> list[dict[str, Any]]:

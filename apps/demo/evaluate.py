@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
 from tinychat_mlx.apps.demo import tokenizer
 from tinychat_mlx.apps.demo.model import Block, DemoLlama, Shape, rope
 from tinychat_mlx.apps.demo.score import Message, load_items, score
-from tokenizers import Tokenizer
-from torch import Tensor
 
 Cache = list[tuple[Tensor, Tensor]]
 

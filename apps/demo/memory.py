@@ -74,7 +74,7 @@ SLOTS: dict[str, Slot] = {
         "What is my name?|What's my name?|Do you remember my name?|Who am I?|Do you know my name?"
         "|How am I called?|Say my name.|Can you tell me my name?|Tell me my name."
         "|Do you still know my name?|What was my name again?",
-        "Your name is **{v}**.",
+        "Your name is {v}.",
         "I don't know your name yet. What is it?",
     ),
     "colour": Slot(
@@ -82,10 +82,10 @@ SLOTS: dict[str, Slot] = {
         0.0,
         "My favourite colour is {v}.|I like the colour {v} best.|{v} is my favourite colour."
         "|The colour I love most is {v}.|My favorite color is {v}.",
-        "{V} is a lovely colour! I will remember it.|Nice, {v} is a beautiful colour.",
+        "I like {v} too! I will remember it.|Nice, {v} is a beautiful colour.",
         "What is my favourite colour?|Which colour do I like best?|Do you remember my favourite"
         " colour?|What's my favorite color?|Which colour is my favourite?",
-        "Your favourite colour is **{v}**.",
+        "Your favourite colour is {v}.",
         "I don't know your favourite colour yet. Which one is it?",
     ),
     "pet": Slot(
@@ -93,10 +93,10 @@ SLOTS: dict[str, Slot] = {
         0.4,
         "My pet is called {v}.|I have a pet named {v}.|My pet's name is {v}.|My dog is called {v}."
         "|My cat's name is {v}.|I have a dog named {v}.|I have a cat called {v}.",
-        "{v} is a nice name for a pet!|Say hello to {v} from me!",
+        "What a nice name, {v}!|Say hello to {v} from me!",
         "What is my pet called?|What is my pet's name?|Do you remember the name of my pet?"
         "|What's the name of my pet?|How is my pet called?",
-        "Your pet is called **{v}**.",
+        "Your pet is called {v}.",
         "I don't know the name of your pet yet. What is it?",
     ),
     "food": Slot(
@@ -104,39 +104,39 @@ SLOTS: dict[str, Slot] = {
         0.0,
         "My favourite food is {v}.|I love to eat {v}.|I like {v} most of all foods."
         "|The food I like best is {v}.",
-        "{V}, that sounds tasty!|Good choice! I will remember {v}.",
+        "Yes, {v} is tasty!|Good choice! I will remember {v}.",
         "What is my favourite food?|Which food do I like best?|What do I like to eat?"
         "|Do you remember my favourite food?",
-        "Your favourite food is **{v}**.",
+        "Your favourite food is {v}.",
         "I don't know your favourite food yet. What is it?",
     ),
     "town": Slot(
         tuple(_TOWNS),
         0.3,
         "I live in {v}.|I am from {v}.|My home is in {v}.|I come from {v}.|My city is {v}.",
-        "{v} sounds like a nice place!|Greetings to {v}!",
+        "I think {v} is a nice place!|Greetings to {v}!",
         "Where do I live?|Where am I from?|Which city do I live in?|Do you remember where I live?"
         "|What is my home town?",
-        "You live in **{v}**.",
+        "You live in {v}.",
         "I don't know where you live. You have not told me yet.",
     ),
     "animal": Slot(
         tuple(_ANIMALS),
         0.0,
         "My favourite animal is {v}.|The animal I like best is {v}.|I love {v} most of all animals.",
-        "{V} is a wonderful animal!|I like {v} too!",
+        "Yes, {v} is a wonderful animal!|I like {v} too!",
         "What is my favourite animal?|Which animal do I like best?|Do you remember my favourite"
         " animal?",
-        "Your favourite animal is **{v}**.",
+        "Your favourite animal is {v}.",
         "I don't know your favourite animal yet. Which one is it?",
     ),
     "hobby": Slot(
         tuple(_HOBBIES),
         0.0,
         "My hobby is {v}.|My favourite hobby is {v}.|In my free time I enjoy {v}.",
-        "{V} is a great hobby!|That sounds like fun!",
+        "Yes, {v} is a great hobby!|That sounds like fun!",
         "What is my hobby?|What do I do in my free time?|Do you remember my hobby?",
-        "Your hobby is **{v}**.",
+        "Your hobby is {v}.",
         "I don't know your hobby yet. What is it?",
     ),
 }
@@ -197,9 +197,6 @@ def recall(chat: Chat, held: bool, which: str = "") -> Turn:
             slot.untold,
             {"kind": "contains", "all": ["don't know"]},
         )
-    reply = _short(v) if chat.brief else slot.answer.format(v=v)
+    # Not bold: a name after a space is the same token as where it was told, and copying is learned.
+    reply = slot.answer.format(v=v)
     return Turn("memory", rough(chat, ask), reply, {"kind": "contains", "all": [v]})
-
-
-def _short(v: str) -> str:
-    return v[:1].upper() + v[1:] + "."

@@ -196,9 +196,9 @@ def request(rng: Random) -> Request:
     return Request(
         hero,
         rng.choice(TRAITS) if rng.random() < 0.6 else "",
-        friend if rng.random() < 0.25 else "",
-        rng.choice(PLACES) if rng.random() < 0.25 else "",
-        name if rng.random() < 0.12 else "",
+        friend if rng.random() < 0.3 else "",
+        rng.choice(PLACES) if rng.random() < 0.35 else "",
+        name if rng.random() < 0.18 else "",
     )
 
 

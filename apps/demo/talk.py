@@ -323,8 +323,9 @@ def unknown(chat: Chat, held: bool) -> Turn:
     forms = _TOO_HARD if hard else _UNKNOWABLE if chat.rng.random() < 0.92 else _GIBBERISH
 
     def make() -> tuple[Any, tuple[object, ...]]:
-        text = _fill(chat.rng, chat.rng.choice(forms))
-        return text, ("unknown", text)
+        form = chat.rng.choice(forms)
+        text = _fill(chat.rng, form)
+        return text, ("unknown", text) if "{" in form else ("unknown",)
 
     user = draw(make, held)
     reply = _CANNOT if hard else chat.rng.choice(_DO_NOT_KNOW)

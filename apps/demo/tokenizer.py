@@ -12,9 +12,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
 from tinychat_mlx.apps.demo import corpus
 from tinychat_mlx.apps.demo.words import invent
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 BOS, USER, ASSISTANT, SYSTEM, END = SPECIAL = (
     "<|bos|>",

@@ -23,10 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from tinychat_mlx.apps.demo import corpus, tokenizer
-from tinychat_mlx.apps.demo.model import DemoLlama, Shape
 from tokenizers import Tokenizer
 from torch import Tensor
+
+from tinychat_mlx.apps.demo import corpus, tokenizer
+from tinychat_mlx.apps.demo.model import DemoLlama, Shape
 
 SEED = 20
 BATCH_TOKENS = 6144
@@ -34,7 +35,7 @@ MICRO_TOKENS = 2048  # activations of one layer then fit the cache
 USER_SHARE = 0.25  # user turns are learned too, more thinly, so that the model can write both sides
 SHORT = (128, 128, 256, 256, 256, 512)
 LONG = (256, 512, 2048, 4096)
-LONG_FROM, DECAY_FROM, WARMUP_STEPS = 0.87, 0.5, 60
+LONG_FROM, DECAY_FROM, WARMUP_STEPS = 0.87, 0.65, 60
 MUON_LR, ADAM_LR = 6e-3, 4e-3
 
 
@@ -149,6 +150,7 @@ def export(model: DemoLlama, tok: Tokenizer, folder: Path) -> None:
     tokenizer.save(tok, work, model.s.max_position_embeddings)
     weights = {name: t.to(torch.float16).contiguous() for name, t in plain_state(model).items()}
     save_file(weights, work / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(Path(__file__).with_name("README.md"), work)  # the model card
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

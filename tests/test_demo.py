@@ -1,0 +1,135 @@
+"""The demo model: what its corpus promises, what its scorer counts, and how many prompts it gets right."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from tinychat_mlx.apps.demo import corpus, talk
+from tinychat_mlx.apps.demo.score import Message, is_right, load_items, score
+
+DATA = Path(__file__).parent / "data"
+FP16 = DATA / "demo-fp16"
+needs_model = pytest.mark.skipif(
+    not FP16.is_dir(), reason="tests/data/demo-fp16 is not in this checkout"
+)
+
+
+@pytest.fixture(scope="module")
+def items() -> list[dict[str, Any]]:
+    return load_items(DATA / "demo_heldout.jsonl")
+
+
+def test_the_held_out_files_are_what_the_generator_writes(items: list[dict[str, Any]]) -> None:
+    assert corpus.held_out_items() == items
+    for name, seed in (("demo_heldout_text.jsonl", 1_000_001), ("demo_calib.jsonl", 1_000_002)):
+        assert corpus.text_of_size(seed, 200_000) == load_items(DATA / name)
+
+
+def test_training_never_sees_a_kept_out_sum() -> None:
+    """Sums are read back from the text itself, so that a drill cannot leak what a question hides."""
+    rng, seen = Random(3), 0
+    for _ in range(300):
+        for message in corpus.some_turns(rng, 12):
+            if message["role"] == "assistant":
+                for a, op, b in re.findall(r"(?<![\d-])(\d+) ([+-]) (\d+) =", message["content"]):
+                    assert not talk.kept_out("sum", int(a), op, int(b))
+                    seen += 1
+    assert seen > 1000
+
+
+def test_every_sum_the_corpus_writes_is_right() -> None:
+    rng = Random(4)
+    for _ in range(200):
+        for message in corpus.some_turns(rng, 12):
+            lines = re.findall(r"(\d+) ([+-]) (\d+) = \**(-?\d+)", message["content"])
+            for a, op, b, value in lines if message["role"] == "assistant" else ():
+                assert int(value) == int(a) + (int(b) if op == "+" else -int(b))
+
+
+def test_a_scored_prompt_asks_for_a_kept_out_combination(items: list[dict[str, Any]]) -> None:
+    for item in items:
+        if item["skill"] == "sums":
+            a, op, b = re.findall(r"(\d+) ([+-]) (\d+) =", item["gold"])[0]
+            assert talk.kept_out("sum", int(a), op, int(b))
+
+
+def test_the_expected_answers_pass_their_own_checks(items: list[dict[str, Any]]) -> None:
+    assert len(items) >= 300
+    for item in items:
+        assert is_right(item["check"], item["gold"]), item
+
+
+@pytest.mark.parametrize(
+    ("check", "right", "wrong"),
+    [
+        ({"kind": "number", "value": -5}, "3 - 8 = **-5**", "3 - 8 = **5**"),
+        ({"kind": "number", "value": 12}, "5 + 7 = 12.", "5 + 7 = 112"),
+        ({"kind": "contains", "all": ["Rome"]}, "It is **Rome**.", "Romeo knows."),
+        ({"kind": "regex", "pattern": "(?i)don't know"}, "I DON'T know.", "It is Rome."),
+        ({"kind": "story", "words": ["fox"]}, "A fox. B. C. D. E.", "A fox. B. C. D."),
+    ],
+)
+def test_a_check_tells_right_from_wrong(check: dict[str, Any], right: str, wrong: str) -> None:
+    assert is_right(check, right)
+    assert not is_right(check, wrong)
+
+
+def test_scores_count_per_skill_and_in_all(items: list[dict[str, Any]]) -> None:
+    """A parrot of the expected sums knows all sums and nothing else."""
+    gold = {json.dumps(i["messages"]): i["gold"] for i in items if i["skill"] == "sums"}
+    scores = score(lambda messages: gold.get(json.dumps(messages), ""), items)
+    assert scores.skills["sums"] == 1
+    assert scores.skills["facts"] == 0
+    assert scores.total == pytest.approx(sum(i["skill"] == "sums" for i in items) / len(items))
+    assert all(item["skill"] != "sums" for item, _ in scores.wrong)
+
+
+@needs_model
+def test_the_demo_is_small_and_its_shapes_take_groups_of_128() -> None:
+    config = json.loads((FP16 / "config.json").read_text())
+    head = config["head_dim"]
+    sides = [config[k] for k in ("hidden_size", "intermediate_size", "vocab_size")]
+    sides += [head * config[k] for k in ("num_attention_heads", "num_key_value_heads")]
+    assert all(side % 128 == 0 for side in sides)
+    assert sum(f.stat().st_size for f in FP16.iterdir()) <= 20 * 2**20
+
+
+@needs_model
+def test_the_chat_template_is_what_training_saw() -> None:
+    pytest.importorskip("tokenizers")
+    from tinychat_mlx.apps.demo import tokenizer
+    from tinychat_mlx.tokenizer import Tokenizer
+
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hi 🙂 你好"},
+        {"role": "assistant", "content": "Hello!"},
+        {"role": "user", "content": "12 + 7"},
+    ]
+    loaded = Tokenizer.load(FP16)
+    assert loaded.render(messages) == tokenizer.render(messages)
+    text = "Zürich 🙂 你好\n\t12 + 7 = **19**  x"
+    assert loaded.decode(loaded.encode(text)) == text
+
+
+@pytest.mark.slow
+@needs_model
+def test_the_demo_in_fp16_gets_nine_of_ten_held_out_prompts_right(
+    items: list[dict[str, Any]],
+) -> None:
+    import tinychat_mlx
+
+    model = tinychat_mlx.load(FP16, backend="cpu", exact=True)
+
+    def generate(messages: list[Message]) -> str:
+        events = model.chat(messages, temperature=0.0, max_tokens=220)
+        return "".join(e.text for e in events)
+
+    scores = score(generate, items)
+    assert scores.total >= 0.9, scores.skills
