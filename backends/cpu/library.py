@@ -17,7 +17,7 @@ from tinychat_mlx.errors import BackendError
 _FILES = ("tinychat_cpu.so", "tinychat_cpu.dylib", "tinychat_cpu.dll")
 _BUILD = "install the package (pip install .), or in a checkout run: cmake -S backends/cpu -B build/dev && cmake --build build/dev"
 
-EMBED, LINEAR, NORM, ROPE, ATTENTION, MAP, PACK = range(1, 8)
+EMBED, LINEAR, NORM, ROPE, ATTENTION, MAP, PACK, PROBE = range(1, 9)
 INT4, INT8, F16, BF16, F32 = range(5)
 NORMS = {"rms": 1, "layer": 2}
 ACTS = {"": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "relu2": 5}
@@ -170,7 +170,19 @@ class PackOp(Structure):
     ]
 
 
-Op = EmbedOp | LinearOp | NormOp | RopeOp | AttentionOp | MapOp | PackOp
+class ProbeOp(Structure):
+    _fields_ = [
+        ("code", c_int32),
+        ("rows", c_int32),
+        ("data", c_void_p),
+        ("bytes", c_int64),
+        ("work", c_int64),
+        ("dots", c_void_p),
+        ("sink", c_void_p),
+    ]
+
+
+Op = EmbedOp | LinearOp | NormOp | RopeOp | AttentionOp | MapOp | PackOp | ProbeOp
 _SIZES: dict[int, type[Structure]] = {
     EMBED: EmbedOp,
     LINEAR: LinearOp,
@@ -179,6 +191,7 @@ _SIZES: dict[int, type[Structure]] = {
     ATTENTION: AttentionOp,
     MAP: MapOp,
     PACK: PackOp,
+    PROBE: ProbeOp,
     0: CWeight,
     -1: CNorm,
     -2: CSegment,

@@ -77,6 +77,7 @@ API int32_t tc_sizeof(int32_t code) {
     case ATTENTION: return sizeof(AttentionOp);
     case MAP: return sizeof(MapOp);
     case PACK: return sizeof(PackOp);
+    case PROBE: return sizeof(ProbeOp);
     case 0: return sizeof(Weight);
     case -1: return sizeof(NormArg);
     case -2: return sizeof(SegmentArg);

@@ -13,6 +13,7 @@
 #include "linear_int.h"
 #include "linear_float.h"
 #include "attention.h"
+#include "probe.h"
 // clang-format on
 
 namespace {
@@ -43,6 +44,7 @@ void run(const Op* op, const Worker& me) {
     case ROPE: return rope_op(*(const RopeOp*)op, me);
     case ATTENTION: return attention_op(*(const AttentionOp*)op, me);
     case MAP: return map_op(*(const MapOp*)op, me);
+    case PROBE: return probe_op(*(const ProbeOp*)op, me);
     case PACK: return pack_op(*(const PackOp*)op, me);
   }
 }

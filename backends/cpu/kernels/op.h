@@ -7,7 +7,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum Code : int32_t { EMBED = 1, LINEAR, NORM, ROPE, ATTENTION, MAP, PACK, CODES };
+enum Code : int32_t { EMBED = 1, LINEAR, NORM, ROPE, ATTENTION, MAP, PACK, PROBE };
 enum Kind : int32_t { INT4, INT8, F16, BF16, F32 };  // of a weight's numbers
 enum NormKind : int32_t { NO_NORM, RMS, LAYER };
 enum Act : int32_t { NO_ACT, SILU, GELU, GELU_TANH, RELU, RELU2 };
@@ -138,4 +138,14 @@ struct PackOp {
   const Weight* w;
   const void* source;  // INT4, INT8: words of codes, row by row; dense: numbers of the same kind, row by row
   const void *scales, *biases;
+};
+
+// What the machine can do at best, for benchmarks to compare with: reads `bytes` at data once, or with data null
+// does `work` steps of PROBE_DOTS int8 dot products with every thread. `sink` receives something of it all.
+struct ProbeOp {
+  int32_t code, rows;
+  const uint8_t* data;
+  int64_t bytes, work;
+  int64_t* dots;  // receives the multiplications and additions done by one thread
+  float* sink;
 };

@@ -92,6 +92,13 @@ inline void put_codes(uint8_t* p, Codes c) {
   _mm512_storeu_si512(p, c);
 }
 
+#if defined(_MSC_VER)
+inline void hide(Codes&) {}
+#else
+inline void hide(Codes& c) {
+  __asm__ volatile("" : "+v"(c));
+}  // no compiler knows what c holds now
+#endif
 inline void fetch(const uint8_t* p) {
   _mm_prefetch((const char*)p, _MM_HINT_T0);
 }

@@ -153,6 +153,13 @@ inline void put_codes(uint8_t* p, Codes c) {
   memcpy(p, c.v, sizeof c.v);
 }
 
+#if defined(_MSC_VER)
+inline void hide(Codes&) {}
+#else
+inline void hide(Codes& c) {
+  __asm__ volatile("" : "+m"(c));
+}  // no compiler knows what c holds now
+#endif
 inline void fetch(const uint8_t*) {}  // hints that a cache line will be wanted
 
 // Activations, 4 inputs to a 32-bit lane. add<L> multiplies with lane L.

@@ -1,0 +1,134 @@
+// Random linear layers and attentions against plain loops in double, for emulators and sanitizers.
+//
+//   fuzz ISA SEED COUNT [THREADS]       0: all within their bounds
+//
+// Outputs and inputs lie amid NaN: what is read or written beyond a row shows.
+#include <math.h>
+#include <stdio.h>
+
+#include <limits>
+
+#include "native.h"
+
+static const float NONE = std::numeric_limits<float>::quiet_NaN();
+static const double EPS = 1.0 / (1 << 24);
+static int failures = 0;
+
+static void check(bool ok, const char* what, int a, int b, int c, int d) {
+  if (ok) return;
+  failures++;
+  fprintf(stderr, "wrong: %s %d %d %d %d\n", what, a, b, c, d);
+}
+
+// What the kernels make of a row: whole numbers within 127, a scale a group.
+static void quantise(const float* x, int k, int group, double* whole, double* scale) {
+  for (int g = 0; g < k / group; g++) {
+    float top = 0;
+    for (int i = 0; i < group; i++) top = fmaxf(top, fabsf(x[g * group + i]));
+    const float inverse = top > 1e-30f ? 127 / top : 0;
+    for (int i = 0; i < group; i++) whole[g * group + i] = nearbyintf(x[g * group + i] * inverse);
+    scale[g] = top / 127;
+  }
+}
+
+static void try_linear(Engine* e, Random& r) {
+  const int kind = r.below(5), group = kind <= INT8 ? 32 * (1 + r.below(5)) : 0;
+  const int k = kind <= INT8 ? group * (1 + r.below(5)) : 1 + r.below(300), n = 1 + r.below(100);
+  const int rows = r.below(4) ? 1 + r.below(20) : 1 + r.below(600), exact = r.below(2);
+  RandomWeight w(kind, n, k, group, r.below(2), r);
+  const int xs = k + 16, ys = n + 9, check_every = rows > 40 ? 37 : 1;
+  std::vector<float> x((size_t)(rows + 1) * (size_t)xs, NONE), y((size_t)(rows + 1) * (size_t)ys, 7.5f);
+  std::vector<float> residual((size_t)rows * (size_t)n);
+  for (int t = 0; t < rows; t++)
+    for (int i = 0; i < k; i++) x[(size_t)t * xs + i] = r.unit() * 3;
+  for (float& v : residual) v = r.unit();
+  LinearOp op = {};
+  op.code = LINEAR, op.rows = rows, op.x = x.data(), op.x_stride = xs, op.w = &w.w, op.y = y.data(), op.y_stride = ys;
+  op.exact = exact;
+  if (r.below(2)) op.residual = residual.data(), op.residual_stride = n;
+  run_one(e, &op);
+  std::vector<double> whole((size_t)k), scale((size_t)k / 32 + 1);
+  for (int t = 0; t < rows; t += check_every) {
+    const float* row = &x[(size_t)t * xs];
+    const bool rounds = kind <= INT8 && !exact;
+    if (rounds) quantise(row, k, group, whole.data(), scale.data());
+    for (int j = 0; j < n; j++) {
+      double sum = bias_of(w.w) ? bias_of(w.w)[j] : 0, size = fabs(sum);
+      for (int i = 0; i < k; i++) {
+        const double a = rounds ? whole[(size_t)i] * scale[(size_t)(i / group)] : row[i];
+        sum += a * number(w.w, j, i);
+        size += fabs(a) * 4;  // parts of a weight, code * scale and bias, reach 4 in RandomWeight
+      }
+      if (op.residual) sum += residual[(size_t)t * n + j], size += 1;
+      check(fabs(y[(size_t)t * ys + j] - sum) <= EPS * (k + 8) * size, "linear kind, n, k, rows", kind, n, k, rows);
+    }
+    for (int j = n; j < ys; j++) check(y[(size_t)t * ys + j] == 7.5f, "a write beyond a row", kind, n, k, rows);
+  }
+}
+
+static void try_attention(Engine* e, Random& r) {
+  const int kv = 1 + r.below(3), heads = kv * (1 + r.below(7)), dim = 4 * (1 + r.below(24)), rows = 1 + r.below(70);
+  const int64_t length = r.below(2) ? r.below(700) : 0;
+  const int dim_pad = (dim + 15) / 16 * 16, capacity = (int)((length + rows + 63) / 64 * 64), all = (int)length + rows;
+  const size_t keys = (size_t)kv * (size_t)capacity * (size_t)dim,
+               values = (size_t)kv * (size_t)capacity * (size_t)dim_pad;
+  std::vector<float> cache(keys + values + 2048, NONE), q((size_t)rows * heads * dim), y(q.size() + 32, 7.5f);
+  std::vector<float> k((size_t)all * kv * dim), v(k.size());
+  std::vector<float> partial((size_t)kv * (capacity / 256 + 1) * 32 * (dim_pad + 2));
+  std::vector<int32_t> done((size_t)kv, 0);
+  for (auto* list : {&q, &k, &v})
+    for (float& f : *list) f = r.unit() * 2;
+  SegmentArg s = {rows,           capacity,   &length, (uint8_t*)cache.data(), (uint8_t*)(cache.data() + keys),
+                  partial.data(), done.data()};
+  AttentionOp op = {};
+  op.code = ATTENTION, op.heads = heads, op.kv_heads = kv, op.dim = dim, op.dim_pad = dim_pad, op.segments = 1;
+  op.kv_kind = F32, op.scale = 0.3f, op.segment = &s, op.window = r.below(3) ? 0 : 1 + r.below(200);
+  op.q_stride = heads * dim, op.k_stride = op.v_stride = kv * dim, op.q_head = op.k_head = op.v_head = dim;
+  op.y = y.data(), op.q = q.data(), op.k = k.data(), op.v = v.data();
+  const int64_t zero = 0;
+  if (length) {  // first what is held
+    std::vector<float> queries((size_t)length * heads * dim, 0.1f), ignored(queries.size());
+    op.q = queries.data(), op.y = ignored.data(), op.rows = s.rows = (int)length, s.length = &zero;
+    run_one(e, &op);
+    op.q = q.data(), op.y = y.data();
+  }
+  op.rows = s.rows = rows, s.length = &length;
+  op.k = k.data() + (size_t)length * kv * dim, op.v = v.data() + (size_t)length * kv * dim;
+  run_one(e, &op);
+  std::vector<double> weight((size_t)all), out((size_t)dim);
+  for (int t = 0; t < rows; t += 1 + rows / 8)
+    for (int h = 0; h < heads; h++) {
+      const int at = (int)length + t, lo = op.window && at - op.window + 1 > 0 ? at - op.window + 1 : 0;
+      const int g = h / (heads / kv);
+      double top = -1e300, total = 0;
+      for (int j = lo; j <= at; j++) {
+        double dot = 0;
+        for (int d = 0; d < dim; d++)
+          dot += (double)q[((size_t)t * heads + h) * dim + d] * k[((size_t)j * kv + g) * dim + d];
+        weight[(size_t)j] = dot * 0.3f;
+        top = fmax(top, weight[(size_t)j]);
+      }
+      for (int j = lo; j <= at; j++) total += weight[(size_t)j] = exp(weight[(size_t)j] - top);
+      for (int d = 0; d < dim; d++) {
+        double sum = 0;
+        for (int j = lo; j <= at; j++) sum += weight[(size_t)j] / total * v[((size_t)j * kv + g) * dim + d];
+        const double got = y[((size_t)t * heads + h) * dim + d];
+        // a score of d products up to 4 * 0.3 each is off by (d + 4) eps times that; it scales values up to 2
+        check(fabs(got - sum) <= EPS * (dim + 24) * 1.2 * dim * 2 * 2, "attention heads, dim, rows, length", heads, dim,
+              rows, (int)length);
+      }
+    }
+  for (size_t i = q.size(); i < y.size(); i++) check(y[i] == 7.5f, "a write beyond the output", heads, dim, rows, 0);
+}
+
+int main(int argc, char** argv) {
+  if (argc < 4) return fprintf(stderr, "usage: fuzz ISA SEED COUNT [THREADS]\n"), 2;
+  const int threads = argc > 4 ? atoi(argv[4]) : 2;
+  Engine* e = tc_new(argv[1], threads);
+  if (!e) return fprintf(stderr, "no such instruction set here; the best is %s\n", tc_isa(0)), 2;
+  Random r{(uint32_t)atoi(argv[2]) * 2654435761u};
+  for (int i = 0; i < atoi(argv[3]) && failures < 10; i++) r.below(3) ? try_linear(e, r) : try_attention(e, r);
+  tc_free(e);
+  printf("%s, %d threads: %s\n", argv[1], threads, failures ? "WRONG" : "right");
+  return failures != 0;
+}

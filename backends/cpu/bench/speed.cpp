@@ -1,0 +1,70 @@
+// How near the kernels come to what the machine can do: decode against a plain read, prefill against the int8 peak.
+//
+//   speed SHAPE [THREADS] [ISA]        alternating repetitions, best and median of each
+#include <algorithm>
+#include <chrono>
+#include <ctime>
+
+#include "shapes.h"
+
+static bool by_cpu = false;  // one thread: time that the processor gave, so that neighbours count less
+
+static double now() {
+  if (by_cpu) return (double)std::clock() / CLOCKS_PER_SEC;
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+static double seconds(Engine* e, const Op* const* list, int n) {
+  const double start = now();
+  if (tc_run(e, list, n)) abort();
+  return now() - start;
+}
+
+struct Times {
+  std::vector<double> all;
+  void add(double t) { all.push_back(t); }
+  double best() { return *std::min_element(all.begin(), all.end()); }
+  double median() {
+    std::sort(all.begin(), all.end());
+    return all[all.size() / 2];
+  }
+};
+
+int main(int argc, char** argv) {
+  const Shape* found = shape_named(argc > 1 ? argv[1] : "llama-3.2-1b");
+  const int threads = argc > 2 ? atoi(argv[2]) : 1;
+  Engine* e = tc_new(argc > 3 ? argv[3] : tc_isa(0), threads);
+  if (!found || !e) return fprintf(stderr, "usage: see the head of speed.cpp\n"), 2;
+  Token t(*found, 128, 128, INT4);
+  by_cpu = threads == 1;
+  float sink = 0;
+  int64_t dots = 0;
+  std::vector<uint8_t> area((size_t)512 << 20, 1);
+  ProbeOp read = {PROBE, 1, area.data(), (int64_t)area.size(), 0, nullptr, &sink},
+          peak = {PROBE, 1, nullptr, 0, 200000, &dots, &sink};
+  const int rows = 512, n = 2 * found->intermediate, k = found->hidden;
+  Random random{5};
+  RandomWeight w(INT4, n, k, 128, false, random);
+  std::vector<float> x((size_t)rows * k), y((size_t)rows * n);
+  for (float& v : x) v = random.unit();
+  LinearOp op = {};
+  op.code = LINEAR, op.rows = rows, op.x = x.data(), op.x_stride = k, op.w = &w.w, op.y = y.data(), op.y_stride = n;
+  const Op *r = (const Op*)&read, *p = (const Op*)&peak, *m = (const Op*)&op;
+  Times decode, plain, matmul, top;
+  for (int i = 0; i < 9; i++) {
+    decode.add(seconds(e, t.list.data(), (int)t.list.size()));
+    plain.add(seconds(e, &r, 1));
+    matmul.add(seconds(e, &m, 1));
+    top.add(seconds(e, &p, 1));
+  }
+  const auto line = [](const char* what, double a, double b) {
+    printf("%s: best %.1f of %.1f (%.0f %%)\n", what, a, b, 100 * a / b);
+  };
+  printf("%s, %d thread(s), %.0f MB a token\n", found->name, threads, (double)t.bytes / 1e6);
+  line("decode GB/s, plain read", (double)t.bytes / decode.best() / 1e9, (double)area.size() / plain.best() / 1e9);
+  line("decode GB/s, plain read, medians", (double)t.bytes / decode.median() / 1e9,
+       (double)area.size() / plain.median() / 1e9);
+  printf("decode tokens/s: best %.1f, median %.1f\n", 1 / decode.best(), 1 / decode.median());
+  line("matmul GOP/s, int8 peak", 2.0 * rows * n * k / matmul.best() / 1e9,
+       (double)threads * (double)dots / top.best() / 1e9);
+}

@@ -1,0 +1,53 @@
+// The limits of this machine with these vectors: how fast memory reads, how fast int8 dot products go.
+#pragma once
+#include "linear_int.h"
+#include "pool.h"
+
+namespace {
+
+// Every byte once, in stretches that threads claim, through the dot product unit: a product a load.
+inline void probe_read(const ProbeOp& op, const Worker& me) {
+  constexpr int64_t STRETCH = 1 << 20;
+  constexpr int N = 4;
+  Acc<false> a[N];
+  const int8_t ones[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+  const Quads x = quads(ones);
+  const int pieces = (int)(op.bytes / STRETCH);
+  for (int i; (i = pool_take(me, 1)) < pieces;)
+    for (const uint8_t *p = op.data + i * STRETCH, *end = p + STRETCH; p < end; p += 4 * W * N)
+      repeat<N>([&](auto n) { a[n.value].template add<0>(codes(p + 4 * W * n.value), x); });
+  repeat<N>([&](auto n) {
+    a[n.value].flush();
+    *op.sink += sum_of(to_float(a[n.value].sum()));
+  });
+}
+
+// As many sums as the many-row kernel keeps, operands in registers.
+inline void probe_dots(const ProbeOp& op) {
+  using A = Acc<false>;
+  constexpr int STEPS = A::ROOM < 16 ? A::ROOM : 16;
+  A a[PANEL][NV];
+  alignas(64) uint8_t w[4 * W] = {1};
+  const int8_t x[16 * 4] = {1};
+  Codes c = codes(w);
+  const Quads q = quads(x);
+  for (int64_t i = 0; i < op.work; i++) {
+    for (int s = 0; s < STEPS; s++) {
+      repeat<PANEL>([&](auto p) {
+        repeat<NV>([&](auto v) {
+          hide(c);  // or the product is made once for all
+          a[p.value][v.value].template add<0>(c, q);
+        });
+      });
+    }
+    repeat<PANEL>([&](auto p) { repeat<NV>([&](auto v) { a[p.value][v.value].flush(); }); });
+  }
+  *op.dots = op.work * STEPS * PANEL * NV * W * 8;
+  repeat<PANEL>([&](auto p) { repeat<NV>([&](auto v) { *op.sink += sum_of(to_float(a[p.value][v.value].sum())); }); });
+}
+
+void probe_op(const ProbeOp& op, const Worker& me) {
+  op.data ? probe_read(op, me) : probe_dots(op);
+}
+
+}  // namespace

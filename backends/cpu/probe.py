@@ -1,0 +1,38 @@
+"""What could this machine do at best? Benchmarks compare with it: memory reads, int8 arithmetic."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from tinychat_mlx.backends.cpu import library as c
+from tinychat_mlx.backends.cpu.engine import Engine
+from tinychat_mlx.backends.cpu.memory import address, raw
+
+_READ = 512 << 20  # bytes: far beyond any cache
+
+
+def read_bandwidth(engine: Engine, repeats: int = 7) -> float:
+    """Bytes a second that all threads of `engine` read from memory together: the best of some runs."""
+    data, sink = raw(_READ, huge=True), np.zeros(1, np.float32)
+    data[:] = 1
+    return max(
+        _READ / _seconds(engine, c.ProbeOp(c.PROBE, 1, address(data), _READ, 0, None, address(sink)))
+        for _ in range(repeats)
+    )
+
+
+def int8_peak(engine: Engine, repeats: int = 5) -> float:
+    """Multiplications and additions a second of all threads in a loop of nothing but int8 dot products."""
+    dots, sink = np.zeros(1, np.int64), np.zeros(1, np.float32)
+    op = c.ProbeOp(c.PROBE, 1, None, 0, 1, address(dots), address(sink))
+    while _seconds(engine, op) < 0.05:
+        op.work *= 2
+    return max(engine.threads * int(dots[0]) / _seconds(engine, op) for _ in range(repeats))
+
+
+def _seconds(engine: Engine, op: c.ProbeOp) -> float:
+    start = time.perf_counter()
+    engine.run_one(op)
+    return time.perf_counter() - start
