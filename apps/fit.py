@@ -83,9 +83,14 @@ def fits(need: Need, freed: int = 0) -> bool:
     return need.nbytes * SPARE <= available() + freed
 
 
-def check(name: str, need: Need, freed: int = 0) -> None:
-    """Raises BackendError if the model does not fit, before anything is fetched or loaded."""
-    if not fits(need, freed):
+def check(name: str, need: Need, backend: str = "auto", freed: int = 0) -> None:
+    """Raises BackendError if the model does not fit, before anything is fetched or loaded.
+
+    A GPU with memory of its own is not asked: its backend says what does not fit there.
+    """
+    from tinychat_mlx.loading import choose
+
+    if need.nbytes and not fits(need, freed) and choose(backend)[0] != "cuda":
         raise BackendError(
             f"{name} needs {size(need.nbytes * SPARE)} of memory, {size(available() + freed)} are free: "
             "close other programs, or choose a smaller or more strongly quantised model"

@@ -152,12 +152,29 @@ def origins(ctx: click.Context) -> dict[str, str]:
     return {name: words[source.name] for name, source in found.items() if source and source.name in words}
 
 
-def load_model(options: dict[str, Any]) -> Model:
-    """Load what the options name. Raises a TinychatError that says what is missing."""
-    import tinychat_mlx
+def load_model(
+    options: dict[str, Any],
+    say: Callable[[str], None],
+    progress: Callable[[int, int], None] | None = None,
+    freed: int = 0,
+) -> Model:
+    """Load what the options name; tells `say` how large a download is, `progress` layers done and in total.
 
-    loading = {name: options[name] for name in ("backend", "exact", "threads", "context")}
-    model: Model = tinychat_mlx.load(options["model"], **loading)
+    freed: bytes that a model about to go gives back. Raises a TinychatError: what is missing, or does not fit.
+    """
+    import tinychat_mlx
+    from tinychat_mlx.apps import fit
+
+    name = options["model"]
+    if name != "demo":
+        need = fit.look_up(name)
+        if need.to_fetch or freed:
+            say(fit.describe(name, need, freed))
+        fit.check(name, need, options["backend"], freed)
+    loading = {key: options[key] for key in LOADING if key != "model"}
+    if progress is not None:
+        loading["progress"] = progress
+    model: Model = tinychat_mlx.load(name, **loading)
     return model
 
 

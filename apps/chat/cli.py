@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -68,16 +69,31 @@ def open_chat(
     if system is not None and system != session.system:
         session.set_system(system)
     loading = {name: options[name] for name in LOADING}
-    made = Chat(model, view, session, settings, data, loading, lambda wanted: load(wanted, view))
+    made = Chat(
+        model, view, session, settings, data, loading, lambda wanted, freed: load(wanted, view, freed)
+    )
     made.origins = origins(ctx)
     return made.run()
 
 
-def load(options: dict[str, Any], view: View) -> Model:
-    """Load a model, saying so in a passing row."""
-    notice(f"loading {options['model']} {view.glyphs.ellipsis}", view.terminal)
+def load(options: dict[str, Any], view: View, freed: int = 0) -> Model:
+    """Load a model, showing how far it has come; freed: bytes that the model it replaces gives back."""
+    name, dots = options["model"], view.glyphs.ellipsis
+    drawn = time.monotonic()
+
+    def say(text: str) -> None:
+        notice("", view.terminal)
+        view.note(text)
+
+    def progress(done: int, total: int) -> None:
+        nonlocal drawn
+        if time.monotonic() - drawn > 0.1:
+            drawn = time.monotonic()
+            notice(f"loading {name} {dots} {done / max(1, total):.0%}", view.terminal)
+
+    notice(f"loading {name} {dots}", view.terminal)
     try:
-        return load_model(options)
+        return load_model(options, say, progress, freed)
     finally:
         notice("", view.terminal)
 

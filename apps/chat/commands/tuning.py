@@ -53,22 +53,21 @@ def switch(chat: Chat, loading: dict[str, Any]) -> None:
     """Load another model, or the same elsewhere; the conversation goes on. On failure the old one stays."""
     if chat.load is None:
         raise UsageError("the model cannot be changed here")
-    before, old = chat.loading, chat.model
+    before, freed = chat.loading, chat.model.nbytes
     need = fit.look_up(loading["model"])
-    chat.view.note(fit.describe(loading["model"], need, freed=old.nbytes))
-    fit.check(loading["model"], need, freed=old.nbytes)
+    fit.check(loading["model"], need, loading["backend"], freed)
     both = need.nbytes <= fit.available()
     if not both:  # the old one must go first
-        del chat.model, old
+        del chat.model
         chat.last = None
         gc.collect()
     try:
-        chat.model = chat.load(loading)
+        chat.model = chat.load(loading, freed)
         chat.loading = loading
         chat.session.set_model(loading["model"])
     except (TinychatError, OSError, KeyboardInterrupt):
         if not both:
-            chat.model = chat.load(before)
+            chat.model = chat.load(before, 0)
         raise
     finally:
         chat.used = 0
