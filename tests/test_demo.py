@@ -15,9 +15,7 @@ from tinychat_mlx.apps.demo.score import Message, is_right, load_items, score
 
 DATA = Path(__file__).parent / "data"
 FP16 = DATA / "demo-fp16"
-needs_model = pytest.mark.skipif(
-    not FP16.is_dir(), reason="tests/data/demo-fp16 is not in this checkout"
-)
+needs_model = pytest.mark.skipif(not FP16.is_dir(), reason="tests/data/demo-fp16 is not in this checkout")
 
 
 @pytest.fixture(scope="module")

@@ -48,8 +48,7 @@ TOPICS: tuple[Topic, ...] = (
         "|Who are you really?|What exactly are you?|Tell me who you are.|Are you a chatbot?|Which model are you?|Who is there?",
         "I am the **TinyChat demo model**, a very small language model. I was trained from scratch"
         " on text that a program wrote, and I run on your own device.",
-        "I am the **TinyChat demo model**. I am tiny: about five million parameters, stored as"
-        " int4 numbers.",
+        "I am the **TinyChat demo model**. I am tiny: about five million parameters, stored as int4 numbers.",
     ),
     _topic(
         "can do",
@@ -150,8 +149,7 @@ TOPICS: tuple[Topic, ...] = (
         "**TinyChat** is a small program to chat with language models on your own device. It"
         " quantizes them to 4 bits with AWQ and runs them on a MacBook, a Jetson Orin Nano, a"
         " Raspberry Pi or an AI PC.",
-        "**TinyChat** runs 4-bit language models on small computers, so you can chat without a"
-        " server.",
+        "**TinyChat** runs 4-bit language models on small computers, so you can chat without a server.",
     ),
     _topic(
         "devices",
@@ -220,8 +218,7 @@ TOPICS: tuple[Topic, ...] = (
         "How big are you?|How many parameters do you have?|How large are you?|What is your size?"
         "|Are you a big model?|How many weights do you have?|Are you small?|Why are you so small?"
         "|How many parameters have you got?|How many parameters are in you?|How many weights are in you?|What size are you?|How big is your model?|How small are you?|How large is your model?|Are you a small model?",
-        "I have about **five million** parameters. That is tiny: large models have thousands of times"
-        " more.",
+        "I have about **five million** parameters. That is tiny: large models have thousands of times more.",
     ),
     _topic(
         "training",

@@ -124,9 +124,7 @@ def held_out_item(rng: Random, skill: str) -> dict[str, Any]:
         chat.last_sum = chat.last_sum if turns[-1].skill == "sums" else None
     turns.append(_last(chat, skill, kind))
     messages = [
-        {"role": r, "content": c}
-        for t in turns
-        for r, c in (("user", t.user), ("assistant", t.reply))
+        {"role": r, "content": c} for t in turns for r, c in (("user", t.user), ("assistant", t.reply))
     ]
     last = turns[-1]
     return {
@@ -141,9 +139,7 @@ def _last(chat: Chat, skill: str, kind: str) -> Turn:
     if skill == "memory":
         return memory.recall(chat, True, kind)
     if skill == "untold":
-        return memory.recall(
-            chat, False, chat.rng.choice(("name", "name", "pet", "colour", "town"))
-        )
+        return memory.recall(chat, False, chat.rng.choice(("name", "name", "pet", "colour", "town")))
     makers: dict[str, Skill] = {
         "sums": talk.sums,
         "facts": talk.fact,
@@ -167,7 +163,8 @@ HELD_OUT_COUNTS = {
 
 def held_out_items(seed: int = 7) -> list[dict[str, Any]]:
     """Make the scored prompts, skill by skill."""
-    rng, items, asked = Random(seed), [], set()
+    rng, asked = Random(seed), set[tuple[str, str]]()
+    items: list[dict[str, Any]] = []
     for skill, n in HELD_OUT_COUNTS.items():
         while sum(i["skill"] == skill for i in items) < n:
             item = held_out_item(rng, skill)

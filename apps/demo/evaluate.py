@@ -45,9 +45,7 @@ def extend(model: DemoLlama, ids: list[int], cache: Cache) -> Tensor:
     for i, layer in enumerate(model.model.layers):
         assert isinstance(layer, Block)
         a, y = layer.self_attn, layer.input_layernorm(x)
-        q, k, v = (
-            p(y).view(T, -1, s.head_dim).transpose(0, 1) for p in (a.q_proj, a.k_proj, a.v_proj)
-        )
+        q, k, v = (p(y).view(T, -1, s.head_dim).transpose(0, 1) for p in (a.q_proj, a.k_proj, a.v_proj))
         q, k = rope(q, cos, sin), rope(k, cos, sin)
         if start:
             k, v = torch.cat((cache[i][0], k), 1), torch.cat((cache[i][1], v), 1)

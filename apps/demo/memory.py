@@ -125,8 +125,7 @@ SLOTS: dict[str, Slot] = {
         0.0,
         "My favourite animal is {v}.|The animal I like best is {v}.|I love {v} most of all animals.",
         "Yes, {v} is a wonderful animal!|I like {v} too!",
-        "What is my favourite animal?|Which animal do I like best?|Do you remember my favourite"
-        " animal?",
+        "What is my favourite animal?|Which animal do I like best?|Do you remember my favourite animal?",
         "Your favourite animal is {v}.",
         "I don't know your favourite animal yet. Which one is it?",
     ),
