@@ -112,7 +112,7 @@ def argument(parameter: str) -> str:
 def build(texts: Sequence[str]) -> list[Any]:
     """Compile kernels as one file, which costs one start of the compiler; cached by content."""
     unit = f'#include "{HERE}/msl_shim.h"\n' + "".join(entry(t, i) for i, t in enumerate(texts))
-    headers = "".join((HERE / n).read_text() for n in ("msl_shim.h", "fibers.h"))
+    headers = "".join((HERE / n).read_text() for n in ("msl_shim.h", "../cuda/fibers.h"))
     key = hashlib.sha256(repr((unit, headers, CXX, FLAGS)).encode()).hexdigest()[:16]
     library = CACHE / f"{key}.so"
     if not library.exists():
