@@ -192,10 +192,10 @@ def refit_scales(w: F32, codes: Codes, h: F32) -> None:
             hz = h[:, g * size : (g + 1) * size] @ z[g]  # (K, rows)
             b[:, g] = np.einsum("kn,kn->n", w[:, rows], hz)
             a[:, :, g] = np.einsum("gkn,gkn->ng", z, hz.reshape(groups, size, -1))
-        codes.scales[:, rows] = _solved(a, b, codes.scales[:, rows])
+        codes.scales[:, rows] = _solved(a, b, codes.scales[:, rows], codes.w_bit)
 
 
-def _solved(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64], old: F32) -> F32:
+def _solved(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64], old: F32, w_bit: int) -> F32:
     """Solve a (N, g, g) x = b (N, g); where x strays far from the old scale (g, N) that one stays."""
     groups = a.shape[1]
     diagonal = np.einsum("ngg->ng", a)
@@ -203,7 +203,7 @@ def _solved(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64], old: F32) ->
     x = np.linalg.solve(a, b[..., None])[..., 0].T.astype(np.float32)
     assert x.shape[0] == groups
     usable = np.isfinite(x) & (x > old / 2) & (x < old * 2)
-    return np.where(usable, storable(np.where(usable, x, old)), old)
+    return np.where(usable, storable(np.where(usable, x, old), w_bit), old)
 
 
 def squared_error(w: F32, w_hat: F32, h: F32) -> npt.NDArray[np.float64]:

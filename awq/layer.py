@@ -50,6 +50,13 @@ class QuantizedLayer:
     reports: tuple[SiteReport, ...]
 
 
+    def dequantized(self) -> LayerWeights:
+        """The layer as it will run."""
+        made = self.weights.copy()
+        made.linears = {role: part.to_float32() for role, part in self.parts.items()}
+        return made
+
+
 Moments = BlockMoments | FullMoments
 
 

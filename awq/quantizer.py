@@ -65,15 +65,23 @@ class Quantized:
         return Packed(name, words, self.scales.astype(np.float16), biases, self.w_bit, self.group_size, bias)
 
 
-def storable(scales: F32) -> F32:
-    """Round to 7 significant bits and to float16.
+def storable(scales: F32, w_bit: int) -> F32:
+    """Round to 7 significant bits and to float16; at 8 bits to float16 alone.
 
     Zeros have at most 4 bits at w_bit 4, so zero · scale then fits float16's 11 and the forms q·s + b and
-    (q - z)·s agree to the bit. The scale moves by at most 0.8 %, before the codes are chosen.
+    (q - z)·s agree to the bit. The scale moves by at most 0.8 %, before the codes are chosen. Over 255 codes
+    that would be a step at either end, so there the scale keeps 11 bits and zero · scale is rounded.
     """
+    if w_bit == 8:
+        return _half(scales)
     bits = np.ascontiguousarray(scales, np.float32).view(np.uint32)
     rounded = (bits + np.uint32(1 << 16)) & np.uint32(0xFFFE0000)  # keeps 6 of 23 stored mantissa bits
-    half: F32 = rounded.view(np.float32).astype(np.float16).astype(np.float32)
+    return _half(rounded.view(np.float32))
+
+
+def _half(scales: F32) -> F32:
+    """float16's nearest, at least its smallest number."""
+    half: F32 = scales.astype(np.float16).astype(np.float32)
     np.maximum(half, np.float32(2**-24), out=half)
     return half
 
@@ -81,7 +89,7 @@ def storable(scales: F32) -> F32:
 def grid_between(low: F32, high: F32, w_bit: int) -> Grid:
     """The asymmetric grid of a group whose weights reach from low to high (AWQ's rule: zero is clamped)."""
     top = 2**w_bit - 1
-    scales = storable(np.maximum(high - low, LEAST_RANGE) / np.float32(top))
+    scales = storable(np.maximum(high - low, LEAST_RANGE) / np.float32(top), w_bit)
     zeros = np.clip(-np.rint(low / scales), 0, top)
     return Grid(scales, zeros, w_bit)
 

@@ -32,7 +32,7 @@ def by_definition(w: np.ndarray, w_bit: int, g: int) -> np.ndarray:
     for n in range(len(w)):
         for at in range(0, w.shape[1], g):
             group = w[n, at : at + g].astype(np.float64)
-            scale = float(storable(np.float32([max(group.max() - group.min(), 1e-5) / (2**w_bit - 1)]))[0])
+            scale = float(storable(np.float32([max(group.max() - group.min(), 1e-5) / (2**w_bit - 1)]), w_bit)[0])
             zero = np.clip(-np.rint(group.min() / scale), 0, 2**w_bit - 1)
             q = np.clip(np.rint(group / scale) + zero, 0, 2**w_bit - 1)
             out[n, at : at + g] = (q - zero) * scale
@@ -65,7 +65,7 @@ def test_packed_in_float16_means_the_same_to_the_bit(w_bit: int) -> None:
 
 def test_stored_scales_keep_seven_bits_and_move_little() -> None:
     s = np.exp(rng.uniform(-12, 8, 4096)).astype(np.float32)
-    kept = storable(s)
+    kept = storable(s, 4)
     normal = s > 2.0**-14  # smaller float16 numbers have fewer bits
     assert np.abs(kept / s - 1)[normal].max() <= 2.0**-7
     assert np.array_equal(kept, kept.astype(np.float16).astype(np.float32))
