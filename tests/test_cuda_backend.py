@@ -13,15 +13,15 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda"))
-import models  # noqa: E402
+import models
 
-from tinychat_mlx.arch import ARCHITECTURES  # noqa: E402
-from tinychat_mlx.backend import Attention, CacheShape, Norm, Segment  # noqa: E402
-from tinychat_mlx.backends.cuda import CudaBackend, weights  # noqa: E402
-from tinychat_mlx.backends.cuda import device as devices  # noqa: E402
-from tinychat_mlx.backends.reference import ReferenceBackend  # noqa: E402
-from tinychat_mlx.errors import BackendError  # noqa: E402
-from tinychat_mlx.weight import Dense  # noqa: E402
+from tinychat_mlx.arch import ARCHITECTURES
+from tinychat_mlx.backend import Attention, CacheShape, Norm, Segment
+from tinychat_mlx.backends.cuda import CudaBackend, weights
+from tinychat_mlx.backends.cuda import device as devices
+from tinychat_mlx.backends.reference import ReferenceBackend
+from tinychat_mlx.errors import BackendError
+from tinychat_mlx.weight import Dense
 
 IDS = [5, 80, 13, 2, 96, 41, 7, 7, 30, 64, 11]
 FORMS = [("dense", 32), ("int4", 32), ("int4", 64), ("int8", 64), ("int3", 32)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -17,16 +17,16 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda"))
-import emulate  # noqa: E402
-import models  # noqa: E402
-from guarded import GuardedKernels, both_orders  # noqa: E402
+import emulate
+import models
+from guarded import GuardedKernels, both_orders
 
-from tinychat_mlx.backend import Attention, CacheShape, Norm, Rope, Segment, Step  # noqa: E402
-from tinychat_mlx.backends.cuda import CudaBackend, kernels, weights  # noqa: E402
-from tinychat_mlx.backends.cuda import device as devices  # noqa: E402
-from tinychat_mlx.backends.cuda.cache import CudaCache  # noqa: E402
-from tinychat_mlx.backends.reference import ACTIVATIONS, ReferenceBackend, attend  # noqa: E402
-from tinychat_mlx.sampler import SamplingParams, distribution  # noqa: E402
+from tinychat_mlx.backend import Attention, CacheShape, Norm, Rope, Segment, Step
+from tinychat_mlx.backends.cuda import CudaBackend, kernels, weights
+from tinychat_mlx.backends.cuda import device as devices
+from tinychat_mlx.backends.cuda.cache import CudaCache
+from tinychat_mlx.backends.reference import ACTIVATIONS, ReferenceBackend, attend
+from tinychat_mlx.sampler import SamplingParams, distribution
 
 pytestmark = pytest.mark.skipif(emulate.compiler() is None, reason="no C++ compiler to emulate kernels with")
 CPU = torch.device("cpu")
@@ -40,7 +40,9 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
 
 
-def tiled(w_bit: int, group: int, n: int, k: int, bias: bool = False) -> tuple[weights.TiledHandle, np.ndarray]:
+def tiled(
+    w_bit: int, group: int, n: int, k: int, bias: bool = False
+) -> tuple[weights.TiledHandle, np.ndarray]:
     """-> (a random weight in tiles, its meaning in float64)."""
     rng = np.random.default_rng(n * 1000 + k + w_bit)
     offset = rng.standard_normal(n).astype(np.float32) if bias else None
@@ -94,7 +96,7 @@ def test_matvec_is_the_product_with_bias_and_residual(w_bit: int, group: int) ->
 @pytest.mark.parametrize("w_bit, group", WIDTHS)
 @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "relu", "relu2"])
 def test_matvec_glu_is_the_gated_product(w_bit: int, group: int, act: str) -> None:
-    """The error of each half goes through act(gate) · up, whose slopes are at most 1.13 (2 |gate| for relu2)."""
+    """Each half's error goes through act(gate) · up, whose slopes are at most 1.13 (relu2: 2 |gate|)."""
     for rows, f, k in [(1, 16, 128), (2, 48, 256), (8, 32, 3 * group)]:
         w, dense = tiled(w_bit, group, 2 * f, k, bias=rows == 2)
         x = halves((rows, k))
@@ -103,12 +105,23 @@ def test_matvec_glu_is_the_gated_product(w_bit: int, group: int, act: str) -> No
         slope = 2 * np.abs(gate) + 0.1 if act == "relu2" else 1.13
         acted = ACTIVATIONS[act](gate)
         expected = acted * up
-        bound = slope * error[:, :f] * np.abs(up) + np.abs(acted) * error[:, f:] + HALF * np.abs(expected) + 1e-5
+        bound = (
+            slope * error[:, :f] * np.abs(up) + np.abs(acted) * error[:, f:] + HALF * np.abs(expected) + 1e-5
+        )
         got = both_orders(lambda on, w=w, x=x: on.matvec_glu(on.put(x), on.handle(w), act))
         within(got.astype(np.float64), expected, bound)
 
 
-GEMM = [(9, 16, 128), (16, 17, 64), (70, 130, 192), (129, 40, 128), (128, 144, 64), (33, 128, 384), (140, 260, 64)]
+# rows, N, K
+GEMM = [
+    (9, 16, 128),
+    (16, 17, 64),
+    (70, 130, 192),
+    (129, 40, 128),
+    (128, 144, 64),
+    (33, 128, 384),
+    (140, 260, 64),
+]
 
 
 @pytest.mark.parametrize("w_bit, group", WIDTHS)
@@ -170,8 +183,9 @@ def test_norms_agree_with_float64(kind: str) -> None:
 
 
 def test_rope_agrees_with_float64() -> None:
-    """An angle is a float32 product: position · 2⁻²⁴ radians off, times |x|."""
-    cases = itertools.product((1, 3), (1, 4), ((8, 4), (64, 32), (80, 20), (128, 64), (96, 16)), (False, True))
+    """40 cases. An angle is a float32 product: position · 2⁻²⁴ radians off, times |x|."""
+    sizes = ((8, 4), (64, 32), (80, 20), (128, 64), (96, 16))
+    cases = itertools.product((1, 3), (1, 4), sizes, (False, True))
     for (rows, heads, (size, half), interleaved), start in zip(cases, itertools.cycle((0, 9, 4000))):
         rng = np.random.default_rng(size)
         whole = rng.standard_normal((rows, heads + 2, size)).astype(np.float32)
@@ -204,10 +218,17 @@ def test_glu_of_many_rows_agrees_with_float64() -> None:
 
 
 SPECS = [
-    Attention(1, 0.2), Attention(1, 0.1, window=7), Attention(1, 0.2, softcap=1.5), Attention(1, 0.3, window=100),
+    Attention(1, 0.2), Attention(1, 0.1, window=7), Attention(1, 0.2, softcap=1.5), Attention(1, 0.3, 100),
     Attention(1, 0.2, window=70, softcap=3.0, alibi=tuple(0.5 / (i + 1) for i in range(16))),
 ]  # fmt: skip
-HEADS = [(64, 4, 8, False), (64, 2, 2, True), (128, 2, 8, False), (128, 1, 7, True), (80, 1, 3, False), (256, 2, 4, False)]
+HEADS = [
+    (64, 4, 8, False),
+    (64, 2, 2, True),
+    (128, 2, 8, False),
+    (128, 1, 7, True),
+    (80, 1, 3, False),
+    (256, 2, 4, False),
+]
 
 
 @pytest.mark.parametrize("size, kv_heads, heads, int8", HEADS)
@@ -242,7 +263,8 @@ def test_attention_of_one_row_over_any_length(size: int, kv_heads: int, heads: i
         got = both_orders(run)
         keys, values = (t.numpy().transpose(1, 0, 2) for t in stored)
         step = np.abs(k).max() / 127 if int8 else HALF * np.abs(k).max()
-        assert np.abs(keys[-1] - k[0]).max() <= step and np.abs(values[-1] - v[0]).max() <= np.abs(v).max() / 100
+        assert np.abs(keys[-1] - k[0]).max() <= step
+        assert np.abs(values[-1] - v[0]).max() <= np.abs(v).max() / 100
         if length and not int8:
             np.testing.assert_array_equal(keys[:-1], old[0].half().float().numpy())
         sized = Attention(1, spec.scale, spec.window, spec.softcap, spec.alibi and spec.alibi[:heads])
@@ -252,9 +274,9 @@ def test_attention_of_one_row_over_any_length(size: int, kv_heads: int, heads: i
 
 
 PARAMETERS = [
-    dict(temperature=0.7), dict(temperature=1.0, top_k=5), dict(temperature=1.3, top_p=0.8), dict(temperature=0.2),
-    dict(temperature=1.0, min_p=0.05), dict(temperature=0.9, top_k=40, top_p=0.9, min_p=0.02),
-    dict(temperature=3.0, top_p=0.5), dict(temperature=1.0, top_k=1), dict(temperature=1e-3), dict(temperature=50.0),
+    {"temperature": 0.7}, {"temperature": 1.0, "top_k": 5}, {"temperature": 1.3, "top_p": 0.8}, {"temperature": 0.2},
+    {"temperature": 1.0, "min_p": 0.05}, {"temperature": 0.9, "top_k": 40, "top_p": 0.9, "min_p": 0.02},
+    {"temperature": 3.0, "top_p": 0.5}, {"temperature": 1.0, "top_k": 1}, {"temperature": 1e-3}, {"temperature": 50.0},
 ]  # fmt: skip
 
 
@@ -277,9 +299,10 @@ def test_the_device_draws_the_host_samplers_token(size: int) -> None:
                     on.put(x[None]), p.temperature, p.top_k, p.top_p, p.min_p, u
                 )
             )[0]
-            at = min(int(np.searchsorted(total, chance, side="right")), len(ids) - 1)
-            near = {int(ids[min(int(np.searchsorted(total, chance + e, side="right")), len(ids) - 1)]) for e in (-1e-6, 1e-6)}
-            assert got == ids[at] or got in near
+            at = [
+                min(int(np.searchsorted(total, chance + e, "right")), len(ids) - 1) for e in (-1e-6, 0, 1e-6)
+            ]
+            assert got in ids[at]
 
 
 def test_greedy_takes_the_first_of_the_largest_and_damage_is_reported() -> None:
@@ -309,7 +332,7 @@ BUGS = [  # (what runs, the text replaced, by what): each must be seen
 
 @pytest.mark.parametrize("kernel, old, new", BUGS)
 def test_the_emulator_sees_bugs_put_in_on_purpose(kernel: str, old: str, new: str) -> None:
-    w, dense = tiled(4, 32, 23, 160)
+    w, _dense = tiled(4, 32, 23, 160)
     rng = np.random.default_rng(0)
     q, k = (rng.standard_normal((1, 4, 64)).astype(np.float32) for _ in range(2))
 
@@ -357,16 +380,18 @@ class Recorder(emulate.Emulator):
 class Keeping(kernels.Kernels):
     """Never frees an output, as a graph's memory pool."""
 
-    kept: list[torch.Tensor] = []
+    kept: ClassVar[list[torch.Tensor]] = []
 
     def new(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         self.kept.append(super().new(shape, dtype))
         return self.kept[-1]
 
 
-@pytest.mark.parametrize("family, form, group", [("llama", "int4", 64), ("qwen3", "int8", 32), ("gemma2", "int4", 128)])
+@pytest.mark.parametrize(
+    "family, form, group", [("llama", "int4", 64), ("qwen3", "int8", 32), ("gemma2", "int4", 128)]
+)
 def test_a_whole_model_on_kernels_agrees_with_the_reference(family: str, form: str, group: int) -> None:
-    """fp16's bound of test_cuda_backend.py; prefill by gemm, steps by matvec, several conversations at once."""
+    """fp16's bound of test_cuda_backend.py; prefill by gemm, steps by matvec."""
     config = models.config_of(family, intermediate_size=256)
     reference = models.decoder(config, ReferenceBackend(), form, group)
     expected = models.whole(reference, IDS)
@@ -377,7 +402,8 @@ def test_a_whole_model_on_kernels_agrees_with_the_reference(family: str, form: s
     within(models.whole(model, IDS), expected, bound)
     cache = model.new_cache(len(IDS))
     within(np.concatenate([backend.to_host(model.forward([i], cache)) for i in IDS[:5]]), expected[:5], bound)
-    assert {"embed", "gemm", "matvec", "matvec_glu", "norm_rows", "rope_rows", "attend"} <= set(launcher.launched)
+    ours = {"embed", "gemm", "matvec", "matvec_glu", "norm_rows", "rope_rows", "attend"}
+    assert ours <= set(launcher.launched)
 
 
 def test_a_step_recorded_once_serves_every_position_and_token() -> None:

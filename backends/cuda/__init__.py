@@ -45,7 +45,7 @@ class CudaBackend(TorchBackend):
         dtype: torch.dtype | None = None,
         kernels: Kernels | None = None,
     ) -> None:
-        """exact: the KV cache is never int8. threads: torch's on CPU tensors. dtype, kernels: for tests.
+        """exact: float32 in plain torch. threads: torch's on CPU tensors. dtype, kernels: for tests.
 
         Raises BackendError when there is no usable device.
         """
@@ -55,11 +55,11 @@ class CudaBackend(TorchBackend):
             raise BackendError(f"{KV} must be fp16 or int8, not {kv!r}")
         if threads and device.type == "cpu":
             torch.set_num_threads(threads)
-        chosen = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
+        chosen = dtype or (torch.float16 if device.type == "cuda" and not exact else torch.float32)
         super().__init__(device, chosen, kv == "int8" and not exact)
         self.kernels = kernels
         self._recordable = True  # until a one-row step has read a cache's length on the host
-        if kernels is None and device.type == "cuda" and os.environ.get(PURE) != "0":
+        if kernels is None and device.type == "cuda" and not exact and os.environ.get(PURE) != "0":
             self.kernels = self._own_kernels()
 
     def _own_kernels(self) -> Kernels | None:
@@ -116,8 +116,10 @@ class CudaBackend(TorchBackend):
         if self.kernels is None:
             return super().tiled_linear(x, w)
         n, k = w.shape
-        y = torch.empty((x.shape[0], n), dtype=self.dtype, device=x.device)
         step = max(weights.SLAB // (weights.TILE * k), 1)
+        if step >= w.codes.shape[0]:
+            return F.linear(x, self.kernels.dequantise(w, 0, w.codes.shape[0]))
+        y = torch.empty((x.shape[0], n), dtype=self.dtype, device=x.device)
         for at in range(0, w.codes.shape[0], step):
             dense = self.kernels.dequantise(w, at, min(step, w.codes.shape[0] - at))
             y[:, at * weights.TILE : at * weights.TILE + dense.shape[0]] = F.linear(x, dense)
@@ -154,9 +156,9 @@ class CudaBackend(TorchBackend):
         outputs = []
         for i, segment in enumerate(step.segments):
             row = slice(i, i + 1)
-            qkv = (x[row].float().contiguous() for x in (q, k, v))
-            cache = own(segment.cache)
-            outputs.append(self.kernels.attend(*qkv, cache, spec, step.positions[row]))
+            q1, k1, v1 = (x[row].float().contiguous() for x in (q, k, v))
+            cache, position = own(segment.cache), step.positions[row]
+            outputs.append(self.kernels.attend(q1, k1, v1, cache, spec, position))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     @guarded
@@ -178,7 +180,7 @@ class CudaBackend(TorchBackend):
 
     # whole steps ----------------------------------------------------------------------------------------
     def capture(self, fn: StepFn) -> StepFn:
-        """A CUDA graph, where every kernel of a step reads its position from the device: not in pure torch."""
+        """A CUDA graph, if kernels read the position from the device: not in pure torch."""
         if self.kernels is None or self.device.type != "cuda":
             return fn
         return Replay(fn, lambda: self._recordable)
@@ -186,7 +188,7 @@ class CudaBackend(TorchBackend):
     def sampler(
         self, temperature: float, top_k: int, top_p: float, min_p: float, seed: int | None
     ) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """Draws with the host sampler's random numbers: the same seed gives the same tokens, but for rounding."""
+        """Draws with the host sampler's random numbers: the same seed, the same tokens, but for rounding."""
         if self.kernels is None:
             return None
         kernels, rng = self.kernels, np.random.default_rng(seed)
@@ -198,7 +200,7 @@ class CudaBackend(TorchBackend):
             if self.device.type == "cuda":
                 host = torch.empty(1, dtype=torch.int32, pin_memory=True)
                 host.copy_(token, non_blocking=True)
-                arrived = torch.cuda.Event()
+                arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 arrived.record()
                 token.arrived = arrived, host  # type: ignore[attr-defined]
             return token

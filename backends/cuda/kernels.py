@@ -154,7 +154,7 @@ class Kernels:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: CudaCache, spec: Attention,
         position: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
-        """One row: q (1, H, D), k, v (1, Hkv, D) float32, position (1,) int32 on the device -> (1, H·D) half."""
+        """One row: q (1, H, D), k, v (1, Hkv, D) float32, position (1,) int32 -> (1, H·D) half."""
         heads, size, kv_heads = q.shape[1], q.shape[2], k.shape[1]
         n_rep = heads // kv_heads
         queries = min(n_rep, MOST_QUERIES)
@@ -165,7 +165,8 @@ class Kernels:
         at, alibi = spec.layer, self.alibi(spec.alibi)
         int8 = cache.int8
         self.launcher.launch(
-            "attention", {"HEAD": size, "QUERIES": queries, "INT8": int(int8)}, "attend", [groups, splits], 128,
+            "attention", {"HEAD": size, "QUERIES": queries, "INT8": int(int8)}, "attend",
+            [groups, splits], 128,
             [
                 pointer(q), pointer(k), pointer(v), pointer(cache.k[at]), pointer(cache.v[at]),
                 pointer(cache.k_scale[at] if int8 else None), pointer(cache.v_scale[at] if int8 else None),

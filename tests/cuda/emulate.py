@@ -36,7 +36,7 @@ def compiler() -> str | None:
 
 def kernels(text: str) -> dict[str, list[str]]:
     """Each kernel of a file -> the types of its parameters."""
-    found = re.findall(r"KERNEL\([^)]*\)\s*(\w+)\((.*?)\)\s*\{", text, re.S)
+    found = re.findall(r"KERNEL\([^)]*\)\s*(\w+)\((.*?)\)\s*\{", text, re.DOTALL)
     return {
         name: [re.sub(r"\s*\w+$", "", " ".join(p.split())) for p in parameters.split(",")]
         for name, parameters in found
@@ -114,7 +114,7 @@ class Guarded:
     def __init__(self) -> None:
         self.mappings: list[tuple[int, int]] = []
 
-    def __enter__(self) -> Guarded:
+    def __enter__(self) -> Guarded:  # noqa: PYI034
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -134,4 +134,3 @@ class Guarded:
         copy = np.frombuffer(memory, array.dtype).reshape(array.shape)
         copy[...] = array
         return copy
-

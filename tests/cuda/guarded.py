@@ -30,7 +30,9 @@ class GuardedKernels(Kernels):
         fresh = (name, shape) not in self._scratch
         made = super().scratch(name, shape, dtype)
         if fresh:
-            made = self.put(made if name == "tickets" else made + (float("nan") if made.is_floating_point() else 9))
+            made = self.put(
+                made if name == "tickets" else made + (float("nan") if made.is_floating_point() else 9)
+            )
             self._scratch[name, shape] = made
         return made
 

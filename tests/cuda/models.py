@@ -37,14 +37,23 @@ NOT_NEUTRAL = {  # for the families that read them
     "logits_scaling": 3.0,
     "logit_scale": 0.25,
 }
+EXPERTS = {
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+    "shared_expert_intermediate_size": 192,
+    "norm_topk_prob": True,
+}
 
 
 def config_of(family: str, **changes: Any) -> ModelConfig:
     """A family's tiny config; every scalar the family reads has a value that is not neutral."""
     from tinychat_mlx.arch import ARCHITECTURES
 
-    reads = ARCHITECTURES[family].reads
-    extra = {key: value for key, value in NOT_NEUTRAL.items() if key in reads}
+    spec = ARCHITECTURES[family]
+    extra = {key: value for key, value in NOT_NEUTRAL.items() if key in spec.reads}
+    if spec.moe:
+        extra |= EXPERTS
     return parse_config(BASE | {"model_type": family} | extra | changes)
 
 
