@@ -1,0 +1,53 @@
+"""An older PC: the kernels it is offered, and that nothing newer leaks into what it runs."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A quantised product of one, few and many rows and an attention; prints the instruction set and a checksum of the bits.
+SCRIPT = """
+import zlib
+import numpy as np
+from tinychat_mlx.backend import Attention, CacheShape, Segment
+from tinychat_mlx.backends.cpu import CpuBackend
+from tinychat_mlx.weight import Packed, pack_codes
+rng = np.random.default_rng(1)
+q = rng.integers(0, 16, (48, 128), dtype=np.uint8)
+scales = rng.uniform(0.01, 0.02, (48, 2)).astype(np.float16)
+backend = CpuBackend(threads=2)
+w = backend.pack(Packed("w", pack_codes(q, 4), scales, -8 * scales, 4, 64))
+out = [backend.linear(rng.standard_normal((rows, 128)).astype(np.float32), w) for rows in (1, 5, 40)]
+cache = backend.new_cache(CacheShape(1, 2, 32), 64)
+q, k, v = (rng.standard_normal((9, h, 32)).astype(np.float32) for h in (4, 2, 2))
+out.append(backend.attention(q, k, v, Attention(0, 0.2), backend.step([Segment(cache, 9)])))
+print(backend.engine.isa, zlib.crc32(b"".join(x.tobytes() for x in out)))
+"""
+
+
+def run(*command: str, **environment: str) -> str:
+    # The processor's own choices in NumPy's libraries are not what is tested here.
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"} | environment
+    done = subprocess.run([*command, "-c", SCRIPT], capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip()
+
+
+def test_a_haswell_runs_avx2_and_gets_the_same_bits() -> None:
+    """Emulated without AVX-512 and VNNI: an instruction of those anywhere outside their files ends the process."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("this is no x86-64 machine")
+    if shutil.which("qemu-x86_64") is None:
+        pytest.skip("qemu-x86_64 is not installed (apt install qemu-user)")
+    python = str(Path(sys.executable).resolve())
+    emulated = run("qemu-x86_64", "-cpu", "Haswell-v4", python)
+    assert emulated.startswith("avx2 ")
+    assert emulated == run(python, TINYCHAT_CPU_ISA="avx2")
