@@ -1,4 +1,4 @@
-"""MLX on a CPU in float32: the graph equals the reference, tokens equal mlx-lm's, limits are said in words."""
+"""MLX in float32, on a CPU or a Mac: the graph equals the reference, tokens equal mlx-lm's, limits are said in words."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ mx = pytest.importorskip("mlx.core", reason="MLX is not installed")
 from tiny_models import VARIANTS, tiny
 
 import tinychat_mlx
-from tinychat_mlx.backend import Backend, CacheShape, Segment
+from tinychat_mlx.backend import Attention, Backend, CacheShape, Segment
 from tinychat_mlx.backends.mlx import MlxBackend, sampling
 from tinychat_mlx.backends.mlx.device import Chip, check_version, choose_dtype, find_chip
 from tinychat_mlx.backends.reference import ReferenceBackend
@@ -95,7 +95,7 @@ def test_logits_equal_the_reference_in_one_piece_in_pieces_and_step_by_step(
     t = tiny(variant, tiny_root)
     expected = logits(decoder(t.folder, ReferenceBackend()), t.ids, [40])
     for captured in (False, True):
-        d = decoder(t.folder, MlxBackend(compiled=captured))
+        d = decoder(t.folder, MlxBackend(exact=True, compiled=captured))
         for cuts in ([40], [17, 1, 7, 1, 1, 13], [1] * 40):
             agree(logits(d, t.ids, cuts), expected)
 
@@ -110,7 +110,7 @@ def test_packed_weights_stay_packed_and_mean_the_same(
     monkeypatch.setitem(VARIANTS, "mlx-wide", ("llama", wide))
     t = tiny("mlx-wide", tiny_root)
     expected = logits(decoder(t.folder, ReferenceBackend(), form), t.ids, [40])
-    d = decoder(t.folder, MlxBackend(compiled=True), form)
+    d = decoder(t.folder, MlxBackend(exact=True, compiled=True), form)
     assert d.head.bits == form[0] and d.layers[0].qkv[0].w.dtype == mx.uint32
     agree(logits(d, t.ids, [30, *[1] * 10]), expected)
 
@@ -123,7 +123,7 @@ def test_experts_stay_on_the_device(
     """40 rows are sorted by expert, 9 are not; a captured step holds the routing."""
     t = tiny(variant, tiny_root)
     expected = logits(decoder(t.folder, ReferenceBackend(), form), t.ids, [40])
-    d = decoder(t.folder, MlxBackend(compiled=True), form)
+    d = decoder(t.folder, MlxBackend(exact=True, compiled=True), form)
     hosts: list[Any] = []
     monkeypatch.setattr(Backend, "moe", lambda *a: hosts.append(a))
     for cuts in ([40], [9, 20, *[1] * 11]):
@@ -134,7 +134,7 @@ def test_experts_stay_on_the_device(
 def test_groups_wider_than_mlx_knows_are_the_same_numbers() -> None:
     w = quantised(np.random.default_rng(0).standard_normal((8, 512)).astype(np.float32), 4, 512)
     x = np.random.default_rng(1).standard_normal((3, 512)).astype(np.float32)
-    b = MlxBackend()
+    b = MlxBackend(exact=True)
     agree(b.to_host(b.linear(b.put(x), b.pack(w))), x @ w.to_float32().T)
     with pytest.raises(BackendError, match="groups of 16"):
         b.pack(quantised(np.ones((8, 64), np.float32), 4, 16))
@@ -145,16 +145,16 @@ def test_a_compiled_step_equals_the_eager_one_across_spans(tiny_root: Path, monk
     monkeypatch.setattr("tinychat_mlx.backends.mlx.cache.SPAN", 8)
     mx.enable_compile()
     t = tiny("llama", tiny_root)
-    eager = logits(decoder(t.folder, MlxBackend(compiled=False)), t.ids, [3, *[1] * 37])
-    compiled = decoder(t.folder, MlxBackend(compiled=True))
+    eager = logits(decoder(t.folder, MlxBackend(exact=True, compiled=False)), t.ids, [3, *[1] * 37])
+    compiled = decoder(t.folder, MlxBackend(exact=True, compiled=True))
     agree(logits(compiled, t.ids, [3, *[1] * 37]), eager)
-    first = decoder(t.folder, MlxBackend(compiled=True)).new_cache(40)
+    first = decoder(t.folder, MlxBackend(exact=True, compiled=True)).new_cache(40)
     assert [first.span() for first.length in (0, 7, 8, 15, 16, 31, 39)] == [8, 8, 16, 16, 32, 32, 40]
 
 
 def test_a_captured_step_serves_two_conversations_and_a_rewind(tiny_root: Path) -> None:
     t = tiny("qwen2-window", tiny_root)
-    d = decoder(t.folder, MlxBackend(compiled=True))
+    d = decoder(t.folder, MlxBackend(exact=True, compiled=True))
     whole = logits(d, t.ids, [40])
     caches = [d.new_cache(40) for _ in range(2)]
     for i, token in enumerate(t.ids[:12]):
@@ -170,7 +170,7 @@ def test_a_captured_step_serves_two_conversations_and_a_rewind(tiny_root: Path) 
 
 def test_three_conversations_in_one_step_equal_three_steps(tiny_root: Path) -> None:
     t = tiny("mistral", tiny_root)
-    d = decoder(t.folder, MlxBackend())
+    d = decoder(t.folder, MlxBackend(exact=True))
     whole = logits(d, t.ids, [40])
     caches = [d.new_cache(40) for _ in range(3)]
     for cache, n in zip(caches, (3, 9, 20), strict=True):
@@ -183,7 +183,7 @@ def test_three_conversations_in_one_step_equal_three_steps(tiny_root: Path) -> N
 
 def test_the_cache_is_written_in_place(tiny_root: Path) -> None:
     """A step may need the cache once more, never twice: a copied cache would halve the context that fits."""
-    d = decoder(tiny("llama", tiny_root).folder, MlxBackend(compiled=True))
+    d = decoder(tiny("llama", tiny_root).folder, MlxBackend(exact=True, compiled=True))
     cache = d.new_cache(1 << 16)
     size = sum(a.nbytes for a in cache.k + cache.v)
     assert size > 30 << 20
@@ -194,6 +194,53 @@ def test_the_cache_is_written_in_place(tiny_root: Path) -> None:
     for token in range(5, 8):
         d.backend.to_host(d.forward((token,), cache))
     assert mx.get_peak_memory() - before < size / 4
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    "spec", [Attention(0, 0.2), Attention(0, 0.2, window=5, softcap=3.0)], ids=["full", "window"]
+)
+def test_packed_keys_and_values_mean_their_dequantised_numbers(
+    bits: int, spec: Attention, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TINYCHAT_MLX_KV_BITS", str(bits))
+    rng, shape = np.random.default_rng(0), CacheShape(1, 2, 64)
+    q, k, v = (rng.standard_normal((11, h, 64)).astype(np.float32) for h in (4, 2, 2))
+
+    def rounded(x: F32) -> F32:
+        form = {"group_size": 64, "bits": bits}
+        return np.array(mx.dequantize(*mx.quantize(mx.array(x), **form), **form))
+
+    def run(b: Backend, k: F32, v: F32, cuts: list[int]) -> F32:
+        cache, at, out = b.new_cache(shape, 16), 0, []
+        for n in cuts:
+            piece = (b.put(t[at : at + n]) for t in (q, k, v))
+            out.append(b.to_host(b.attention(*piece, spec, b.step((Segment(cache, n),)))))
+            cache.length, at = cache.length + n, at + n
+        return np.concatenate(out)
+
+    expected = run(ReferenceBackend(), rounded(k), rounded(v), [11])
+    for cuts in ([11], [6, 1, 1, 3]):
+        agree(run(MlxBackend(exact=True), k, v, cuts), expected)
+
+
+def test_packed_caches_are_smaller_and_refuse_what_they_cannot_hold(
+    tiny_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    t = tiny("llama-tied", tiny_root)
+    monkeypatch.setenv("TINYCHAT_MLX_KV_BITS", "8")
+    d = decoder(t.folder, MlxBackend(exact=True, compiled=True))
+    got = logits(d, t.ids, [30, *[1] * 10])
+    # a number's 8-bit error is at most half of 1/255 of its group's range: about 1 % of a typical one
+    assert np.abs(got - t.logits).max() < 0.02 * np.abs(t.logits).max()
+    cache = d.new_cache(1000)
+    held = sum(part.nbytes for side in (cache.k, cache.v) for layer in side for part in layer)
+    assert held < 0.35 * cache.shape.bytes_per_token(4) * 1000
+    with pytest.raises(BackendError, match="24 a head cannot be packed"):
+        d.backend.new_cache(CacheShape(1, 2, 24), 16)
+    monkeypatch.setenv("TINYCHAT_MLX_KV_BITS", "5")
+    with pytest.raises(BackendError, match="KV_BITS=5 is unknown: give 4 or 8"):
+        MlxBackend(exact=True)
 
 
 # the engine: one step in flight ---------------------------------------------------------------------
@@ -222,9 +269,11 @@ def tokens(events: list[Event]) -> list[int]:
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, Engine]:
     folder = tiny("qwen3", tmp_path_factory.mktemp("engines")).folder
-    on_host = MlxBackend()
+    on_host = MlxBackend(exact=True)
     on_host.sampler = lambda *a: None  # type: ignore[method-assign]
-    return Engine(decoder(folder, MlxBackend(compiled=True)), 64), Engine(decoder(folder, on_host), 64)
+    return Engine(decoder(folder, MlxBackend(exact=True, compiled=True)), 64), Engine(
+        decoder(folder, on_host), 64
+    )
 
 
 def test_one_step_ahead_gives_the_same_greedy_text(engines: tuple[Engine, Engine]) -> None:
@@ -330,7 +379,7 @@ def chip(**given: Any) -> Chip:
 
 
 def test_a_cache_that_would_not_fit_is_refused_with_the_sum() -> None:
-    b = MlxBackend()
+    b = MlxBackend(exact=True)
     b.chip = chip(working_set=1 << 30)
     shape = CacheShape(16, 8, 64)  # Llama-3.2-1B in float32: 64 KiB a token
     words = r"40000 tokens needs 2\.44 GB.*may give 1\.00 GB: use --context \d{4,5}"
@@ -366,7 +415,7 @@ def test_float16_means_the_same_as_float32(monkeypatch: pytest.MonkeyPatch, tiny
     """The dtype of a Mac, on few tokens: constants must be narrowed, or everything is computed wide."""
     t = tiny("llama-llama3", tiny_root)
     monkeypatch.setenv("TINYCHAT_MLX_DTYPE", "float16")
-    d = decoder(t.folder, MlxBackend(compiled=True))
+    d = decoder(t.folder, MlxBackend(exact=True, compiled=True))
     cache = d.new_cache(8)
     y = d.forward(t.ids[:4], cache)
     assert y.dtype == mx.float16 and cache.k[0].dtype == mx.float16
@@ -383,13 +432,13 @@ def test_old_versions_and_macs_without_metal_are_one_line(monkeypatch: pytest.Mo
     monkeypatch.setattr("sys.platform", "darwin")
     monkeypatch.setattr(mx.metal, "is_available", lambda: False)
     with pytest.raises(BackendError, match="no Metal device.*--backend cpu"):
-        MlxBackend()
+        MlxBackend(exact=True)
 
 
 def test_threads_take_turns(tiny_root: Path) -> None:
     """MLX's default stream is per thread, and two evaluations at once abort the process."""
     t = tiny("llama", tiny_root)
-    d = decoder(t.folder, MlxBackend())
+    d = decoder(t.folder, MlxBackend(exact=True))
     results: list[F32] = []
 
     def run() -> None:
@@ -411,9 +460,10 @@ def test_a_failure_on_the_device_is_a_backend_error() -> None:
             raise RuntimeError("[malloc] Unable to allocate 9 bytes")  # MLX's own words
 
     with pytest.raises(BackendError, match=r"MLX stopped: .*allocate 9 bytes: use a shorter --context"):
-        MlxBackend().to_host(Broken())
+        MlxBackend(exact=True).to_host(Broken())
 
 
 def test_it_says_what_it_runs_on() -> None:
-    device = MlxBackend().describe()
-    assert "CPU" in device.detail and "float32" in device.detail and mx.__version__ in device.detail
+    device = MlxBackend(exact=True).describe()
+    where = "Metal" if mx.metal.is_available() else "CPU"
+    assert where in device.detail and "float32" in device.detail and mx.__version__ in device.detail

@@ -12,7 +12,7 @@ from tinychat_mlx.backends.mlx.device import mx
 def attend(q: Any, view: View, spec: Attention) -> Any:
     """q (T, H, D) -> (T, H·D) in q's dtype."""
     rows, heads, size = q.shape
-    if spec.softcap or spec.alibi is not None:
+    if spec.softcap or spec.alibi is not None or view.packing is not None:
         y = by_parts(q, view, spec)
     else:
         # The cache may hold a narrower dtype than a test's q: one dtype, or MLX widens the whole cache
@@ -25,9 +25,9 @@ def attend(q: Any, view: View, spec: Attention) -> Any:
 def by_parts(q: Any, view: View, spec: Attention) -> Any:
     """Scores and softmax in float32, with softcap and ALiBi. -> (1, H, T, D)."""
     rows, heads, size = q.shape
-    kv_heads = view.keys.shape[1]
-    grouped = heads_first(q).reshape(1, kv_heads, -1, size)  # query head h reads kv head h // n_rep
-    scores = (grouped.astype(mx.float32) @ view.keys.swapaxes(-1, -2).astype(mx.float32)) * spec.scale
+    first = view.keys if view.packing is None else view.keys[0]
+    grouped = heads_first(q).reshape(1, first.shape[1], -1, size)  # query head h reads kv head h // n_rep
+    scores = product(grouped, view.keys, view, transpose=True) * spec.scale
     scores = scores.reshape(1, heads, rows, -1)
     if spec.softcap:
         scores = mx.tanh(scores / spec.softcap) * spec.softcap
@@ -37,8 +37,19 @@ def by_parts(q: Any, view: View, spec: Attention) -> Any:
     mask = seen(view.k_at, view.q_at, spec.window) if isinstance(view.mask, str) else view.mask
     if mask is not None:
         scores = mx.where(mask, scores, -mx.inf)
-    p = mx.softmax(scores, -1).reshape(1, kv_heads, -1, scores.shape[-1]).astype(view.values.dtype)
-    return (p @ view.values).reshape(1, heads, rows, size)
+    p = mx.softmax(scores, -1).reshape(*grouped.shape[:3], -1)
+    return product(p.astype(q.dtype), view.values, view, transpose=False).reshape(1, heads, rows, size)
+
+
+def product(x: Any, kept: Any, view: View, transpose: bool) -> Any:
+    """x (1, Hkv, M, ·) by keys (transposed) or values (1, Hkv, S, D). Scores come out in float32."""
+    if view.packing is None and transpose:
+        return x.astype(mx.float32) @ kept.swapaxes(-1, -2).astype(mx.float32)
+    if view.packing is None:
+        return x.astype(kept.dtype) @ kept
+    group, bits = view.packing
+    y = mx.quantized_matmul(x, *kept, transpose=transpose, group_size=group, bits=bits)
+    return y.astype(mx.float32) if transpose else y
 
 
 def heads_first(x: Any) -> Any:

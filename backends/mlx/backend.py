@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from tinychat_mlx.backend import (
 from tinychat_mlx.backends.mlx import sampling, winners
 from tinychat_mlx.backends.mlx.activations import act_of, glu_of
 from tinychat_mlx.backends.mlx.attention import attend, heads_first
-from tinychat_mlx.backends.mlx.cache import MlxCache, TracedCache
+from tinychat_mlx.backends.mlx.cache import KV_BITS, MlxCache, PackedCache, TracedCache, group_of
 from tinychat_mlx.backends.mlx.device import GB, MB, choose_dtype, find_chip, mx, set_limits
 from tinychat_mlx.backends.mlx.experts import Experts, mixture, pack_experts
 from tinychat_mlx.backends.mlx.fused import Kernels
@@ -60,6 +61,7 @@ class MlxBackend(Backend):
         self.dtype = choose_dtype(self.chip, exact)
         takes, self.chosen = winners.choice(kernels, self.chip.metal, self.chip.name)
         self.kernels = None if takes is None else Kernels(takes)
+        self.kv_bits = choose_kv_bits()
         set_limits(self.chip)
         self.compiled = winners.captures(self.chip.name) if compiled is None else compiled
         # Usable from any thread, one at a time: `_evaluating` sees to that
@@ -125,13 +127,19 @@ class MlxBackend(Backend):
         """Raises BackendError where weights and cache together would not fit."""
         self.enter()
         self._check_room(shape, capacity)
-        cache = MlxCache(shape, capacity, self.dtype)
+        if self.kv_bits:
+            cache: MlxCache = PackedCache(shape, capacity, self.dtype, self.kv_bits)
+        else:
+            cache = MlxCache(shape, capacity, self.dtype)
         with self._evaluating():
             mx.eval(cache.k, cache.v)
         return cache
 
     def _check_room(self, shape: CacheShape, capacity: int) -> None:
         each = shape.bytes_per_token(self.dtype.size)
+        if self.kv_bits:
+            numbers = shape.bytes_per_token(1)
+            each = numbers * self.kv_bits // 8 + numbers // group_of(shape) * 2 * self.dtype.size
         used, limit = mx.get_active_memory(), self.chip.limit
         if each * capacity + used + SCRATCH > limit:
             fits = max(0, (limit - used - SCRATCH) // each)
@@ -252,7 +260,8 @@ class MlxBackend(Backend):
         programs: dict[int, Callable[..., Any]] = {}
 
         def run(ids: Tensor, step: Step) -> Tensor:
-            if step.rows != 1 or not isinstance(cache := step.segments[0].cache, MlxCache):
+            cache = step.segments[0].cache
+            if step.rows != 1 or type(cache) is not MlxCache:
                 return fn(ids, step)
             span = cache.span()
             if span not in programs:
@@ -289,6 +298,14 @@ class MlxBackend(Backend):
         dtype = str(self.dtype).removeprefix("mlx.core.")
         detail = f"mlx {mx.__version__}, {where}, {dtype}"
         return Device("mlx", self.chip.name, detail, features=(self.chosen,))
+
+
+def choose_kv_bits() -> int:
+    """Bits of keys and values, 0 for the compute dtype. Raises BackendError."""
+    text = os.environ.get(KV_BITS) or "0"
+    if text not in ("0", "4", "8"):
+        raise BackendError(f"{KV_BITS}={text} is unknown: give 4 or 8")
+    return int(text)
 
 
 def traced(fn: StepFn, span: int) -> Callable[..., Any]:

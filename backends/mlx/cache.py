@@ -11,7 +11,9 @@ from typing import Any
 
 from tinychat_mlx.backend import Cache, CacheShape
 from tinychat_mlx.backends.mlx.device import mx
+from tinychat_mlx.errors import BackendError
 
+KV_BITS = "TINYCHAT_MLX_KV_BITS"  # 4 or 8: a PackedCache
 SPAN = 256  # the least number of keys a captured step looks at; doubled as the conversation grows
 
 
@@ -28,6 +30,13 @@ class View:
     k_at: Any
     q_at: Any
     mask: Any
+    packing: tuple[int, int] | None = (
+        None  # (group size, bits) of keys and values that are (w, scales, biases)
+    )
+
+
+Masked = tuple[tuple[int, int, int], View | None]
+NOTHING_MASKED: Masked = ((-1, -1, -1), None)
 
 
 class MlxCache(Cache):
@@ -37,9 +46,9 @@ class MlxCache(Cache):
         super().__init__(shape, capacity)
         size = (1, shape.num_key_value_heads, capacity, shape.head_dim)
         # Zeros, not garbage: a masked key has weight 0, and 0 times a NaN is a NaN
-        self.k = [mx.zeros(size, dtype) for _ in range(shape.num_hidden_layers)]
-        self.v = [mx.zeros(size, dtype) for _ in range(shape.num_hidden_layers)]
-        self._masked: tuple[tuple[int, int, int], View | None] = ((-1, -1, -1), None)
+        self.k: list[Any] = [mx.zeros(size, dtype) for _ in range(shape.num_hidden_layers)]
+        self.v: list[Any] = [mx.zeros(size, dtype) for _ in range(shape.num_hidden_layers)]
+        self._masked: Masked = NOTHING_MASKED
 
     def span(self) -> int:
         """Keys a captured step must look at: a power of two, so that few programs serve all lengths."""
@@ -67,6 +76,44 @@ class MlxCache(Cache):
         view = self._masked[1]
         assert view is not None
         return view.k_at, view.q_at, view.mask
+
+
+class PackedCache(MlxCache):
+    """Keys and values in 4 or 8 bits, in groups along a head: longer contexts in less memory, no fused attention."""
+
+    def __init__(self, shape: CacheShape, capacity: int, dtype: Any, bits: int) -> None:
+        """Raises BackendError for a head that has no whole groups."""
+        Cache.__init__(self, shape, capacity)
+        self.packing = group_of(shape), bits
+        rows, groups = (1, shape.num_key_value_heads, capacity), shape.head_dim // self.packing[0]
+        parts = [((*rows, shape.head_dim * bits // 32), mx.uint32), *[((*rows, groups), dtype)] * 2]
+        layers = range(shape.num_hidden_layers)
+        self.k = [[mx.zeros(*part) for part in parts] for _ in layers]
+        self.v = [[mx.zeros(*part) for part in parts] for _ in layers]
+        self._masked = NOTHING_MASKED
+
+    def _pack(self, x: Any) -> list[Any]:
+        return list(mx.quantize(x, group_size=self.packing[0], bits=self.packing[1]))
+
+    def append(self, layer: int, k: Any, v: Any, window: int) -> View:
+        start, end = self.length, self.length + k.shape[2]
+        low = max(0, start - window + 1) if window else 0
+        shown = []
+        for kept, new in ((self.k[layer], k), (self.v[layer], v)):
+            for part, packed in zip(kept, self._pack(new), strict=True):
+                part[..., start:end, :] = packed.astype(part.dtype)
+            shown.append(tuple(part[..., low:end, :] for part in kept))
+        k_at, q_at, mask = self._positions(low, start, end, window)
+        return View(shown[0], shown[1], k_at, q_at, mask, self.packing)
+
+
+def group_of(shape: CacheShape) -> int:
+    for group in (64, 32):
+        if shape.head_dim % group == 0:
+            return group
+    raise BackendError(
+        f"keys and values of {shape.head_dim} a head cannot be packed in groups of 32: unset {KV_BITS}"
+    )
 
 
 class TracedCache(Cache):

@@ -13,7 +13,7 @@ mx = pytest.importorskip("mlx.core", reason="MLX is not installed")
 from metal import address_spaces
 from metal.emulator import CXX, Guarded, build, host, run, traced, unwritten
 
-pytestmark = pytest.mark.skipif(CXX is None, reason="no g++ or clang++ with _Float16")
+pytestmark = pytest.mark.skipif(CXX is None, reason="no g++ or clang++ with _Float16, or a Mac")
 
 
 def launch_of(
