@@ -1,0 +1,44 @@
+"""`bench --kernels` and `bench --model-cost`: the mlx backend's own measurements and its roofline on paper."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import asdict
+from typing import Any
+
+from tinychat_mlx.apps.bench.measure import Plan, own_options
+from tinychat_mlx.apps.bench.worker import Worker
+from tinychat_mlx.errors import BackendError
+
+
+def model_cost(config: Mapping[str, Any], depth: int) -> list[dict[str, Any]]:
+    """Tokens a second that bytes and launches allow on each chip, computed: nothing is run."""
+    from tinychat_mlx.backends.mlx import cost
+
+    return cost.table(cost.Shape.of(config), depth)
+
+
+def kernels(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
+    """Our Metal kernels against stock ones, product by product, and whole steps captured or not; keeps the winners."""
+    try:
+        from tinychat_mlx.backends.mlx import bench, cost
+    except ImportError as e:
+        raise BackendError(
+            f"bench --kernels needs mlx, on a Mac with Apple silicon: pip install mlx ({e})"
+        ) from None
+    head_bits = {"int4": 4, "int8": 8}.get(plan.head, 8)
+    wanted = bench.trials(cost.Shape.of(plan.config()), head_bits=head_bits)
+    results, file = bench.run(
+        wanted, lambda r: say(f"{r.key}: {r.ours_us:.1f} µs, stock {r.stock_us:.1f} µs")
+    )
+    steps = {}
+    for capture in ("1", "0"):  # one after the other: each holds a whole model
+        options = own_options(plan) | {"backend": "mlx"}
+        with closing(Worker("ours", options, env={"TINYCHAT_MLX_CAPTURE": capture})) as worker:
+            worker.opened()
+            times = [worker.call("decode") for _ in range(plan.repeat + 1)]
+            steps[capture] = 1e6 * min(times[1:]) / plan.tg
+    bench.keep_capture(steps["1"], steps["0"])
+    shown = [asdict(r) | {"wins": r.wins} for r in results]
+    return {"kernels": shown, "captured_us": steps["1"], "eager_us": steps["0"], "kept_in": file}

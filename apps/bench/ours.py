@@ -1,0 +1,189 @@
+"""This program as a subject: a model on a backend, timed as the chat runs it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from tinychat_mlx.apps.bench.shapes import find
+from tinychat_mlx.apps.bench.synthetic import RandomSource
+from tinychat_mlx.backend import Cache, Handle, Mlp
+from tinychat_mlx.config import ModelConfig, parse_config
+from tinychat_mlx.decoder import Decoder, cache_shape
+from tinychat_mlx.errors import UsageError
+from tinychat_mlx.generate import PREFILL_ROWS
+
+COLD = 256 << 20  # bytes of weights that a round of products reads: more than caches hold
+
+
+class Subject:
+    """One model. The prompt has pp tokens; tg tokens are decoded after `depth` others."""
+
+    def __init__(
+        self,
+        *,
+        backend: str,
+        pp: int,
+        tg: int,
+        depth: int,
+        model: str | None = None,
+        shape: str | None = None,
+        head: str = "int8",
+        exact: bool = False,
+        threads: int | None = None,
+    ) -> None:
+        self.pp, self.tg, self.depth = pp, tg, depth
+        start = time.perf_counter()
+        if model is not None:
+            self._load(model, backend, exact, threads)
+            made = 0.0
+        else:
+            assert shape is not None
+            made = self._invent(shape, head, backend, exact, threads)
+        self.load_s = time.perf_counter() - start - made
+        self.exact, config = exact, self.decoder.config
+        longest = config.max_position_embeddings
+        if max(pp, depth + tg) > longest:
+            raise UsageError(
+                f"bench: {max(pp, depth + tg)} tokens are more than the {longest} of this model: take fewer"
+            )
+        self.ids = np.random.default_rng(0).integers(0, config.vocab_size, max(pp, depth + tg)).tolist()
+        self._prompt = self.decoder.new_cache(pp)
+        self._talk = self.decoder.new_cache(depth + tg)
+        self._fill(self._talk, self.ids[:depth])
+
+    def _load(self, model: str, backend: str, exact: bool, threads: int | None) -> None:
+        """A real model, as the chat loads it."""
+        from tinychat_mlx.checkpoint import Checkpoint
+        from tinychat_mlx.loading import load
+
+        loaded = load(model, backend=backend, exact=exact, threads=threads)
+        self.decoder, self.name = loaded.engine.decoder, loaded.name
+        checkpoint, spec = Checkpoint.open(loaded.folder), loaded.config.spec
+        self.weight_bytes, self.embed_bytes = checkpoint.nbytes, 0
+        if checkpoint.has(spec.name("head")):
+            self.embed_bytes = checkpoint.weight(spec.name("embed")).nbytes
+        self.idle_bytes = 0
+        moe = loaded.config.moe
+        if moe is not None:
+            layer = moe.layers.index(True)
+            one = sum(checkpoint.weight(spec.expert(r, layer, 0)).nbytes for r in ("gate", "up", "down"))
+            self.idle_bytes = one * (moe.num_experts - moe.num_experts_per_tok) * sum(moe.layers)
+
+    def _invent(self, shape: str, head: str, backend: str, exact: bool, threads: int | None) -> float:
+        """A model of random weights -> the seconds that making them took."""
+        from tinychat_mlx.loading import choose, create
+
+        source = RandomSource(find(shape), head)
+        config = parse_config(find(shape))
+        self.name = shape
+        self.decoder = Decoder(config, source, create(choose(backend)[0], exact, threads))
+        self.weight_bytes, self.idle_bytes = sum(source.sizes.values()), 0
+        self.embed_bytes = source.sizes["model.embed_tokens"] if source.has("lm_head") else 0
+        return source.seconds
+
+    def about(self) -> dict[str, Any]:
+        device = self.decoder.backend.describe()
+        config = self.decoder.config
+        return {
+            "name": self.name,
+            "backend": device.backend,
+            "device": device.name,
+            "detail": device.detail,
+            "threads": getattr(getattr(self.decoder.backend, "engine", None), "threads", None),
+            "load_s": self.load_s,
+            "weight_bytes": self.weight_bytes,
+            "kv_bytes": round(sum(self._kv_bytes(c.capacity) for c in (self._talk, self._prompt))),
+            "bytes_per_token": self.bytes_per_token(),
+            "ops_per_token": 2 * layer_weights(config),
+        }
+
+    def bytes_per_token(self) -> int:
+        """Read for one decoded token: weights (of an embedding one row), and keys and values of what came before."""
+        rows = self.embed_bytes // self.decoder.config.vocab_size
+        weights = self.weight_bytes - self.embed_bytes + rows - self.idle_bytes
+        return round(weights + self._kv_bytes(self.depth + (self.tg + 1) / 2))
+
+    def _kv_bytes(self, tokens: float) -> float:
+        """Of a cache as each layer sees it, its window no further."""
+        config = self.decoder.config
+        wide = self.exact or self.decoder.backend.name == "reference"
+        layer = cache_shape(config).bytes_per_token(4 if wide else 2) / config.num_hidden_layers
+        return layer * sum(min(tokens, w or tokens) for w in config.window)
+
+    def prefill(self) -> float:
+        """Seconds for pp tokens, from tokens to the last one's logits on the host."""
+        self._prompt.rewind(0)
+        start = time.perf_counter()
+        self._fill(self._prompt, self.ids[: self.pp])
+        return time.perf_counter() - start
+
+    def decode(self) -> float:
+        """Seconds for tg tokens, one by one, as an answer is made: known tokens, each one's logits looked at."""
+        cache, decoder = self._talk, self.decoder
+        backend = decoder.backend
+        cache.rewind(self.depth)
+        draw = backend.sampler(0.0, 0, 1.0, 0.0, None)
+        start = time.perf_counter()
+        if draw is None:
+            for token in self.ids[self.depth : self.depth + self.tg]:
+                backend.to_host(decoder.forward((token,), cache))
+        else:  # the device draws, one step ahead of the host: generate.tokens_ahead
+            token = backend.ids(self.ids[:1])
+            for _ in range(self.tg):
+                following = draw(decoder.advance(token, cache))
+                backend.to_host(token)
+                token = following
+            backend.to_host(token)
+        return time.perf_counter() - start
+
+    def _fill(self, cache: Cache, ids: list[int]) -> None:
+        for at in range(0, len(ids), PREFILL_ROWS):
+            logits = self.decoder.forward(ids[at : at + PREFILL_ROWS], cache)
+        if ids:
+            self.decoder.backend.to_host(logits)
+
+    def products(self, rows: int) -> dict[str, float] | None:
+        """The layers' matrix products alone, over cold weights: operations a second at `rows` rows."""
+        backend = self.decoder.backend
+        if backend.name not in ("cpu", "reference"):
+            return None  # what a lazy device does not compute cannot be timed one by one
+        weights, size = [], 0
+        for layer in self.decoder.layers:
+            mlp = layer.mlp
+            if not isinstance(mlp, Mlp) or size > COLD:
+                break
+            handles = [*layer.qkv, layer.o, mlp.gate_up, mlp.gate, mlp.up, mlp.down]
+            weights += [h for h in handles if h is not None]
+            size = sum(h.shape[0] * h.shape[1] // 2 for h in weights)
+        if not weights:
+            return None
+        return {"ops_per_s": rate(backend, weights, rows)}
+
+
+def rate(backend: Any, weights: list[Handle], rows: int) -> float:
+    inputs = {k: backend.put(np.random.default_rng(0).standard_normal((rows, k), np.float32))
+              for k in {w.shape[1] for w in weights}}  # fmt: skip
+    start = time.perf_counter()
+    for w in weights:
+        y = backend.linear(inputs[w.shape[1]], w)
+    backend.to_host(y[:1])
+    return 2 * rows * sum(w.shape[0] * w.shape[1] for w in weights) / (time.perf_counter() - start)
+
+
+def layer_weights(config: ModelConfig) -> int:
+    """Weights of all layers that a token meets: a prompt's work is two operations each; the head's is one row's."""
+    c = config
+    wide = c.num_attention_heads * c.head_dim
+    attention = c.hidden_size * (2 * wide + 2 * c.num_key_value_heads * c.head_dim)
+    products = 3 if c.spec.gated else 2
+    total = 0
+    for layer in range(c.num_hidden_layers):
+        inner = c.intermediate_size
+        if c.moe is not None and c.moe.layers[layer]:
+            inner = c.moe.num_experts_per_tok * c.moe.moe_intermediate_size
+            inner += c.moe.shared_expert_intermediate_size
+        total += attention + products * c.hidden_size * inner
+    return total

@@ -1,0 +1,42 @@
+"""Repeated measurements: a median, and how far they lie apart."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The values of one quantity, in the order they were measured."""
+
+    values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Sample:
+        return cls(tuple(values))
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    @property
+    def deviation(self) -> float:
+        """The sample's standard deviation; 0 of one value."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
+
+    def over(self, other: Sample) -> Sample:
+        """The ratio in each round: what both met there (a slow stretch of the machine) cancels out."""
+        assert len(self.values) == len(other.values)
+        return Sample(tuple(a / b for a, b in zip(self.values, other.values, strict=True)))
+
+    def as_dict(self) -> dict[str, float | list[float]]:
+        return {
+            "median": self.median,
+            "mean": statistics.fmean(self.values),
+            "sd": self.deviation,
+            "min": min(self.values),
+            "max": max(self.values),
+            "runs": list(self.values),
+        }

@@ -1,0 +1,124 @@
+"""A subject of the benchmark in a process of its own: its memory and its load are nobody else's.
+
+    python -m tinychat_mlx.apps.bench.worker ours '{"shape": "tiny", …}'
+
+Speaks JSON lines: {"call": "decode", …} in, {"ok": …} or {"error": [class, message]} out. The first line out
+says how opening went. Whatever a library prints goes to stderr, so it cannot spoil the answers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tinychat_mlx import errors
+
+KINDS = {  # kind -> module with `Subject`
+    "ours": "ours",
+    "machine": "machine",
+    "llama.cpp": "llamacpp",
+    "torch": "torchlinear",
+}
+
+
+class Worker:
+    """The parent's end. Calls are answered in turn; a worker that nobody calls waits without using the CPU."""
+
+    def __init__(self, kind: str, options: dict[str, Any], env: dict[str, str] | None = None) -> None:
+        """Start it; `opened` waits until it is ready. Nothing runs in parallel unless asked for so."""
+        self.kind = kind
+        root = Path(errors.__file__).resolve().parent.parent
+        path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__, kind, json.dumps(options)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            env={**os.environ, "PYTHONPATH": path} | (env or {}),
+        )
+
+    def opened(self) -> Any:
+        """What the subject says of itself. Raises the error that it met."""
+        return self._answer()
+
+    def call(self, name: str, **arguments: Any) -> Any:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps({"call": name, **arguments}) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has died; reading says how
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            why = "it was killed, likely for memory" if code == -9 else f"exit code {code}, see above"
+            raise errors.BackendError(f"bench: the {self.kind} process ended ({why})")
+        answer = json.loads(line)
+        if "error" in answer:
+            kind, message = answer["error"]
+            raise getattr(errors, kind, errors.BackendError)(message)
+        return answer["ok"]
+
+    def close(self) -> None:
+        """End it, whatever it is doing."""
+        self._process.kill()
+        self._process.communicate()
+
+
+def peak_rss() -> int:
+    """The most memory this process held, in bytes.
+
+    ru_maxrss is of no use on Linux: a child begins with its parent's.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def serve(kind: str, options: dict[str, Any]) -> None:
+    """Open the subject and answer calls until stdin ends."""
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def say(key: str, value: object) -> None:
+        out.write(json.dumps({key: value}) + "\n")
+        out.flush()
+
+    try:
+        module = importlib.import_module(f"tinychat_mlx.apps.bench.{KINDS[kind]}")
+        subject = module.Subject(**options)
+        say("ok", subject.about())
+        for line in sys.stdin:
+            request = json.loads(line)
+            name = request.pop("call")
+            say("ok", peak_rss() if name == "peak_rss" else getattr(subject, name)(**request))
+    except errors.TinychatError as e:
+        say("error", [type(e).__name__, str(e)])
+    except MemoryError:
+        say("error", ["BackendError", f"bench: out of memory in the {kind} process: choose a smaller shape"])
+    except Exception as e:  # noqa: BLE001  # the parent reports it
+        say("error", ["BackendError", f"bench: the {kind} process failed: {type(e).__name__}: {e}"])
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], json.loads(sys.argv[2]))
