@@ -38,5 +38,18 @@ def upper_factor(h: F32) -> F32:
     return r[::-1, ::-1]
 
 
+def solve(u: F32, d: F32, b: F32) -> None:
+    """Solve (U D Uᵀ) x = b (K, N) in place, U (K, K) unit upper triangular, d (K,)."""
+    k = len(u)
+    spans = [slice(at, min(at + BLOCK, k)) for at in range(0, k, BLOCK)]
+    for span in reversed(spans):  # U y = b, from the last rows up
+        b[span] = np.linalg.inv(u[span, span]) @ b[span]
+        b[: span.start] -= u[: span.start, span] @ b[span]
+    b /= d[:, None]
+    for span in spans:  # Uᵀ x = y, from the first rows down
+        b[span] = np.linalg.inv(u[span, span].T) @ b[span]
+        b[span.stop :] -= u[span, span.stop :].T @ b[span]
+
+
 def _not_finite() -> FormatError:
     return FormatError("the inputs of a linear are not finite: a weight is damaged or overflows")

@@ -17,6 +17,7 @@ from tinychat_mlx.awq.record import LayerRun, Recorder, embedded_rows, steps
 from tinychat_mlx.awq.selftext import RoundedSource, sampled
 from tinychat_mlx.awq.settings import WINDOW, Settings, default_tokens, open_dense
 from tinychat_mlx.awq.sites import LayerWeights, shapes, sites
+from tinychat_mlx.awq.stream import observe
 from tinychat_mlx.awq.tensors import rim_group, rim_names, rounded_rows
 from tinychat_mlx.backend import Backend, CacheShape, Segment
 from tinychat_mlx.checkpoint import Checkpoint
@@ -53,7 +54,7 @@ def estimate(source: Checkpoint, settings: Settings, backend: Make) -> Estimate:
     seconds += config.num_hidden_layers * _layer_seconds(config, source, settings, backend, tokens)
     if tokens and settings.calib == "self":
         seconds += _writing_seconds(config, source, backend(False), tokens)
-    rows = 2 * tokens * config.hidden_size * 4
+    rows = 4 * tokens * config.hidden_size * 4  # of two layers
     return Estimate(seconds, peak_bytes(config, source, settings, tokens), 2 * result + rows, result, tokens)
 
 
@@ -76,14 +77,13 @@ def _layer_seconds(
     one = next(steps(tokens, window))
     ids = np.random.default_rng(0).integers(0, config.vocab_size, one.stop).astype(np.int32)
     x = embedded_rows(config, source, device, ids, window)
-    moments = {
-        site.key: empty_moments(settings.method, weights.linears[site.roles[0]].shape[1], settings.group_size)
-        for site in sites(config)
-    }
-    times = []
+    moments = empty_moments(settings.method, weights, settings.group_size)
+    times, streams = [], 2 if settings.method == "awq+" else 1
     for _ in range(3):
         start = time.perf_counter()
-        run.forward(x, lambda key, a: moments[key].add(a))
+        observe(run, moments, np.stack([x] * streams))
+        if streams == 2:
+            run.forward(x)  # once more when the layer is quantised
         times.append(time.perf_counter() - start)
     del run
     start = time.perf_counter()
@@ -154,10 +154,10 @@ def peak_bytes(config: ModelConfig, source: Checkpoint, settings: Settings, toke
     """The most memory any phase holds."""
     sizes = shapes(config)
     layer = 4 * sum(n * k for n, k in sizes.values())
-    rows = 4 * tokens * config.hidden_size
-    stacks = [(sum(sizes[r][0] for r in site.roles), sizes[site.roles[0]][1]) for site in sites(config)]
     full = settings.method == "awq+"
-    moments = sum(4 * k * (k if full else settings.group_size) for _, k in stacks)
+    rows = 4 * tokens * config.hidden_size * (2 if full else 1)
+    stacks = [(sum(sizes[r][0] for r in site.roles), sizes[site.roles[0]][1]) for site in sites(config)]
+    moments = sum(4 * k * (k + min(k, 2 * n) if full else settings.group_size) for n, k in stacks)
     running = 2 * layer + moments + rows + 8 * 1024 * max(k for _, k in stacks) * 4
     # Of a site: its matrix about seven times over, and of H the permuted mean and its factor with a copy.
     site = max(7 * 4 * n * k + (3 * 4 * k * k if full else 0) for n, k in stacks)

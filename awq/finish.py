@@ -71,26 +71,31 @@ def model_config(
     return out | {"quantization": block, "quantization_config": block}
 
 
-def card_text(source: Checkpoint, settings: Settings, table: str = "") -> str:
-    """The model card: YAML for the hub, then what was done."""
+def card_text(source: Checkpoint, settings: Settings) -> str:
+    """The model card: YAML for the hub, then what was done. A change of format says that and no more."""
     front = _front_matter(source.folder / "README.md")
-    base = front.get("base_model") or source.config.get("_name_or_path") or source.folder.name
+    base = front.get("base_model") or source.config.get("_name_or_path") or source.folder.resolve().name
+    requantised = source.quantization.format == "dense"
+    w_bit = settings.w_bit if requantised else source.quantization.w_bit
     head = {
         "base_model": base,
         "base_model_relation": "quantized",
         "library_name": "mlx" if settings.format == "mlx" else "transformers",
         "license": front.get("license", "other"),
         "pipeline_tag": "text-generation",
-        "tags": ["awq", f"{settings.w_bit}-bit"] + (["mlx"] if settings.format == "mlx" else []),
+        "tags": ["awq", f"{w_bit}-bit"] + (["mlx"] if settings.format == "mlx" else []),
     }
     yaml = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items())
-    bits = f"{settings.w_bit} bits in groups of {settings.group_size}"
+    bits = f"{settings.w_bit} bits in groups of {settings.group_size} (method {settings.method})"
     edges = "float16" if settings.head_bits == 16 else f"{settings.head_bits} bits"
-    return (
-        f"---\n{yaml}\n---\n\n# {source.folder.resolve().name}, {settings.w_bit}-bit {settings.method}\n\n"
-        f"Weights of {base} in {bits} (method {settings.method}), embedding and head in {edges}, "
-        f"made by tinychat-mlx {__version__}. Calibration: {calibration_text(settings)}.\n{table}"
+    done = (
+        f"Weights of {base} in {bits}, embedding and head in {edges}. "
+        f"Calibration: {calibration_text(settings)}."
+        if requantised
+        else f"The {source.quantization.format} weights of {base} in the {settings.format} format, codes unchanged."
     )
+    title = f"# {source.folder.resolve().name}, {w_bit}-bit"
+    return f"---\n{yaml}\n---\n\n{title}\n\n{done}\nMade by tinychat-mlx {__version__}.\n"
 
 
 def calibration_text(settings: Settings) -> str:

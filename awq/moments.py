@@ -59,21 +59,43 @@ class BlockMoments:
 
 @dataclass
 class FullMoments:
-    """Sums over tokens of |x| (K,) and of x xᵀ (K, K)."""
+    """What awq+ needs of a site: sums over tokens of |x| (K,), of x xᵀ (K, K), and of missing xᵀ (M, K).
+
+    x is what the quantised layers before feed the site, missing what it lacks of the float model's input,
+    (K, K); or, where w is given, that seen through the site's linears, (N, K), which is smaller.
+    """
 
     magnitude: F32
     sums: F32
+    cross: F32
+    w: F32 | None = None
     tokens: int = 0
 
     @classmethod
-    def empty(cls, k: int) -> FullMoments:
-        return cls(np.zeros(k, np.float32), np.zeros((k, k), np.float32))
+    def empty(cls, k: int, w: F32 | None = None) -> FullMoments:
+        """w (N, K): weights whose rows no folding will scale; used if that makes `cross` cheaper."""
+        w = w if w is not None and 2 * len(w) < k else None
+        rows = k if w is None else len(w)
+        zeros = np.zeros(k, np.float32), np.zeros((k, k), np.float32), np.zeros((rows, k), np.float32)
+        return cls(*zeros, w)
 
-    def add(self, x: F32) -> None:
-        """Take in rows x (T, K)."""
+    def add(self, x: F32, wanted: F32 | None = None) -> None:
+        """Take in rows x (T, K), and the float model's inputs at the same places where they differ."""
         self.magnitude += np.abs(x).sum(0)
         self.sums += x.T @ x  # NumPy sees the same matrix twice and does half the work
+        if wanted is not None:
+            missing = wanted - x
+            if self.w is not None:
+                missing = missing @ self.w.T
+            self.cross += missing.T @ x
         self.tokens += len(x)
+
+    def correction(self, w: F32) -> F32:
+        """w (N, K) -> mean of w · missing · xᵀ, transposed (K, N): what H⁻¹ turns into a change of w."""
+        per_token = np.float32(1 / max(self.tokens, 1))
+        through = self.cross.T if self.w is not None else self.cross.T @ w.T
+        out: F32 = through * per_token
+        return out
 
     def blocks(self, group_size: int) -> BlockMoments:
         """What the published searches would have kept."""

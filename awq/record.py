@@ -6,6 +6,7 @@ The graph has no hooks; a backend that notes what it is asked to multiply needs 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -137,10 +138,8 @@ class LayerRun:
                 got.append(self.backend.to_host(tensor))
                 raise Reached
 
-        try:
+        with suppress(Reached):
             self._run(x, seen)
-        except Reached:
-            pass
         return got[0]
 
     def forward(self, x: F32, seen: Callable[[str, F32], None] | None = None) -> F32:
@@ -151,6 +150,19 @@ class LayerRun:
                 seen(self.keys[name], self.backend.to_host(tensor))
 
         return self.backend.to_host(self._run(x, show))
+
+    def all_inputs(self, x: F32, seen: Callable[[str, F32], None]) -> None:
+        """As `forward`, but no further than the input of the last site."""
+        last = sites(self.config)[-1].key
+
+        def show(name: str, tensor: Tensor) -> None:
+            if name in self.keys:
+                seen(self.keys[name], self.backend.to_host(tensor))
+                if self.keys[name] == last:
+                    raise Reached
+
+        with suppress(Reached):
+            self._run(x, show)
 
     def _run(self, x: F32, seen: Callable[[str, Tensor], None]) -> Tensor:
         step = self.backend.step(self._segments(len(x)))

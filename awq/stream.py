@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from tinychat_mlx.awq.layer import Moments, SiteReport, empty_moments, quantize_layer, round_layer
+from tinychat_mlx.awq.moments import FullMoments
 from tinychat_mlx.awq.record import LayerRun, Recorder, embedded_rows, steps
 from tinychat_mlx.awq.settings import Settings, plan_text
-from tinychat_mlx.awq.sites import LayerWeights, sites
+from tinychat_mlx.awq.sites import LayerWeights
 from tinychat_mlx.awq.tensors import layer_entries, rim_entries
 from tinychat_mlx.backend import Backend
 from tinychat_mlx.checkpoint import Checkpoint
@@ -103,6 +104,26 @@ class WorkFolder:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
+def observe(run: LayerRun, moments: Mapping[str, Moments], x: F32) -> F32:
+    """Run one step's rows through a float layer and add up its sites' moments -> what leaves it.
+
+    x (1, T, C): the float model's rows, all that the published algorithm looks at. (2, T, C), for awq+: also what
+    the quantised layers before this one make of them, so that this one makes good for those (GPTAQ, Li et al. 2025).
+    """
+    if len(x) == 1:
+        return run.forward(x[0], lambda key, a: moments[key].add(a))
+    wanted: dict[str, F32] = {}
+    y = run.forward(x[0], wanted.__setitem__)
+
+    def seen(key: str, a: F32) -> None:
+        m = moments[key]
+        assert isinstance(m, FullMoments)
+        m.add(a, wanted.pop(key))
+
+    run.all_inputs(x[1], seen)
+    return y
+
+
 @dataclass
 class Conversion:
     """A dense model on its way into codes."""
@@ -128,11 +149,12 @@ class Conversion:
             if x is None:
                 quantized = round_layer(weights, self.settings.form)
             else:
-                moments, left = self._record(weights, x)
+                moments = self._record(weights, x)
                 quantized = quantize_layer(weights, moments, self.settings.form, self.settings.compare)
                 del moments
                 if layer + 1 < layers:
-                    x = self._through(quantized.dequantized(), x) if left is None else left
+                    if len(x) == 2:
+                        self._through(quantized.dequantized(), x[1])
                     self.work.save(self.work.rows(layer + 1), x)
             report = quantized.reports
             write_json(self.work.report(layer), {"sites": [asdict(r) for r in report]})
@@ -145,44 +167,34 @@ class Conversion:
         return reports
 
     def _first_rows(self, calibration: Callable[[Watch], Ids], watch: Watch, done: int) -> F32:
-        """The rows that enter the first unfinished layer."""
+        """The rows (streams, T, C) that enter the first unfinished layer; see `_record`."""
         tokens = self.work.path / "calibration.npy"
         if not tokens.exists():
             self.work.save(tokens, calibration(watch))
         if done:
             return np.asarray(self.work.load(self.work.rows(done)), np.float32)
         ids = self.work.load(tokens)
-        return embedded_rows(self.config, self.source, self.backend, ids, self.window)
+        x = embedded_rows(self.config, self.source, self.backend, ids, self.window)
+        return np.stack([x] * (2 if self.settings.method == "awq+" else 1))
 
-    def _record(self, weights: LayerWeights, x: F32) -> tuple[dict[str, Moments], F32 | None]:
-        """Run the rows through a float layer -> its sites' moments, the rows that leave it.
-
-        awq, as published, feeds the next layer what the float model would. awq+ feeds it what the quantised
-        one will (None here), so that each layer makes good for those before it: 6 % less KL.
-        """
-        method, size = self.settings.method, self.settings.group_size
-        moments = {
-            site.key: empty_moments(method, weights.linears[site.roles[0]].shape[1], size)
-            for site in sites(self.config)
-        }
+    def _record(self, weights: LayerWeights, x: F32) -> dict[str, Moments]:
+        """Run the rows through a float layer -> its sites' moments. x[0] leaves in its place, x[1] later."""
+        moments = empty_moments(self.settings.method, weights, self.settings.group_size)
         run = LayerRun(self.config, weights.layer, weights, Recorder(self.backend), self.window)
-        left = None if method == "awq+" else np.empty_like(x)
-        for rows in steps(len(x), self.window):
-            y = run.forward(x[rows], lambda key, a: moments[key].add(a))
+        for rows in steps(x.shape[1], self.window):
+            y = observe(run, moments, x[:, rows])
             if not np.isfinite(y).all():
                 raise TinychatError(
                     f"layer {weights.layer}: its output is not finite on the calibration text: the weights overflow"
                 )
-            if left is not None:
-                left[rows] = y
-        return moments, left
+            x[0, rows] = y
+        return moments
 
-    def _through(self, weights: LayerWeights, x: F32) -> F32:
-        """Run the rows through a layer, in their place."""
+    def _through(self, weights: LayerWeights, x: F32) -> None:
+        """Run the rows x (T, C) through a layer, in their place."""
         run = LayerRun(self.config, weights.layer, weights, Recorder(self.backend), self.window)
         for rows in steps(len(x), self.window):
             x[rows] = run.forward(x[rows])
-        return x
 
     def _rim(self, watch: Watch) -> None:
         path = self.work.path / "rim.safetensors"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tinychat_mlx.awq import feedback
-from tinychat_mlx.awq.cholesky import BLOCK, upper_factor
+from tinychat_mlx.awq.cholesky import BLOCK, solve, upper_factor
 from tinychat_mlx.awq.moments import BlockMoments, FullMoments
 from tinychat_mlx.awq.quantizer import grid_of, round_to_nearest, rounded, storable
 from tinychat_mlx.awq.search import SHRINKS, clip, scale_of, search_fed_scale, search_scale
@@ -32,7 +32,9 @@ def by_definition(w: np.ndarray, w_bit: int, g: int) -> np.ndarray:
     for n in range(len(w)):
         for at in range(0, w.shape[1], g):
             group = w[n, at : at + g].astype(np.float64)
-            scale = float(storable(np.float32([max(group.max() - group.min(), 1e-5) / (2**w_bit - 1)]), w_bit)[0])
+            scale = float(
+                storable(np.float32([max(group.max() - group.min(), 1e-5) / (2**w_bit - 1)]), w_bit)[0]
+            )
             zero = np.clip(-np.rint(group.min() / scale), 0, 2**w_bit - 1)
             q = np.clip(np.rint(group / scale) + zero, 0, 2**w_bit - 1)
             out[n, at : at + g] = (q - zero) * scale
@@ -232,3 +234,29 @@ def test_scales_for_feedback_shrink_outlier_channels_and_may_be_none() -> None:
     loud = np.where(np.arange(128) % 64 == 3, 30, 1).astype(np.float32)
     s, alpha = search_fed_scale(w, loud, loud**2, None, 64)
     assert alpha > 0.2 and s[3] > 2 * s[4]
+
+
+def test_correction_is_the_least_squares_answer_to_drifted_inputs() -> None:
+    """W x wanted, x_hat given: the best linear map of x_hat, in both forms of the cross moment."""
+    x, w = inputs(3000, 64), weights(8, 64)
+    drifted = x + 0.3 * inputs(3000, 64, seed=5)
+    best = np.linalg.lstsq(drifted.astype(np.float64), (x @ w.T).astype(np.float64), rcond=None)[0].T
+    for given in (None, w):
+        moments = FullMoments.empty(64, given)
+        assert (moments.w is None) == (given is None)
+        for a, b in zip(np.array_split(drifted, 3), np.array_split(x, 3), strict=True):
+            moments.add(a, b)
+        f = feedback.factor(feedback.damped(moments.sums.copy(), 1 / 3000, 1e-7))
+        change = moments.correction(w)
+        solve(f.u, f.d, change)
+        assert np.abs(best - w).max() > 0.1 * np.abs(w).max()
+        assert np.allclose(w + change.T, best, atol=1e-3 * np.abs(w).max())
+
+
+@pytest.mark.parametrize("k", [3, BLOCK + 10])
+def test_solve_inverts_the_factored_matrix(k: int) -> None:
+    x = inputs(4 * k, k)
+    h, b = feedback.damped(x.T @ x, 1 / len(x)), rng.normal(size=(k, 5)).astype(np.float32)
+    f, got = feedback.factor(h), b.copy()
+    solve(f.u, f.d, got)
+    assert np.allclose(h.astype(np.float64) @ got, b, atol=1e-3)

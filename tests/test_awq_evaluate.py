@@ -1,0 +1,107 @@
+"""Perplexity, KL and agreement, against NumPy on whole windows and against what is known by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_dense
+
+import tinychat_mlx
+from tinychat_mlx.apps.cli import main
+from tinychat_mlx.awq.evaluate import ROWS, Scores, clustered, evaluate, percentile_error
+from tinychat_mlx.errors import UsageError
+
+V = 11
+rng = np.random.default_rng(0)
+
+
+def model(table: np.ndarray) -> Scores:
+    """A bigram model: logits of the next token are a row of the table."""
+
+    def of(ids: Sequence[int]) -> Iterator[np.ndarray]:
+        for at in range(0, len(ids), ROWS):
+            yield table[np.asarray(ids[at : at + ROWS])]
+
+    return of
+
+
+def test_perplexity_of_a_model_that_knows_nothing_is_the_vocabulary() -> None:
+    q = evaluate(list(rng.integers(0, V, 1000)), model(np.zeros((V, V), np.float32)), window=300)
+    assert q.ppl == pytest.approx(V) and q.ppl_se == pytest.approx(0, abs=1e-9)
+    assert q.tokens == 1000 - 4 and q.window == 300  # the first token of each window is not predicted
+    assert set(q.as_dict()) == {"ppl", "ppl_se", "tokens", "window"}
+
+
+def test_measures_are_those_of_the_definition() -> None:
+    ids = rng.integers(0, V, 1500)
+    p, q = (rng.normal(size=(V, V)).astype(np.float32) for _ in range(2))
+    got = evaluate(list(ids), model(q), model(p), window=400)
+    log = [
+        np.log(np.exp(t.astype(np.float64)) / np.exp(t.astype(np.float64)).sum(-1, keepdims=True))
+        for t in (p, q)
+    ]
+    at = [i for i in range(1499) if (i + 1) % 400]
+    before, after = ids[at], ids[np.array(at) + 1]
+    kl = (np.exp(log[0]) * (log[0] - log[1])).sum(-1)[before]
+    assert got.ppl == pytest.approx(np.exp(-log[1][before, after].mean()))
+    assert got.kl_mean == pytest.approx(kl.mean()) and got.kl_p99 == pytest.approx(np.percentile(kl, 99))
+    assert got.top1 == pytest.approx((log[0].argmax(-1) == log[1].argmax(-1))[before].mean())
+
+
+def test_a_model_against_itself_loses_nothing() -> None:
+    table = rng.normal(size=(V, V)).astype(np.float32)
+    q = evaluate(list(rng.integers(0, V, 500)), model(table), model(table), window=100)
+    assert abs(q.kl_mean or 0) < 1e-12 and q.top1 == 1
+
+
+def test_standard_errors_are_those_of_repeated_samples() -> None:
+    """Windows whose tokens are all alike: naive errors would be ten times too small."""
+    r = np.random.default_rng(1)
+    means, errors, percentiles, percentile_errors = [], [], [], []
+    for _ in range(150):
+        windows = [np.full(100, r.normal()) for _ in range(30)]
+        mean, error = clustered(windows)
+        means.append(mean)
+        errors.append(error)
+        percentiles.append(float(np.percentile(np.concatenate(windows), 75)))
+        percentile_errors.append(percentile_error(windows, 75))
+    # 150 draws estimate a standard deviation to 6 %; a bootstrapped percentile is rougher.
+    assert np.std(means) == pytest.approx(float(np.mean(errors)), rel=0.2)
+    assert np.std(percentiles) == pytest.approx(float(np.mean(percentile_errors)), rel=0.35)
+
+
+def test_too_little_text_is_refused() -> None:
+    with pytest.raises(UsageError, match="at least two"):
+        evaluate([3], model(np.zeros((V, V), np.float32)))
+
+
+def test_the_command_measures_what_the_library_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense, text = tiny_dense.save(tmp_path / "dense"), tiny_dense.text(tmp_path, 200)
+    small = tmp_path / "small"
+    assert main(["convert", str(dense), "-o", str(small), "--method", "rtn", "--group-size", "32"]) == 0
+    capsys.readouterr()
+    args = ["eval", "-m", str(small), "--text", str(text), "--backend", "reference", "--window", "40"]
+    assert main([*args, "--against", str(dense), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    keys = {"ppl", "kl_mean", "kl_p99", "top1"}
+    assert set(found) >= keys | {f"{key}_se" for key in keys} and found["window"] == 40
+    assert 0 < found["kl_mean"] < found["kl_p99"] and 0 < found["top1"] <= 1
+
+    models = [tinychat_mlx.load(p, backend="reference") for p in (dense, small)]
+    chats = [json.loads(line)["messages"] for line in text.read_text().splitlines()]
+    ids = [i for chat in chats for i in models[0].tokenizer.encode_chat(chat)]
+    kl = []
+    for at in range(0, len(ids) - 1, 40):
+        p, q = (m.logits(ids[at : at + 40])[:-1].astype(np.float64) for m in models)
+        p, q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (p, q))
+        kl.append((np.exp(p) * (p - q)).sum(-1))
+    # The same numbers computed in one piece and in pieces: logits of size 10 in float32, 1e-5 of each.
+    assert found["kl_mean"] == pytest.approx(np.concatenate(kl).mean(), rel=1e-3)
+    assert main(args) == 0
+    assert "perplexity" in capsys.readouterr().out
