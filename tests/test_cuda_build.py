@@ -136,31 +136,24 @@ class FakeDriver:
     """libcuda whose device is the emulator: it has only what it was passed."""
 
     def __init__(self) -> None:
-        self.emulator, self.modules, self.names = emulate.Emulator(), [b""], [""]
+        self.modules, self.names = [b""], [""]
         self.refuse: list[int] = []  # the statuses of the next launches
         self.contexts = 0
 
-        def start(function: Any, x: int, y: int, z: int, *rest: Any) -> int:
-            (bx, by, bz, shared, stream, pointers, extra) = rest
-            if self.refuse:
-                return self.refuse.pop(0)
-            assert (by, bz, shared, stream, extra) == (1, 1, 0, 77, None)
-            program, defines = json.loads(self.modules[function.value // 100])
-            cell = [ctypes.c_void_p(p) for p in pointers]
-            self.run(program, defines, self.names[function.value % 100], (x, y, z), bx, cell)
-            return 0
+        # A C function with the driver's signature: what ctypes makes of the arguments is tested too.
+        form = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3)
+        self.cuLaunchKernel = form(self.start)
 
-        self.cuLaunchKernel = start
-
-    def run(
-        self, program: str, defines: dict[str, int], kernel: str, grid: Any, block: int, cells: Any
-    ) -> None:
-        unit = emulate.build(program, defines)
+    def start(self, function: int, x: int, y: int, z: int, *rest: Any) -> int:
+        (bx, by, bz, shared, stream, parameters, extra) = rest
+        if self.refuse:
+            return self.refuse.pop(0)
+        if (by, bz, shared, stream, extra) != (1, 1, 0, 77, None):
+            return 1
+        program, defines = json.loads(self.modules[function // 100])
+        run = getattr(emulate.build(program, defines), f"run_{self.names[function % 100]}")
         three, error = ctypes.c_uint * 3, ctypes.create_string_buffer(256)
-        pointers = (ctypes.c_void_p * len(cells))(*cells)
-        assert not getattr(unit, f"run_{kernel}")(pointers, three(*grid), three(block, 1, 1), 0, error), (
-            error.value
-        )
+        return int(run(ctypes.c_void_p(parameters), three(x, y, z), three(bx, by, bz), 0, error))
 
     def cuCtxGetCurrent(self, out: Any) -> int:
         return 0
@@ -190,7 +183,6 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> nvrtc.Driver:
         cuda_stream = 77
 
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    # `cuLaunchKernel.argtypes` is set on a Python function here, which takes it
     return nvrtc.Driver(FakeCompiler(), FakeDriver())  # type: ignore[arg-type]
 
 
@@ -289,6 +281,35 @@ def test_a_step_that_reads_lengths_on_the_host_is_not_recorded(monkeypatch: pyte
     stepwise = np.concatenate([backend.to_host(model.forward([i], cache)) for i in ids])
     whole = models.whole(model, ids)
     assert replay.replays == 0 and np.abs(stepwise - whole).max() < 0.02 * np.abs(whole).max()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_on_this_gpu_every_architecture_agrees_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    import measure
+
+    monkeypatch.delenv(devices.ENVIRONMENT)
+    assert max(measure.correct(CudaBackend, dry=False).values()) <= 1
+
+
+def test_the_measuring_script_goes_through_on_cpu_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of it but what needs a GPU, which it names; and it claims nothing."""
+    import measure
+
+    out = tmp_path / "report.json"
+    monkeypatch.setattr(sys, "argv", ["measure.py", "--dry", "--out", str(out)])
+    monkeypatch.setattr(measure, "ROUNDS", 1)
+    measure.main()
+    report, table = json.loads(out.read_text()), capsys.readouterr().out
+    tiny = report["shapes"]["tiny"]
+    assert "no measurement" in table and "| tiny |" in table and report["dry"]
+    assert set(tiny["matvec"]["missing"]) == {"torch int4", "triton awq"}
+    assert tiny["decode"]["tok_s"] > 0 and tiny["decode"]["graph_launches_per_token"] == 0
+    # every int4 weight of the tiny shape with scale and bias in float32, and the tied int8 head
+    c, f, layers = 256, 512, 4
+    codes = layers * (c * (c + 256) + c * c + 3 * c * f)
+    assert tiny["decode"]["bytes_per_token"] == codes * 4.5 / 8 + 1024 * c * 8.5 / 8
 
 
 def test_kernels_that_cannot_be_had_are_announced(monkeypatch: pytest.MonkeyPatch) -> None:

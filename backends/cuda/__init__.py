@@ -57,6 +57,8 @@ class CudaBackend(TorchBackend):
             torch.set_num_threads(threads)
         chosen = dtype or (torch.float16 if device.type == "cuda" and not exact else torch.float32)
         super().__init__(device, chosen, kv == "int8" and not exact)
+        if device.type == "cuda":
+            devices.fence(device)
         self.kernels = kernels
         self._recordable = True  # until a one-row step has read a cache's length on the host
         if kernels is None and device.type == "cuda" and not exact and os.environ.get(PURE) != "0":

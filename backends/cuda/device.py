@@ -86,6 +86,14 @@ def available(device: torch.device) -> int:
     return max(free + cached - RESERVE, 0)
 
 
+def fence(device: torch.device) -> None:
+    """On shared memory: let torch refuse what would make the system kill programs, this one first."""
+    if is_shared(device) and (free := available(device)):
+        total = torch.cuda.get_device_properties(device).total_memory
+        held = torch.cuda.memory_reserved(device)
+        torch.cuda.set_per_process_memory_fraction(min((free + held) / total, 1.0), device)
+
+
 def mem_available(path: str = "/proc/meminfo") -> int:
     """Linux's estimate of bytes that can be had without swapping; 0 elsewhere."""
     try:
