@@ -1,9 +1,8 @@
-"""MLX in float32, on a CPU or a Mac: the graph equals the reference, tokens equal mlx-lm's, limits are said in words."""
+"""MLX in float32, on a CPU or a Mac: the graph equals the reference, tokens equal mlx-lm's."""
 
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,23 +12,15 @@ import pytest
 
 mx = pytest.importorskip("mlx.core", reason="MLX is not installed")
 
+from mlx_models import agree, answer, decoder, logits, quantised, tokens
 from tiny_models import VARIANTS, tiny
 
 import tinychat_mlx
 from tinychat_mlx.backend import Attention, Backend, CacheShape, Segment
-from tinychat_mlx.backends.mlx import MlxBackend, sampling
-from tinychat_mlx.backends.mlx.device import Chip, check_version, choose_dtype, find_chip
+from tinychat_mlx.backends.mlx import MlxBackend
 from tinychat_mlx.backends.reference import ReferenceBackend
-from tinychat_mlx.checkpoint import Checkpoint
-from tinychat_mlx.config import parse_config
-from tinychat_mlx.decoder import Decoder
 from tinychat_mlx.errors import BackendError
-from tinychat_mlx.generate import Engine, Event
-from tinychat_mlx.sampler import SamplingParams, distribution
-from tinychat_mlx.weight import F32, Packed, Weight, pack_codes
-
-# float32 on both sides: a logit sums ~100 products through 4 layers, 100 · 6e-8 · 4 ≈ 2e-5 of the largest.
-TOLERANCE = 1e-4
+from tinychat_mlx.weight import F32
 
 
 @pytest.fixture(autouse=True)
@@ -38,54 +29,6 @@ def uncompiled() -> Iterator[None]:
     mx.disable_compile()
     yield
     mx.enable_compile()
-
-
-class Quantised:
-    """A checkpoint whose matrices come out packed: quantised here, the same for every backend."""
-
-    def __init__(self, folder: Path, w_bit: int, group: int) -> None:
-        self.inner, self.w_bit, self.group = Checkpoint.open(folder), w_bit, group
-
-    def has(self, name: str) -> bool:
-        return self.inner.has(name)
-
-    def vector(self, name: str) -> F32:
-        return self.inner.vector(name)
-
-    def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
-        dense = self.inner.weight(module, shape)
-        return quantised(dense.to_float32(), self.w_bit, self.group, module, dense.bias)
-
-
-def quantised(w: F32, w_bit: int, group: int, name: str = "w", bias: F32 | None = None) -> Packed:
-    """Round to nearest between each group's least and greatest."""
-    n, k = w.shape
-    g = w.reshape(n, k // group, group)
-    low = g.min(-1)
-    scales = np.maximum((g.max(-1) - low) / (2**w_bit - 1), 1e-4).astype(np.float16)
-    low = low.astype(np.float16)
-    q = np.rint((g - low[..., None].astype(np.float32)) / scales[..., None].astype(np.float32))
-    codes = q.clip(0, 2**w_bit - 1).astype(np.uint8).reshape(n, k)
-    return Packed(name, pack_codes(codes, w_bit), scales, low, w_bit, group, bias)
-
-
-def decoder(folder: Path, backend: Backend, form: tuple[int, int] | None = None) -> Decoder:
-    source: Any = Checkpoint.open(folder) if form is None else Quantised(folder, *form)
-    return Decoder(parse_config(Checkpoint.open(folder).config), source, backend)
-
-
-def logits(d: Decoder, ids: list[int], cuts: list[int]) -> F32:
-    """Logits of all ids, computed in pieces of these lengths."""
-    cache, at, out = d.new_cache(len(ids)), 0, []
-    for n in cuts:
-        out.append(d.backend.to_host(d.forward(ids[at : at + n], cache, last_only=False)))
-        at += n
-    return np.concatenate(out)
-
-
-def agree(got: F32, expected: F32) -> None:
-    assert got.shape == expected.shape
-    assert np.abs(got - expected).max() <= TOLERANCE * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -243,92 +186,6 @@ def test_packed_caches_are_smaller_and_refuse_what_they_cannot_hold(
         MlxBackend(exact=True)
 
 
-# the engine: one step in flight ---------------------------------------------------------------------
-
-
-class Letters:
-    """Token t is the character chr(200 + t)."""
-
-    def push(self, token: int) -> str:
-        return chr(200 + token)
-
-    def flush(self) -> str:
-        return ""
-
-
-def answer(
-    engine: Engine, prompt: list[int], stop: frozenset[int] = frozenset(), **params: Any
-) -> list[Event]:
-    return list(engine.generate(prompt, SamplingParams(**params), stop, Letters()))
-
-
-def tokens(events: list[Event]) -> list[int]:
-    return [ord(c) - 200 for e in events for c in e.text]
-
-
-@pytest.fixture(scope="module")
-def engines(tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, Engine]:
-    folder = tiny("qwen3", tmp_path_factory.mktemp("engines")).folder
-    on_host = MlxBackend(exact=True)
-    on_host.sampler = lambda *a: None  # type: ignore[method-assign]
-    return Engine(decoder(folder, MlxBackend(exact=True, compiled=True)), 64), Engine(
-        decoder(folder, on_host), 64
-    )
-
-
-def test_one_step_ahead_gives_the_same_greedy_text(engines: tuple[Engine, Engine]) -> None:
-    ahead, in_turn = engines
-    for params in ({"max_tokens": 20}, {}):
-        got, expected = (answer(e, [5, 9, 33], temperature=0, **params) for e in (ahead, in_turn))
-        assert tokens(got) == tokens(expected) and len(tokens(got)) >= 20
-        for name in ("finish_reason", "completion_tokens", "context_used"):
-            assert getattr(got[-1].stats, name) == getattr(expected[-1].stats, name)
-    turn = [5, 9, 33, *tokens(got)[:10], 40, 41]
-    got, expected = (answer(e, turn, temperature=0, max_tokens=9) for e in (ahead, in_turn))
-    assert tokens(got) == tokens(expected)
-    assert got[-1].stats.cached_tokens == expected[-1].stats.cached_tokens == 13
-
-
-def test_the_step_begun_ahead_of_a_stop_is_taken_back(engines: tuple[Engine, Engine]) -> None:
-    ahead = engines[0]
-    whole = tokens(answer(ahead, [5, 9, 33], temperature=2, seed=3, max_tokens=20))
-    stop = next(t for i, t in enumerate(whole) if i > 1 and t not in whole[:i])
-    events = answer(ahead, [5, 9, 33], frozenset({stop}), temperature=2, seed=3, max_tokens=20)
-    said = whole[: whole.index(stop)]
-    assert tokens(events) == said and events[-1].stats.finish_reason == "stop"
-    assert ahead.cache.length == len(ahead.ids) == 3 + len(said)
-
-
-def test_the_device_draws_what_the_host_would_allow() -> None:
-    rng = np.random.default_rng(0)
-    x = (rng.standard_normal(200) * 3).astype(np.float32)
-    cases = [{}, {"top_k": 7}, {"top_p": 0.6}, {"min_p": 0.1}, {"top_k": 20, "top_p": 0.9, "min_p": 0.02}]
-    for given in cases:
-        p = SamplingParams(**({"temperature": 0.8, "top_p": 1.0} | given))
-        ids, expected = distribution(x, p)
-        kept = np.array(mx.softmax(sampling.filtered(mx.array(x), p.temperature, p.top_k, p.top_p, p.min_p)))
-        assert sorted(np.flatnonzero(kept)) == sorted(ids)
-        assert np.abs(kept[ids] - expected).max() < 1e-5  # float32 against float64
-    draw = sampling.drawer(0.8, 5, 1.0, 0.0, seed=11)
-    ids, expected = distribution(x, SamplingParams(temperature=0.8, top_k=5, top_p=1.0))
-    drawn = np.array([draw(mx.array(x[None])).item() for _ in range(2000)])
-    for token, p in zip(ids, expected, strict=True):  # five standard deviations of a binomial
-        assert abs((drawn == token).mean() - p) < 5 * (p * (1 - p) / 2000) ** 0.5
-    again = sampling.drawer(0.8, 5, 1.0, 0.0, seed=11)
-    assert [again(mx.array(x[None])).item() for _ in range(50)] == drawn[:50].tolist()
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_not_finite_are_told(bad: float, temperature: float) -> None:
-    x = np.zeros((1, 50), np.float32)
-    x[0, 3] = bad
-    assert sampling.drawer(temperature, 0, 0.9, 0.0, 1)(mx.array(x)).item() == -1
-
-
-# interop --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("bits, group", [(4, 32), (4, 64), (4, 128), (8, 64)])
 def test_folders_of_mlx_lm_give_its_tokens(
     bits: int, group: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -368,102 +225,3 @@ def convert(source: Path, target: Path, bits: int, group: int) -> Path:
     u.save_config(config, target / "config.json")
     assert json.loads((target / "config.json").read_text())["quantization"]["bits"] == bits
     return target
-
-
-# limits and errors -----------------------------------------------------------------------------------
-
-
-def chip(**given: Any) -> Chip:
-    return Chip(**({"name": "Apple M1", "metal": True, "generation": 13, "memory": 8 << 30,
-                    "working_set": 5 << 30} | given))  # fmt: skip
-
-
-def test_a_cache_that_would_not_fit_is_refused_with_the_sum() -> None:
-    b = MlxBackend(exact=True)
-    b.chip = chip(working_set=1 << 30)
-    shape = CacheShape(16, 8, 64)  # Llama-3.2-1B in float32: 64 KiB a token
-    words = r"40000 tokens needs 2\.44 GB.*may give 1\.00 GB: use --context \d{4,5}"
-    with pytest.raises(BackendError, match=words):
-        b.new_cache(shape, 40000)
-    assert b.new_cache(shape, 100).capacity == 100
-    b.chip = chip(working_set=1 << 20)
-    with pytest.raises(BackendError, match="smaller model"):
-        b.new_cache(shape, 100)
-
-
-def test_limits_stay_below_three_quarters_of_the_memory() -> None:
-    assert chip().limit == 5 << 30
-    assert chip(working_set=9 << 30).limit == 6 << 30
-    assert find_chip().limit <= find_chip().memory * 3 // 4
-
-
-def test_dtypes_by_chip(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TINYCHAT_MLX_DTYPE", raising=False)
-    assert choose_dtype(chip(), exact=False) == mx.float16
-    assert choose_dtype(chip(), exact=True) == mx.float32
-    assert choose_dtype(chip(metal=False, generation=0), exact=False) == mx.float32
-    monkeypatch.setenv("TINYCHAT_MLX_DTYPE", "bfloat16")
-    assert choose_dtype(chip(name="Apple M3", generation=15), exact=False) == mx.bfloat16
-    with pytest.raises(BackendError, match="emulated on Apple M1: use float16"):
-        choose_dtype(chip(), exact=False)
-    monkeypatch.setenv("TINYCHAT_MLX_DTYPE", "int4")
-    with pytest.raises(BackendError, match="unknown: give one of"):
-        choose_dtype(chip(), exact=False)
-
-
-def test_float16_means_the_same_as_float32(monkeypatch: pytest.MonkeyPatch, tiny_root: Path) -> None:
-    """The dtype of a Mac, on few tokens: constants must be narrowed, or everything is computed wide."""
-    t = tiny("llama-llama3", tiny_root)
-    monkeypatch.setenv("TINYCHAT_MLX_DTYPE", "float16")
-    d = decoder(t.folder, MlxBackend(exact=True, compiled=True))
-    cache = d.new_cache(8)
-    y = d.forward(t.ids[:4], cache)
-    assert y.dtype == mx.float16 and cache.k[0].dtype == mx.float16
-    # MLX's CPU loops sum in float16: 96 terms · 2^-11, through 4 layers
-    got = d.backend.to_host(d.forward((t.ids[4],), cache))
-    assert np.abs(got - t.logits[4]).max() < 4 * 96 * 2**-11 * np.abs(t.logits[4]).max()
-
-
-def test_old_versions_and_macs_without_metal_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_version("0.32.0")
-    check_version("1.0")
-    with pytest.raises(BackendError, match=r"MLX 0\.29\.1 is too old: pip install"):
-        check_version("0.29.1")
-    monkeypatch.setattr("sys.platform", "darwin")
-    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
-    with pytest.raises(BackendError, match="no Metal device.*--backend cpu"):
-        MlxBackend(exact=True)
-
-
-def test_threads_take_turns(tiny_root: Path) -> None:
-    """MLX's default stream is per thread, and two evaluations at once abort the process."""
-    t = tiny("llama", tiny_root)
-    d = decoder(t.folder, MlxBackend(exact=True))
-    results: list[F32] = []
-
-    def run() -> None:
-        results.append(logits(d, t.ids, [20, *[1] * 20]))
-
-    jobs = [threading.Thread(target=run) for _ in range(4)]
-    for job in jobs:
-        job.start()
-    for job in jobs:
-        job.join()
-    assert len(results) == 4
-    for got in results:
-        agree(got, t.logits)
-
-
-def test_a_failure_on_the_device_is_a_backend_error() -> None:
-    class Broken:
-        def astype(self, dtype: Any) -> Any:
-            raise RuntimeError("[malloc] Unable to allocate 9 bytes")  # MLX's own words
-
-    with pytest.raises(BackendError, match=r"MLX stopped: .*allocate 9 bytes: use a shorter --context"):
-        MlxBackend(exact=True).to_host(Broken())
-
-
-def test_it_says_what_it_runs_on() -> None:
-    device = MlxBackend(exact=True).describe()
-    where = "Metal" if mx.metal.is_available() else "CPU"
-    assert where in device.detail and "float32" in device.detail and mx.__version__ in device.detail

@@ -15,22 +15,12 @@ pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 import mlx.core as mx
 import mlx_lm.utils
 from mlx_lm.models.cache import RotatingKVCache
+from mlx_models import answer, tokens
 from tiny_models import tiny
 
 from tinychat_mlx.backends.mlx.interop import MlxLmDecoder
 from tinychat_mlx.errors import BackendError, FormatError
-from tinychat_mlx.generate import Engine, Event
-from tinychat_mlx.sampler import SamplingParams
-
-
-class Letters:
-    """Token t is the character chr(200 + t)."""
-
-    def push(self, token: int) -> str:
-        return chr(200 + token)
-
-    def flush(self) -> str:
-        return ""
+from tinychat_mlx.generate import Engine
 
 
 @pytest.fixture(autouse=True)
@@ -44,14 +34,6 @@ def uncompiled() -> Any:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny("qwen3", tmp_path_factory.mktemp("interop")).folder
-
-
-def answer(engine: Engine, prompt: list[int], **params: Any) -> list[Event]:
-    return list(engine.generate(prompt, SamplingParams(**params), frozenset(), Letters()))
-
-
-def tokens(events: list[Event]) -> list[int]:
-    return [ord(c) - 200 for e in events for c in e.text]
 
 
 def naive(folder: Path, prompt: list[int], n: int) -> list[int]:

@@ -119,7 +119,14 @@ class MlxBackend(Backend):
         return mx.array(np.asarray(ids, np.int32))
 
     def pack(self, weight: Weight) -> Any:
+        """Raises BackendError where the weights so far are more than this machine may hold."""
         self.enter()
+        used, limit = mx.get_active_memory(), self.chip.limit
+        if used + weight.nbytes + SCRATCH > limit:
+            raise BackendError(
+                f"the weights do not fit: {used / GB:.2f} GB are loaded at {weight.name}, and {self.chip.name} may "
+                f"give {limit / GB:.2f} GB: convert the model to fewer bits, or use a smaller one"
+            )
         with self._evaluating():
             return pack(weight, self.dtype)
 
