@@ -216,6 +216,27 @@ def test_attention_over_a_growing_cache(
         assert np.abs(got - softmax_attention(cut[0], k, v, spec)).max() <= EPS * (d + 24) * 40 * 5
 
 
+def test_attention_over_a_cache_in_int8(isa: str) -> None:
+    """Keys and values rounded to 127 steps of a token's largest, and then the same as exactly."""
+
+    def held(x: np.ndarray) -> np.ndarray:
+        whole, scale = rounded(x.reshape(-1, x.shape[-1]), x.shape[-1])
+        return (whole * scale).reshape(x.shape)
+
+    backend, spec = CpuBackend(threads=2, kv="int8"), Attention(1, 0.2)
+    cache: Any = backend.new_cache(CacheShape(2, 2, 40), 400)
+    cache.data[:] = 0xFF
+    k = v = np.zeros((0, 2, 40))
+    for rows in (70, 1, 5, 250, 1):
+        q, new_k, new_v = randn(rows, 6, 40), randn(rows, 2, 40), randn(rows, 2, 40)
+        k, v = np.concatenate([k, held(new_k)]), np.concatenate([v, held(new_v)])
+        got = backend.attention(q, new_k, new_v, spec, backend.step([Segment(cache, rows)]))
+        cache.length += rows
+        assert np.abs(got - softmax_attention(q, k, v, spec)).max() <= EPS * 64 * 40 * 5
+    with pytest.raises(BackendError, match="fp16, int8"):
+        CpuBackend(kv="int2")
+
+
 def test_conversations_of_different_lengths_decode_together(isa: str) -> None:
     backend, spec = CpuBackend(exact=True, threads=2), Attention(0, 0.2)
     sizes, held = [300, 3, 0, 64], []

@@ -4,7 +4,8 @@ To build the library in a checkout, without installing anything (it lands in tin
 
     cmake -S backends/cpu -B build/dev && cmake --build build/dev
 
-TINYCHAT_CPU_ISA=avx2 (neon, scalar, ...) takes a lower instruction set; TINYCHAT_THREADS=2 a number of threads.
+TINYCHAT_CPU_ISA=avx2 (neon, scalar, ...) takes a lower instruction set; TINYCHAT_THREADS=2 a number of threads;
+TINYCHAT_KV=int8 halves the cache.
 """
 
 from __future__ import annotations
@@ -54,9 +55,12 @@ class CpuBackend(Backend):
 
     name = "cpu"
 
-    def __init__(self, exact: bool = False, threads: int | None = None) -> None:
-        """threads None: TINYCHAT_THREADS, or one a fast core. Raises BackendError without the native library."""
+    def __init__(self, exact: bool = False, threads: int | None = None, kv: str | None = None) -> None:
+        """threads None: TINYCHAT_THREADS, or one a fast core. kv: fp16, int8 or fp32; None: TINYCHAT_KV, or fp16
+        (exact: fp32). Raises BackendError without the native library.
+        """
         self.exact = exact
+        self._kv = _cache_kind(kv or os.environ.get("TINYCHAT_KV") or ("fp32" if exact else "fp16"))
         isa = os.environ.get("TINYCHAT_CPU_ISA")
         self.engine = Engine(isa or None, _threads(threads))
         self.tape: Tape | None = None  # of the step being recorded
@@ -78,7 +82,7 @@ class CpuBackend(Backend):
         return pack(weight, self._arena, self.engine.run_one, self.exact)
 
     def new_cache(self, shape: CacheShape, capacity: int) -> Cache:
-        return CpuCache(shape, capacity, c.F32 if self.exact else c.F16)
+        return CpuCache(shape, capacity, self._kv)
 
     # step primitives ----------------------------------------------------------------------------
     def embed(self, table: Handle, ids: Tensor) -> Tensor:
@@ -267,6 +271,13 @@ def _threads(asked: int | None) -> int:
     if not text.isdigit():
         raise BackendError(f"TINYCHAT_THREADS: {text!r} is no number of threads — give 1, 2, ...")
     return int(text)
+
+
+def _cache_kind(name: str) -> int:
+    kinds = {"fp16": c.F16, "int8": c.INT8, "fp32": c.F32}
+    if name not in kinds:
+        raise BackendError(f"cpu backend: no KV cache in {name!r} — choose fp16, int8 or fp32")
+    return kinds[name]
 
 
 def _weight(handle: Handle) -> CpuWeight:

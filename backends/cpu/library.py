@@ -47,6 +47,8 @@ class CSegment(Structure):
         ("length", c_void_p),
         ("keys", c_void_p),
         ("values", c_void_p),
+        ("key_scales", c_void_p),
+        ("value_scales", c_void_p),
         ("partial", c_void_p),
         ("done", c_void_p),
     ]

@@ -78,8 +78,8 @@ static void try_attention(Engine* e, Random& r) {
   std::vector<int32_t> done((size_t)kv, 0);
   for (auto* list : {&q, &k, &v})
     for (float& f : *list) f = r.unit() * 2;
-  SegmentArg s = {rows,           capacity,   &length, (uint8_t*)cache.data(), (uint8_t*)(cache.data() + keys),
-                  partial.data(), done.data()};
+  SegmentArg s = {rows,    capacity,       &length,    (uint8_t*)cache.data(), (uint8_t*)(cache.data() + keys), nullptr,
+                  nullptr, partial.data(), done.data()};
   AttentionOp op = {};
   op.code = ATTENTION, op.heads = heads, op.kv_heads = kv, op.dim = dim, op.dim_pad = dim_pad, op.segments = 1;
   op.kv_kind = F32, op.scale = 0.3f, op.segment = &s, op.window = r.below(3) ? 0 : 1 + r.below(200);

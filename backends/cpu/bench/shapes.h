@@ -40,8 +40,8 @@ struct Token {
     cache.assign(2 * one + 2048, half_of(0.1f));
     partial.resize((size_t)(s.kv_heads * (capacity / 256 + 1) * 32 * (s.dim + 18)));
     norm = {RMS, 1e-6f, ones.data(), nullptr};
-    segment = {1,          capacity, &length, (uint8_t*)cache.data(), (uint8_t*)(cache.data() + one), partial.data(),
-               done.data()};
+    segment = {1,       capacity,       &length,    (uint8_t*)cache.data(), (uint8_t*)(cache.data() + one), nullptr,
+               nullptr, partial.data(), done.data()};
 
     const Weight* head = weight(head_kind, s.vocab, s.hidden, group, false, random);
     EmbedOp& e = op<EmbedOp>(EMBED);

@@ -1,5 +1,6 @@
 // Causal attention with grouped heads over a KV cache, with an online softmax: keys in blocks of 64, a running
-// maximum and sum for each query, outputs rescaled when the maximum moves. All arithmetic float32.
+// maximum and sum for each query, outputs rescaled when the maximum moves. All arithmetic float32; a cache in int8
+// keeps a scale for each token's key and value of a head, which scores and weights are multiplied with.
 //
 // A work item is a KV head of a segment with some of its rows: their queries of all heads of the group share the
 // keys. For few queries the keys are split in chunks of 256 as well; whoever finishes a head's last chunk adds
@@ -19,13 +20,22 @@ constexpr float NEVER = -1e30f;
 
 struct Half {
   using T = uint16_t;
+  static constexpr bool SCALED = false;
   static F get(const T* p) { return ldh(p); }
   static void put(T* p, F x) { sth(p, x); }
 };
 struct Single {
   using T = float;
+  static constexpr bool SCALED = false;
   static F get(const T* p) { return ld(p); }
   static void put(T* p, F x) { st(p, x); }
+};
+
+struct Byte {
+  using T = int8_t;
+  static constexpr bool SCALED = true;
+  static F get(const T* p) { return ldc(p); }
+  static void put(T* p, F x) { st8(p, nearest(x)); }
 };
 
 struct Item {
@@ -66,6 +76,14 @@ inline Item item_at(const AttentionOp& op, int i) {
   return item;
 }
 
+// The factor that takes n numbers to within 127, and its inverse into *scale.
+inline F to_bytes(const float* x, int n, float* scale) {
+  float top = 0;
+  for (int i = 0; i < n; i++) top = fabsf(x[i]) > top ? fabsf(x[i]) : top;
+  *scale = top / 127;
+  return all(top > 1e-30f ? 127 / top : 0);
+}
+
 // One row's key and value of one head into the cache, at its position.
 template <class KV>
 void append(const AttentionOp& op, const SegmentArg& s, int row, int head, int64_t at) {
@@ -74,12 +92,17 @@ void append(const AttentionOp& op, const SegmentArg& s, int row, int head, int64
   T* values = (T*)s.values + ((size_t)head * s.capacity + at) * op.dim_pad;
   const float* k = op.k + row * op.k_stride + head * op.k_head;
   const float* v = op.v + row * op.v_stride + head * op.v_head;
+  F k_factor = all(1), v_factor = k_factor;
+  if constexpr (KV::SCALED) {
+    const size_t slot = (size_t)head * s.capacity + at;
+    k_factor = to_bytes(k, op.dim, s.key_scales + slot), v_factor = to_bytes(v, op.dim, s.value_scales + slot);
+  }
   for (int d = 0; d < op.dim; d += W) {
     const int n = lesser(W, op.dim - d);
     T line[W];
-    KV::put(line, n == W ? ld(k + d) : ld_part(k + d, n));
+    KV::put(line, mul(k_factor, n == W ? ld(k + d) : ld_part(k + d, n)));
     for (int i = 0; i < n; i++) keys[(size_t)(d + i) * 16] = line[i];
-    KV::put(line, n == W ? ld(v + d) : ld_part(v + d, n));
+    KV::put(line, mul(v_factor, n == W ? ld(v + d) : ld_part(v + d, n)));
     for (int i = 0; i < n; i++) values[d + i] = line[i];
   }
 }
@@ -250,6 +273,11 @@ inline Span span_of(const AttentionOp& op, const Item& it) {
   return s;
 }
 
+// Scores or weights of a block times its tokens' scales.
+inline void rescale(float* x, int nq, const float* scales) {
+  for (int i = 0; i < nq; i++, x += KEYS) map(KEYS, x, scales, x, [](F a, F b) { return mul(a, b); });
+}
+
 template <class KV>
 void attend(const AttentionOp& op, const Item& it, const State& s) {
   using T = typename KV::T;
@@ -264,11 +292,14 @@ void attend(const AttentionOp& op, const Item& it, const State& s) {
       score<KV, decltype(r)::value>(s.q + (size_t)i * op.dim, keys + (size_t)first * op.dim, op.dim, count,
                                     s.scores + i * KEYS);
     });
+    const size_t slot = (size_t)it.head * it.segment->capacity + (size_t)first;
+    if constexpr (KV::SCALED) rescale(s.scores, nq, it.segment->key_scales + slot);
     for (int i = 0; i < nq; i++) {
       const int64_t position = it.length + it.row + i / group;
       const int64_t lo = op.window > 0 ? position - op.window + 1 : 0;
       soften(op, s, i, op.alibi ? op.alibi[it.head * group + i % group] : 0, position, first, lo, position + 1);
     }
+    if constexpr (KV::SCALED) rescale(s.scores, nq, it.segment->value_scales + slot);
     by_queries(n, [&](auto r, int i) {
       weigh<KV, decltype(r)::value>(s.scores + i * KEYS, values + (size_t)first * op.dim_pad, op.dim_pad, count,
                                     s.acc + (size_t)i * op.dim_pad);
@@ -309,7 +340,11 @@ void attention_of(const AttentionOp& op, const Worker& me) {
 }
 
 void attention_op(const AttentionOp& op, const Worker& me) {
-  op.kv_kind == F16 ? attention_of<Half>(op, me) : attention_of<Single>(op, me);
+  switch (op.kv_kind) {
+    case F16: return attention_of<Half>(op, me);
+    case F32: return attention_of<Single>(op, me);
+    default: return attention_of<Byte>(op, me);
+  }
 }
 
 }  // namespace

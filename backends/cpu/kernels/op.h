@@ -102,13 +102,15 @@ struct RopeOp {
 // One conversation's share of a step. For a layer and a KV head:
 //   keys   [capacity / 16][dim][16]: 16 neighbours' keys side by side, so that scores need no sum across lanes
 //   values [capacity][dim_pad]
-// fp16 or fp32 (wide). `length` tokens were there before this step.
+// fp16, fp32, or int8 with a scale a token: key_scales, value_scales [capacity]. `length` tokens were there before
+// this step.
 struct SegmentArg {
   int32_t rows, capacity;
   const int64_t* length;
-  uint8_t *keys, *values;  // of this layer
-  float* partial;          // room for split sums, see attention.h
-  int32_t* done;           // a counter a KV head, zero between ops
+  uint8_t *keys, *values;            // of this layer
+  float *key_scales, *value_scales;  // int8 alone
+  float* partial;                    // room for split sums, see attention.h
+  int32_t* done;                     // a counter a KV head, zero between ops
 };
 
 struct AttentionOp {

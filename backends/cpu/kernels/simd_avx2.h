@@ -22,6 +22,9 @@ inline F ldh(const uint16_t* p) {
 inline F ldb(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }
+inline F ldc(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
 inline void st(float* p, F x) {
   _mm256_storeu_ps(p, x);
 }

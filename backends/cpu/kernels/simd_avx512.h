@@ -22,6 +22,9 @@ inline F ldh(const uint16_t* p) {
 inline F ldb(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
+inline F ldc(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
 inline void st(float* p, F x) {
   _mm512_storeu_ps(p, x);
 }

@@ -23,6 +23,11 @@ inline F ldh(const uint16_t* p) {
 inline F ldb(const uint16_t* p) {
   return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
 }
+inline F ldc(const int8_t* p) {
+  int32_t four;
+  memcpy(&four, p, 4);
+  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four))))));
+}
 inline void st(float* p, F x) {
   vst1q_f32(p, x);
 }

@@ -72,6 +72,9 @@ inline F ldb(const uint16_t* p) {
     return f;
   });
 }
+inline F ldc(const int8_t* p) {
+  return each([&](int i) { return (float)p[i]; });
+}
 inline void st(float* p, F x) {
   for (int i = 0; i < W; i++) p[i] = x.v[i];
 }
