@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -78,6 +79,21 @@ def test_a_run_prints_the_keys_programs_rely_on_and_they_agree() -> None:
     assert made["mbu"] == pytest.approx(read / (made["bandwidth_gb_s"] * 1e9), rel=1e-12)
     assert made["load_s"] > 0 and made["rss_bytes"] > made["weight_bytes"]
     assert progress.count("\nround ") == 5
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="process groups are POSIX's")
+def test_an_interrupt_ends_all_of_it_in_silence() -> None:
+    argv = [sys.executable, "-m", "tinychat_mlx", "bench", *SMALL, "--repeat", "999"]
+    run = subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert run.stderr is not None
+    while "on cpu" not in run.stderr.readline():  # both workers run
+        assert run.poll() is None
+    os.killpg(run.pid, signal.SIGINT)
+    _, err = run.communicate(timeout=60)  # returns when the last holder of the pipe, a worker, has ended
+    assert run.returncode == 130 and "Traceback" not in err
 
 
 def test_the_table_is_for_people(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +195,9 @@ def recorded(
     log = [] if log is None else log
     plan = Plan(None, "tiny", "cpu", "int4", pp=100, tg=10, repeat=len(pp))
     mine = Scripted(
-        "ours", {"prefill": [99.0, *pp], "decode": [99.0, *tg], "products": [{"ops_per_s": 4e9}]}, log
+        "ours",
+        {"prefill": [99.0, *pp], "decode": [99.0, *tg], "products": [{"ops_per_s": 4e9}], "peak_rss": [9]},
+        log,
     )
     theirs = Scripted(
         "peer", {"prefill": [77.0, *their_pp], "decode": [77.0, *their_tg], "peak_rss": [5]}, log
@@ -192,7 +210,7 @@ def recorded(
         rounds.one(number)
     said = {"name": "tiny", "backend": "cpu", "device": "x", "detail": "y", "load_s": 0.2, "weight_bytes": 7}
     said |= {"bytes_per_token": 10**9, "ops_per_token": 10**7, "kv_bytes": 3}
-    ours = _result(plan, said, 1, rounds, 9)
+    ours = _result(plan, said, 1, rounds)
     return ours, _peer_result(peer, ours, rounds, plan)
 
 

@@ -22,13 +22,18 @@ MISSING = (
     "--against llama.cpp needs its Python package and GGUF's: pip install llama-cpp-python gguf "
     "(the first is built from source and needs a C++ compiler and cmake)"
 )
-# type -> weights and bytes of a block, its float16 scales (byte offsets), largest code: w ≈ scale · code
+# type -> weights and bytes of a block, largest code, byte offset of its float16 scale: w = scale · code
 BLOCKS = {
-    "Q4_0": (32, 18, (0,), 8),
-    "Q5_0": (32, 22, (0,), 16),
-    "Q8_0": (32, 34, (0,), 128),
-    "Q4_K": (256, 144, (0, 2), 15 * 63),
-    "Q6_K": (256, 210, (208,), 32 * 128),
+    "Q4_0": (32, 18, 8, 0),
+    "Q5_0": (32, 22, 16, 0),
+    "Q8_0": (32, 34, 128, 0),
+    "Q4_K": (
+        256,
+        144,
+        63 * 7.5,
+        0,
+    ),  # scale · 6 bits · 0 … 15 - minimum · 6 bits; the minimum's scale lies behind
+    "Q6_K": (256, 210, 128 * 32, 208),
 }
 SUBSTITUTES = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}
 
@@ -71,13 +76,14 @@ def type_of(name: str, k: int, config: Mapping[str, Any], file_type: str) -> str
 
 def blocks(random: np.random.Generator, kind: str, n: int, k: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """(N, bytes a row): random codes under scales that keep products near 1."""
-    weights, size, scales, largest = BLOCKS[kind]
+    weights, size, largest, at = BLOCKS[kind]
     words = random.integers(0, 1 << 32, -(-n * (k // weights) * size // 4), np.uint32)
     data = words.view(np.uint8)[: n * (k // weights) * size].reshape(n, k // weights, size)
     # A uniform code in ±largest deviates by largest / sqrt(3); w deviates by about 1 / sqrt(k).
-    scale = np.array(math.sqrt(3 / k) / largest, np.float16).view(np.uint8)
-    for at in scales:
-        data[..., at : at + 2] = scale
+    scale = np.array([math.sqrt(3 / k) / largest], np.float16)
+    data[..., at : at + 2] = scale.view(np.uint8)
+    if kind == "Q4_K":
+        data[..., at + 2 : at + 4] = (scale * np.float16(7.5)).view(np.uint8)  # the codes' mean: w's is 0
     return data.reshape(n, -1)
 
 
@@ -95,6 +101,14 @@ def vectors(config: Mapping[str, Any], architecture: str) -> Iterator[tuple[str,
             yield from ((f"blk.{i}.attn_{p}_norm.weight", head) for p in "qk")
 
 
+def completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """With what a config.json may leave out or keep elsewhere."""
+    rope = config.get("rope_parameters") or {}
+    theta = config.get("rope_theta") or rope.get("rope_theta") or 10000.0
+    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+    return {**config, "num_key_value_heads": heads, "rope_theta": theta}
+
+
 def write(path: Path, config: Mapping[str, Any], file_type: str) -> dict[str, int]:
     """Write the file -> bytes read a token (an untied embedding's one row), and bytes of all weights."""
     gguf = library("gguf")
@@ -104,6 +118,7 @@ def write(path: Path, config: Mapping[str, Any], file_type: str) -> dict[str, in
             f"--against llama.cpp knows {', '.join(ARCHITECTURES)}, not {config['model_type']}: "
             "leave --against away for this model"
         )
+    config = completed(config)
     writer, random = gguf.GGUFWriter(path, architecture), np.random.Generator(np.random.SFC64(0))
     _describe(writer, config, architecture)
     plan = [(name, n, k, type_of(name, k, config, file_type)) for name, n, k in matrices(config)]
@@ -146,6 +161,6 @@ def _describe(writer: Any, config: Mapping[str, Any], architecture: str) -> None
     if architecture == "llama":
         writer.add_rope_dimension_count(head)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config.get("rope_theta") or 10000.0)
+    writer.add_rope_freq_base(config["rope_theta"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("no_vocab")

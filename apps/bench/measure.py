@@ -131,8 +131,7 @@ def run(plan: Plan, say: Say = lambda line: None) -> dict[str, Any]:
         rounds = _Rounds(plan, ours, machine, peers, say)
         for number in range(-1, plan.repeat):
             rounds.one(number)
-        rss = ours.call("peak_rss")
-        result = _result(plan, about, threads, rounds, rss)
+        result = _result(plan, about, threads, rounds)
         result["peers"] = [_peer_result(peer, result, rounds, plan) for peer in peers]
     return result | {
         "load_average": busy,
@@ -190,6 +189,7 @@ class _Rounds:
     def __init__(self, plan: Plan, ours: Worker, machine: Worker, peers: list[Peer], say: Say) -> None:
         self.plan, self.ours, self.machine, self.peers, self.say = plan, ours, machine, peers, say
         self.rows = min(plan.pp, PREFILL_ROWS)
+        self.rss = 0
         self.pp_s: list[float] = []
         self.tg_s: list[float] = []
         self.products: list[float] = []
@@ -212,6 +212,7 @@ class _Rounds:
 
     def _ours(self, counted: bool) -> None:
         pp, tg = self.ours.call("prefill"), self.ours.call("decode")
+        self.rss = self.rss or self.ours.call("peak_rss")  # before anything that an answer does not need
         products = self.ours.call("products", rows=self.rows)
         if counted:
             self.pp_s.append(pp)
@@ -243,7 +244,7 @@ class _Rounds:
         return f"round {number + 1} of {self.plan.repeat}: {'; '.join(words)} tok/s"
 
 
-def _result(plan: Plan, about: dict[str, Any], threads: int, rounds: _Rounds, rss: int) -> dict[str, Any]:
+def _result(plan: Plan, about: dict[str, Any], threads: int, rounds: _Rounds) -> dict[str, Any]:
     pp = Sample.of([plan.pp / s for s in rounds.pp_s])
     tg = Sample.of([plan.tg / s for s in rounds.tg_s])
     spread = {"pp_tok_s": pp, "tg_tok_s": tg}
@@ -262,7 +263,7 @@ def _result(plan: Plan, about: dict[str, Any], threads: int, rounds: _Rounds, rs
         if values:
             spread[key] = Sample.of([v / 1e9 for v in values])
             result[key] = spread[key].median
-    result |= {"load_s": about["load_s"], "rss_bytes": rss, "weight_bytes": about["weight_bytes"]}
+    result |= {"load_s": about["load_s"], "rss_bytes": rounds.rss, "weight_bytes": about["weight_bytes"]}
     result["kv_bytes"] = about["kv_bytes"]
     return result | {"spread": {name: sample.as_dict() for name, sample in spread.items()}}
 
