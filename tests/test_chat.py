@@ -199,47 +199,6 @@ def test_an_answer_of_3000_lines_is_in_the_scrollback_exactly_once(chats: Chats)
     assert "".join(body.split()) == "".join(expected.split())
 
 
-@pytest.mark.parametrize("columns", [40, 80, 200])
-@pytest.mark.parametrize("piece", [1, 7])
-def test_no_letter_is_lost_at_any_width_or_piece(chats: Chats, columns: int, piece: int) -> None:
-    answer = (
-        "# Title\n\nSome **bold text which goes on and on until the row is over and beyond** and *more*.\n"
-        "An unclosed **marker that never ends although the row does, and the next, and the one after that as well, "
-        "until everyone has given up on it, for it is longer than four rows of forty letters, is it not\n"
-        "- item `one`\n  - item two, 日本語の文章はスペースなしで続きますから、どこで折り返しても構いません。ほんとうに。\n"
-        "```python\nx = [i for i in range(10)]\n\n# done\n```\n1. first\n2. second 🎉🎉\n> quoted"
-    )
-    chat = chats(answers=[answer], piece=piece, columns=columns, rows=40)
-    text = chat.say("go")
-    body = text[text.index("Title") : text.rindex("context")]
-    for gone in ("# Title", "**bold", "beyond**", "*more*", "`one`", "```", "- item"):
-        assert gone not in body
-    kept = (
-        answer.replace("# Title", "Title")
-        .replace("**bold", "bold")
-        .replace("beyond**", "beyond")
-        .replace("*more*", "more")
-    )
-    kept = (
-        kept.replace("`one`", "one")
-        .replace("```python", "python")
-        .replace("```", "")
-        .replace("- ", "•")
-        .replace("> ", "│")
-    )
-    letters = "".join(c for c in "".join(body.split()) if c != "─")
-    assert letters.startswith("".join(kept.split()))
-
-
-def test_a_table_is_aligned(chats: Chats) -> None:
-    text = chats(answers=["| a | bb |\n|---|---:|\n| 1 | 22 |\n| long | **3** |\n\nend"]).say("go")
-    rows = [r for r in text.split("\n") if "22" in r or "long" in r or "bb" in r]
-    assert len({r.rstrip().rfind(x) + len(x) for r, x in zip(rows, ("bb", "22", "3"), strict=True)}) == 1, (
-        rows
-    )
-    assert "|---" not in text and "**" not in text
-
-
 def test_the_answer_on_the_screen_never_shrinks(chats: Chats) -> None:
     """Append-only: rows above the open tail never change once a later row exists."""
     chat = chats(
