@@ -96,11 +96,11 @@ def path() -> None:
 
 def _show(ctx: click.Context, /, origin: bool, as_json: bool, **values: Any) -> None:
     """Print every setting that `tinychat chat` would begin with; takes the same options."""
-    from tinychat_mlx.apps.options import origins
+    from tinychat_mlx.apps.options import SAMPLING, origins
 
     found = origins(ctx)
     rows = {
-        name: {"value": value, "origin": found.get(name, "built in" if value is not None else "model")}
+        name: {"value": value, "origin": found.get(name, "model" if name in SAMPLING else "built in")}
         for name, value in values.items()
     }
     if as_json:

@@ -104,8 +104,15 @@ class Chats:
         self.folder, self.open = folder, []
 
     def __call__(
-        self, *args: str, rows: int = 24, columns: int = 80, env: dict[str, str] | None = None, **script: Any
+        self,
+        *args: str,
+        rows: int = 24,
+        columns: int = 80,
+        env: dict[str, str] | None = None,
+        real: bool = False,
+        **script: Any,
     ) -> Screen:
+        """A chat with the scripted model, or with the one that the program itself loads."""
         path = self.folder / f"script{len(self.open)}.json"
         path.write_text(json.dumps(script))
         own = {
@@ -115,7 +122,8 @@ class Chats:
             "TINYCHAT_CONFIG": "/absent",
         }
         kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "VIRTUAL_ENV", "SYSTEMROOT")}
-        argv = [sys.executable, str(DRIVER), str(path), *args]
+        program = ["-m", "tinychat_mlx"] if real else [str(DRIVER), str(path)]
+        argv = [sys.executable, *program, *args]
         made = Screen(argv, rows, columns, kept | {"LANG": "C.UTF-8"} | own | (env or {}))
         self.open.append(made)
         return made

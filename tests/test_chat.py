@@ -15,7 +15,7 @@ import pytest
 
 if sys.platform == "win32":
     pytest.skip("needs a POSIX pseudo-terminal", allow_module_level=True)
-from chat_screen import CTRL_C, CTRL_D, CTRL_J, CTRL_R, ENTER, Chats
+from chat_screen import CTRL_C, CTRL_D, CTRL_J, CTRL_R, ENTER, ROOT, Chats
 
 
 @pytest.fixture
@@ -182,6 +182,27 @@ def test_context_full_is_said_and_the_message_comes_back(chats: Chats) -> None:
     text = chat.wait("error: the prompt has")
     chat.wait(lambda text: after(text, "error:").count("does this fit") == 1)
     assert "Traceback" not in text
+
+
+# the bundled model -------------------------------------------------------------------------------------
+def test_a_newcomers_first_chat_with_the_bundled_model(chats: Chats, tmp_path: Path) -> None:
+    """No script: the demo's own weights. Talk, look, save, leave, come back: it remembers, and reads only what is new."""
+    bundled = (ROOT / "tinychat_mlx" / "models" / "demo").exists()  # a checkout may hold the original alone
+    args = ["-m", "demo" if bundled else str(ROOT / "tests" / "data" / "demo-fp16"), "--temperature", "0"]
+    chat = chats(*args, real=True, rows=60, columns=100)
+    text = chat.say("who are you?")
+    assert "demo" in after(text, "who are you?").lower() and "tok/s" in text
+    chat.say("my name is Ada")
+    chat.say("/save first chat")
+    chat.type(CTRL_D)
+    assert chat.exit_code() == 0
+    chat = chats(*args, "--session", "first chat", real=True, rows=60, columns=100)
+    assert "Ada" in after(chat.say("what is my name?"), "what is my name?")
+    chat.say("thank you")
+    m = re.search(r"last prompt +(\d+) tokens, (\d+) of them reused", chat.say("/stats"))
+    assert (
+        m is not None and int(m[2]) >= int(m[1]) - 12
+    )  # the new message and what the template puts round it
 
 
 # Markdown ----------------------------------------------------------------------------------------------
