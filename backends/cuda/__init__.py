@@ -19,7 +19,7 @@ from tinychat_mlx.backend import Attention, Backend, Device, Mlp, Norm, Rope, Se
 from tinychat_mlx.backends.cuda import device as devices
 from tinychat_mlx.backends.cuda import weights
 from tinychat_mlx.backends.cuda.graph import Replay
-from tinychat_mlx.backends.cuda.kernels import Kernels, can_attend, can_glu
+from tinychat_mlx.backends.cuda.kernels import Kernels, Turned, can_attend, can_glu
 from tinychat_mlx.backends.cuda.torch_ops import FEW, TorchBackend, guarded, own
 from tinychat_mlx.backends.cuda.weights import TiledHandle
 from tinychat_mlx.errors import BackendError
@@ -142,25 +142,35 @@ class CudaBackend(TorchBackend):
         return self.kernels.norm(x, norm, half=x.dim() == 2)
 
     @guarded
-    def rope(self, x: torch.Tensor, rope: Rope, step: Step) -> torch.Tensor:
+    def rope(self, x: torch.Tensor, rope: Rope, step: Step) -> Any:
+        """A few rows are only marked as to be turned: the attention kernel does it as it reads them."""
         if self.kernels is None or x.shape[0] > FEW or not _rows_only(x):
             return super().rope(x, rope, step)
-        return self.kernels.rope(x.float(), rope, step.positions)
+        return Turned(x.float(), rope, step.positions)
+
+    def _turn(self, x: torch.Tensor | Turned) -> torch.Tensor:
+        if isinstance(x, torch.Tensor):
+            return x
+        assert self.kernels is not None
+        return self.kernels.rope(x.x, x.rope, x.positions)
 
     @guarded
-    def attention(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Attention, step: Step
-    ) -> torch.Tensor:
+    def attention(self, q: Any, k: Any, v: torch.Tensor, spec: Attention, step: Step) -> torch.Tensor:
         one_each = step.rows == len(step.segments)
         if self.kernels is None or not one_each or not can_attend(q.shape[2]):
             self._recordable = self._recordable and not one_each
-            return super().attention(q, k, v, spec, step)
+            return super().attention(self._turn(q), self._turn(k), v, spec, step)
+        rope = None
+        if isinstance(q, Turned) and isinstance(k, Turned) and q.rope is k.rope:
+            q, k, rope = q.x, k.x, q.rope
+        else:
+            q, k = self._turn(q), self._turn(k)
         outputs = []
         for i, segment in enumerate(step.segments):
             row = slice(i, i + 1)
             q1, k1, v1 = (x[row].float().contiguous() for x in (q, k, v))
             cache, position = own(segment.cache), step.positions[row]
-            outputs.append(self.kernels.attend(q1, k1, v1, cache, spec, position))
+            outputs.append(self.kernels.attend(q1, k1, v1, cache, spec, position, rope))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     @guarded
@@ -209,8 +219,9 @@ class CudaBackend(TorchBackend):
 
         return draw
 
-    def to_host(self, x: torch.Tensor) -> F32:
+    def to_host(self, x: torch.Tensor | Turned) -> F32:
         """A drawn token is waited for alone: the step that follows it goes on."""
+        x = self._turn(x)
         arrived = getattr(x, "arrived", None)
         if arrived is None:
             return super().to_host(x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +34,19 @@ class Launcher(Protocol):
 
 def pointer(t: torch.Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if t is None or t.numel() == 0 else t.data_ptr())
+
+
+@dataclass(frozen=True)
+class Turned:
+    """x (T, H, D) float32 that a kernel will turn by its positions when it reads it: a launch less."""
+
+    x: torch.Tensor
+    rope: Rope
+    positions: torch.Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.x.shape
 
 
 class Kernels:
@@ -152,9 +166,12 @@ class Kernels:
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: CudaCache, spec: Attention,
-        position: torch.Tensor,
+        position: torch.Tensor, rope: Rope | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """One row: q (1, H, D), k, v (1, Hkv, D) float32, position (1,) int32 -> (1, H·D) half."""
+        """One row: q (1, H, D), k, v (1, Hkv, D) float32, position (1,) int32 -> (1, H·D) half.
+
+        rope: q and k are turned by the position first.
+        """
         heads, size, kv_heads = q.shape[1], q.shape[2], k.shape[1]
         n_rep = heads // kv_heads
         queries = min(n_rep, MOST_QUERIES)
@@ -175,6 +192,10 @@ class Kernels:
                 pointer(self.scratch("tickets", (groups,), torch.int32)), pointer(y),
                 ctypes.c_int(n_rep), ctypes.c_int(cache.capacity), ctypes.c_int(spec.window),
                 ctypes.c_float(spec.scale), ctypes.c_float(spec.softcap),
+                pointer(None if rope is None else rope.inv_freq),
+                ctypes.c_int(0 if rope is None else rope.inv_freq.shape[0]),
+                ctypes.c_float(1.0 if rope is None else rope.factor),
+                ctypes.c_int(rope is not None and rope.interleaved),
             ],
         )  # fmt: skip
         return y

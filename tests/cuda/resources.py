@@ -77,10 +77,14 @@ def main() -> None:
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     release = re.search(r"release ([\d.]+)", version)
     table: dict[str, Any] = {"nvcc": release.group(1) if release else "?", "programs": {}}
+    old = json.loads(TABLE.read_text()) if TABLE.exists() else {"nvcc": None, "programs": {}}
     for program, defines in VARIANTS:
-        made = {arch: compiled(program, defines, arch) for arch in ARCHITECTURES}
-        table["programs"][label(program, defines)] = {"source": digest(program, defines), **made}
-        print(label(program, defines), flush=True)
+        name, source = label(program, defines), digest(program, defines)
+        row = old["programs"].get(name, {})
+        if old["nvcc"] != table["nvcc"] or row.get("source") != source:
+            row = {"source": source, **{arch: compiled(program, defines, arch) for arch in ARCHITECTURES}}
+            print(name, flush=True)
+        table["programs"][name] = row
     TABLE.write_text(json.dumps(table, indent=1) + "\n")
 
 

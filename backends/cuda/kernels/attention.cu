@@ -51,12 +51,14 @@ DEVICE void store(Stored* to, u16* scale, const float* from, int lane) {
 
 // q (H, HEAD), k, v (Hkv, HEAD) float; keys, values (Hkv, capacity, HEAD), their scales (Hkv, capacity) half;
 // position (1): how many are in the cache. partial (H, splits, HEAD + 2) float and tickets (Hkv · chunks), zero
-// before the first launch, are scratch. alibi (H) may be null; window, softcap 0: off. y (H, HEAD) half.
+// before the first launch, are scratch. alibi (H) may be null; window, softcap 0: off. q and k are turned here by
+// turn.cuh's inv_freq, half, factor, interleaved. y (H, HEAD) half.
 KERNEL(128, 4) attend(const float* q, const float* k, const float* v, Stored* keys, Stored* values, u16* k_scales,
                       u16* v_scales, const int* position, const float* alibi, float* partial, u32* tickets, u16* y,
-                      int n_rep, int capacity, int window, float scale, float softcap) {
+                      int n_rep, int capacity, int window, float scale, float softcap, const float* inv_freq,
+                      int half, float factor, int interleaved) {
   __shared__ float query[QUERIES][HEAD], score[QUERIES][SPAN], most[QUERIES], mass[QUERIES], fade[QUERIES];
-  __shared__ float joined[4][QUERIES][HEAD];
+  __shared__ float joined[4][QUERIES][HEAD], fresh[2][HEAD];
   __shared__ u32 ticket;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int part = threadIdx.x % LANES, place = threadIdx.x / LANES;  // of the head; among AT_ONCE positions
@@ -70,11 +72,16 @@ KERNEL(128, 4) attend(const float* q, const float* k, const float* v, Stored* ke
   if (begin < end) {
     const size_t base = size_t(kv_head) * capacity;
     if (end == last + 1 && warp < 2) {
-      if (warp == 0) store(keys + (base + last) * HEAD, k_scales + base + last, k + kv_head * HEAD, lane);
-      else store(values + (base + last) * HEAD, v_scales + base + last, v + kv_head * HEAD, lane);
+      const float* in = (warp ? v : k) + kv_head * HEAD;
+      for (int d = lane; d < HEAD; d += 32)  // the lane that `store` has read it
+        fresh[warp][d] = turned(in, d, warp ? nullptr : inv_freq, half, factor, interleaved, last);
+      const size_t at = base + last;
+      store((warp ? values : keys) + at * HEAD, (warp ? v_scales : k_scales) + at, fresh[warp], lane);
     }
     for (int i = threadIdx.x; i < QUERIES * HEAD; i += 128)
-      query[i / HEAD][i % HEAD] = i / HEAD < heads ? q[size_t(head) * HEAD + i] * scale : 0.f;
+      query[i / HEAD][i % HEAD] = i / HEAD < heads
+          ? turned(q + size_t(head + i / HEAD) * HEAD, i % HEAD, inv_freq, half, factor, interleaved, last) * scale
+          : 0.f;
     if (threadIdx.x < QUERIES) most[threadIdx.x] = -INFINITE, mass[threadIdx.x] = 0.f;
     __syncthreads();
 

@@ -40,15 +40,8 @@ KERNEL(1024, 1) rope_rows(const float* x, const float* inv_freq, const int* posi
   const float* in = x + size_t(blockIdx.y) * stride + size_t(blockIdx.x) * D;
   const int d = threadIdx.x;
   if (d >= D) return;
-  float v = in[d];
-  if (d < 2 * half) {
-    const int i = interleaved ? d / 2 : d % half;
-    const bool second = interleaved ? d % 2 : d >= half;
-    const int other = interleaved ? d ^ 1 : second ? d - half : d + half;
-    const float angle = float(positions[blockIdx.y]) * inv_freq[i], c = cosf(angle) * factor, s = sinf(angle) * factor;
-    v = second ? fmaf(in[other], s, v * c) : fmaf(-in[other], s, v * c);
-  }
-  y[(size_t(blockIdx.y) * gridDim.x + blockIdx.x) * D + d] = v;
+  y[(size_t(blockIdx.y) * gridDim.x + blockIdx.x) * D + d] =
+      turned(in, d, inv_freq, half, factor, interleaved, positions[blockIdx.y]);
 }
 
 // y (T, F) half = act(gate) * up; x (T, 2F) half, gate first. Grid: (ceil(F / 256), T), 256 threads.
