@@ -96,7 +96,7 @@ def inline(source: str, style: str = "") -> Text:
                 text.append(f" ({target})", "dim")
                 target = ""
         elif token.type == "code_inline":
-            text.append(token.content, "cyan")
+            text.append(token.content, " ".join([*filter(None, styles), "cyan"]))
         elif token.type == "image":
             text.append(f"{token.content} ").append(f"({token.attrs.get('src', '')})", "dim")
         elif token.type in ("softbreak", "hardbreak"):

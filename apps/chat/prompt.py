@@ -25,6 +25,18 @@ Complete = Callable[
 ]  # text before cursor -> (insert, start, what it is)
 
 
+STYLE = {  # of the terminal's own colours, so that it can be read on dark and on light ones
+    "prompt": "bold ansicyan",
+    "more": "ansibrightblack",
+    "bottom-toolbar": "noreverse",
+    "completion-menu": "bg:default fg:default",
+    "completion-menu.completion.current": "noinherit reverse",
+    "completion-menu.meta.completion": "bg:default ansibrightblack",
+    "completion-menu.meta.completion.current": "noinherit reverse",
+    "scrollbar.background": "bg:default",
+}
+
+
 class Reader(Protocol):
     def read(self, prefill: str = "") -> str: ...
 
@@ -99,9 +111,7 @@ class RichReader:
             tempfile_suffix=".md",
             bottom_toolbar=lambda: FormattedText(self.toolbar()),
             color_depth=None if self.terminal.colour else ColorDepth.DEPTH_1_BIT,
-            style=Style.from_dict(
-                {"bottom-toolbar": "noreverse", "prompt": "bold ansicyan", "more": "ansibrightblack"}
-            ),
+            style=Style.from_dict(STYLE),
             reserve_space_for_menu=6,
         )
         # A serial console does not answer the question for the cursor's place; it works all the same.
