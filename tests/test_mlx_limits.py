@@ -15,7 +15,7 @@ mx = pytest.importorskip("mlx.core", reason="MLX is not installed")
 from mlx_models import agree, decoder, logits
 from tiny_models import tiny
 
-from tinychat_mlx.backend import CacheShape
+from tinychat_mlx.backend import CacheShape, Norm
 from tinychat_mlx.backends.mlx import MlxBackend
 from tinychat_mlx.backends.mlx.device import Chip, check_version, choose_dtype, find_chip
 from tinychat_mlx.errors import BackendError
@@ -79,6 +79,21 @@ def test_float16_means_the_same_as_float32(monkeypatch: pytest.MonkeyPatch, tiny
     # MLX's CPU loops sum in float16: 96 terms · 2^-11, through 4 layers
     got = d.backend.to_host(d.forward((t.ids[4],), cache))
     assert np.abs(got - t.logits[4]).max() < 4 * 96 * 2**-11 * np.abs(t.logits[4]).max()
+
+
+def test_what_adds_up_may_pass_float16_s_largest_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma's residual does: products are float16, their sum through the layers is not."""
+    monkeypatch.setenv("TINYCHAT_MLX_DTYPE", "float16")
+    b = MlxBackend()
+    table = b.pack(Dense("t", np.full((4, 8), 60000, np.float16)))
+    eye = b.pack(Dense("w", np.eye(8, dtype=np.float16) * 8))
+    norm = Norm("n", "rms", b.put(np.full(8, 60.0, np.float32)), None, 1e-5)
+    x = b.embed(table, b.ids([1, 2]))
+    for _ in range(200):
+        x = b.linear_add(b.norm(x, norm), eye, x)  # adds 480
+    assert b.norm(x, norm).dtype == b.linear(x, eye).dtype == mx.float16
+    assert np.abs(b.to_host(x) - (60000 + 200 * 480)).max() < 200 * 480 * 2**-11
+    assert np.isfinite(b.to_host(b.norm(x, norm))).all()
 
 
 def test_old_versions_and_macs_without_metal_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,13 +52,15 @@ class MlxBackend(Backend):
         compiled: bool | None = None,
         kernels: str | None = None,
     ) -> None:
-        """exact: float32 throughout. threads: MLX chooses its own. compiled: capture steps through
+        """exact: float32 throughout, else float16 around a float32 residual. threads: MLX chooses its own. compiled: capture steps through
         mx.compile (default: winners.captures). kernels: see winners.choice.
 
         Raises BackendError without a usable MLX or Metal device.
         """
         self.chip = find_chip()
         self.dtype = choose_dtype(self.chip, exact)
+        # What is added up through the layers: it passes float16's 65504 in Gemma, and near it in others
+        self.wide = mx.float32 if self.dtype == mx.float16 else self.dtype
         takes, self.chosen = winners.choice(kernels, self.chip.metal, self.chip.name)
         self.kernels = None if takes is None else Kernels(takes)
         self.kv_bits = choose_kv_bits()
@@ -168,18 +170,18 @@ class MlxBackend(Backend):
 
     # step primitives ------------------------------------------------------------------------------
     def embed(self, table: Any, ids: Tensor) -> Tensor:
-        return table.rows(ids)
+        return table.rows(ids).astype(self.wide)
 
     def linear(self, x: Tensor, w: Any) -> Tensor:
         y = None if self.kernels is None else self.kernels.product(x, w)
-        return w.matmul(x) if y is None else y
+        return w.matmul(x.astype(self.dtype)) if y is None else y
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor:
         weight = self._narrow(norm.weight, x.dtype)
         if norm.kind == "rms":
-            return mx.fast.rms_norm(x, weight, norm.eps)
+            return mx.fast.rms_norm(x, weight, norm.eps).astype(self.dtype)
         bias = None if norm.bias is None else self._narrow(norm.bias, x.dtype)
-        return mx.fast.layer_norm(x, weight, bias, norm.eps)
+        return mx.fast.layer_norm(x, weight, bias, norm.eps).astype(self.dtype)
 
     def _narrow(self, constant: Any, dtype: Any) -> Any:
         """A float32 constant in dtype: a float32 weight would widen the whole result."""
@@ -218,7 +220,7 @@ class MlxBackend(Backend):
         return self._fuse(f"{kind} glu", glu_of(kind))(gate, up)
 
     def add(self, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
-        return a + b if scale == 1 else a + scale * b
+        return self._fuse(f"+ {scale}", lambda a, b: a + b if scale == 1 else a + scale * b)(a, b)
 
     def scale(self, x: Tensor, factor: float) -> Tensor:
         return x * factor
@@ -257,7 +259,7 @@ class MlxBackend(Backend):
         h = x if norm is None else self.norm(x, norm)
         glu = self._fuse(f"{moe.act} glu", glu_of(moe.act))
         y = mixture(h, self.linear(h, moe.router), moe, glu, self.mlp)
-        return y if residual is None else residual + y
+        return y if residual is None else self.add(residual, y)
 
     # whole steps ----------------------------------------------------------------------------------
     def capture(self, fn: StepFn) -> StepFn:

@@ -108,8 +108,10 @@ def launches_per_token(shape: Shape, form: Form) -> int:
     else:
         products = 4 if form.joined else 7
         layer += products + 2 + 1 + 2  # norms, gated activation, residuals
+        layer += 2 if form.joined else 0  # a norm's result, from our float32 residual, to float16
         layer += (1 if form.joined else 3) if shape.qkv_bias else 0
     around = 3 + 1 + (1 if form.fused else 2)  # gather of three arrays, dequantise; norm and head
+    around += 0 if form == MLX_LM else 1 if form.fused else 2  # to and from the float32 residual
     return shape.num_hidden_layers * layer + around
 
 

@@ -48,16 +48,16 @@ def kind_of(rows: int, norm: Norm | None, act: str | None) -> str:
     return "gate_up" if act is not None else "norm" if norm is not None else "matvec"
 
 
-def key_of(kind: str, rows: int, w: PackedHandle, dtype: Any) -> str:
+def key_of(kind: str, rows: int, w: PackedHandle) -> str:
     """What a measurement is of: "norm 3072x2048 int4 g128 float16", and the number of rows if several."""
-    name = str(dtype).removeprefix("mlx.core.")
+    name = str(w.scales.dtype).removeprefix("mlx.core.")
     tail = f" {rows} rows" if rows > 1 else ""
     return f"{kind} {w.shape[0]}x{w.shape[1]} int{w.bits} g{w.group_size} {name}{tail}"
 
 
 def applies(x: Any, w: MlxHandle, norm: Norm | None, act: str | None) -> bool:
     """Whether a kernel means the same as the stock operations here."""
-    if not isinstance(w, PackedHandle) or w.bits not in (4, 8) or w.scales.dtype != x.dtype:
+    if not isinstance(w, PackedHandle) or w.bits not in (4, 8) or x.dtype not in (w.scales.dtype, mx.float32):
         return False
     n, k = w.shape
     # 256: MLX hands inputs of under 8 elements over as constants, which the kernels do not read
@@ -86,29 +86,33 @@ class Kernels:
             return None
         assert isinstance(w, PackedHandle)
         rows = x.shape[0]
-        if not self.takes(key_of(kind_of(rows, norm, act), rows, w, x.dtype)):
+        if not self.takes(key_of(kind_of(rows, norm, act), rows, w)):
             return None
         return self.launch(x, w, norm, act, residual)
 
     def launch(self, x: Any, w: PackedHandle, norm: Norm | None, act: str | None, residual: Any) -> Any:
-        """As product, unconditionally. x (T, K) with T from 1 to MOST_ROWS -> (T, N), or (T, N / 2) with act."""
+        """As product, unconditionally. x (T, K) with T from 1 to MOST_ROWS -> (T, N), or (T, N / 2) with act.
+
+        The result has the dtype of the residual, or else of the weight's scales; x may be float32.
+        """
         rows, streams = x.shape[0], w.shape[0]
         optional = {
             "norm_weight": None if norm is None else norm.weight,
             "eps": None if norm is None else self._scalar(norm.eps),
             "bias": w.bias,
-            "residual": None if residual is None else residual.astype(x.dtype),
+            "residual": residual,
         }
         given = {name: a for name, a in optional.items() if a is not None}
         kernel = self._kernel(w.bits, rows, act, tuple(given))
         n = streams if act is None else streams // 2
+        out = w.scales.dtype if residual is None else residual.dtype
         (y,) = kernel(
             inputs=[x, w.w, w.scales, w.biases, *given.values()],
-            template=[("T", x.dtype), ("G", w.group_size)],
+            template=[("T", out), ("G", w.group_size)],
             grid=(-(-streams // ROWS_A_THREADGROUP) * THREADS, 1, 1),
             threadgroup=(THREADS, 1, 1),
             output_shapes=[(rows, n)],
-            output_dtypes=[x.dtype],
+            output_dtypes=[out],
         )
         return y
 
@@ -142,7 +146,7 @@ class Kernels:
 def stock(x: Any, w: MlxHandle, norm: Norm | None, act: str | None, residual: Any) -> Any:
     """What Kernels.launch stands for, in MLX's own operations: its twin in tests and in measurements."""
     h = x if norm is None else mx.fast.rms_norm(x, norm.weight.astype(x.dtype), norm.eps)
-    y = w.matmul(h)
+    y = w.matmul(h.astype(w.scales.dtype) if isinstance(w, PackedHandle) else h)
     if act is not None:
         half = w.shape[0] // 2
         y = glu_of(act)(y[:, :half], y[:, half:])

@@ -45,9 +45,12 @@ class Case:
     act: str | None = None
     bias: bool = False
     residual: bool = False
+    wide: bool = False  # x and the residual are float32, as what is added up through the layers
 
     def __str__(self) -> str:
-        on = [w for w in ("norm", "bias", "residual") if getattr(self, w)] + ([self.act] if self.act else [])
+        on = [w for w in ("norm", "bias", "residual", "wide") if getattr(self, w)] + (
+            [self.act] if self.act else []
+        )
         return f"{self.dtype}-int{self.bits}g{self.group}-{self.rows}x{self.n}x{self.k}-{'-'.join(on)}"
 
 
@@ -64,7 +67,8 @@ def cases(kind: str) -> list[Case]:
             if kind == "rows":
                 form |= {"rows": ROWS[i], "norm": i % 3 == 1, "act": "silu" if i in (2, 4) else None}
                 form["residual"] &= form["act"] is None
-            out.append(Case(dtype, group, n, k, bits=8 if j == 3 else 4, **form))
+            wide = i % 2 == 1 or j == 1
+            out.append(Case(dtype, group, n, k, bits=8 if j == 3 else 4, wide=wide, **form))
     return out
 
 
@@ -98,7 +102,8 @@ def operands(c: Case) -> Operands:
     assert isinstance(w, PackedHandle)
 
     def floats_of(*shape: int) -> Any:
-        return mx.array(rng.standard_normal(shape).astype(np.float32)).astype(DTYPES[c.dtype])
+        dtype = mx.float32 if c.wide else DTYPES[c.dtype]
+        return mx.array(rng.standard_normal(shape).astype(np.float32)).astype(dtype)
 
     weight = mx.array(1 + 0.3 * rng.standard_normal(c.k).astype(np.float32))
     norm = Norm("n", "rms", weight, None, 1e-3) if c.norm else None
@@ -148,7 +153,8 @@ def meaning(c: Case, o: Operands) -> tuple[Any, Any]:
         y = f(gate) * up
     if o.residual is not None:
         y = y + floats(host(o.residual))
-    return y, error + 1.01 * UNIT[c.dtype] * np.abs(y) + 1e-7
+    out = "float32" if c.wide and c.residual else c.dtype
+    return y, error + 1.01 * UNIT[out] * np.abs(y) + 1e-7
 
 
 @pytest.mark.parametrize("kind, case", [(k, c) for k in fused.KINDS for c in cases(k)], ids=str)
@@ -161,7 +167,8 @@ def test_a_kernel_means_the_product(kind: str, case: Case) -> None:
         return
     if CXX is None:
         pytest.skip("no g++ or clang++ with _Float16, and no Metal")
-    dtype = {"bfloat16": np.uint16}.get(case.dtype) or np.dtype(case.dtype)
+    narrow = np.uint16 if case.dtype == "bfloat16" else np.dtype(case.dtype)
+    dtype = np.float32 if case.wide and case.residual else narrow
     results = []
     for order in (0, 3):
         with Guarded() as guarded:
@@ -205,6 +212,7 @@ def test_a_kernel_is_used_only_where_it_means_the_same() -> None:
         (o.x, o.w, layer, None),
         (o.x, o.w, None, "gelu"),
         (o.x.astype(mx.float16), o.w, None, None),
+        (o.x.astype(mx.bfloat16), o.w, None, None),
         (o.x, operands(Case("float32", 32, 9, 96, bits=3)).w, None, None),
     ]:
         assert not fused.applies(x, w, norm, act)

@@ -142,7 +142,8 @@ def joined(name: str, parts: list[Weight]) -> Weight:
 
 def ours(monkeypatch: pytest.MonkeyPatch, kernels: str) -> dict[str, int]:
     backend, d, cache = llama_step(monkeypatch, kernels)
-    backend._fused["silu glu"] = dispatches.opaque("swiglu")  # on Metal it is compiled
+    backend._fused["silu glu"] = dispatches.opaque("swiglu")  # on Metal these are compiled
+    backend._fused["+ 1.0"] = dispatches.opaque("add")
     cache.length = 3
     with dispatches.opaque_fast_operations():
 

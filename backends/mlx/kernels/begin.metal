@@ -2,7 +2,8 @@
 // GLU: W's first N rows are the gate, the other N the up projection: y = act(gate · h) * (up · h).
 //
 // A kernel is begin.metal, then one.metal or few.metal, then end.metal, in one function.
-// x (M, K) T; y, residual (M, N) T; norm_weight (K,) float; eps float; K a multiple of 32; any N.
+// x (M, K), scales, biases, bias, residual (M, N): half, bfloat or float, each its own; y (M, N) T;
+// norm_weight (K,) float; eps float; K a multiple of 32; any N.
 // Threadgroup (64, 1, 1): two SIMD-groups, each reading R rows of W. Accumulates in float.
 // Grid (64 * threadgroups, M / ROWS, 1).
 //
