@@ -174,6 +174,23 @@ def test_slabs_join_to_the_same_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     close(backend.to_host(backend.linear(backend.put(x), pieces)), x @ w.to_float32().T, 1e-5)
 
 
+def test_loading_holds_no_weight_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes to the device besides the packed weight is a slab at a time, never a second copy."""
+    sizes = []
+
+    def watched(array: np.ndarray, device: torch.device) -> torch.Tensor:
+        sizes.append(array.nbytes)
+        return original(array, device)
+
+    original = weights.upload
+    monkeypatch.setattr(weights, "upload", watched)
+    monkeypatch.setattr(weights, "SLAB", 1 << 14)
+    backend = CudaBackend()
+    backend.pack(models.random_packed(np.random.default_rng(0), 512, 256, 8, 64))
+    backend.pack(Dense("w", np.ones((512, 256), np.float32)))
+    assert len(sizes) > 16 and max(sizes) <= 4 << 14
+
+
 def test_tiles_lie_as_the_layout_says() -> None:
     """The docstring's formula, written as a loop over one unit of each width."""
     q = np.random.default_rng(0).integers(0, 16, (32, 256), dtype=np.uint8)

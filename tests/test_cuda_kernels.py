@@ -435,6 +435,7 @@ def test_a_step_recorded_once_serves_every_position_and_token() -> None:
     recorder.recording = True
     logits = model._logits(model._hidden(ids, step))
     recorder.recording = False
+    assert len(recorder.calls) == 7 * config.num_hidden_layers + 3  # of a CUDA graph: nothing else is in it
     np.testing.assert_array_equal(logits.numpy(), eager[0])
     for at in range(1, len(IDS)):
         ids[0], positions[0] = IDS[at], at
