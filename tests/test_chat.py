@@ -80,7 +80,7 @@ def test_ctrl_c_is_back_within_200_ms(chats: Chats) -> None:
     for i in range(4):
         chat.prompt()
         chat.type("go" + ENTER)
-        chat.wait(lambda text: after(text, "go\n").count("word") > 3)
+        chat.wait(lambda text, i=i: text.count("❯ go\nword word word") == i + 1)
         start = time.monotonic()
         chat.type(CTRL_C)
         chat.wait(lambda text, i=i: text.count("stopped after") == i + 1)

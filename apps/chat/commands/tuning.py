@@ -195,4 +195,4 @@ def context(chat: Chat, _: str) -> None:
         "slide": "the oldest messages are dropped and said so",
         "compact": "what was said is summed up",
     }
-    view.note(f"when it is full: {what[chat.settings.on_full]} (/set on_full {'|'.join(POLICIES)})")
+    view.note(f"when it is full: {what[chat.settings.on_full]} (/set on_full)")
