@@ -126,6 +126,22 @@ def test_threads_take_turns(tiny_root: Path) -> None:
         agree(got, t.logits)
 
 
+def test_a_thread_may_finish_what_another_began(tiny_root: Path) -> None:
+    """MLX is lazy: the first thread leaves work that is not yet done, on a stream the second must share."""
+    t = tiny("llama", tiny_root)
+    d = decoder(t.folder, MlxBackend(exact=True))
+    cache, results = d.new_cache(40), []
+    d.forward(t.ids[:20], cache)
+
+    def finish() -> None:
+        results.append(d.backend.to_host(d.forward(t.ids[20:], cache, last_only=False)))
+
+    job = threading.Thread(target=finish)
+    job.start()
+    job.join()
+    agree(results[0], t.logits[20:])
+
+
 def test_a_failure_on_the_device_is_a_backend_error() -> None:
     class Broken:
         def astype(self, dtype: Any) -> Any:
