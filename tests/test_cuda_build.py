@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import json
 import shutil
 import sys
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +21,6 @@ import resources
 
 from tinychat_mlx.backends.cuda import CudaBackend, kernels, nvrtc, programs, weights
 from tinychat_mlx.backends.cuda import device as devices
-from tinychat_mlx.backends.cuda.graph import Replay
 from tinychat_mlx.errors import BackendError
 
 CPU = torch.device("cpu")
@@ -209,80 +204,7 @@ def test_a_new_thread_gets_the_context_and_errors_are_one_line(driver: nvrtc.Dri
         on.glu(x, "silu")
 
 
-# graphs -------------------------------------------------------------------------------------------------
-class FakeGraphs:
-    """torch's graphs on a CPU: kernels started while recording are kept and started again by replay."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls: list[Any] | None = None
-        self.emulator, outer = emulate.Emulator(), self
-
-        class Graph:
-            def replay(self) -> None:
-                for call in self.calls:  # type: ignore[attr-defined]
-                    outer.emulator.launch(*call)
-
-        @contextmanager
-        def recording(graph: Any) -> Iterator[None]:
-            self.calls = graph.calls = []
-            yield
-            self.calls = None
-
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-        monkeypatch.setattr(torch.cuda, "graph", recording)
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-
-    def launch(self, *call: Any) -> None:
-        if self.calls is not None:
-            self.calls.append(call)
-        else:
-            self.emulator.launch(*call)
-
-
-class Keeping(kernels.Kernels):
-    kept: ClassVar[list[torch.Tensor]] = []
-
-    def new(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        self.kept.append(super().new(shape, dtype))
-        return self.kept[-1]
-
-
-@needs_compiler
-def test_decoding_replays_one_graph_a_token_for_each_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two caches in turn, one rewound: the bits of eager steps; a dead cache's graph is freed."""
-    graphs = FakeGraphs(monkeypatch)
-    backend = CudaBackend(dtype=torch.float16, kernels=Keeping(graphs, CPU, 8))
-    model = models.decoder(models.config_of("qwen3", intermediate_size=256), backend, "int4", 64)
-    eager, to_host = model.new_cache(30), backend.to_host
-    expected = [to_host(model.forward([i], eager)) for i in (5, 80, 13, 2, 96)]
-    replay = model._one_row = Replay(model._one_row, lambda: backend._recordable)
-    caches = [model.new_cache(30), model.new_cache(17)]
-    for i, token in enumerate((5, 80, 13, 2, 96)):
-        for cache in caches:
-            np.testing.assert_array_equal(to_host(model.forward([token], cache)), expected[i])
-    assert replay.replays == 2 * 4  # all but each cache's first step
-    caches[0].rewind(2)
-    np.testing.assert_array_equal(to_host(model.forward([13], caches[0])), expected[2])
-    gone = weakref.ref(caches.pop())
-    del cache
-    gc.collect()
-    assert gone() is None and len(replay.seen) == 1
-
-
-@needs_compiler
-def test_a_step_that_reads_lengths_on_the_host_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A head of 20 inputs has no kernel: torch's attention runs, and no graph may freeze its length."""
-    graphs = FakeGraphs(monkeypatch)
-    config = models.config_of("llama", head_dim=20, num_attention_heads=16, num_key_value_heads=8)
-    backend = CudaBackend(dtype=torch.float16, kernels=kernels.Kernels(graphs, CPU, 8))
-    model = models.decoder(config, backend, "int4")
-    replay = model._one_row = Replay(model._one_row, lambda: backend._recordable)
-    cache, ids = model.new_cache(8), [5, 80, 13, 2]
-    stepwise = np.concatenate([backend.to_host(model.forward([i], cache)) for i in ids])
-    whole = models.whole(model, ids)
-    assert replay.replays == 0 and np.abs(stepwise - whole).max() < 0.02 * np.abs(whole).max()
-
-
+# on a GPU, and without -------------------------------------------------------------------------------
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 def test_on_this_gpu_every_architecture_agrees_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     import measure

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import sys
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,11 +21,11 @@ import emulate
 import models
 from guarded import GuardedKernels, both_orders
 
-from tinychat_mlx.backend import Attention, CacheShape, Norm, Rope, Segment, Step
-from tinychat_mlx.backends.cuda import CudaBackend, kernels, weights
+from tinychat_mlx.backend import Attention, CacheShape, Norm, Rope
 from tinychat_mlx.backends.cuda import device as devices
+from tinychat_mlx.backends.cuda import weights
 from tinychat_mlx.backends.cuda.cache import CudaCache
-from tinychat_mlx.backends.reference import ACTIVATIONS, ReferenceBackend, attend
+from tinychat_mlx.backends.reference import ACTIVATIONS, attend
 from tinychat_mlx.sampler import SamplingParams, distribution
 
 pytestmark = pytest.mark.skipif(emulate.compiler() is None, reason="no C++ compiler to emulate kernels with")
@@ -367,89 +367,3 @@ def test_the_emulator_sees_bugs_put_in_on_purpose(kernel: str, old: str, new: st
     except (RuntimeError, AssertionError):
         return
     assert not np.allclose(right, changed, rtol=0.01, atol=0.01)
-
-
-# whole models on emulated kernels ----------------------------------------------------------------------
-IDS = [5, 80, 13, 2, 96, 41, 7, 7, 30, 64]
-
-
-class Recorder(emulate.Emulator):
-    """Keeps what is launched, to launch it again: a CUDA graph's replay, on the CPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.recording = False
-        self.calls: list[tuple[Any, ...]] = []
-
-    def launch(self, *call: Any) -> None:
-        if self.recording:
-            self.calls.append(call)
-        super().launch(*call)
-
-    def replay(self) -> None:
-        for call in self.calls:
-            super().launch(*call)
-
-
-class Keeping(kernels.Kernels):
-    """Never frees an output, as a graph's memory pool."""
-
-    kept: ClassVar[list[torch.Tensor]] = []
-
-    def new(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        self.kept.append(super().new(shape, dtype))
-        return self.kept[-1]
-
-
-@pytest.mark.parametrize(
-    "family, form, group", [("llama", "int4", 64), ("qwen3", "int8", 32), ("gemma2", "int4", 128)]
-)
-def test_a_whole_model_on_kernels_agrees_with_the_reference(family: str, form: str, group: int) -> None:
-    """fp16's bound of test_cuda_backend.py; prefill by gemm, steps by matvec."""
-    config = models.config_of(family, intermediate_size=256)
-    reference = models.decoder(config, ReferenceBackend(), form, group)
-    expected = models.whole(reference, IDS)
-    launcher = emulate.Emulator()
-    backend = CudaBackend(dtype=torch.float16, kernels=kernels.Kernels(launcher, CPU, 8))
-    model = models.decoder(config, backend, form, group)
-    bound = 4 * 37**0.5 * HALF * float(np.sqrt(np.square(expected).mean()))
-    within(models.whole(model, IDS), expected, bound)
-    cache = model.new_cache(len(IDS))
-    within(np.concatenate([backend.to_host(model.forward([i], cache)) for i in IDS[:5]]), expected[:5], bound)
-    ours = {"embed", "gemm", "matvec", "matvec_glu", "norm_rows", "attend"}
-    assert ours <= set(launcher.launched)
-
-
-def test_a_step_recorded_once_serves_every_position_and_token() -> None:
-    """What a CUDA graph does: the launches of one step, repeated, with only ids and positions rewritten. A
-    step's kernels are all ours and none was given a length by the host.
-    """
-    config = models.config_of("llama", intermediate_size=256)
-    recorder = Recorder()
-    backend = CudaBackend(dtype=torch.float16, kernels=Keeping(recorder, CPU, 8))
-    model = models.decoder(config, backend, "int4", 64)
-    cache, other = model.new_cache(40), model.new_cache(40)
-    eager = [backend.to_host(model.forward([i], other)) for i in IDS]
-    ids, positions = backend.ids(IDS[:1]), torch.zeros(1, dtype=torch.int32)
-    step = Step((Segment(cache, 1),), positions)
-    recorder.recording = True
-    logits = model._logits(model._hidden(ids, step))
-    recorder.recording = False
-    assert len(recorder.calls) == 7 * config.num_hidden_layers + 3  # of a CUDA graph: nothing else is in it
-    np.testing.assert_array_equal(logits.numpy(), eager[0])
-    for at in range(1, len(IDS)):
-        ids[0], positions[0] = IDS[at], at
-        recorder.replay()
-        np.testing.assert_array_equal(logits.numpy(), eager[at])
-
-
-def test_sampling_on_the_device_follows_the_seed() -> None:
-    backend = CudaBackend(dtype=torch.float16, kernels=kernels.Kernels(emulate.Emulator(), CPU, 8))
-    logits = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 97)).astype(np.float32))
-    draws = []
-    for seed in (1, 1, 2):
-        draw = backend.sampler(1.0, 0, 0.95, 0.0, seed)
-        assert draw is not None
-        draws.append([int(backend.to_host(draw(logits))[0]) for _ in range(8)])
-    assert draws[0] == draws[1] != draws[2]
-    assert CudaBackend().sampler(1.0, 0, 1.0, 0.0, 0) is None
