@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from tinychat_mlx import __version__
-from tinychat_mlx.apps.terminal import never_fail_to_print
+from tinychat_mlx.apps.terminal import forgive_encodings
 from tinychat_mlx.errors import TinychatError, UsageError
 
 # name -> module under tinychat_mlx, the click command in it, help. A row whose module is absent is not shown.
@@ -79,7 +79,7 @@ def cli(debug: bool) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line -> its exit code. The edge: every error becomes one line here."""
-    never_fail_to_print()
+    forgive_encodings()
     args = list(sys.argv[1:] if argv is None else argv)
     options = args[: args.index("--")] if "--" in args else args
     debug = "--debug" in options

@@ -84,9 +84,9 @@ def speaks_unicode(stream: TextIO) -> bool:
         return False
 
 
-def never_fail_to_print() -> None:
-    """A character outside the terminal's encoding becomes "?" instead of ending the program."""
-    for stream in (sys.stdout, sys.stderr):
+def forgive_encodings() -> None:
+    """A character outside a stream's encoding becomes "?" or U+FFFD instead of ending the program."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         with suppress(AttributeError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
 
