@@ -17,12 +17,18 @@ if TYPE_CHECKING:
 
 @click.command("eval")
 @click.option("-m", "--model", default="demo", show_default=True, metavar="MODEL", help="What to measure.")
-@click.option("--text", required=True, type=click.Path(path_type=Path), metavar="FILE", help="A .txt, or .jsonl chats.")
-@click.option("--against", metavar="MODEL", help="The dense model to compare with: adds KL and top-1 agreement.")
+@click.option(
+    "--text", required=True, type=click.Path(path_type=Path), metavar="FILE", help="A .txt, or .jsonl chats."
+)
+@click.option(
+    "--against", metavar="MODEL", help="The dense model to compare with: adds KL and top-1 agreement."
+)
 @click.option("--window", type=click.IntRange(2), default=512, show_default=True, metavar="N",
               help="Tokens read at once; perplexities of different windows cannot be compared.")  # fmt: skip
 @click.option("--max-tokens", type=click.IntRange(2), metavar="N", help="Measure the first N tokens only.")
-@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="Where to compute.")
+@click.option(
+    "--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="Where to compute."
+)
 @click.option("--exact", is_flag=True, help="Activations in full precision, not int8.")
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="CPU threads.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
