@@ -4,6 +4,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <memory>
 #include <vector>
@@ -39,15 +42,30 @@ inline float float_of(uint16_t h) {
   return f;
 }
 
+// Memory in huge pages where the system has them, as weights have it in earnest.
+struct Area {
+  uint8_t* data = nullptr;
+  size_t size = 0;
+  void take(size_t bytes) {
+    size = (bytes + (2 << 20)) & ~(size_t)((2 << 20) - 1);
+    data = (uint8_t*)aligned_alloc(2 << 20, size);
+    if (!data) abort();
+#if defined(__linux__)
+    if (bytes >= (2 << 20)) madvise(data, size, MADV_HUGEPAGE);
+#endif
+  }
+  ~Area() { free(data); }
+};
+
 // A weight with random codes and plausible scales, straight in tiles: scale 1/128.., bias = -8 (or -128) scales.
 struct RandomWeight {
   Weight w;
-  std::vector<uint8_t> room;
+  Area room;
 
   RandomWeight(int kind, int n, int k, int group, bool bias, Random& random) : w{kind, n, k, group, 0, bias, nullptr} {
     const size_t size = (size_t)tc_weight_bytes(&w);
-    room.resize(size + 64);
-    uint8_t* p = (uint8_t*)(((uintptr_t)room.data() + 63) & ~(uintptr_t)63);
+    room.take(size);
+    uint8_t* p = room.data;
     for (size_t i = 0; i + 4 <= size; i += 4) {
       const uint32_t x = random.next() ^ random.next() << 12;
       memcpy(p + i, &x, 4);

@@ -39,8 +39,10 @@ int main(int argc, char** argv) {
   by_cpu = threads == 1;
   float sink = 0;
   int64_t dots = 0;
-  std::vector<uint8_t> area((size_t)512 << 20, 1);
-  ProbeOp read = {PROBE, 1, area.data(), (int64_t)area.size(), 0, nullptr, &sink},
+  Area area;
+  area.take((size_t)512 << 20);
+  memset(area.data, 1, area.size);
+  ProbeOp read = {PROBE, 1, area.data, (int64_t)area.size, 0, nullptr, &sink},
           peak = {PROBE, 1, nullptr, 0, 200000, &dots, &sink};
   const int rows = 512, n = 2 * found->intermediate, k = found->hidden;
   Random random{5};
@@ -61,9 +63,9 @@ int main(int argc, char** argv) {
     printf("%s: best %.1f of %.1f (%.0f %%)\n", what, a, b, 100 * a / b);
   };
   printf("%s, %d thread(s), %.0f MB a token\n", found->name, threads, (double)t.bytes / 1e6);
-  line("decode GB/s, plain read", (double)t.bytes / decode.best() / 1e9, (double)area.size() / plain.best() / 1e9);
+  line("decode GB/s, plain read", (double)t.bytes / decode.best() / 1e9, (double)area.size / plain.best() / 1e9);
   line("decode GB/s, plain read, medians", (double)t.bytes / decode.median() / 1e9,
-       (double)area.size() / plain.median() / 1e9);
+       (double)area.size / plain.median() / 1e9);
   printf("decode tokens/s: best %.1f, median %.1f\n", 1 / decode.best(), 1 / decode.median());
   line("matmul GOP/s, int8 peak", 2.0 * rows * n * k / matmul.best() / 1e9,
        (double)threads * (double)dots / top.best() / 1e9);

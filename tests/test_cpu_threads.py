@@ -1,0 +1,67 @@
+"""The thread pool as a guest in somebody's process: it sleeps when idle, survives a fork, serves many callers."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from tinychat_mlx.backends.cpu import CpuBackend
+from tinychat_mlx.weight import Dense
+
+RNG = np.random.default_rng(0)
+
+
+def backend_and_weight(threads: int) -> tuple[CpuBackend, object, np.ndarray, np.ndarray]:
+    backend = CpuBackend(exact=True, threads=threads)
+    w, x = RNG.standard_normal((96, 64)).astype(np.float32), RNG.standard_normal((20, 64)).astype(np.float32)
+    handle = backend.pack(Dense("w", w))
+    return backend, handle, x, backend.to_host(backend.linear(x, handle))
+
+
+def test_idle_threads_take_no_processor_time() -> None:
+    backend_and_weight(4)  # dies here, and its threads with it
+    backend, handle, x, y = backend_and_weight(4)
+    time.sleep(0.05)
+    before = time.process_time()
+    time.sleep(0.5)
+    # three threads that never slept would take up to 1.5 s
+    assert time.process_time() - before < 0.05
+    assert np.array_equal(backend.linear(x, handle), y)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_starts_its_own_threads() -> None:
+    backend, handle, x, y = backend_and_weight(3)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if np.array_equal(backend.linear(x, handle), y) else 1)  # type: ignore[arg-type]
+    deadline = time.monotonic() + 20
+    while (done := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if done == (0, 0):
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    assert done == (child, 0), "the child hangs or computes something else"
+    assert np.array_equal(backend.linear(x, handle), y)  # type: ignore[arg-type]
+
+
+def test_callers_on_several_threads_take_turns() -> None:
+    backend, handle, x, y = backend_and_weight(2)
+    wrong: list[int] = []
+
+    def call(number: int) -> None:
+        for _ in range(50):
+            if not np.array_equal(backend.linear(x, handle), y):  # type: ignore[arg-type]
+                wrong.append(number)
+
+    callers = [threading.Thread(target=call, args=(i,)) for i in range(4)]
+    for t in callers:
+        t.start()
+    for t in callers:
+        t.join()
+    assert not wrong
