@@ -27,6 +27,7 @@ from tinychat_mlx.apps.cli import main
 from tinychat_mlx.config import parse_config
 
 ROOT = Path(__file__).resolve().parent.parent
+ENV = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
 SMALL = ("--shape", "tiny", "--pp", "16", "--tg", "4", "--threads", "1")
 KEYS = [
     "shape",
@@ -47,7 +48,7 @@ def bench(*args: str) -> tuple[dict[str, Any], str]:
     """-> the JSON object, stderr."""
     done = subprocess.run(
         [sys.executable, "-m", "tinychat_mlx", "bench", *args, "--json"],
-        capture_output=True, check=False, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, check=False, text=True, timeout=120, env=ENV,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1
@@ -86,7 +87,7 @@ def test_an_interrupt_ends_all_of_it_in_silence() -> None:
     argv = [sys.executable, "-m", "tinychat_mlx", "bench", *SMALL, "--repeat", "999"]
     run = subprocess.Popen(
         argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=ENV,
     )  # fmt: skip
     assert run.stderr is not None
     while "on cpu" not in run.stderr.readline():  # both workers run
