@@ -173,9 +173,13 @@ def test_decoding_replays_one_graph_a_token_for_each_cache(monkeypatch: pytest.M
 
 def test_a_step_that_reads_lengths_on_the_host_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A head of 20 inputs has no kernel: torch's attention runs, and no graph may freeze its length."""
-    graphs = FakeGraphs(monkeypatch)
+
+    def record(*args: object) -> None:
+        pytest.fail("a step that cannot be repeated was recorded")
+
+    monkeypatch.setattr(Replay, "record", record)
     config = models.config_of("llama", head_dim=20, num_attention_heads=16, num_key_value_heads=8)
-    backend = CudaBackend(dtype=torch.float16, kernels=kernels.Kernels(graphs, CPU, 8))
+    backend = CudaBackend(dtype=torch.float16, kernels=kernels.Kernels(emulate.Emulator(), CPU, 8))
     model = models.decoder(config, backend, "int4")
     replay = model._one_row = Replay(model._one_row, lambda: backend._recordable)
     cache, ids = model.new_cache(8), [5, 80, 13, 2]
