@@ -24,8 +24,10 @@ typedef bfloat bfloat16_t;
   typedef T T##2 __attribute__((ext_vector_type(2))); \
   typedef T T##3 __attribute__((ext_vector_type(3))); \
   typedef T T##4 __attribute__((ext_vector_type(4)));
-VEC(float)
-VEC(half) VEC(uint) VEC(int) VEC(ushort) VEC(short) VEC(uchar) VEC(char) VEC(ulong)
+// clang-format off
+VEC(float) VEC(half) VEC(uint) VEC(int) VEC(ushort) VEC(short) VEC(uchar) VEC(char) VEC(ulong)
+// clang-format on
+
 #define MAKE(T)                                \
   T##2 make_##T##2(T, T);                      \
   T##3 make_##T##3(T, T, T);                   \

@@ -10,11 +10,11 @@
 #if BITS == 4
 // A 16-bit word holds four codes; masked in place they are 1, 16, 256 and 4096 times too large, so the
 // inputs are divided by that beforehand (exact in float), and nothing is shifted.
-METAL_FUNC float prescale(int i) {
+inline float prescale(int i) {
   return i % 4 == 0 ? 1.0f : i % 4 == 1 ? 1.0f / 16 : i % 4 == 2 ? 1.0f / 256 : 1.0f / 4096;
 }
 // codes of 16 inputs (one aligned load of 8 bytes) · prescaled inputs
-METAL_FUNC float dot16(const device uint32_t* w, const thread float* x) {
+inline float dot16(const device uint32_t* w, const thread float* x) {
   const uint2 words = *(const device uint2*)w;
   float a = 0;
   for (int i = 0; i < 4; i++) {
@@ -25,11 +25,11 @@ METAL_FUNC float dot16(const device uint32_t* w, const thread float* x) {
   return a;
 }
 #else
-METAL_FUNC float prescale(int) {
+inline float prescale(int) {
   return 1.0f;
 }
 // codes of 16 inputs (one aligned load of 16 bytes) · inputs
-METAL_FUNC float dot16(const device uint32_t* w, const thread float* x) {
+inline float dot16(const device uint32_t* w, const thread float* x) {
   const uint4 words = *(const device uint4*)w;
   float a = 0;
   for (int i = 0; i < 4; i++) {
@@ -41,11 +41,11 @@ METAL_FUNC float dot16(const device uint32_t* w, const thread float* x) {
 #endif
 
 // Code i of eight consecutive ones.
-METAL_FUNC float code8(const device uint32_t* w, int i) {
+inline float code8(const device uint32_t* w, int i) {
   return float((w[i * BITS / 32] >> (i * BITS % 32)) & ((1u << BITS) - 1));
 }
 
-METAL_FUNC float act(float x) {
+inline float act(float x) {
 #if ACT == 0  // silu
   return x / (1.0f + metal::exp(-x));
 #elif ACT == 1  // gelu_tanh; fast tanh is NaN for large inputs
