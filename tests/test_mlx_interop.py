@@ -18,8 +18,9 @@ from mlx_lm.models.cache import RotatingKVCache
 from mlx_models import answer, tokens
 from tiny_models import tiny
 
+import tinychat_mlx
 from tinychat_mlx.backends.mlx.interop import MlxLmDecoder
-from tinychat_mlx.errors import BackendError, FormatError
+from tinychat_mlx.errors import BackendError, FormatError, UsageError
 from tinychat_mlx.generate import Engine
 
 
@@ -72,6 +73,20 @@ def test_logits_of_all_rows(folder: Path) -> None:
     model, _ = mlx_lm.utils.load_model(folder)
     expected = np.array(model(mx.array([[5, 9, 33, 7]]))[0].astype(mx.float32))
     assert np.abs(got - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_a_loaded_model_says_who_computes_it(folder: Path) -> None:
+    model = tinychat_mlx.load(folder, engine="mlx-lm", context=64)
+    assert "mlx-lm" in model.device.why and "not tinychat's own graph" in model.device.why
+    assert model.context == 64 and model.architecture == "qwen3" and model.nbytes > 0
+    ours = tinychat_mlx.load(folder, backend="reference")
+    expected = ours.logits([5, 9, 33])
+    assert np.abs(model.logits([5, 9, 33]) - expected).max() < 1e-4 * np.abs(expected).max()
+    assert tokens(answer(model.engine, [5, 9, 33], temperature=0, max_tokens=8)) == naive(
+        folder, [5, 9, 33], 8
+    )
+    with pytest.raises(UsageError, match="engine 'other' is unknown; known are tinychat, mlx-lm"):
+        tinychat_mlx.load(folder, engine="other")
 
 
 def test_bad_folders_are_one_line(folder: Path, tmp_path: Path) -> None:

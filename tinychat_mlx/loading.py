@@ -36,25 +36,46 @@ def load(
     threads: int | None = None,
     context: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    engine: str = "tinychat",
 ) -> Model:
     """Load a folder, a Hugging Face id or "demo" onto a device.
 
     backend: auto | mlx | cuda | cpu | reference. exact: no int8 activations. context: tokens the KV cache
     holds (default: the model's own, at most 8192). progress(done, total) is called as layers load.
+    engine: tinychat, or mlx-lm, which on a Mac computes architectures that our graph does not know.
     Raises ModelNotFoundError, ConfigError, FormatError, BackendError, UsageError.
     """
+    if engine == "mlx-lm":
+        return load_foreign(find_folder(model), exact, threads, context)
+    if engine != "tinychat":
+        raise UsageError(f"engine {engine!r} is unknown; known are tinychat, mlx-lm")
     checkpoint = Checkpoint.open(find_folder(model))
     config = parse_config(checkpoint.config)
-    limit = config.max_position_embeddings
-    capacity = context or min(limit, DEFAULT_CONTEXT)
-    if context is not None and not 1 < context <= limit:
-        raise UsageError(f"context {context} is outside this model's range, 2 to {limit}")
+    capacity = capacity_of(context, config.max_position_embeddings)
     config = parse_config(checkpoint.config, capacity)  # now that it is known: longrope asks for it
     name, why = choose(backend)
     device_backend = create(name, exact, threads)
     device = replace(device_backend.describe(), why=why)
     shown = str(model) if str(model) == "demo" else checkpoint.folder.name
     return Model(shown, checkpoint, config, device_backend, device, capacity, progress)
+
+
+def load_foreign(folder: Path, exact: bool, threads: int | None, context: int | None) -> Model:
+    """A model that mlx-lm computes on the mlx backend's device. Raises BackendError, FormatError."""
+    from importlib import import_module
+
+    from tinychat_mlx.foreign import ForeignModel
+
+    backend = create("mlx", exact, threads)
+    decoder = import_module("tinychat_mlx.backends.mlx.interop").MlxLmDecoder(folder, backend)
+    return ForeignModel(folder, decoder, capacity_of(context, decoder.config.max_position_embeddings))
+
+
+def capacity_of(context: int | None, limit: int) -> int:
+    """Tokens a cache shall hold, of at most limit. Raises UsageError."""
+    if context is not None and not 1 < context <= limit:
+        raise UsageError(f"context {context} is outside this model's range, 2 to {limit}")
+    return context or min(limit, DEFAULT_CONTEXT)
 
 
 def find_folder(model: str | Path) -> Path:

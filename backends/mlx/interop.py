@@ -26,6 +26,7 @@ class Limits:
 
     vocab_size: int
     max_position_embeddings: int
+    eos_token_ids: tuple[int, ...]
 
 
 class ForeignCache(Cache):
@@ -68,7 +69,14 @@ class MlxLmDecoder:
             vocabulary, context = int(text["vocab_size"]), int(text.get("max_position_embeddings", 1 << 17))
         except (KeyError, TypeError, ValueError):
             raise FormatError(f"{folder / 'config.json'}: vocab_size is missing or not a number") from None
-        self.config = Limits(vocabulary, context)
+        eos = config.get("eos_token_id", text.get("eos_token_id"))
+        ends = tuple(t for t in (eos if isinstance(eos, list) else [eos]) if isinstance(t, int))
+        self.config = Limits(vocabulary, context, ends)
+        self.architecture = str(config.get("model_type"))
+        packed = config.get("quantization")
+        self.quantization = "16-bit floats"
+        if isinstance(packed, dict):
+            self.quantization = f"int{packed.get('bits')} g{packed.get('group_size')}"
 
     def new_cache(self, capacity: int) -> ForeignCache:
         return ForeignCache(self.model, capacity)

@@ -1,0 +1,49 @@
+"""A model that another engine computes: our conversation, sampling and context over mlx-lm's graph."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tinychat_mlx.backend import Device
+from tinychat_mlx.errors import FormatError
+from tinychat_mlx.generate import Engine
+from tinychat_mlx.model import Model
+from tinychat_mlx.sampler import from_generation_config
+
+
+class ForeignModel(Model):
+    """Everything of Model but our decoder; `device.why` says aloud who computes."""
+
+    def __init__(self, folder: Path, decoder: Any, context: int) -> None:
+        """decoder has the decoder's calls and a config with vocab_size and eos_token_ids."""
+        self.name, self.folder, self.config, self.backend = (
+            folder.name,
+            folder,
+            decoder.config,
+            decoder.backend,
+        )
+        device: Device = decoder.backend.describe()
+        self.device = Device(device.backend, device.name, device.detail, decoder.describe(), device.features)
+        self.context = context
+        self.nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        self.architecture, self.quantization = decoder.architecture, decoder.quantization
+        self.generation_config = read(folder / "generation_config.json")
+        self.defaults = from_generation_config(self.generation_config)
+        self.engine = Engine(decoder, self.context)
+        self._tokenizer, self._said = None, None
+
+
+def read(file: Path) -> Mapping[str, Any]:
+    """An optional JSON object; raises FormatError for one that is damaged."""
+    if not file.exists():
+        return {}
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise FormatError(f"{file}: cannot be read ({e}): download it again") from None
+    if not isinstance(value, dict):
+        raise FormatError(f"{file}: must be an object")
+    return value
