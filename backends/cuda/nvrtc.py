@@ -31,19 +31,21 @@ def find_nvrtc(version: str | None) -> ctypes.CDLL:
     """Load NVRTC: torch's own, from NVIDIA's wheels, or the system's. Raises BackendError."""
     major = (version or "12").split(".")[0]
     name = f"nvrtc64_{major}0_0.dll" if sys.platform == "win32" else f"libnvrtc.so.{major}"
-    names: list[Path | str] = []
-    for entry in dict.fromkeys(sys.path):
-        root = Path(entry or ".")
+    names: list[Path] = []
+    for root in dict.fromkeys(Path(entry) for entry in sys.path if Path(entry).is_absolute()):
         if (root / "torch" / "lib").is_dir():
             names.append(root / "torch" / "lib" / name)
         names += [root / "nvidia" / p / name for p in ("cuda_nvrtc/lib", f"cu{major}/lib", "cuda_nvrtc/bin")]
     cuda = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
-    for candidate in [*(n for n in names if Path(n).exists()), cuda / "lib64" / name, name]:
+    names.append(cuda / "lib64" / name)
+    for file in filter(Path.exists, names):
         with contextlib.suppress(OSError):
             # It opens libnvrtc-builtins by name: found if it is loaded already.
-            for builtins in sorted(Path(candidate).parent.glob("libnvrtc-builtins.so*")):
+            for builtins in sorted(file.parent.glob("libnvrtc-builtins.so*")):
                 ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
-            return ctypes.CDLL(str(candidate))
+            return ctypes.CDLL(str(file))
+    with contextlib.suppress(OSError):
+        return ctypes.CDLL(name)  # wherever the system's loader looks
     raise BackendError(f"{name} is not found beside torch nor in {cuda}")
 
 
