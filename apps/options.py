@@ -21,6 +21,10 @@ BACKENDS = ("auto", "mlx", "cuda", "cpu", "reference")
 LOADING: dict[str, tuple[Any, str]] = {
     "model": (str, 'A folder, a Hugging Face id, or "demo".'),
     "backend": (click.Choice(BACKENDS), "Where to compute; a named one fails rather than falls back."),
+    "engine": (
+        click.Choice(["tinychat", "mlx-lm"]),
+        "Whose graph computes: mlx-lm knows architectures that ours does not (on a Mac).",
+    ),
     "exact": (bool, "Activations in full precision, not int8 (slower, reproduces the reference)."),
     "threads": (click.IntRange(1), "CPU threads."),
     "context": (click.IntRange(16), "Tokens the conversation may hold."),
@@ -47,6 +51,7 @@ CHATTING: dict[str, tuple[Any, str]] = {
 DEFAULTS = {
     "model": "demo",
     "backend": "auto",
+    "engine": "tinychat",
     "exact": False,
     "on_full": "stop",
     "plain": False,
@@ -175,6 +180,8 @@ def load_model(
     if progress is not None:
         loading["progress"] = progress
     model: Model = tinychat_mlx.load(name, **loading)
+    if options["engine"] != "tinychat":
+        say(model.device.why)
     return model
 
 
