@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tinychat_mlx.apps.chat import stream
@@ -111,6 +111,7 @@ def test_no_letter_of_a_paragraph_is_lost_or_said_twice(words: list[str], n: int
         return re.sub(r"[\s*_`~]", "", text)
 
     text = " ".join(words)
+    assume(set(text) - set("* "))  # stars alone are a rule
     flat = re.sub(r"\[link\]\((.*?)\)", r"link(\1)", text)
     shown = letters("".join(show(cut(text, n), columns)))
     assert shown in (letters(flat), letters(text)) or shown.replace("[link]", "link") == letters(flat)
