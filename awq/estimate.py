@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tinychat_mlx.awq.layer import empty_moments, quantize_layer, round_layer
-from tinychat_mlx.awq.record import LayerRun, Recorder, embedded_rows, steps
+from tinychat_mlx.awq.record import STEP_ROWS, LayerRun, Recorder, embedded_rows, steps
 from tinychat_mlx.awq.selftext import RoundedSource, sampled
 from tinychat_mlx.awq.settings import WINDOW, Settings, default_tokens, open_dense
 from tinychat_mlx.awq.sites import LayerWeights, shapes, sites
@@ -158,7 +158,7 @@ def peak_bytes(config: ModelConfig, source: Checkpoint, settings: Settings, toke
     rows = 4 * tokens * config.hidden_size * (2 if full else 1)
     stacks = [(sum(sizes[r][0] for r in site.roles), sizes[site.roles[0]][1]) for site in sites(config)]
     moments = sum(4 * k * (k + min(k, 2 * n) if full else settings.group_size) for n, k in stacks)
-    running = 2 * layer + moments + rows + 8 * 1024 * max(k for _, k in stacks) * 4
+    running = 2 * layer + moments + rows + 8 * STEP_ROWS * max(k for _, k in stacks) * 4
     # Of a site: its matrix about seven times over, and of H the permuted mean and its factor with a copy.
     site = max(7 * 4 * n * k + (3 * 4 * k * k if full else 0) for n, k in stacks)
     quantising = layer + moments + rows + site

@@ -3,8 +3,8 @@
 The mean squared output error of a row is e H eᵀ with e = w - w_hat and H the second moments of the input.
 With H = U D Uᵀ, U unit upper triangular, it is the sum over columns j of D_j (e_j + Σ_{i<j} e_i U_ij)²: rounding
 column j of w plus the errors before it, weighted by U, makes each term as small as a code can
-(GPTQ: Frantar et al. 2022; in this form LDLQ: Chee et al. 2023). Then, with all columns known, the scales
-are fitted by least squares and each code is looked at again (`refine`).
+(GPTQ: Frantar et al. 2022; in this form LDLQ: Chee et al. 2023). Then, with all columns known, each code is
+looked at again and the scales are fitted by least squares (`refine`).
 
 Everything here is transposed, (K, N): a column of the weight is a row in memory. Columns come in groups of
 G, in the order in which they are quantised.
@@ -143,8 +143,7 @@ def _feed_group(w: F32, v: F32, grid: Grid, u: F32, q: F32, e: F32) -> None:
 
 
 def refine(w: F32, codes: Codes, h: F32, rounds: int) -> None:
-    """Improve codes in place: fit all scales of a row together, then each code given all others; repeat."""
-    refit_scales(w, codes, h)
+    """Improve codes in place: each code given all others, then all scales of a row together; repeat."""
     for _ in range(rounds):
         descend(w, codes, h)
         refit_scales(w, codes, h)

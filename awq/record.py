@@ -33,7 +33,7 @@ from tinychat_mlx.config import ModelConfig
 from tinychat_mlx.decoder import Graph, Layer, Loader, Source
 from tinychat_mlx.weight import F32, Weight, take_rows
 
-STEP_ROWS = 1024  # calibration rows in one step: what bounds the memory of a layer's intermediates
+STEP_ROWS = 2048  # calibration rows in one step: what bounds the memory of a layer's intermediates
 
 
 class Reached(Exception):
