@@ -27,12 +27,24 @@
 #define __syncthreads() shim::wait(shim::AT_BARRIER, __LINE__)
 #define __threadfence()
 
-struct alignas(8) uint2 { uint32_t x, y; };
-struct alignas(16) uint4 { uint32_t x, y, z, w; };
-struct alignas(16) float4 { float x, y, z, w; };
-inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
-inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline uint2 make_uint2(uint32_t x, uint32_t y) {
+  return {x, y};
+}
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
+  return {x, y, z, w};
+}
+inline float4 make_float4(float x, float y, float z, float w) {
+  return {x, y, z, w};
+}
 using std::max;
 using std::min;
 
@@ -43,11 +55,21 @@ inline T recast(S s) {
   memcpy(&t, &s, sizeof t);
   return t;
 }
-inline uint32_t __float_as_uint(float f) { return recast<uint32_t>(f); }
-inline float __uint_as_float(uint32_t u) { return recast<float>(u); }
-inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
-inline float from_half(uint16_t h) { return float(recast<_Float16>(h)); }
-inline uint16_t to_half(float f) { return recast<uint16_t>(_Float16(f)); }
+inline uint32_t __float_as_uint(float f) {
+  return recast<uint32_t>(f);
+}
+inline float __uint_as_float(uint32_t u) {
+  return recast<float>(u);
+}
+inline float rsqrtf(float x) {
+  return 1.f / std::sqrt(x);
+}
+inline float from_half(uint16_t h) {
+  return float(recast<_Float16>(h));
+}
+inline uint16_t to_half(float f) {
+  return recast<uint16_t>(_Float16(f));
+}
 inline uint32_t each2(uint32_t a, uint32_t b, uint32_t c, double (*f)(double, double, double)) {
   auto one = [&](int s) {
     auto h = [&](uint32_t v) { return double(from_half(uint16_t(v >> s))); };
@@ -82,7 +104,9 @@ inline float truncated(double v) {
   return std::fabs(double(f)) > std::fabs(v) ? std::nextafterf(f, 0.f) : f;
 }
 inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int line = __builtin_LINE()) {
-  struct Operands { float a[4][2], b[2][2]; };
+  struct Operands {
+    float a[4][2], b[2][2];
+  };
   Operands mine;
   for (int e = 0; e < 2; e++) {
     for (int i = 0; i < 4; i++) mine.a[i][e] = from_half(uint16_t(a[i] >> (16 * e)));
@@ -115,7 +139,10 @@ inline uint4 load_stream(const uint4* p) {
 }
 
 // cp.async: what a thread has begun, in groups. Copies land when waited for.
-struct Copy { void* to; uint4 value; };
+struct Copy {
+  void* to;
+  uint4 value;
+};
 struct Copies {
   std::vector<std::vector<Copy>> groups{1};
 };
@@ -128,7 +155,9 @@ inline void copy_async(void* shared, const void* global, bool full) {
   uint4 v = full ? *static_cast<const uint4*>(global) : make_uint4(0, 0, 0, 0);
   copies()[shim::C.current->index].groups.back().push_back({shared, v});
 }
-inline void copy_commit() { copies()[shim::C.current->index].groups.emplace_back(); }
+inline void copy_commit() {
+  copies()[shim::C.current->index].groups.emplace_back();
+}
 template <int PENDING>
 inline void copy_wait() {
   auto& groups = copies()[shim::C.current->index].groups;
@@ -151,7 +180,9 @@ inline T atomicMax(T* p, T v) {
   return old;
 }
 template <class T>
-inline T __ldcg(const T* p) { return *p; }
+inline T __ldcg(const T* p) {
+  return *p;
+}
 
 // ---- running one kernel: emulate.py appends `body`, which takes its parameters as cuLaunchKernel does ------
 
@@ -164,7 +195,9 @@ inline void poison() {
 }
 
 inline sigjmp_buf outside;
-inline void on_fault(int, siginfo_t* info, void*) { siglongjmp(outside, 1); }
+inline void on_fault(int, siginfo_t* info, void*) {
+  siglongjmp(outside, 1);
+}
 
 inline int emulate(void (*body)(void**), void** parameters, const unsigned* blocks, const unsigned* threads, int order,
                    char* error) {

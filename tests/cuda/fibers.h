@@ -82,7 +82,9 @@ inline void resume(Lane& l) {
   C.current = &l;
   swapcontext(&C.main, &l.context);
 }
-inline void suspend(Lane& l) { swapcontext(&l.context, &C.main); }
+inline void suspend(Lane& l) {
+  swapcontext(&l.context, &C.main);
+}
 #else
 extern "C" void shim_switch(void** save_sp, void* new_sp);
 asm(R"(
@@ -123,7 +125,9 @@ inline void resume(Lane& l) {
   C.current = &l;
   shim_switch(&C.main, l.sp);
 }
-inline void suspend(Lane& l) { shim_switch(&l.sp, C.main); }
+inline void suspend(Lane& l) {
+  shim_switch(&l.sp, C.main);
+}
 #endif
 
 // ---- meetings ---------------------------------------------------------------------------------
@@ -235,8 +239,8 @@ inline bool run_block(bool reversed) {
 
 // grid counts threads and is a multiple of the block.
 // order: bit 0 reverses lanes and warps, bit 1 reverses blocks. 0 on success.
-inline int run(void (*body)(void**), void** buffers, const unsigned* grid, const unsigned* threads,
-               int order, char* error) {
+inline int run(void (*body)(void**), void** buffers, const unsigned* grid, const unsigned* threads, int order,
+               char* error) {
   Context& c = C;
   c.body = body;
   c.buffers = buffers;
@@ -251,8 +255,8 @@ inline int run(void (*body)(void**), void** buffers, const unsigned* grid, const
   unsigned most = T[0] * T[1] * T[2], total = N[0] * N[1] * N[2];
   std::vector<Lane> lanes(most);
   c.lanes = lanes.data();
-  char* stacks = static_cast<char*>(mmap(nullptr, most * kStack, PROT_READ | PROT_WRITE,
-                                         MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  char* stacks =
+      static_cast<char*>(mmap(nullptr, most * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
   bool ok = stacks != MAP_FAILED;
   auto clipped = [](unsigned g, unsigned t, unsigned G) { return g * t + t <= G ? t : G - g * t; };
   for (unsigned k = 0; k < total && ok; k++) {
@@ -269,8 +273,7 @@ inline int run(void (*body)(void**), void** buffers, const unsigned* grid, const
       l.lane = i % kLanes;
       l.warp = i / kLanes;
       l.in_group = {i % sx, i / sx % sy, i / sx / sy};
-      l.in_grid = {c.group.x * T[0] + l.in_group.x, c.group.y * T[1] + l.in_group.y,
-                   c.group.z * T[2] + l.in_group.z};
+      l.in_grid = {c.group.x * T[0] + l.in_group.x, c.group.y * T[1] + l.in_group.y, c.group.z * T[2] + l.in_group.z};
     }
     ok = run_block(order & 1);
   }

@@ -55,7 +55,7 @@ def compiled(program: str, defines: dict[str, int], arch: str) -> dict[str, dict
         )
     if made.returncode:
         raise RuntimeError(made.stderr)
-    found = re.findall(r"KERNEL\((\d+), (\d+)\) (\w+)", text)
+    found = re.findall(r"KERNEL\((\d+), (\d+)\)\s+(\w+)", text)
     bounds = {name: (int(threads), int(blocks)) for threads, blocks, name in found}
     kernels: dict[str, dict[str, int]] = {}
     for part in made.stderr.split("Function properties for ")[1:]:

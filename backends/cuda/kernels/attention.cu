@@ -1,10 +1,10 @@
 // Attention of one new position over a cache, split along it: flash decoding in one launch.
 //
 // HEAD is the head's size (a multiple of 8, at most 256), QUERIES the query heads of a block (at most 4:
-// registers; all of one key/value head, so that keys and values are read once for them), INT8 whether the cache is int8.
-// Grid (Hkv · ceil(n_rep / QUERIES), splits), 128 threads. The number of positions is read from device memory:
-// a captured launch serves every length. Blocks beyond it end at once; the last of a head's blocks to finish
-// joins the splits. The new key and value are stored by the block whose split they fall into.
+// registers; all of one key/value head, so that keys and values are read once for them), INT8 whether the cache is
+// int8. Grid (Hkv · ceil(n_rep / QUERIES), splits), 128 threads. The number of positions is read from device memory: a
+// captured launch serves every length. Blocks beyond it end at once; the last of a head's blocks to finish joins the
+// splits. The new key and value are stored by the block whose split they fall into.
 //
 // Keys and values are read 16 bytes a lane, a position by HEAD / 8 neighbouring lanes: whole lines of the cache,
 // each once; scores and sums are float32. Four loads a lane are in flight:
@@ -53,17 +53,17 @@ DEVICE void store(Stored* to, u16* scale, const float* from, int lane) {
 // position (1): how many are in the cache. partial (H, splits, HEAD + 2) float and tickets (Hkv · chunks), zero
 // before the first launch, are scratch. alibi (H) may be null; window, softcap 0: off. q and k are turned here by
 // turn.cuh's inv_freq, half, factor, interleaved. y (H, HEAD) half.
-KERNEL(128, 4) attend(const float* q, const float* k, const float* v, Stored* keys, Stored* values, u16* k_scales,
-                      u16* v_scales, const int* position, const float* alibi, float* partial, u32* tickets, u16* y,
-                      int n_rep, int capacity, int window, float scale, float softcap, const float* inv_freq,
-                      int half, float factor, int interleaved) {
+KERNEL(128, 4)
+attend(const float* q, const float* k, const float* v, Stored* keys, Stored* values, u16* k_scales, u16* v_scales,
+       const int* position, const float* alibi, float* partial, u32* tickets, u16* y, int n_rep, int capacity,
+       int window, float scale, float softcap, const float* inv_freq, int half, float factor, int interleaved) {
   __shared__ float query[QUERIES][HEAD], score[QUERIES][SPAN], most[QUERIES], mass[QUERIES], fade[QUERIES];
   __shared__ float joined[4][QUERIES][HEAD], fresh[2][HEAD];
   __shared__ u32 ticket;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int part = threadIdx.x % LANES, place = threadIdx.x / LANES;  // of the head; among AT_ONCE positions
   const int chunks = (n_rep + QUERIES - 1) / QUERIES, kv_head = blockIdx.x / chunks;
-  const int head = kv_head * n_rep + blockIdx.x % chunks * QUERIES;   // the first of this block's
+  const int head = kv_head * n_rep + blockIdx.x % chunks * QUERIES;  // the first of this block's
   const int heads = min(QUERIES, (kv_head + 1) * n_rep - head), splits = gridDim.y;
   const int last = *position, first = window ? max(last + 1 - window, 0) : 0;
   const int share = (last + 1 - first + splits - 1) / splits;
@@ -79,9 +79,10 @@ KERNEL(128, 4) attend(const float* q, const float* k, const float* v, Stored* ke
       store((warp ? values : keys) + at * HEAD, (warp ? v_scales : k_scales) + at, fresh[warp], lane);
     }
     for (int i = threadIdx.x; i < QUERIES * HEAD; i += 128)
-      query[i / HEAD][i % HEAD] = i / HEAD < heads
-          ? turned(q + size_t(head + i / HEAD) * HEAD, i % HEAD, inv_freq, half, factor, interleaved, last) * scale
-          : 0.f;
+      query[i / HEAD][i % HEAD] =
+          i / HEAD < heads
+              ? turned(q + size_t(head + i / HEAD) * HEAD, i % HEAD, inv_freq, half, factor, interleaved, last) * scale
+              : 0.f;
     if (threadIdx.x < QUERIES) most[threadIdx.x] = -INFINITE, mass[threadIdx.x] = 0.f;
     __syncthreads();
 

@@ -15,8 +15,9 @@ constexpr int STAGES = 3, ROWS = 128, OUTPUTS = 128, PLANE = ROWS * 4;  // in 16
 
 // Grid (ceil(N / 128), ceil(T / 128)), 256 threads. bias (N), residual (T, N) float may be null; exactly one of
 // y_half, y_float is not. K % 32 == 0; x is 16-byte aligned. N % 2 == 0 where y_half is used.
-KERNEL(256, 1) gemm(const uint4* codes, const uint2* scales, const u16* x, const float* bias, const float* residual,
-                    u16* y_half, float* y_float, int N, int K, int T) {
+KERNEL(256, 1)
+gemm(const uint4* codes, const uint2* scales, const u16* x, const float* bias, const float* residual, u16* y_half,
+     float* y_float, int N, int K, int T) {
   __shared__ uint4 staged[STAGES][2][PLANE];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int tiles = (N + 15) / 16, units = (K + 127) / 128, steps = units * 2;
@@ -31,8 +32,8 @@ KERNEL(256, 1) gemm(const uint4* codes, const uint2* scales, const u16* x, const
       for (int i = 0; i < 4; i++) {
         const int piece = threadIdx.x + 256 * i, row = piece / 8, part = piece % 8, k = step * 64 + part * 8;
         const bool full = first_row + row < T && k < K;
-        copy_async(&staged[step % STAGES][part / 4][row * 4 + part % 4],
-                   full ? x + size_t(first_row + row) * K + k : x, full);
+        copy_async(&staged[step % STAGES][part / 4][row * 4 + part % 4], full ? x + size_t(first_row + row) * K + k : x,
+                   full);
       }
     copy_commit();
   };
@@ -109,7 +110,9 @@ KERNEL(256, 1) gemm(const uint4* codes, const uint2* scales, const u16* x, const
         float value = sum[m][n][i];
         if (bias) value += bias[out];
         if (residual) value += residual[at];
-        if (y_half) y_half[at] = to_half(value);
-        else y_float[at] = value;
+        if (y_half)
+          y_half[at] = to_half(value);
+        else
+          y_float[at] = value;
       }
 }

@@ -23,9 +23,9 @@ constexpr int WARPS = 8, THREADS = 32 * WARPS;
 
 // This warp's share of TILES tiles, added to y[TILES][4] (an mma's c).
 template <int TILES>
-DEVICE void multiply(const uint4* codes, const uint2* scales, const int (&tile)[TILES], const u16* x, int K,
-                     int rows, float (&y)[TILES][4]) {
-  constexpr int REGISTERS = TILES * (4 * LOADS + 2 * GROUPS);    // a unit's codes and scales
+DEVICE void multiply(const uint4* codes, const uint2* scales, const int (&tile)[TILES], const u16* x, int K, int rows,
+                     float (&y)[TILES][4]) {
+  constexpr int REGISTERS = TILES * (4 * LOADS + 2 * GROUPS);                      // a unit's codes and scales
   constexpr int AHEAD = REGISTERS > 56 ? 1 : REGISTERS < 14 ? 4 : 56 / REGISTERS;  // units on their way
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, units = (K + 127) / 128;
   const u32 one[4] = {0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u};
@@ -111,12 +111,17 @@ DEVICE float total(const float (&shared)[WARPS][TILES][128], int n, int at) {
   for (int w = 0; w < WARPS; w++) sum += shared[w][n][at];
   return sum;
 }
-DEVICE int row_of(int at) { return at % 32 / 4 + 8 * (at / 64); }
-DEVICE int column_of(int at) { return 2 * (at % 4) + at / 32 % 2; }
+DEVICE int row_of(int at) {
+  return at % 32 / 4 + 8 * (at / 64);
+}
+DEVICE int column_of(int at) {
+  return 2 * (at % 4) + at / 32 % 2;
+}
 
 // y = x wᵀ [+ bias] [+ residual]. Grid: tiles. bias (N), residual (rows, N) may be null.
-KERNEL(256, 2) matvec(const uint4* codes, const uint2* scales, const u16* x, const float* bias,
-                      const float* residual, float* y, int N, int K, int rows) {
+KERNEL(256, 2)
+matvec(const uint4* codes, const uint2* scales, const u16* x, const float* bias, const float* residual, float* y, int N,
+       int K, int rows) {
   __shared__ float shared[WARPS][1][128];
   float sums[1][4] = {};
   const int tile[1] = {int(blockIdx.x)};
@@ -131,8 +136,9 @@ KERNEL(256, 2) matvec(const uint4* codes, const uint2* scales, const u16* x, con
 }
 
 // y (rows, F) half = act(gate) * up, gate the weight's first F rows, up the rest. Grid: F / 16; F % 16 == 0.
-KERNEL(256, 2) matvec_glu(const uint4* codes, const uint2* scales, const u16* x, const float* bias, u16* y,
-                          int F, int K, int rows, int act) {
+KERNEL(256, 2)
+matvec_glu(const uint4* codes, const uint2* scales, const u16* x, const float* bias, u16* y, int F, int K, int rows,
+           int act) {
   __shared__ float shared[WARPS][2][128];
   float sums[2][4] = {};
   const int tile[2] = {int(blockIdx.x), int(blockIdx.x) + F / 16};

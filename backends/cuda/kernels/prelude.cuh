@@ -34,7 +34,9 @@ DEVICE u32 fma2(u32 a, u32 b, u32 c) {
   return r;
 }
 // Bytes of a (0..3) and b (4..7) chosen by the four nibbles of s.
-DEVICE u32 bytes(u32 a, u32 b, u32 s) { return __byte_perm(a, b, s); }
+DEVICE u32 bytes(u32 a, u32 b, u32 s) {
+  return __byte_perm(a, b, s);
+}
 
 // c (16 x 8) += a (16 x 16) b (16 x 8), one warp. With g = lane / 4, t = lane % 4: a[0..3] are the pairs at
 // (row g, k 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8); b0, b1 those at k 2t, 2t + 8 of column g;
@@ -85,9 +87,15 @@ DEVICE void copy_wait() {
 #define SHUFFLE_XOR(v, mask) __shfl_xor_sync(0xffffffffu, v, mask)
 #endif
 
-DEVICE u32 pair(float low, float high) { return u32(to_half(low)) | u32(to_half(high)) << 16; }
-DEVICE float low(u32 h) { return from_half(u16(h)); }
-DEVICE float high(u32 h) { return from_half(u16(h >> 16)); }
+DEVICE u32 pair(float low, float high) {
+  return u32(to_half(low)) | u32(to_half(high)) << 16;
+}
+DEVICE float low(u32 h) {
+  return from_half(u16(h));
+}
+DEVICE float high(u32 h) {
+  return from_half(u16(h >> 16));
+}
 
 DEVICE float activation(float x, int kind) {
   switch (kind) {

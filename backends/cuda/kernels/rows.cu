@@ -13,8 +13,9 @@ DEVICE float block_sum(float v, float* shared) {  // every thread gets the sum; 
 
 // RMSNorm (layer 0) or LayerNorm (layer 1) of x (T, H, C), whose T rows are `stride` apart, heads C apart.
 // Exactly one of y_half, y_float (T, H, C) is not null. bias may be null. Grid: (H, T); threads % 32 == 0.
-KERNEL(1024, 1) norm_rows(const float* x, const float* weight, const float* bias, u16* y_half, float* y_float, int C,
-                     int stride, float eps, int layer) {
+KERNEL(1024, 1)
+norm_rows(const float* x, const float* weight, const float* bias, u16* y_half, float* y_float, int C, int stride,
+          float eps, int layer) {
   __shared__ float shared[32];
   const float* in = x + size_t(blockIdx.y) * stride + size_t(blockIdx.x) * C;
   float sum = 0.f, mean = 0.f;
@@ -28,15 +29,18 @@ KERNEL(1024, 1) norm_rows(const float* x, const float* weight, const float* bias
   const size_t out = (size_t(blockIdx.y) * gridDim.x + blockIdx.x) * C;
   for (int i = threadIdx.x; i < C; i += blockDim.x) {
     const float v = (in[i] - mean) * scale * weight[i] + (bias ? bias[i] : 0.f);
-    if (y_half) y_half[out + i] = to_half(v);
-    else y_float[out + i] = v;
+    if (y_half)
+      y_half[out + i] = to_half(v);
+    else
+      y_float[out + i] = v;
   }
 }
 
 // y (T, H, D) = x (T, H, D), rows `stride` apart, with its first 2 · half inputs rotated by positions (T).
 // Grid: (H, T), threads D rounded up to 32. y must not be x.
-KERNEL(1024, 1) rope_rows(const float* x, const float* inv_freq, const int* positions, float* y, int D, int half,
-                     int stride, float factor, int interleaved) {
+KERNEL(1024, 1)
+rope_rows(const float* x, const float* inv_freq, const int* positions, float* y, int D, int half, int stride,
+          float factor, int interleaved) {
   const float* in = x + size_t(blockIdx.y) * stride + size_t(blockIdx.x) * D;
   const int d = threadIdx.x;
   if (d >= D) return;

@@ -16,7 +16,9 @@ struct Shared {
   u32 kept;
 };
 
-DEVICE u64 mass_of(u32 key) { return u64(expf(-float(key) * 1.4901161e-8f) * 1.0995116e12f); }
+DEVICE u64 mass_of(u32 key) {
+  return u64(expf(-float(key) * 1.4901161e-8f) * 1.0995116e12f);
+}
 
 // Where the keys' running sum (of masses, or of ones) first reaches `target` > 0, in ascending order of keys up to
 // `limit`: -> that key; `before` is the sum of all smaller ones. The whole sum must reach target.
@@ -61,8 +63,9 @@ DEVICE u64 block_sum(Shared& s, u64 v) {
 
 // logits (V) float; keys, ids (V) scratch; token (1), -1 if a logit is not finite. temperature 0: the largest,
 // the first of equals. top_k 0, top_p 1, min_p 0: off. chance in [0, 1). Grid: 1, 1024 threads.
-KERNEL(1024, 1) sample(const float* logits, u32* keys, int* ids, int* token, int V, float temperature, int top_k,
-                       float top_p, float min_p, double chance) {
+KERNEL(1024, 1)
+sample(const float* logits, u32* keys, int* ids, int* token, int V, float temperature, int top_k, float top_p,
+       float min_p, double chance) {
   __shared__ Shared s;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float top = -INFINITE;

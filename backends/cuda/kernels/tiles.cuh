@@ -1,9 +1,9 @@
 // Reading a weight in tiles (the layout is drawn in weights.py). BITS is 4 or 8, GROUP 32, 64 or 128.
 #pragma once
 
-constexpr int LOADS = BITS / 2;           // 16-byte loads of a lane a unit (16 rows x 128 inputs)
-constexpr int GROUPS = 128 / GROUP;       // groups in a unit
-constexpr int OFFSET = 1024;              // what a code is offset by as it stands in a half: rows 0..7
+constexpr int LOADS = BITS / 2;                     // 16-byte loads of a lane a unit (16 rows x 128 inputs)
+constexpr int GROUPS = 128 / GROUP;                 // groups in a unit
+constexpr int OFFSET = 1024;                        // what a code is offset by as it stands in a half: rows 0..7
 constexpr int OFFSET_HIGH = BITS == 4 ? 64 : 1024;  // and rows 8..15
 
 // The A operand of mma (c, j) of a unit: a[2p + r] = halves OFFSET + q. Under a half's exponent 2^10 the
@@ -26,5 +26,9 @@ DEVICE void operand(u32 (&a)[4], const uint4* unit, int c, int j) {
   }
 }
 
-DEVICE size_t unit_at(int tile, int unit, int units) { return (size_t(tile) * units + unit) * (LOADS * 32); }
-DEVICE size_t group_at(int tile, int group, int units) { return (size_t(tile) * units * GROUPS + group) * 8; }
+DEVICE size_t unit_at(int tile, int unit, int units) {
+  return (size_t(tile) * units + unit) * (LOADS * 32);
+}
+DEVICE size_t group_at(int tile, int group, int units) {
+  return (size_t(tile) * units * GROUPS + group) * 8;
+}

@@ -23,8 +23,7 @@ KERNEL(256, 2) dequantise(const uint4* codes, const uint2* scales, u16* y, int f
       for (int i = 0; i < 4; i++) {
         const u32 pairs = i % 2 ? s.y : s.x;
         const float scale = low(pairs), bias = high(pairs), offset = i % 2 ? OFFSET_HIGH : OFFSET;
-        out[i % 2][2 * j + i / 2] =
-            pair(fmaf(low(a[i]) - offset, scale, bias), fmaf(high(a[i]) - offset, scale, bias));
+        out[i % 2][2 * j + i / 2] = pair(fmaf(low(a[i]) - offset, scale, bias), fmaf(high(a[i]) - offset, scale, bias));
       }
     }
 #pragma unroll
