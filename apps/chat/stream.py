@@ -179,8 +179,8 @@ class MarkdownAnswer:
         """The open row's prefix and source, wrapped; not final: as it may turn out."""
         words = self.prefix.copy()
         words.append_text(markdown.inline(source if final else markdown.provisional(source), line.style))
-        # Terminals and tables disagree about the width of some emoji: two cells of slack where there may be any.
-        width = max(8, self.console.width - line.indent - (0 if words.plain.isascii() else 2))
+        # Terminals and tables disagree about the width of some emoji: two cells of slack.
+        width = max(8, self.console.width - line.indent - 2)
         rows = words.wrap(self.console, width, overflow="fold") if words else [Text()]
         again = self.line is not None
         return [
