@@ -56,7 +56,8 @@ def load(
     name, why = choose(backend)
     device_backend = create(name, exact, threads)
     device = replace(device_backend.describe(), why=why)
-    shown = str(model) if str(model) == "demo" else checkpoint.folder.name
+    is_folder = str(model) != "demo" and Path(model).expanduser().is_dir()
+    shown = checkpoint.folder.resolve().name if is_folder else str(model)
     return Model(shown, checkpoint, config, device_backend, device, capacity, progress)
 
 
