@@ -57,7 +57,7 @@ class Arena:
         piece = np.frombuffer(self._chunk.data, np.uint8, size, self._at)
         self._at += -(-size // ALIGN) * ALIGN
         self.used += size
-        weakref.finalize(piece, self._give_back, size)
+        weakref.finalize(piece, self._give_back, size).atexit = False
         return piece
 
     def _give_back(self, size: int) -> None:
@@ -78,12 +78,13 @@ class Scratch:
         """An array with arbitrary contents."""
         count = int(np.prod(shape, dtype=np.int64))
         size = max(4096, 1 << (4 * count - 1).bit_length()) if count else 4096
-        if self._free[size]:
-            area = self._free[size].pop()
-        else:
+        free = self._free[size]
+        try:
+            area = free.pop()
+        except IndexError:
             area = mmap.mmap(-1, size)
             self.held += size
         # Views of `a` keep `a` alive (its own base is no ndarray), so it dies with the last of them.
         a = np.frombuffer(area, np.float32, count)
-        weakref.finalize(a, self._free[size].append, area)
+        weakref.finalize(a, free.append, area).atexit = False
         return a.reshape(shape)

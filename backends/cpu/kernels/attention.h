@@ -112,14 +112,15 @@ template <class KV, int R>
 inline void score(const float* q, const typename KV::T* keys, int dim, int count, float* out) {
   for (int t = 0; t < count; t += 16 * KV_TILES, keys += (size_t)16 * KV_TILES * dim) {
     F s[R][NK];
-    repeat<R>([&](auto r) { repeat<NK>([&](auto v) { s[r.value][v.value] = all(0); }); });
+    repeat<R>([&](auto r) ALWAYS { repeat<NK>([&](auto v) ALWAYS { s[r.value][v.value] = all(0); }); });
     for (int d = 0; d < dim; d++)
-      repeat<NK>([&](auto v) {
+      repeat<NK>([&](auto v) ALWAYS {
         const F k = KV::get(keys + (v.value * W / 16) * 16 * dim + d * 16 + v.value * W % 16);
-        repeat<R>([&](auto r) { s[r.value][v.value] = fma(k, all(q[r.value * dim + d]), s[r.value][v.value]); });
+        repeat<R>([&](auto r) ALWAYS { s[r.value][v.value] = fma(k, all(q[r.value * dim + d]), s[r.value][v.value]); });
       });
-    repeat<R>(
-        [&](auto r) { repeat<NK>([&](auto v) { st(out + r.value * KEYS + t + v.value * W, s[r.value][v.value]); }); });
+    repeat<R>([&](auto r) ALWAYS {
+      repeat<NK>([&](auto v) ALWAYS { st(out + r.value * KEYS + t + v.value * W, s[r.value][v.value]); });
+    });
   }
 }
 
@@ -129,16 +130,17 @@ inline void weigh(const float* p, const typename KV::T* values, int dim_pad, int
   constexpr int N = 16 / W;
   for (int d = 0; d < dim_pad; d += 16) {
     F a[R][N];
-    repeat<R>([&](auto r) {
-      repeat<N>([&](auto v) { a[r.value][v.value] = ld(acc + r.value * dim_pad + d + v.value * W); });
+    repeat<R>([&](auto r) ALWAYS {
+      repeat<N>([&](auto v) ALWAYS { a[r.value][v.value] = ld(acc + r.value * dim_pad + d + v.value * W); });
     });
     for (int j = 0; j < count; j++)
-      repeat<N>([&](auto v) {
+      repeat<N>([&](auto v) ALWAYS {
         const F x = KV::get(values + (size_t)j * dim_pad + d + v.value * W);
-        repeat<R>([&](auto r) { a[r.value][v.value] = fma(x, all(p[r.value * KEYS + j]), a[r.value][v.value]); });
+        repeat<R>([&](auto r)
+                      ALWAYS { a[r.value][v.value] = fma(x, all(p[r.value * KEYS + j]), a[r.value][v.value]); });
       });
-    repeat<R>([&](auto r) {
-      repeat<N>([&](auto v) { st(acc + r.value * dim_pad + d + v.value * W, a[r.value][v.value]); });
+    repeat<R>([&](auto r) ALWAYS {
+      repeat<N>([&](auto v) ALWAYS { st(acc + r.value * dim_pad + d + v.value * W, a[r.value][v.value]); });
     });
   }
 }

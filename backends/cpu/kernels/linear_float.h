@@ -42,33 +42,34 @@ template <int R, class Load>
 inline void float_micro(Load weight, int n, const float* x, int64_t stride, float* acc) {
   constexpr int C = R == 1 ? 4 / (V < 4 ? V : 4) : 1;  // one row needs several sums to hide the latency
   F a[R][V][C];
-  repeat<R>([&](auto r) {
-    repeat<V>([&](auto v) {
+  repeat<R>([&](auto r) ALWAYS {
+    repeat<V>([&](auto v) ALWAYS {
       a[r.value][v.value][0] = ld(acc + r.value * 16 + v.value * W);
-      for (int c = 1; c < C; c++) a[r.value][v.value][c] = all(0);
+      repeat<C - 1>([&](auto c) ALWAYS { a[r.value][v.value][c.value + 1] = all(0); });
     });
   });
   int k = 0;
   for (; k + C <= n; k += C)
-    repeat<C>([&](auto c) {
-      repeat<V>([&](auto v) {
+    repeat<C>([&](auto c) ALWAYS {
+      repeat<V>([&](auto v) ALWAYS {
         const F line = weight(k + c.value, v.value);
-        repeat<R>([&](auto r) {
+        repeat<R>([&](auto r) ALWAYS {
           F& y = a[r.value][v.value][c.value];
           y = fma(line, all(x[r.value * stride + k + c.value]), y);
         });
       });
     });
   for (; k < n; k++)
-    repeat<V>([&](auto v) {
+    repeat<V>([&](auto v) ALWAYS {
       const F line = weight(k, v.value);
-      repeat<R>(
-          [&](auto r) { a[r.value][v.value][0] = fma(line, all(x[r.value * stride + k]), a[r.value][v.value][0]); });
+      repeat<R>([&](auto r) ALWAYS {
+        a[r.value][v.value][0] = fma(line, all(x[r.value * stride + k]), a[r.value][v.value][0]);
+      });
     });
-  repeat<R>([&](auto r) {
-    repeat<V>([&](auto v) {
+  repeat<R>([&](auto r) ALWAYS {
+    repeat<V>([&](auto v) ALWAYS {
       F y = a[r.value][v.value][0];
-      for (int c = 1; c < C; c++) y = add(y, a[r.value][v.value][c]);
+      repeat<C - 1>([&](auto c) ALWAYS { y = add(y, a[r.value][v.value][c.value + 1]); });
       st(acc + r.value * 16 + v.value * W, y);
     });
   });
@@ -80,7 +81,7 @@ inline void float_tile(const Weight& w, int index, const float* x, int64_t strid
   memset(acc, 0, sizeof(float) * 16 * (size_t)rows);
   if (rows == 1 && w.kind > INT8) {
     const int kind = w.kind;
-    auto run = [&](auto load) { float_micro<1>(load, w.k, x, 0, acc); };
+    auto run = [&](auto load) ALWAYS { float_micro<1>(load, w.k, x, 0, acc); };
     if (kind == F16) return run([=](int k, int v) { return ldh((const uint16_t*)tile + (size_t)k * 16 + v * W); });
     if (kind == BF16) return run([=](int k, int v) { return ldb((const uint16_t*)tile + (size_t)k * 16 + v * W); });
     return run([=](int k, int v) { return ld((const float*)tile + (size_t)k * 16 + v * W); });

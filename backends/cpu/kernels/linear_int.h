@@ -48,10 +48,10 @@ inline Tail tail_of(const Weight& w, const uint8_t* p) {
 template <bool WIDE, int R, int C, class A>
 inline void sixteen(const uint8_t* q, const Quads* x, A (*acc)[V][C], const uint8_t* ahead) {
   constexpr bool TIGHT = A::ROOM < 4 / C;
-  repeat<WIDE ? 4 : 2>([&](auto line) { fetch(ahead + 64 * line.value); });
-  repeat<V>([&](auto vector) {
+  repeat<WIDE ? 4 : 2>([&](auto line) ALWAYS { fetch(ahead + 64 * line.value); });
+  repeat<V>([&](auto vector) ALWAYS {
     constexpr int v = decltype(vector)::value;
-    repeat<2>([&](auto part) {
+    repeat<2>([&](auto part) ALWAYS {
       constexpr int h = decltype(part)::value, L = 2 * h;
       Codes a, b;
       if constexpr (WIDE) {
@@ -60,7 +60,7 @@ inline void sixteen(const uint8_t* q, const Quads* x, A (*acc)[V][C], const uint
         const Codes c = codes(q + 64 * h + 4 * W * v);
         a = low(c), b = high(c);
       }
-      repeat<R>([&](auto row) {
+      repeat<R>([&](auto row) ALWAYS {
         constexpr int r = decltype(row)::value;
         acc[r][v][L % C].template add<L>(a, x[r]);
         acc[r][v][(L + 1) % C].template add<L + 1>(b, x[r]);
@@ -82,26 +82,31 @@ inline void tile_rows(const Weight& w, const uint8_t* tile, const Quantised& a, 
     for (int v = 0; v < V; v++) sum[r][v] = all(0);
   for (int g = 0; g < groups; g++, tile += block) {
     A acc[R][V][C];
+    repeat<R>([&](auto r) ALWAYS {
+      repeat<V>([&](auto v) ALWAYS { repeat<C>([&](auto c) ALWAYS { acc[r.value][v.value][c.value].clear(); }); });
+    });
     const int8_t* x = a.x + (int64_t)row * w.k + g * w.group;
-    for (int s = 0; s < steps;) {
-      const int end = lesser(steps, s + STEPS);
-      for (; s < end; s++) {
-        Quads quad[R];
-        repeat<R>([&](auto r) { quad[r.value] = quads(x + (int64_t)r.value * w.k + 16 * s); });
-        sixteen<WIDE, R, C>(tile + s * LINES, quad, acc, tile + s * LINES + ahead);
-      }
-      repeat<R>([&](auto r) {
-        repeat<V>([&](auto v) { repeat<C>([&](auto c) { acc[r.value][v.value][c.value].flush(); }); });
-      });
-    }
+    in_runs<STEPS>(
+        steps,
+        [&](int s) ALWAYS {
+          Quads quad[R];
+          repeat<R>([&](auto r) ALWAYS { quad[r.value] = quads(x + (int64_t)r.value * w.k + 16 * s); });
+          sixteen<WIDE, R, C>(tile + s * LINES, quad, acc, tile + s * LINES + ahead);
+        },
+        [&]() ALWAYS {
+          repeat<R>([&](auto r) ALWAYS {
+            repeat<V>([&](auto v)
+                          ALWAYS { repeat<C>([&](auto c) ALWAYS { acc[r.value][v.value][c.value].flush(); }); });
+          });
+        });
     const Tail t = tail_of<WIDE>(w, tile + steps * LINES);
-    repeat<R>([&](auto r) {
+    repeat<R>([&](auto r) ALWAYS {
       const int64_t at = (int64_t)(row + r.value) * groups + g;
       const F xs = all(a.scale[at]), xsum = all(a.sum[at]);
-      repeat<V>([&](auto v) {
+      repeat<V>([&](auto v) ALWAYS {
         F d = to_float(acc[r.value][v.value][0].sum());
         if constexpr (C > 1)
-          repeat<C - 1>([&](auto c) { d = add(d, to_float(acc[r.value][v.value][c.value + 1].sum())); });
+          repeat<C - 1>([&](auto c) ALWAYS { d = add(d, to_float(acc[r.value][v.value][c.value + 1].sum())); });
         F& y = sum[r.value][v.value];
         y = fma(d, mul(t.scale[v.value], xs), fma(t.bias[v.value], xsum, y));
       });
@@ -158,20 +163,23 @@ inline void micro(const uint8_t* u, int quadruples, const int8_t* x, const float
                   const F* bias, float* acc) {
   using A = Acc<WIDE>;
   A a[PANEL][NV];
-  for (int k = 0; k < quadruples;) {
-    const int end = A::ROOM < quadruples - k ? k + A::ROOM : quadruples;
-    for (; k < end; k++, u += 4 * STRIP, x += 4 * PANEL) {
-      Codes w[NV];
-      repeat<NV>([&](auto v) { w[v.value] = codes(u + 4 * W * v.value); });
-      const Quads quad = quads(x);
-      repeat<PANEL>(
-          [&](auto i) { repeat<NV>([&](auto v) { a[i.value][v.value].template add<i.value>(w[v.value], quad); }); });
-    }
-    repeat<PANEL>([&](auto i) { repeat<NV>([&](auto v) { a[i.value][v.value].flush(); }); });
-  }
-  repeat<PANEL>([&](auto i) {
+  repeat<PANEL>([&](auto i) ALWAYS { repeat<NV>([&](auto v) ALWAYS { a[i.value][v.value].clear(); }); });
+  in_runs<A::ROOM>(
+      quadruples,
+      [&](int k) ALWAYS {
+        Codes w[NV];
+        repeat<NV>([&](auto v) ALWAYS { w[v.value] = codes(u + (int64_t)k * 4 * STRIP + 4 * W * v.value); });
+        const Quads quad = quads(x + (int64_t)k * 4 * PANEL);
+        repeat<PANEL>([&](auto i) ALWAYS {
+          repeat<NV>([&](auto v) ALWAYS { a[i.value][v.value].template add<i.value>(w[v.value], quad); });
+        });
+      },
+      [&]() ALWAYS {
+        repeat<PANEL>([&](auto i) ALWAYS { repeat<NV>([&](auto v) ALWAYS { a[i.value][v.value].flush(); }); });
+      });
+  repeat<PANEL>([&](auto i) ALWAYS {
     const F s = all(xs[i.value]), m = all(xsum[i.value]);
-    repeat<NV>([&](auto v) {
+    repeat<NV>([&](auto v) ALWAYS {
       float* o = acc + i.value * STRIP + v.value * W;
       const F d = to_float(a[i.value][v.value].sum());
       st(o, fma(d, mul(scale[v.value], s), fma(bias[v.value], m, ld(o))));

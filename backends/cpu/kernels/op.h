@@ -143,7 +143,7 @@ struct PackOp {
 };
 
 // What the machine can do at best, for benchmarks to compare with: reads `bytes` at data once, or with data null
-// does `work` steps of PROBE_DOTS int8 dot products with every thread. `sink` receives something of it all.
+// does `work` times 16 rounds of int8 dot products with every thread. `sink` receives something of it all.
 struct ProbeOp {
   int32_t code, rows;
   const uint8_t* data;

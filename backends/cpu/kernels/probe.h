@@ -10,13 +10,14 @@ inline void probe_read(const ProbeOp& op, const Worker& me) {
   constexpr int64_t STRETCH = 1 << 20;
   constexpr int N = 4;
   Acc<false> a[N];
+  repeat<N>([&](auto n) ALWAYS { a[n.value].clear(); });
   const int8_t ones[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
   const Quads x = quads(ones);
   const int pieces = (int)(op.bytes / STRETCH);
   for (int i; (i = pool_take(me, 1)) < pieces;)
     for (const uint8_t *p = op.data + i * STRETCH, *end = p + STRETCH; p < end; p += 4 * W * N)
-      repeat<N>([&](auto n) { a[n.value].template add<0>(codes(p + 4 * W * n.value), x); });
-  repeat<N>([&](auto n) {
+      repeat<N>([&](auto n) ALWAYS { a[n.value].template add<0>(codes(p + 4 * W * n.value), x); });
+  repeat<N>([&](auto n) ALWAYS {
     a[n.value].flush();
     *op.sink += sum_of(to_float(a[n.value].sum()));
   });
@@ -25,25 +26,29 @@ inline void probe_read(const ProbeOp& op, const Worker& me) {
 // As many sums as the many-row kernel keeps, operands in registers.
 inline void probe_dots(const ProbeOp& op) {
   using A = Acc<false>;
-  constexpr int STEPS = A::ROOM < 16 ? A::ROOM : 16;
   A a[PANEL][NV];
+  repeat<PANEL>([&](auto p) ALWAYS { repeat<NV>([&](auto v) ALWAYS { a[p.value][v.value].clear(); }); });
   alignas(64) uint8_t w[4 * W] = {1};
   const int8_t x[16 * 4] = {1};
   Codes c = codes(w);
   const Quads q = quads(x);
-  for (int64_t i = 0; i < op.work; i++) {
-    for (int s = 0; s < STEPS; s++) {
-      repeat<PANEL>([&](auto p) {
-        repeat<NV>([&](auto v) {
-          hide(c);  // or the product is made once for all
-          a[p.value][v.value].template add<0>(c, q);
+  in_runs<A::ROOM>(
+      (int)op.work * 16,
+      [&](int) ALWAYS {
+        repeat<PANEL>([&](auto p) ALWAYS {
+          repeat<NV>([&](auto v) ALWAYS {
+            hide(c);  // or the product is made once for all
+            a[p.value][v.value].template add<0>(c, q);
+          });
         });
+      },
+      [&]() ALWAYS {
+        repeat<PANEL>([&](auto p) ALWAYS { repeat<NV>([&](auto v) ALWAYS { a[p.value][v.value].flush(); }); });
       });
-    }
-    repeat<PANEL>([&](auto p) { repeat<NV>([&](auto v) { a[p.value][v.value].flush(); }); });
-  }
-  *op.dots = op.work * STEPS * PANEL * NV * W * 8;
-  repeat<PANEL>([&](auto p) { repeat<NV>([&](auto v) { *op.sink += sum_of(to_float(a[p.value][v.value].sum())); }); });
+  *op.dots = op.work * 16 * PANEL * NV * W * 8;
+  repeat<PANEL>([&](auto p) ALWAYS {
+    repeat<NV>([&](auto v) ALWAYS { *op.sink += sum_of(to_float(a[p.value][v.value].sum())); });
+  });
 }
 
 void probe_op(const ProbeOp& op, const Worker& me) {

@@ -125,17 +125,28 @@ inline I quad(Quads x) {
   return _mm256_set1_epi32(four);
 }
 
+// gcc keeps a sum in one register only if its type is the one that the instruction is defined on; __m256i counts as
+// four 64-bit numbers, and every step would copy it.
+#if defined(__GNUC__)
+typedef int32_t Sum __attribute__((vector_size(32)));
+typedef int16_t Short __attribute__((vector_size(32)));
+#else
+using Sum = __m256i;
+using Short = __m256i;
+#endif
+
 #if defined(__AVXVNNI__)
 template <bool WIDE>
 struct Acc {
   static constexpr int ROOM = 1 << 20;
-  I s = _mm256_setzero_si256();
+  Sum s;
+  void clear() { s = (Sum)_mm256_setzero_si256(); }
   template <int L>
   void add(Codes w, Quads x) {
-    s = _mm256_dpbusd_avx_epi32(s, w, quad<L>(x));
+    s = (Sum)_mm256_dpbusd_avx_epi32((I)s, w, quad<L>(x));
   }
   void flush() {}
-  I sum() const { return s; }
+  I sum() const { return (I)s; }
 };
 constexpr int CHAINS = 2, PANEL = 6;
 #else
@@ -143,30 +154,33 @@ constexpr int CHAINS = 2, PANEL = 6;
 template <bool WIDE>
 struct Acc {
   static constexpr int ROOM = 8;
-  I s = _mm256_setzero_si256(), t = s;
+  Sum s;
+  Short t;
+  void clear() { s = (Sum)_mm256_setzero_si256(), t = (Short)_mm256_setzero_si256(); }
   template <int L>
   void add(Codes w, Quads x) {
-    t = _mm256_add_epi16(t, _mm256_maddubs_epi16(w, quad<L>(x)));
+    t = (Short)_mm256_add_epi16((I)t, _mm256_maddubs_epi16(w, quad<L>(x)));
   }
   void flush() {
-    s = _mm256_add_epi32(s, _mm256_madd_epi16(t, _mm256_set1_epi16(1)));
-    t = _mm256_setzero_si256();
+    s = (Sum)_mm256_add_epi32((I)s, _mm256_madd_epi16((I)t, _mm256_set1_epi16(1)));
+    t = (Short)_mm256_setzero_si256();
   }
-  I sum() const { return s; }
+  I sum() const { return (I)s; }
 };
 // Codes up to 255 overflow maddubs' int16: even and odd bytes as int16 each.
 template <>
 struct Acc<true> {
   static constexpr int ROOM = 1 << 20;
-  I s = _mm256_setzero_si256();
+  Sum s;
+  void clear() { s = (Sum)_mm256_setzero_si256(); }
   template <int L>
   void add(Codes w, Quads x) {
     const I q = quad<L>(x), even = _mm256_and_si256(w, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(w, 8);
-    s = _mm256_add_epi32(s, _mm256_madd_epi16(even, _mm256_srai_epi16(_mm256_slli_epi16(q, 8), 8)));
-    s = _mm256_add_epi32(s, _mm256_madd_epi16(odd, _mm256_srai_epi16(q, 8)));
+    s = (Sum)_mm256_add_epi32((I)s, _mm256_madd_epi16(even, _mm256_srai_epi16(_mm256_slli_epi16(q, 8), 8)));
+    s = (Sum)_mm256_add_epi32((I)s, _mm256_madd_epi16(odd, _mm256_srai_epi16(q, 8)));
   }
   void flush() {}
-  I sum() const { return s; }
+  I sum() const { return (I)s; }
 };
 constexpr int CHAINS = 1, PANEL = 4;
 #endif

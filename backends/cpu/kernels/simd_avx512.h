@@ -113,18 +113,27 @@ inline Quads quads(const int8_t* p) {
   return {p};
 }
 
+// gcc keeps a sum in one register only if its type is the one that the instruction is defined on; __m512i counts as
+// eight 64-bit numbers, and every step would copy it.
+#if defined(__GNUC__)
+typedef int32_t Sum __attribute__((vector_size(64)));
+#else
+using Sum = __m512i;
+#endif
+
 template <bool WIDE>
 struct Acc {
   static constexpr int ROOM = 1 << 20;
-  I s = _mm512_setzero_si512();
+  Sum s;
+  void clear() { s = (Sum)_mm512_setzero_si512(); }
   template <int L>
   void add(Codes w, Quads x) {
     int32_t four;
     memcpy(&four, x.p + 4 * L, 4);
-    s = _mm512_dpbusd_epi32(s, w, _mm512_set1_epi32(four));
+    s = (Sum)_mm512_dpbusd_epi32((I)s, w, _mm512_set1_epi32(four));
   }
   void flush() {}
-  I sum() const { return s; }
+  I sum() const { return (I)s; }
 };
 constexpr float WIDE_OFFSET = 0;
 constexpr int CHAINS = 4, PANEL = 12, FLOAT_ROWS = 8;

@@ -120,7 +120,8 @@ inline Quads quads(const int8_t* p) {
 template <bool WIDE>
 struct Acc {
   static constexpr int ROOM = 1 << 20;
-  I s = vdupq_n_s32(0);
+  I s;
+  void clear() { s = vdupq_n_s32(0); }
   template <int L>
   void add(Codes w, Quads x) {
     s = vdotq_laneq_s32(s, w, x, L);
@@ -135,8 +136,12 @@ constexpr int CHAINS = 1, PANEL = 4;
 template <bool WIDE>
 struct Acc {
   static constexpr int ROOM = WIDE ? 2 : 16;
-  I s0 = vdupq_n_s32(0), s1 = s0;
-  int16x8_t t0 = vdupq_n_s16(0), t1 = t0;
+  I s0, s1;
+  int16x8_t t0, t1;
+  void clear() {
+    s0 = s1 = vdupq_n_s32(0);
+    t0 = t1 = vdupq_n_s16(0);
+  }
   template <int L>
   void add(Codes w, Quads x) {
     const int8x16_t four = vreinterpretq_s8_s32(vdupq_laneq_s32(vreinterpretq_s32_s8(x), L));

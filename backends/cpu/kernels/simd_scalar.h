@@ -176,7 +176,8 @@ inline Quads quads(const int8_t* p) {
 template <bool WIDE>
 struct Acc {
   static constexpr int ROOM = 1 << 20;  // how many `add`s may come before a `flush`
-  I s = {};
+  I s;  // set by `clear`, not here: an array's constructor is a loop, and keeps the sums out of registers
+  void clear() { s = {}; }
   template <int L>
   void add(Codes w, Quads x) {
     for (int r = 0; r < W; r++)

@@ -2,6 +2,13 @@
 #pragma once
 #include "op.h"
 
+// Lambdas of unrolled loops must be gone before gcc decides which arrays may live in registers.
+#if defined(__GNUC__)
+#define ALWAYS __attribute__((always_inline))
+#else
+#define ALWAYS
+#endif
+
 namespace {
 
 template <int N>
@@ -10,10 +17,27 @@ struct Int {
 };
 // fn(Int<0>), fn(Int<1>), ... fn(Int<N - 1>)
 template <int N, class Fn>
-inline void repeat(Fn&& fn) {
+ALWAYS inline void repeat(Fn&& fn) {
   if constexpr (N > 0) {
     repeat<N - 1>(fn);
     fn(Int<N - 1>{});
+  }
+}
+
+// step(0), ... step(n - 1), n > 0, and flush() after every ROOM of them and at the end. Sums that need no flush get a
+// single loop that runs at least once: otherwise gcc keeps two copies of each, more than there are registers.
+template <int ROOM, class Step, class Flush>
+ALWAYS inline void in_runs(int n, Step step, Flush flush) {
+  if constexpr (ROOM >= 1 << 16) {
+    int i = 0;
+    do step(i);
+    while (++i < n);
+  } else {
+    for (int i = 0; i < n;) {
+      const int end = ROOM < n - i ? i + ROOM : n;
+      for (; i < end; i++) step(i);
+      flush();
+    }
   }
 }
 
