@@ -2,6 +2,9 @@
 //
 //   fuzz ISA SEED COUNT [THREADS]       0: all within their bounds
 //
+//   cmake -S backends/cpu -B build/asan -DTINYCHAT_TOOLS=ON -DCMAKE_CXX_FLAGS="-g -fsanitize=address,undefined"
+//   cmake --build build/asan --target fuzz && build/asan/fuzz avx2 1 100 3          (likewise: thread)
+//
 // Outputs and inputs lie amid NaN: what is read or written beyond a row shows.
 #include <math.h>
 #include <stdio.h>
