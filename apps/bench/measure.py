@@ -10,7 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -154,13 +154,7 @@ def _open_peer(text: str, plan: Plan, threads: int, stack: ExitStack, say: Say) 
     config = plan.config()
     if program == "torch":
         say("torch: packing weights")
-        linears = _linears(config)
-        options = {
-            "linears": linears,
-            "layers": config["num_hidden_layers"],
-            "threads": threads,
-            "dense": True,
-        }
+        options = {"linears": _linears(config), "layers": config["num_hidden_layers"], "threads": threads}
         worker = _start(stack, "torch", options)
         return Peer("torch", worker, worker.opened())
     say(f"llama.cpp: writing a {file_type} file of this shape")
@@ -170,8 +164,11 @@ def _open_peer(text: str, plan: Plan, threads: int, stack: ExitStack, say: Say) 
     options = {name: getattr(plan, name) for name in ("pp", "tg", "depth")}
     options |= {"path": str(path), "threads": threads, "vocabulary": config["vocab_size"], "repack": repack}
     worker = _start(stack, "llama.cpp", options)
+    about = worker.opened() | {"type": file_type, "weight_bytes": size}
+    with suppress(PermissionError):  # mapped now; where a mapped file stays, the folder's end removes it
+        path.unlink()
     name = f"llama.cpp {file_type}{'' if repack else ' norepack'}"
-    return Peer(name, worker, worker.opened() | {"type": file_type, "weight_bytes": size})
+    return Peer(name, worker, about)
 
 
 def _linears(config: Config) -> list[tuple[int, int]]:

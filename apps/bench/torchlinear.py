@@ -16,7 +16,7 @@ GROUP = 128
 class Subject:
     """The products of as many layers as hold COLD bytes. linears: (N, K) of one layer's."""
 
-    def __init__(self, *, linears: list[tuple[int, int]], layers: int, threads: int, dense: bool) -> None:
+    def __init__(self, *, linears: list[tuple[int, int]], layers: int, threads: int) -> None:
         try:
             self.torch: Any = import_module("torch")
         except ImportError as e:
@@ -25,7 +25,7 @@ class Subject:
         one = sum(n * k for n, k in linears) // 2
         count = max(1, min(layers, -(-COLD // one)))
         self.weights = [self._int4(n, k) for _ in range(count) for n, k in linears]
-        self.dense = [self._dense(n, k) for _ in range(count) for n, k in linears] if dense else []
+        self.dense = [self._dense(n, k) for _ in range(count) for n, k in linears]
         self.count = sum(n * k for n, k in linears) * count
 
     def about(self) -> dict[str, Any]:
