@@ -58,6 +58,7 @@ def _below(result: dict[str, Any]) -> list[str]:
         lines.append(
             f"memory: {result['bandwidth_gb_s']:.1f} GB/s read beside each round ({spread['min']:.1f}–"
             f"{spread['max']:.1f}); decoding uses {result['mbu']:.0%} of it"
+            f"{' (so the model lies in a cache)' if result['mbu'] > 1.1 else ''}"
         )
     text = f"prefill: {result['prefill_gop_s']:.0f} GOP/s as a whole"
     if result["matmul_gop_s"] is not None:
