@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,7 +58,9 @@ class ReferenceBackend(Backend):
 
     def linear(self, x: F32, w: Any) -> F32:
         y: F32 = x @ w.w.T
-        return y if w.bias is None else y + w.bias
+        if w.bias is not None:
+            y += w.bias
+        return y
 
     def norm(self, x: F32, norm: Norm) -> F32:
         if norm.kind == "layer":
@@ -71,7 +73,7 @@ class ReferenceBackend(Backend):
         n = 2 * len(rope.inv_freq)
         angle = step.positions.astype(np.float32)[:, None, None] * rope.inv_freq
         cos, sin = np.cos(angle) * np.float32(rope.factor), np.sin(angle) * np.float32(rope.factor)
-        y = x.copy()
+        y: F32 = x.copy()
         at = (slice(0, n, 2), slice(1, n, 2)) if rope.interleaved else (slice(n // 2), slice(n // 2, n))
         a, b = x[..., at[0]], x[..., at[1]]
         y[..., at[0]], y[..., at[1]] = a * cos - b * sin, a * sin + b * cos
@@ -96,10 +98,12 @@ class ReferenceBackend(Backend):
         return self.act(gate, kind) * up
 
     def add(self, a: F32, b: F32, scale: float = 1.0) -> F32:
-        return a + b * np.float32(scale)
+        y: F32 = a + b * np.float32(scale)
+        return y
 
     def scale(self, x: F32, factor: float) -> F32:
-        return x * np.float32(factor)
+        y: F32 = x * np.float32(factor)
+        return y
 
     def softcap(self, x: F32, cap: float) -> F32:
         y: F32 = np.tanh(x / np.float32(cap)) * np.float32(cap)
@@ -154,7 +158,7 @@ def _gelu_tanh(x: F32) -> F32:
     return y
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[F32], F32]] = {
     "silu": _silu,
     "gelu": _gelu,
     "gelu_tanh": _gelu_tanh,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ def test_pieces_and_single_steps_equal_one_pass(variant: str, backend: str, tiny
 
     def run(cuts: list[int]) -> np.ndarray:
         cache, edges = decoder.new_cache(len(t.ids)), [0, *cuts, len(t.ids)]
-        spans = list(zip(edges, edges[1:], strict=False))
+        spans = list(pairwise(edges))
         return np.concatenate([host(decoder.forward(t.ids[a:b], cache, last_only=False)) for a, b in spans])
 
     bound = TOLERANCE * np.abs(t.logits).max()

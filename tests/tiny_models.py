@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +213,7 @@ def save_renamed(model: Any, model_type: str, folder: Path) -> None:
     save_file({k: np.ascontiguousarray(v) for k, v in state.items()}, folder / "model.safetensors")
 
 
-@lru_cache(maxsize=None)
+@cache
 def tiny(variant: str, root: Path, seed: int = 0, length: int = 40) -> Tiny:
     """Save a tiny model of a variant below root, once, with transformers' logits of random ids."""
     import torch
