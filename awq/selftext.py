@@ -24,6 +24,8 @@ OPENINGS = (
     "import", "def ", "#include <", "function ", "SELECT", "<html>", "# ", "1.", "Q: ", "2 + 2 =",
     "Le", "Der", "El", "Il", "Die", "Les", "На", "中", "日本", "O", "En", "Question:",
 )  # fmt: skip
+# At 1 a small model derails now and then: KL of the demo at 4 bits 0.0032, at 0.9 0.0029, with real text 0.0028.
+TEMPERATURE = 0.9
 MARKS = ("AWQFIRSTMARK", "AWQSECONDMARK", "AWQTHIRDMARK")
 
 
@@ -79,10 +81,10 @@ def write_text(
 
 
 def sampled(logits: F32, rng: np.random.Generator) -> list[int]:
-    """One token a row (B, V), by the model's own probabilities (temperature 1)."""
+    """One token a row (B, V), at TEMPERATURE."""
     if not np.isfinite(logits).all():
         raise TinychatError("the model's logits are not finite: its weights are damaged or overflow")
-    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p = np.exp((logits - logits.max(-1, keepdims=True)) / np.float32(TEMPERATURE))
     total = np.cumsum(p, axis=-1, dtype=np.float64)
     at = rng.random(len(p)) * total[:, -1]
     return [int(np.searchsorted(row, a, side="right")) for row, a in zip(total, at, strict=True)]
