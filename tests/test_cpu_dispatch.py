@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+import tinychat_mlx
 
 # A quantised product of one, few and many rows and an attention; prints the instruction set and a checksum of the bits.
 SCRIPT = """
@@ -36,7 +36,11 @@ print(backend.engine.isa, zlib.crc32(b"".join(x.tobytes() for x in out)))
 def run(*command: str, **environment: str) -> str:
     # The processor's own choices in NumPy's libraries are not what is tested here.
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"} | environment
-    done = subprocess.run([*command, "-c", SCRIPT], capture_output=True, text=True, check=False, env=env)
+    # An editable install is found through hooks that the bare interpreter does not run: give it the folders.
+    found = f"import tinychat_mlx\ntinychat_mlx.__path__[:] = {list(tinychat_mlx.__path__)!r}\n"
+    done = subprocess.run(
+        [*command, "-c", found + SCRIPT], capture_output=True, text=True, check=False, env=env
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.strip()
 
