@@ -81,16 +81,17 @@ def round_layer(weights: LayerWeights, form: Form) -> QuantizedLayer:
 
 
 def quantize_layer(
-    weights: LayerWeights, moments: Mapping[str, Moments], form: Form, compare: bool = False
+    weights: LayerWeights, moments: dict[str, Moments], form: Form, compare: bool = False
 ) -> QuantizedLayer:
     """Scale, fold and quantise a layer whose sites' inputs have these moments.
 
     From the last site to the first: a site's scales go into rows that an earlier site quantises.
+    Takes each site's moments out of `moments`, for they are large.
     compare: with awq+, also measure what the published algorithm would have done.
     """
     weights, parts, reports = weights.copy(), {}, []
     for site in reversed(sites(weights.config)):
-        m = moments[site.key]
+        m = moments.pop(site.key)
         plain = _Attempt(weights, _rounded(weights, site, form), np.ones(1, np.float32), 0.0)
         others = {}
         if isinstance(m, FullMoments):
@@ -111,6 +112,7 @@ def quantize_layer(
         parts.update(kept.parts)
         report = SiteReport(site.key, site.roles, rtn, min(rtn, error), kept.alpha, not error < rtn, others)
         reports.append(report)
+        del judge  # and with it this site's moments
     return QuantizedLayer(weights, parts, tuple(reversed(reports)))
 
 
@@ -178,7 +180,7 @@ def _published(weights: LayerWeights, site: Site, moments: BlockMoments, form: F
     return _Attempt(scaled, parts, s, alpha)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Prepared:
     """A site made ready for error feedback. h and f are in the order of quantisation, wanted (N, K) is not.
 
@@ -228,6 +230,7 @@ def _plus(
     h /= so
     wt = np.ascontiguousarray(scaled.stacked(site).T[order])
     wt += prepared.correction * so
+    del prepared.wanted, prepared.correction
     codes = _fed_codes(
         wt, order, feedback.Factor(f.u, (f.d / np.square(so[:, 0])).astype(np.float32)), h, form
     )
