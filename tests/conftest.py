@@ -40,3 +40,10 @@ def backend(backend_name: str, monkeypatch: pytest.MonkeyPatch) -> Backend:
             pytest.skip(f"{module} is not installed")
     monkeypatch.setenv("TINYCHAT_CUDA_DEVICE", "cpu")
     return create(backend_name, exact=True, threads=2)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A chat in a pseudo-terminal runs in real time: on a busy machine a missed beat is tried again."""
+    for item in items:
+        if "chats" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.flaky(reruns=2))

@@ -305,7 +305,7 @@ def test_killed_in_the_middle_of_an_answer_it_continues_with_what_was_said(
     first = chats(answers=["word " * 500], piece=5, delay=0.01)
     first.prompt()
     first.type("go" + ENTER)
-    first.wait("word " * 15)
+    first.wait("word " * 10)
     time.sleep(0.5)
     first.child.kill(9)
     first.exit_code()
