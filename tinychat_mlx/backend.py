@@ -240,7 +240,7 @@ class Backend:
         return self.linear(self.norm(x, norm), w)
 
     def linear_add(self, x: Tensor, w: Handle, residual: Tensor) -> Tensor:
-        """residual + linear(x, w)."""
+        """residual + linear(x, w); leaves residual as it is, for parallel blocks read it again."""
         return self.add(residual, self.linear(x, w))
 
     def mlp(self, x: Tensor, mlp: Mlp, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
