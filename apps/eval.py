@@ -63,6 +63,7 @@ def _lines(q: Quality) -> str:
     lines = [f"perplexity  {q.ppl:.4f} ± {q.ppl_se:.4f}   ({q.tokens} tokens in windows of {q.window})"]
     if q.kl_mean is not None:
         lines += [
+            f"other       {q.against_ppl:.4f} ± {q.against_ppl_se:.4f}   (its perplexity)",
             f"KL mean     {q.kl_mean:.5f} ± {q.kl_mean_se:.5f} nats",
             f"KL 99 %     {q.kl_p99:.5f} ± {q.kl_p99_se:.5f} nats",
             f"top-1       {q.top1:.2%} ± {q.top1_se:.2%} agree",

@@ -31,12 +31,16 @@ class Decoding(Protocol):
     def forward(self, ids: Sequence[int], cache: Cache, last_only: bool = True) -> Tensor: ...
 
 
-Scores = Callable[[Sequence[int]], Iterator[F32]]  # tokens of a window -> logits (ROWS, V), piece after piece
+# Tokens of a window, and where it begins in the text -> logits (rows, V), piece after piece.
+Scores = Callable[[Sequence[int], int], Iterator[F32]]
 
 
 @dataclass(frozen=True)
 class Quality:
-    """kl: mean over tokens of KL(against ‖ model) in nats; top1: share of tokens where both choose the same."""
+    """kl: mean over tokens of KL(against ‖ model) in nats; top1: share of tokens where both choose the same.
+
+    _se: standard error. against_ppl: the other model's perplexity.
+    """
 
     ppl: float
     ppl_se: float
@@ -48,6 +52,8 @@ class Quality:
     kl_p99_se: float | None = None
     top1: float | None = None
     top1_se: float | None = None
+    against_ppl: float | None = None
+    against_ppl_se: float | None = None
 
     def as_dict(self) -> dict[str, float]:
         """Without what was not measured."""
@@ -57,7 +63,7 @@ class Quality:
 def scores(decoder: Decoding, to_host: Callable[[Tensor], F32]) -> Scores:
     """A model as a function from a window to its logits."""
 
-    def of(ids: Sequence[int]) -> Iterator[F32]:
+    def of(ids: Sequence[int], _: int) -> Iterator[F32]:
         cache = decoder.new_cache(len(ids))
         for at in range(0, len(ids), ROWS):
             yield to_host(decoder.forward(ids[at : at + ROWS], cache, last_only=False))
@@ -76,41 +82,44 @@ def evaluate(
     starts = [at for at in range(0, len(ids), window) if len(ids) - at > 1]
     if not starts:
         raise UsageError(f"the text has {len(ids)} tokens: at least two are needed")
-    nll, kl, same = [], [], []
+    windows = []
     for i, at in enumerate(starts):
-        piece = ids[at : at + window]
-        rows = _window(piece, model, against)
-        nll.append(rows[0])
-        kl.append(rows[1])
-        same.append(rows[2])
+        windows.append(_window(ids[at : at + window], at, model, against))
         watch(i + 1, len(starts))
-    mean, se = clustered(nll)
-    ppl = float(np.exp(mean))
-    quality = Quality(ppl, ppl * se, sum(map(len, nll)), window)
+    nll, kl, same, other = zip(*windows, strict=True)
+    quality = Quality(*perplexity(nll), sum(map(len, nll)), window)
     if against is None:
         return quality
     p99 = float(np.percentile(np.concatenate(kl), 99))
-    measured = (*clustered(kl), p99, percentile_error(kl, 99), *clustered(same))
+    measured = (*clustered(kl), p99, percentile_error(kl, 99), *clustered(same), *perplexity(other))
     return Quality(quality.ppl, quality.ppl_se, quality.tokens, window, *measured)
 
 
-def _window(ids: Sequence[int], model: Scores, against: Scores | None) -> tuple[F64, F64, F64]:
-    """-> for each token but the first its negative log-likelihood, the KL there, whether the choices agree."""
-    out: tuple[list[F64], list[F64], list[F64]] = ([], [], [])
+def perplexity(nll: Sequence[F64]) -> tuple[float, float]:
+    """Negative log-likelihoods, window by window -> perplexity and its standard error."""
+    mean, se = clustered(nll)
+    ppl = float(np.exp(mean))
+    return ppl, ppl * se
+
+
+def _window(ids: Sequence[int], start: int, model: Scores, against: Scores | None) -> list[F64]:
+    """-> for each token but the first its -log likelihood, the KL there, whether the choices agree, and the
+    other model's -log likelihood."""
+    out: tuple[list[F64], ...] = ([], [], [], [])
     wanted = np.asarray(ids[1:], np.intp)
-    others = against(ids) if against is not None else None
+    others = against(ids, start) if against is not None else None
     at = 0
-    for logits in model(ids):
-        rows = min(len(logits), len(wanted) - at)
-        log_q = log_softmax(logits[:rows])
-        out[0].append(-log_q[np.arange(rows), wanted[at : at + rows]])
+    for logits in model(ids, start):
+        rows = np.arange(min(len(logits), len(wanted) - at))
+        log_q, next_ids = log_softmax(logits[: len(rows)]), wanted[at : at + len(rows)]
+        out[0].append(-log_q[rows, next_ids])
         if others is not None:
-            log_p = log_softmax(next(others)[:rows])
+            log_p = log_softmax(next(others)[: len(rows)])
             out[1].append(np.einsum("tv,tv->t", np.exp(log_p), log_p - log_q))
             out[2].append((log_p.argmax(-1) == log_q.argmax(-1)).astype(np.float64))
-        at += rows
-    nll, kl, same = (np.concatenate(column) if column else np.empty(0) for column in out)
-    return nll, kl, same
+            out[3].append(-log_p[rows, next_ids])
+        at += len(rows)
+    return [np.concatenate(column) if column else np.empty(0) for column in out]
 
 
 def log_softmax(logits: F32) -> F64:

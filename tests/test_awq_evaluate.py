@@ -22,7 +22,7 @@ rng = np.random.default_rng(0)
 def model(table: np.ndarray) -> Scores:
     """A bigram model: logits of the next token are a row of the table."""
 
-    def of(ids: Sequence[int]) -> Iterator[np.ndarray]:
+    def of(ids: Sequence[int], _: int) -> Iterator[np.ndarray]:
         for at in range(0, len(ids), ROWS):
             yield table[np.asarray(ids[at : at + ROWS])]
 
@@ -47,7 +47,8 @@ def test_measures_are_those_of_the_definition() -> None:
     at = [i for i in range(1499) if (i + 1) % 400]
     before, after = ids[at], ids[np.array(at) + 1]
     kl = (np.exp(log[0]) * (log[0] - log[1])).sum(-1)[before]
-    assert got.ppl == pytest.approx(np.exp(-log[1][before, after].mean()))
+    for perplexity, logs in ((got.ppl, log[1]), (got.against_ppl, log[0])):
+        assert perplexity == pytest.approx(np.exp(-logs[before, after].mean()))
     assert got.kl_mean == pytest.approx(kl.mean()) and got.kl_p99 == pytest.approx(np.percentile(kl, 99))
     assert got.top1 == pytest.approx((log[0].argmax(-1) == log[1].argmax(-1))[before].mean())
 

@@ -1,0 +1,88 @@
+"""A whole model's logits on a text, with one decoder layer of it in memory at a time.
+
+Two models side by side, one of them dense, would take more memory than the conversion did. Here the text's rows
+go through layer after layer; only the last rows (T, C), the final norm and the head stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from tinychat_mlx.awq.evaluate import ROWS, Scores
+from tinychat_mlx.awq.record import embedded_rows, steps
+from tinychat_mlx.awq.tensors import rounded_rows
+from tinychat_mlx.backend import Backend, CacheShape, Segment
+from tinychat_mlx.config import ModelConfig
+from tinychat_mlx.decoder import Graph, Loader, Source
+from tinychat_mlx.weight import F32, Dense, Packed, Weight
+
+LOGITS = 1 << 22  # numbers (rows, V) of one model in memory at once: 34 MB in float64, several times over
+
+
+class Rounded:
+    """Dense weights, rounded plainly to the form in which `like` holds them: what rtn makes, unwritten."""
+
+    def __init__(self, source: Source, like: Source) -> None:
+        self.source, self.like = source, like
+
+    def has(self, name: str) -> bool:
+        return self.source.has(name)
+
+    def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
+        weight, form = self.source.weight(module, shape), self.like.weight(module, shape)
+        if isinstance(weight, Dense) and isinstance(form, Packed):
+            return rounded_rows(weight, form.w_bit, form.group_size)
+        return weight
+
+    def vector(self, name: str) -> F32:
+        return self.source.vector(name)
+
+
+def streamed(
+    config: ModelConfig,
+    source: Source,
+    backend: Backend,
+    ids: Sequence[int],
+    window: int,
+    watch: Callable[[], None] = lambda: None,
+) -> Scores:
+    """Run a text through all layers -> its logits, for `evaluate` with the same text and window.
+
+    watch is called after each layer.
+    """
+    graph, loader = Graph(config, backend), Loader(config, source, backend)
+    x = last_rows(graph, loader, ids, window, watch)
+    role = "head" if source.has(config.spec.name("head")) else "embed"
+    norm, head = (
+        loader.final_norm(),
+        backend.pack(loader.weight(role, None, config.vocab_size, config.hidden_size)),
+    )
+    rows = max(1, min(ROWS, LOGITS // config.vocab_size))
+
+    def of(piece: Sequence[int], start: int) -> Iterator[F32]:
+        for at in range(start, start + len(piece), rows):
+            part = backend.put(x[at : min(at + rows, start + len(piece))])
+            yield backend.to_host(graph.logits(part, norm, head))
+
+    return of
+
+
+def last_rows(
+    graph: Graph, loader: Loader, ids: Sequence[int], window: int, watch: Callable[[], None]
+) -> F32:
+    """-> what leaves the last layer (T, C); every window of the text starts at position 0."""
+    config, backend = graph.config, graph.backend
+    x = embedded_rows(config, loader.source, backend, np.asarray(ids, np.int32), window)
+    shape = CacheShape(1, config.num_key_value_heads, config.head_dim)
+    for number in range(config.num_hidden_layers):
+        layer = loader.layer(number)
+        layer = replace(layer, attention=replace(layer.attention, layer=0))  # a cache for one layer
+        for piece in steps(len(x), window):
+            starts = range(piece.start, piece.stop, window)
+            parts = [Segment(backend.new_cache(shape, window), min(window, piece.stop - s)) for s in starts]
+            x[piece] = backend.to_host(graph.block(backend.put(x[piece]), layer, backend.step(parts)))
+        watch()
+    return x
