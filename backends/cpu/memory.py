@@ -25,8 +25,8 @@ ALIGN = 64
 def raw(size: int, huge: bool = False) -> Bytes:
     """Zeroed memory of `size` bytes, aligned to 64 bytes; huge: to 2 MiB, and advised to be huge pages."""
     if not huge:
-        return np.frombuffer(mmap.mmap(-1, max(size, 1)), np.uint8)[:size]
-    area = mmap.mmap(-1, size + HUGE)
+        return np.frombuffer(_anonymous(max(size, 1)), np.uint8)[:size]
+    area = _anonymous(size + HUGE)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         try:
             area.madvise(mmap.MADV_HUGEPAGE)
@@ -35,6 +35,13 @@ def raw(size: int, huge: bool = False) -> Bytes:
     whole = np.frombuffer(area, np.uint8)
     start = -address(whole) % HUGE
     return whole[start : start + size]
+
+
+def _anonymous(size: int) -> mmap.mmap:
+    """Private to this process. Python's default is shared memory, to which most Linux systems give no huge pages."""
+    if hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, size)  # Windows
 
 
 def address(a: npt.NDArray[Any]) -> int:
@@ -82,7 +89,7 @@ class Scratch:
         try:
             area = free.pop()
         except IndexError:
-            area = mmap.mmap(-1, size)
+            area = _anonymous(size)
             self.held += size
         # Views of `a` keep `a` alive (its own base is no ndarray), so it dies with the last of them.
         a = np.frombuffer(area, np.float32, count)
