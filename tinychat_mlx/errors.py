@@ -9,6 +9,10 @@ class ModelNotFoundError(TinychatError):
     """A model name or path that leads nowhere."""
 
 
+class DownloadError(TinychatError):
+    """The hub is out of reach, refuses for now, or the disk does not take what it sends."""
+
+
 class FormatError(TinychatError):
     """A file of a checkpoint is damaged, incomplete or not of the form it claims."""
 

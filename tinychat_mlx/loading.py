@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+from tinychat_mlx import hub
 from tinychat_mlx.backend import Backend
 from tinychat_mlx.checkpoint import Checkpoint
 from tinychat_mlx.config import parse_config
@@ -24,8 +24,6 @@ BACKENDS = {  # name -> (module, class); those whose module is in the package
     "reference": ("tinychat_mlx.backends.reference", "ReferenceBackend"),
 }
 DEFAULT_CONTEXT = 8192  # tokens, where the model allows more: KV memory grows with it
-HUB_ID = re.compile(r"[\w][\w.-]{0,95}/[\w][\w.-]{0,95}")
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 DEMO = Path(__file__).resolve().parent / "models" / "demo"
 
 
@@ -79,8 +77,14 @@ def capacity_of(context: int | None, limit: int) -> int:
     return context or min(limit, DEFAULT_CONTEXT)
 
 
-def find_folder(model: str | Path) -> Path:
-    """A folder as it is, "demo", or a hub id (downloaded into the Hugging Face cache if need be)."""
+def find_folder(
+    model: str | Path, watch: hub.Watch = lambda done, total: None, say: hub.Say = lambda text: None
+) -> Path:
+    """A folder as it is, "demo", or a hub id (ORG/NAME, ORG/NAME@REVISION), fetched into the hub's cache if need be.
+
+    A model that is in the cache is taken as it is, and nobody is asked. watch(bytes here, in all) and say(note)
+    follow a download. Raises ModelNotFoundError, DownloadError, FormatError.
+    """
     text = str(model)
     if text == "demo":
         return DEMO
@@ -90,39 +94,11 @@ def find_folder(model: str | Path) -> Path:
     if path.exists():
         raise ModelNotFoundError(f"{text} is a file: give the folder that holds config.json")
     looks_local = text.startswith((".", "/", "~")) or os.sep != "/" and os.sep in text
-    if looks_local or not HUB_ID.fullmatch(text):
+    if looks_local or hub.parse(text) is None:
         raise ModelNotFoundError(
             f"{text}: no such folder, and not a Hugging Face id (ORG/NAME): check the path"
         )
-    return download(text)
-
-
-def download(repo: str) -> Path:
-    """Fetch a model from the hub, or find it in the cache. Raises ModelNotFoundError saying which failed."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    try:
-        return Path(snapshot_download(repo, allow_patterns=HUB_FILES))
-    except GatedRepoError:
-        raise ModelNotFoundError(
-            f"{repo} is gated: accept its terms on its page, then log in with `hf auth login`"
-        ) from None
-    except RepositoryNotFoundError:
-        raise ModelNotFoundError(
-            f"{repo}: no such model on the hub (or it is private: log in with `hf auth login`)"
-        ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
-        offline = os.environ.get("HF_HUB_OFFLINE")
-        reason = "HF_HUB_OFFLINE is set" if offline else f"the hub does not answer ({type(e).__name__})"
-        raise ModelNotFoundError(
-            f"{repo} is not in the local cache and {reason}: go online once, or give a folder"
-        ) from None
+    return hub.find(text, watch, say)
 
 
 def choose(backend: str) -> tuple[str, str]:

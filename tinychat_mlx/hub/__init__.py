@@ -1,0 +1,24 @@
+"""A Hugging Face id -> a folder of the hub's own cache: found there, or fetched, resumed and checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tinychat_mlx.errors import ModelNotFoundError
+from tinychat_mlx.hub.ask import File, Remote, look, read
+from tinychat_mlx.hub.cache import COMMIT, Ref, cached, hub_cache, is_offline, parse, repo_folder
+from tinychat_mlx.hub.fetch import Watch, fetch
+from tinychat_mlx.hub.http import Say
+
+__all__ = [
+    "COMMIT", "File", "Ref", "Remote", "Say", "Watch", "cached", "fetch", "find", "hub_cache", "is_offline", "look",
+    "parse", "read", "repo_folder",
+]  # fmt: skip
+
+
+def find(name: str, watch: Watch = lambda done, total: None, say: Say = lambda text: None) -> Path:
+    """A hub id -> its folder, from the cache as it is, else fetched. Raises a TinychatError saying what to do."""
+    ref = parse(name)
+    if ref is None:
+        raise ModelNotFoundError(f"{name}: not a Hugging Face id (ORG/NAME or ORG/NAME@REVISION)")
+    return cached(ref) or fetch(look(ref, say), watch, say)

@@ -1,0 +1,161 @@
+"""What does the hub have under an id?"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinychat_mlx.checkpoint import INDEX, SINGLE, UNREAD
+from tinychat_mlx.errors import DownloadError, FormatError, ModelNotFoundError
+from tinychat_mlx.hub.cache import COMMIT, Ref, is_offline, repo_folder, shards_of
+from tinychat_mlx.hub.http import TIMEOUT, Say, endpoint, get, patiently
+
+WANTED = (".json", ".jinja", ".model", ".txt")  # beside the weights: configs, tokenizer, template
+HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+SIDE = re.compile(r"(README\.md|(licen[sc]e|notice|use_policy)[\w.-]*)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of a repository; `digest` is its SHA-256, or for small ones git's hash, and names its blob."""
+
+    path: str
+    size: int
+    digest: str
+
+    def hasher(self) -> Any:
+        """-> a hash object that ends at `digest`."""
+        return hashlib.sha256() if len(self.digest) == 64 else hashlib.sha1(b"blob %d\0" % self.size)
+
+
+@dataclass(frozen=True)
+class Remote:
+    """What the hub has under an id: the files a model needs, at one commit."""
+
+    ref: Ref
+    commit: str
+    files: tuple[File, ...]
+    licence: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(f.size for f in self.files)
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(f.size for f in self.files if f.path.endswith(".safetensors"))
+
+    @property
+    def snapshot(self) -> Path:
+        return repo_folder(self.ref.repo) / "snapshots" / self.commit
+
+    def blob(self, file: File) -> Path:
+        return repo_folder(self.ref.repo) / "blobs" / file.digest
+
+    def held(self, file: File) -> int:
+        """Bytes of a file that are here already, whole or begun."""
+        for path in (self.snapshot / file.path, self.blob(file)):
+            if size_of(path) == file.size:
+                return file.size
+        return min(file.size, max(0, size_of(partial(self.blob(file)))))
+
+    @property
+    def missing(self) -> int:
+        """Bytes still to be fetched."""
+        return sum(f.size - self.held(f) for f in self.files)
+
+
+def look(ref: Ref, say: Say = lambda text: None) -> Remote:
+    """Ask the hub what there is. Raises ModelNotFoundError, DownloadError, FormatError."""
+    if is_offline():
+        raise ModelNotFoundError(
+            f"{ref} is not in the local cache and HF_HUB_OFFLINE is set: unset it, or give a folder"
+        )
+    from huggingface_hub import HfApi
+
+    def ask() -> Any:
+        return HfApi(endpoint=endpoint()).model_info(
+            ref.repo, revision=ref.revision, files_metadata=True, timeout=TIMEOUT
+        )
+
+    info = patiently(ref, ask, say)
+    if not COMMIT.fullmatch(str(info.sha)):
+        raise DownloadError(f"{ref}: {endpoint()} names no commit: is it a Hugging Face hub?")
+    files = {s.rfilename: File(s.rfilename, s.size or 0, _digest(ref, s)) for s in info.siblings or []}
+    licence = next((t.partition(":")[2] for t in info.tags or [] if t.startswith("license:")), "")
+    remote = Remote(ref, str(info.sha), tuple(files.values()), licence)
+    weights = _weight_files(remote, files, say)
+    kept = [f for f in files.values() if f.path in weights or is_wanted(f.path)]
+    return Remote(ref, remote.commit, tuple(sorted(kept, key=lambda f: f.size)), licence)
+
+
+def is_wanted(path: str) -> bool:
+    """Whether a model needs a file, weights apart: nothing that runs, nothing from other programs' folders."""
+    if set(path) & set('\\:*?"<>|\0'):
+        return False
+    if path.startswith("additional_chat_templates/") and path.count("/") == 1:
+        return path.endswith(".jinja")
+    return "/" not in path and (path.endswith(WANTED) or SIDE.fullmatch(path) is not None)
+
+
+def _weight_files(remote: Remote, files: dict[str, File], say: Say) -> set[str]:
+    """The safetensors files that make up the model; a repository may hold others beside them."""
+    ref = remote.ref
+    if "config.json" not in files:
+        raise ModelNotFoundError(f"{ref} has no config.json: it is no model that transformers could load")
+    if INDEX in files:
+        shards = shards_of(json.loads(read(remote, INDEX, say)))
+        if absent := sorted(shards - files.keys()):
+            raise FormatError(f"{ref}: {INDEX} names {absent[0]}, which the hub does not have — take another")
+        return shards
+    if SINGLE in files:
+        return {SINGLE}
+    other = next((f for f in sorted(files) if f.endswith(UNREAD)), None)
+    raise ModelNotFoundError(
+        f"{ref} has no {SINGLE}" + (f" (its weights are in {other})" if other else "") + ": only "
+        "safetensors is read — look for an upload of the model in that format"
+    )
+
+
+def read(
+    remote: Remote, path: str, say: Say = lambda text: None, span: tuple[int, int] | None = None
+) -> bytes:
+    """-> a small file, or the bytes [begin, end) of a large one, without keeping it."""
+
+    def ask() -> bytes:
+        body = bytearray()
+        wanted = {"Range": f"bytes={span[0]}-{span[1] - 1}"} if span else {}
+        with get(remote.ref, remote.commit, path, wanted) as (_, pieces):
+            for piece in pieces:
+                body += piece
+                if span and len(body) >= span[1] - span[0]:
+                    break  # a hub without ranges would send all of it
+        return bytes(body)
+
+    found: bytes = patiently(remote.ref, ask, say)
+    return found
+
+
+def _digest(ref: Ref, sibling: Any) -> str:
+    digest = str(sibling.lfs["sha256"] if sibling.lfs else sibling.blob_id)
+    if not HASH.fullmatch(digest):  # it becomes the name of a file
+        raise DownloadError(
+            f"{ref}: {endpoint()} gives no hash for {sibling.rfilename!r}: is it a Hugging Face hub?"
+        )
+    return digest
+
+
+def partial(blob: Path) -> Path:
+    return blob.with_name(f"{blob.name}.incomplete")
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, -1 if there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1

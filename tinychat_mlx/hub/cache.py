@@ -1,0 +1,91 @@
+"""Where does the hub's cache hold a model, and is it whole? Asks nobody.
+
+    models--ORG--NAME/refs/main              the commit a branch stood at when it was fetched
+                      snapshots/COMMIT/…     a link for each file into …
+                      blobs/HASH             … the files, named by their hash; HASH.incomplete grows as it arrives
+
+The layout is huggingface_hub's (its guide "Understand caching"), so every other program finds the files too. That
+library asks, logs in and names errors; the bytes are fetched here, because with it an interrupted file begins
+anew, and a model is mostly one file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tinychat_mlx.checkpoint import INDEX, SINGLE, is_plain_name, read_json
+from tinychat_mlx.errors import FormatError, TinychatError
+
+_NAME = r"[A-Za-z0-9_](?:[\w.-]{0,94}[\w])?"
+HUB_ID = re.compile(rf"({_NAME}/{_NAME})(?:@([\w][\w./-]{{0,254}}))?", re.ASCII)
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+class Ref(NamedTuple):
+    """A model on the hub, at a branch, a tag or a commit."""
+
+    repo: str
+    revision: str = "main"
+
+    def __str__(self) -> str:
+        return self.repo if self.revision == "main" else f"{self.repo}@{self.revision}"
+
+
+def parse(name: str) -> Ref | None:
+    """ "ORG/NAME" or "ORG/NAME@REVISION" -> Ref, or None for what is no such id."""
+    match = HUB_ID.fullmatch(name)
+    if match is None or "--" in match[1] or ".." in name or match[1].endswith(".git"):
+        return None
+    return Ref(match[1], match[2] or "main")
+
+
+def hub_cache() -> Path:
+    """Where huggingface_hub keeps models, found as it finds it, without importing it."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+
+
+def repo_folder(repo: str) -> Path:
+    return hub_cache() / f"models--{repo.replace('/', '--')}"
+
+
+def is_offline() -> bool:
+    """Whether the environment forbids asking the hub, by huggingface_hub's own rule."""
+    said = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    return said.upper() in ("1", "ON", "YES", "TRUE")
+
+
+def cached(ref: Ref) -> Path | None:
+    """-> the snapshot in the cache, if all its weights are there. Asks nobody."""
+    commit = ref.revision
+    if not COMMIT.fullmatch(commit):
+        try:
+            commit = (repo_folder(ref.repo) / "refs" / ref.revision).read_text().strip()
+        except OSError:
+            return None
+    snapshot = repo_folder(ref.repo) / "snapshots" / commit
+    return snapshot if COMMIT.fullmatch(commit) and is_whole(snapshot) else None
+
+
+def is_whole(snapshot: Path) -> bool:
+    """Whether a snapshot has its config and every weight file that its index names."""
+    if not (snapshot / "config.json").exists():
+        return False
+    if not (snapshot / INDEX).exists():
+        return (snapshot / SINGLE).exists()
+    try:
+        return all((snapshot / shard).exists() for shard in shards_of(read_json(snapshot / INDEX)))
+    except TinychatError:
+        return False
+
+
+def shards_of(index: Any) -> set[str]:
+    """The files an index names. Raises FormatError."""
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    shards = set(weight_map.values()) if isinstance(weight_map, dict) and weight_map else {None}
+    if not all(isinstance(s, str) and is_plain_name(s) for s in shards):
+        raise FormatError(f"{INDEX}: no weight_map of tensor names to file names — take another upload")
+    return {str(s) for s in shards}

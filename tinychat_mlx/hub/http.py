@@ -1,0 +1,148 @@
+"""How is the hub asked, patiently, and what do its refusals mean?"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tinychat_mlx.errors import DownloadError, ModelNotFoundError, TinychatError
+from tinychat_mlx.hub.cache import Ref
+
+# Seconds before a request is made again; bytes that arrive start them anew.
+PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
+PATIENCE = 60.0  # seconds; a hub that asks to wait longer gets no answer from here
+TIMEOUT = 20.0  # seconds without a byte
+PIECE = 1 << 16  # bytes handled at once
+
+Say = Callable[[str], None]
+
+
+def endpoint() -> str:
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+@contextmanager
+def get(ref: Ref, commit: str, path: str, headers: dict[str, str]) -> Iterator[tuple[int, Iterator[bytes]]]:
+    """GET a file at the commit -> status, its bytes piece by piece. Raises what the HTTP library raises."""
+    from huggingface_hub import hf_hub_url, utils
+
+    library: Any = utils  # what it imports from its own parts, it does not declare as exported
+    url = hf_hub_url(ref.repo, path, revision=commit, endpoint=endpoint())
+    headers = (
+        library.build_hf_headers() | {"Accept-Encoding": "identity"} | headers
+    )  # ranges count the plain bytes
+    session = library.get_session()
+    if hasattr(session, "stream"):  # httpx: huggingface_hub 1 and later
+        with session.stream("GET", url, headers=headers, timeout=TIMEOUT, follow_redirects=True) as response:
+            library.hf_raise_for_status(response)
+            yield response.status_code, response.iter_bytes(PIECE)
+    else:
+        with session.get(url, headers=headers, timeout=TIMEOUT, stream=True) as response:
+            library.hf_raise_for_status(response)
+            yield response.status_code, response.iter_content(PIECE)
+
+
+def patiently(ref: Ref, ask: Callable[[], Any], say: Say, progress: Callable[[], int] = lambda: 0) -> Any:
+    """Call `ask` again after what may pass: a lost connection, a busy hub, a rate limit.
+
+    progress: a number that grows as bytes arrive; when it has grown, the pauses begin anew.
+    """
+    from huggingface_hub import errors
+
+    exported: Any = errors  # HTTPError, of httpx or of requests, is in it undeclared
+    tries, reached = 0, progress()
+    while True:
+        try:
+            return ask()
+        except (exported.HTTPError, OSError) as caught:  # those of requests are the latter
+            error = caught
+            if progress() > reached:
+                tries, reached = 0, progress()
+            pause = _pause(error, tries)
+            if pause is None:
+                raise explain(error, ref) from None
+        if pause >= 1:
+            say(f"{_reason(error)}: trying again in {pause:.0f} s")
+        time.sleep(pause)
+        tries += 1
+
+
+def _pause(error: Exception, tries: int) -> float | None:
+    """Seconds until it is worth asking again, None if it is not."""
+    status = _status(error)
+    if tries >= len(PAUSES) or not (status in (0, 408, 429) or status >= 500):
+        return None
+    if status == 0 and "ConnectError" in type(error).__name__ and tries:  # nobody is there: say so soon
+        return None
+    asked = _retry_after(error)
+    return None if asked > PATIENCE else max(asked, PAUSES[tries])
+
+
+def _status(error: Exception) -> int:
+    return int(getattr(getattr(error, "response", None), "status_code", 0) or 0)
+
+
+def _retry_after(error: Exception) -> float:
+    """Seconds that the hub asks to wait: Retry-After, or t in RateLimit ("api";r=0;t=55)."""
+    headers = getattr(getattr(error, "response", None), "headers", {})
+    for text in (headers.get("Retry-After", ""), *re.findall(r";\s*t=(\d+)", headers.get("RateLimit", ""))):
+        if text.isdecimal():
+            return float(text)
+    return 0.0
+
+
+def _reason(error: Exception) -> str:
+    status = _status(error)
+    if status == 429:
+        return "the hub limits requests (429)"
+    return (
+        f"the hub answers with an error ({status})"
+        if status
+        else f"the connection failed ({type(error).__name__})"
+    )
+
+
+def explain(error: Exception, ref: Ref) -> TinychatError:
+    """An error of huggingface_hub or of the network -> one that says what to do."""
+    from huggingface_hub import errors, get_token
+
+    page, status = f"{endpoint()}/{ref.repo}", _status(error)
+    if isinstance(error, errors.GatedRepoError):
+        how = "" if get_token() else ", log in with `hf auth login` (or set HF_TOKEN)"
+        return ModelNotFoundError(f"{ref} is gated: accept its terms on {page}{how}, and try again")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return ModelNotFoundError(
+            f"{ref.repo} has no revision {ref.revision!r}: its branches and tags are on {page}"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return ModelNotFoundError(
+            f"{ref.repo}: no such model on the hub, or it is private: check the name on {page}"
+            + ("" if get_token() else ", or log in with `hf auth login`")
+        )
+    if isinstance(error, errors.EntryNotFoundError):
+        return DownloadError(f"{ref}: a file that the hub lists is gone: try again")
+    if status == 401:
+        return DownloadError(
+            "the hub does not accept your token: log in again with `hf auth login`, or unset HF_TOKEN"
+        )
+    if status == 403:
+        return ModelNotFoundError(f"{ref}: the hub refuses access (403): see {page} for who may download it")
+    if status == 429:
+        wait = f"{_retry_after(error):.0f} seconds" if _retry_after(error) else "some minutes"
+        return DownloadError(
+            f"the hub limits requests (429): wait {wait}, then repeat the command; logged in "
+            "(`hf auth login`) you may ask more often"
+        )
+    if status >= 500:
+        return DownloadError(
+            f"the hub has a problem of its own ({status}): repeat the command later; it goes on from there"
+        )
+    reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
+    return DownloadError(
+        f"{ref}: {endpoint()} cannot be reached ({reason}): check the connection and repeat the command; "
+        "what has arrived is kept"
+    )
