@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from tinychat_mlx.awq.documents import Document, documents
 from tinychat_mlx.awq.selftext import write_text
 from tinychat_mlx.awq.settings import Settings, default_tokens
 from tinychat_mlx.awq.stream import Ids, Progress, Watch
 from tinychat_mlx.backend import Backend
 from tinychat_mlx.checkpoint import Checkpoint
 from tinychat_mlx.config import ModelConfig, token_ids
-from tinychat_mlx.errors import ModelNotFoundError, UsageError
+from tinychat_mlx.errors import UsageError
 from tinychat_mlx.tokenizer import Tokenizer
 
-TEXT_FILES = (".txt", ".md", ".jsonl")
-Document = str | list[dict[str, Any]]  # a text, or the messages of a chat
+CHARACTERS = 5  # of a token, on average: how much of a dataset is read
+LEFT = 2048  # tokens left of a calibration text: of fewer no standard error can be told
 LEAST = 128  # tokens; fewer say nothing about an input of hundreds of channels
 
 
@@ -38,98 +38,135 @@ def calibration_ids(
     tokenizer = Tokenizer.load(source.folder)
     wanted = settings.tokens or default_tokens(config)
     if settings.calib == "self":
-        file = token_ids(source.generation_config.get("eos_token_id"), "generation_config.json")
-        stops = tokenizer.stop_ids(config.eos_token_ids, file)
-        return write_text(config, source, backend(), tokenizer, stops, wanted, window, settings.seed, watch)
-    documents = read_documents(settings.calib)
-    ids, used = packed(documents, tokenizer, wanted, settings.seed)
-    note = f"{len(ids)} tokens, {used} of {len(documents)} documents of {settings.calib}"
+        return _own_text(config, source, backend(), tokenizer, wanted, window, [settings.seed], watch)
+    found, origin = read_documents(settings.calib, wanted)
+    ids, used = packed(found, tokenizer, wanted, settings.seed)
+    if len(ids) < LEAST:
+        raise UsageError(f"{origin}: {len(ids)} tokens, at least {LEAST} are needed: give more text")
+    note = f"{len(ids)} tokens, {used} of {len(found)} documents of {origin}"
     if ids.max() >= config.vocab_size:
         raise UsageError(f"{source.folder}: its tokenizer has tokens the model lacks ({int(ids.max())})")
     watch(Progress("calibrate", 1, 1, note))
     return ids
 
 
-def packed(documents: Sequence[Document], tokenizer: Tokenizer, wanted: int, seed: int) -> tuple[Ids, int]:
+def _own_text(
+    config: ModelConfig,
+    source: Checkpoint,
+    device: Backend,
+    tokenizer: Tokenizer,
+    wanted: int,
+    window: int,
+    seed: Sequence[int],
+    watch: Watch,
+) -> Ids:
+    file = token_ids(source.generation_config.get("eos_token_id"), "generation_config.json")
+    stops = tokenizer.stop_ids(config.eos_token_ids, file)
+    return write_text(config, source, device, tokenizer, stops, wanted, window, seed, watch)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Text that took no part in the calibration; origin says which."""
+
+    ids: list[int]
+    origin: str
+
+
+def held_out(
+    config: ModelConfig,
+    source: Checkpoint,
+    backend: Callable[[], Backend],
+    settings: Settings,
+    window: int,
+    file: str | None,
+    watch: Watch,
+) -> HeldOut:
+    """-> the text a report measures on: of a file, else what calibration left of its own, else the model's own."""
+    tokenizer, calibrated = Tokenizer.load(source.folder), settings.tokens or default_tokens(config)
+    wanted = default_tokens(config) // 2
+    if file is not None:
+        return HeldOut(encoded(file, tokenizer)[:wanted], Path(file).name)
+    why = "with a seed of its own"
+    if settings.calib != "self":
+        found, origin = read_documents(settings.calib, calibrated)
+        ids = left_over(found, tokenizer, calibrated, wanted, settings.seed)
+        if len(ids) >= LEFT:
+            return HeldOut(ids, f"what the calibration left of {origin}")
+        why = f"for the calibration left no more than {len(ids)} tokens of {origin}"
+    seed = [settings.seed, 1]
+    own = _own_text(config, source, backend(), tokenizer, wanted, window, seed, watch)
+    return HeldOut(own.tolist(), f"text the model wrote itself, {why}")
+
+
+def packed(found: Sequence[Document], tokenizer: Tokenizer, wanted: int, seed: int) -> tuple[Ids, int]:
     """Documents in a seeded order, end to end, until there are `wanted` tokens -> tokens, documents used.
 
     The last document is cut where the budget ends; nothing else is left out.
     """
     ids: list[int] = []
     used = 0
-    for i in np.random.default_rng(seed).permutation(len(documents)):
+    for one in _encoded(found, tokenizer, seed):
+        ids += one
+        used += 1
         if len(ids) >= wanted:
             break
-        document = documents[i]
-        ids += tokenizer.encode(document) if isinstance(document, str) else tokenizer.encode_chat(document)
-        used += 1
-    if len(ids) < LEAST:
-        raise UsageError(
-            f"the calibration text has {len(ids)} tokens, at least {LEAST} are needed: give more text"
-        )
     return np.array(ids[:wanted], np.int32), used
 
 
-def read_documents(calib: str) -> list[Document]:
-    """A file, or the text files of a hub dataset -> texts and chats. Raises UsageError."""
+def _encoded(found: Sequence[Document], tokenizer: Tokenizer, seed: int) -> Iterator[list[int]]:
+    for i in np.random.default_rng(seed).permutation(len(found)):
+        one = found[i]
+        yield tokenizer.encode(one) if isinstance(one, str) else tokenizer.encode_chat(one)
+
+
+def left_over(
+    found: Sequence[Document], tokenizer: Tokenizer, taken: int, wanted: int, seed: int
+) -> list[int]:
+    """At most `wanted` tokens of what `packed` leaves of the documents after `taken` tokens.
+
+    They begin with the document after the one that was cut; where that was the last one, with its rest.
+    """
+    ids: list[int] = []
+    rest: list[int] = []
+    before = 0
+    for one in _encoded(found, tokenizer, seed):
+        if before >= taken:
+            ids += one
+        elif before + len(one) > taken:
+            rest = one[taken - before :]
+        before += len(one)
+        if len(ids) >= wanted:
+            break
+    return (ids or rest)[:wanted]
+
+
+def read_documents(calib: str, wanted: int = 0) -> tuple[list[Document], str]:
+    """A file, or a hub dataset -> texts and chats; where they are from. Raises UsageError, ModelNotFoundError.
+
+    wanted: tokens that a dataset has to give, about four times over, so that seeds differ and some are left.
+    """
     path = Path(calib).expanduser()
     if path.is_file():
-        return list(_documents(path))
-    if path.is_dir() or calib.startswith((".", "/", "~")) or calib.count("/") != 1:
+        return _read(path), path.name
+    if path.exists() or calib.startswith((".", "/", "~")) or "/" not in calib:
         raise UsageError(f"--calib {calib}: neither a file, nor `self`, nor a dataset's id (ORG/NAME)")
-    return [d for file in _download(calib) for d in _documents(file)]
+    from tinychat_mlx.awq.dataset import fetch
+
+    return fetch(calib, 4 * CHARACTERS * wanted)
 
 
-def _documents(path: Path) -> Iterator[Document]:
-    if path.suffix not in TEXT_FILES:
-        raise UsageError(f"{path}: read are {', '.join(TEXT_FILES)} (parquet is not): convert it to .jsonl")
+def _read(path: Path) -> list[Document]:
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read as UTF-8 text: {error}") from None
-    if path.suffix != ".jsonl":
-        if text.strip():
-            yield text
-        return
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            yield _document(line, f"{path}, line {number}")
-
-
-def _document(line: str, where: str) -> Document:
-    """A line of JSONL: {"messages": […]}, {"text": "…"}, or a string."""
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise UsageError(f"{where}: not JSON: {error}") from None
-    if isinstance(value, dict):
-        value = value.get("messages", value.get("text"))
-    chat = isinstance(value, list) and all(isinstance(m, dict) and "role" in m for m in value)
-    if isinstance(value, str) or (chat and value):
-        document: Document = value
-        return document
-    raise UsageError(f'{where}: holds neither "messages" (role and content each) nor "text"')
-
-
-def _download(dataset: str) -> list[Path]:
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        names = HfApi().list_repo_files(dataset, repo_type="dataset")
-        usable = [n for n in sorted(names) if n.endswith(".jsonl") or (n.endswith(".txt") and "/" not in n)]
-        if not usable:
-            raise UsageError(f"dataset {dataset} has no .jsonl or .txt file (parquet is not read)")
-        return [Path(hf_hub_download(dataset, usable[0], repo_type="dataset"))]
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelNotFoundError(
-            f"dataset {dataset}: the hub does not give it ({type(error).__name__}): give a file, or --calib self"
-        ) from None
+        with path.open("rb") as file:
+            return list(documents(str(path), file))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def encoded(file: str, tokenizer: Tokenizer) -> list[int]:
-    """All documents of a file or dataset, in their order, end to end -> tokens."""
+    """All documents of a file, in their order, end to end -> tokens. Raises UsageError."""
     ids: list[int] = []
-    for document in read_documents(file):
-        ids += tokenizer.encode(document) if isinstance(document, str) else tokenizer.encode_chat(document)
+    for one in _read(Path(file).expanduser()):
+        ids += tokenizer.encode(one) if isinstance(one, str) else tokenizer.encode_chat(one)
     return ids

@@ -7,6 +7,8 @@ writes question and answer; any other starts from one of the openings below. The
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from tinychat_mlx.awq.stream import Ids, Progress, Watch
@@ -55,7 +57,7 @@ def write_text(
     stops: frozenset[int],
     wanted: int,
     length: int,
-    seed: int,
+    seed: Sequence[int],
     watch: Watch,
 ) -> Ids:
     """Sample about `wanted` tokens in conversations of `length` -> tokens (T,), conversation after conversation."""

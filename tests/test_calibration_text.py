@@ -1,0 +1,205 @@
+"""Calibration text: every kind of file and record, datasets of a hub, and one clear line for what is not text."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stand_in_hub import Hub
+
+from tinychat_mlx.awq.calibrate import left_over, packed
+from tinychat_mlx.awq.documents import Document, documents
+from tinychat_mlx.errors import UsageError
+
+ROOT = Path(__file__).resolve().parent.parent
+CHAT = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+SHAREGPT = [{"from": "human", "value": "w1"}, {"from": "gpt", "value": "w2"}]
+
+
+def read(name: str, body: str | bytes) -> list[Document]:
+    return list(documents(name, io.BytesIO(body.encode() if isinstance(body, str) else body)))
+
+
+@pytest.mark.parametrize(
+    ("record", "means"),
+    [
+        ("plain", "plain"),
+        ({"text": "a", "url": "b"}, "a"),
+        ({"content": "a", "title": "b"}, "a"),
+        ({"id": 1, "messages": CHAT}, CHAT),
+        ({"conversations": SHAREGPT}, CHAT),
+        ({"text": "not this", "messages": CHAT}, CHAT),
+        ({"prompt": "w1", "response": "w2"}, CHAT),
+        ({"instruction": "w1", "input": "", "output": "w2"}, CHAT),
+        (
+            {"instruction": "w1", "input": "x", "output": "w2"},
+            [{"role": "user", "content": "w1\n\nx"}, CHAT[1]],
+        ),
+    ],
+)
+def test_a_record_is_a_text_or_a_chat_by_its_columns(record: Any, means: Document) -> None:
+    line = json.dumps(record)
+    assert read("a.jsonl", f"{line}\n\n{line}\n") == [means, means]
+    assert read("a.json", f"[{line},\n {line}]") == [means, means]
+    assert read("a.json", json.dumps([record, record])) == [means, means]
+    assert read("a.json.gz", gzip.compress(f"{line}\n{line}".encode())) == [means, means]
+
+
+def test_a_line_separator_inside_a_string_ends_no_line() -> None:
+    """`str.splitlines` would: JSON allows U+2028 in a string as it is."""
+    assert read("a.jsonl", '{"text": "a\u2028b\x85c"}\r\n"d"\n') == ["a\u2028b\x85c", "d"]
+
+
+def test_tables_plain_text_and_blank_records() -> None:
+    assert read("a.csv", 'id,text\n1,"a, ""b""\nc"\n2,\n3,d\n') == ['a, "b"\nc', "d"]
+    assert read("a.tsv", "prompt\tcompletion\nw1\tw2\n") == [CHAT]
+    assert read("a.txt", "\ufeffw1\nw2\n") == ["w1\nw2\n"] and read("a.txt", " \n") == []
+    assert read("a.json", '{"version": 2, "data": [{"text": "a"}]}') == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "says"),
+    [
+        ("a.pdf", b"%PDF", "read are .jsonl"),
+        ("a.txt", b"\x93NUMPY\x01\x00", "not UTF-8 text"),
+        ("a.jsonl", b'"a"\n\xff\xfe', "not UTF-8 text"),
+        ("a.jsonl", b'"a"\n{"text": ', "line 2: not JSON"),
+        ("a.jsonl", b"17", "line 1: a int"),
+        ("a.jsonl", b'{"title": "x", "url": "y"}', "its columns are title, url; read are messages"),
+        ("a.jsonl", b'{"text": 3}', '"text" is no text but int'),
+        ("a.jsonl", b'{"messages": "hi"}', "no list of messages"),
+        ("a.jsonl", b'{"messages": []}', "no list of messages"),
+        ("a.json", b"[1, ", "not JSON"),
+        ("a.csv", b"id,url\n1,x\n", "its columns are id, url"),
+        ("a.jsonl.gz", b"not gzip", "damaged .gz"),
+        ("a.jsonl.gz", gzip.compress(b'"a"\n' * 99)[:-9], "damaged .gz"),
+    ],
+)
+def test_what_is_no_text_is_refused_by_file_and_line(name: str, body: bytes, says: str) -> None:
+    with pytest.raises(UsageError) as error:
+        read(name, body)
+    assert says in str(error.value) and str(error.value).startswith(name) and "\n" not in str(error.value)
+
+
+def test_parquet_reads_the_column_it_needs_and_no_other() -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+
+    def table(**columns: list[Any]) -> bytes:
+        pq.write_table(pa.table(columns), out := io.BytesIO())
+        return out.getvalue()
+
+    rows = [f"row {i}" for i in range(200)]
+    assert read("a.parquet", table(image=[b"\xff" * 99] * 200, text=rows)) == rows
+    assert read("a.parquet", table(messages=[CHAT], prompt=["x"])) == [CHAT]
+    assert read("a.parquet", table(output=["w2"], instruction=["w1"], input=[None])) == [CHAT]
+    with pytest.raises(UsageError, match="its columns are image"):
+        read("a.parquet", table(image=[b"x"]))
+    with pytest.raises(UsageError, match="damaged or no parquet"):
+        read("a.parquet", b"PAR1 no")
+
+
+def test_parquet_without_its_library_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UsageError, match=r"pip install 'tinychat-mlx\[parquet\]'"):
+        read("a.parquet", b"PAR1")
+
+
+class Letters:
+    """A tokenizer of one token a letter."""
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(c) for c in text]
+
+
+def test_what_is_left_for_the_report_was_not_calibrated_on() -> None:
+    found: Any = [c * 10 for c in "abcdefgh"]
+    tokenizer: Any = Letters()
+    taken, used = packed(found, tokenizer, 35, seed=3)
+    left = left_over(found, tokenizer, 35, 1000, seed=3)
+    assert used == 4 and len(left) == 40 and not set(left) & set(taken.tolist())
+    assert left_over(found, tokenizer, 35, 15, seed=3) == left[:15]
+    assert left_over(["abcdefghij"], tokenizer, 7, 99, seed=0) == [ord(c) for c in "hij"]
+    assert left_over(found, tokenizer, 80, 99, seed=3) == []
+
+
+FETCH = """
+import json, sys
+from tinychat_mlx.awq.calibrate import read_documents
+from tinychat_mlx.errors import TinychatError
+for name, wanted in json.load(sys.stdin):
+    try:
+        print(json.dumps(read_documents(name, wanted)))
+    except TinychatError as error:
+        print(json.dumps(f"{type(error).__name__}: {error}"))
+"""
+
+
+def fetched(hub: Hub, home: Path, *wanted: tuple[str, int], **env: str) -> list[Any]:
+    """What each (dataset, tokens) gives: [documents, origin], or the error as a string."""
+    where = os.environ | {"PYTHONPATH": str(ROOT)} | hub.environ(home) | env
+    command, text = [sys.executable, "-c", FETCH], json.dumps(wanted)
+    done = subprocess.run(command, input=text, env=where, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Any:
+    def put(name: str, body: str | bytes) -> None:
+        path = tmp_path / "hub/datasets" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(body.encode() if isinstance(body, str) else body)
+
+    lines = "".join(json.dumps({"text": f"w{i} " * 100}) + "\n" for i in range(20_000))  # 10 MB
+    put("o/large/data/train.jsonl", lines)
+    put("o/large/data/test.jsonl", lines[:1_000_000])
+    put("o/large/README.md", "# about")
+    put("o/shards/train-0.jsonl", lines[: lines.index("\n", 300_000) + 1])
+    put("o/shards/train-1.jsonl", lines[: lines.index("\n", 60_000) + 1])
+    put("o/shards/train-2.jsonl", lines[: lines.index("\n", 600) + 1])
+    put("o/shards/licence.csv", "a,b\n")
+    put("o/chats/chats.json.gz", gzip.compress(json.dumps([{"conversations": SHAREGPT}] * 3).encode()))
+    put("o/images/cat.png", b"\x89PNG")
+    put("o/columns/train.csv", "label,url\n1,x\n")
+    put("o/gated/train.jsonl", '"a"\n')
+    with Hub(tmp_path / "hub") as served:
+        served.refuse = {"datasets/o/gated": 403}
+        yield served
+
+
+def test_of_a_dataset_one_fitting_file_is_read_and_no_more_than_needed(hub: Hub, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    (large,) = fetched(hub, home, ("o/large", 1000))
+    assert large[0][0].startswith("w0 ") and 4 * 1000 * 5 <= sum(map(len, large[0])) < 25_000
+    assert "o/large, data/train.jsonl" in large[1] and "MB" in large[1]
+    assert 0 < hub.sent <= 6 << 20  # of 11 MB; a read-ahead of some blocks
+    shards, named, chats = fetched(
+        hub, home, ("o/shards", 1000), ("o/shards:train-2.jsonl", 1000), ("o/chats", 9)
+    )
+    assert "train-1.jsonl" in shards[1] and "train-2.jsonl" in named[1]  # the smallest that is large enough
+    assert chats[0] == [CHAT] * 3
+
+
+def test_a_dataset_that_cannot_be_had_says_why_in_one_line(hub: Hub, tmp_path: Path) -> None:
+    names = ("o/nowhere", "o/gated", "o/images", "o/columns", "o/shards:no.jsonl")
+    nowhere, gated, images, columns, no_file = fetched(hub, tmp_path / "home", *((n, 9) for n in names))
+    assert nowhere.startswith("ModelNotFoundError") and "no such dataset" in nowhere
+    assert gated.startswith("ModelNotFoundError") and "accept its terms" in gated
+    assert images.startswith("UsageError") and "cat.png" in images
+    assert "o/columns" in columns and "its columns are label, url" in columns
+    assert "no file no.jsonl" in no_file
+    (offline,) = fetched(hub, tmp_path / "home", ("o/large", 9), HF_HUB_OFFLINE="1")
+    assert "HF_HUB_OFFLINE is set: give a file" in offline
+    for line in (nowhere, gated, images, columns, no_file, offline):
+        assert "\n" not in line and "Traceback" not in line
+
+
+def test_a_hub_that_does_not_answer_is_said_at_once(hub: Hub, tmp_path: Path) -> None:
+    (line,) = fetched(hub, tmp_path / "home", ("o/large", 9), HF_ENDPOINT="http://127.0.0.1:9")
+    assert "the hub does not give it" in line and "--calib self" in line
