@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-import os
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from tinychat_mlx import hub
 from tinychat_mlx.apps.terminal import size
-from tinychat_mlx.errors import BackendError
+from tinychat_mlx.errors import BackendError, UsageError
+
+if TYPE_CHECKING:
+    from tinychat_mlx.apps.models.facts import Facts
 
 SPARE = 1.15  # of the weights' bytes: KV cache, scratch, and the tokenizer
 SYSTEM_SHARE = 0.9  # of the memory that is free; the rest keeps the machine usable
+BASE = 150 << 20  # bytes of Python, NumPy, the tokenizer and a step's activations
+LEAST_CONTEXT = 512  # tokens; less is no conversation
 
 
 @dataclass(frozen=True)
@@ -21,44 +30,20 @@ class Need:
     to_fetch: int = 0
 
 
-def hub_cache() -> Path:
-    """Where huggingface_hub keeps models, found as it finds it, without importing it."""
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
-
-
 def local() -> list[str]:
     """Models at hand: the demo, and those of the hub's cache that hold a whole snapshot."""
     found = []
-    for folder in sorted(hub_cache().glob("models--*--*")):
+    for folder in sorted(hub.hub_cache().glob("models--*--*")):
         if any(folder.glob("snapshots/*/config.json")) and not any(folder.glob("blobs/*.incomplete")):
             found.append("/".join(folder.name.split("--")[1:]))
     return ["demo", *found]
 
 
 def look_up(name: str) -> Need:
-    """How large a model is; asks the hub only for one that is not at hand. Unknown is 0, never an error."""
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        snapshots = (hub_cache() / f"models--{name.replace('/', '--')}").glob("snapshots/*")
-        folder = max(snapshots, key=lambda p: p.stat().st_mtime, default=folder)
-    if folder.is_dir():
-        return Need(sum(f.stat().st_size for f in folder.glob("*.safetensors")))
-    if name == "demo" or "/" not in name or os.environ.get("HF_HUB_OFFLINE"):
-        return Need(0)
-    return _ask_hub(name)
-
-
-def _ask_hub(repo: str) -> Need:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        files = HfApi().model_info(repo, files_metadata=True, timeout=10).siblings or []
-    except (HfHubHTTPError, HFValidationError, OSError):
-        return Need(0)  # loading will say what is wrong
-    total = sum(f.size or 0 for f in files if f.rfilename.endswith(".safetensors"))
-    return Need(total, total)
+    """How large a model at hand is; one that is not, or unknown, is 0. Asks nobody."""
+    ref = None if Path(name).expanduser().is_dir() else hub.parse(name)
+    folder = Path(name).expanduser() if ref is None else hub.cached(ref)
+    return Need(sum(f.stat().st_size for f in folder.glob("*.safetensors")) if folder else 0)
 
 
 def available() -> int:
@@ -95,3 +80,54 @@ def check(name: str, need: Need, backend: str = "auto", freed: int = 0) -> None:
             f"{name} needs {size(need.nbytes * SPARE)} of memory, {size(available() + freed)} are free: "
             "close other programs, or choose a smaller or more strongly quantised model"
         )
+
+
+# per backend -------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Room:
+    """What a model takes on a backend of this machine; trouble: why the backend does not run here, or ""."""
+
+    backend: str
+    free: int = 0  # bytes it may take
+    weights: int = 0
+    kv_per_token: int = 0
+    context: int = 0  # tokens that fit, at most the model's own; 0: too large
+    trouble: str = ""
+
+
+def rooms(facts: Facts) -> Iterator[Room]:
+    """For each backend of the package: does it run here, and how much of the model's context would fit?"""
+    from tinychat_mlx.loading import BACKENDS
+
+    for backend in BACKENDS:
+        try:
+            yield room(facts, backend, free_on(backend))
+        except (BackendError, UsageError) as error:
+            yield Room(backend, trouble=str(error))
+
+
+def room(facts: Facts, backend: str, free: int) -> Room:
+    """reference computes in float32; the others keep codes as they are, floats and the KV cache in 16 bits."""
+    weights = sum(
+        4 * p.parameters if backend == "reference" else min(p.nbytes, 2 * p.parameters) for p in facts.parts
+    )
+    kv = facts.kv_bytes(4 if backend == "reference" else 2)
+    fits = min(facts.context, max(0, free - weights - BASE) // kv) if kv else 0
+    return Room(backend, free, weights, kv, fits if fits >= min(LEAST_CONTEXT, facts.context) else 0)
+
+
+def free_on(backend: str) -> int:
+    """Bytes that a backend may take on this machine. Raises BackendError saying why it does not run here."""
+    from tinychat_mlx.loading import create, has_nvidia
+
+    if backend == "mlx" and sys.platform != "darwin":
+        raise BackendError("needs a Mac with Apple silicon")
+    if backend == "cuda" and not has_nvidia():
+        raise BackendError("no NVIDIA GPU found")
+    if backend == "cuda" and find_spec("torch") is None:
+        raise BackendError("needs torch: pip install tinychat-mlx[cuda]")
+    memory = create(backend, False, None).memory()
+    own = memory.limit - memory.used
+    if backend == "cuda" and own > 0:  # may be a card's own memory, of which the system knows nothing
+        return own
+    return min(own, available()) if memory.limit else available()

@@ -28,6 +28,10 @@ LOADING: dict[str, tuple[Any, str]] = {
     "exact": (bool, "Activations in full precision, not int8 (slower, reproduces the reference)."),
     "threads": (click.IntRange(1), "CPU threads."),
     "context": (click.IntRange(16), "Tokens the conversation may hold."),
+    "convert": (
+        click.Choice(["ask", "always", "never"]),
+        "Make a hub model that is in 16 bits int4, once; without a terminal ask means never.",
+    ),
 }
 SAMPLING: dict[str, tuple[Any, str]] = {
     "max_tokens": (click.IntRange(1), "Longest answer, in tokens."),
@@ -53,6 +57,7 @@ DEFAULTS = {
     "backend": "auto",
     "engine": "tinychat",
     "exact": False,
+    "convert": "ask",
     "on_full": "stop",
     "plain": False,
     "no_save": False,
@@ -163,20 +168,24 @@ def load_model(
     progress: Callable[[int, int], None] | None = None,
     freed: int = 0,
 ) -> Model:
-    """Load what the options name; tells `say` how large a download is, `progress` layers done and in total.
+    """Load what the options name, after the download and the conversion that the user agrees to.
 
-    freed: bytes that a model about to go gives back. Raises a TinychatError: what is missing, or does not fit.
+    `say` gets notes, `progress` layers done and in total. freed: bytes that a model about to go gives back.
+    Raises a TinychatError: what is missing, or does not fit.
     """
     import tinychat_mlx
     from tinychat_mlx.apps import fit
 
-    name = options["model"]
+    name = str(options["model"])
     if name != "demo":
+        from tinychat_mlx.apps.models.opening import settle
+
+        name = settle(options, say, freed)
         need = fit.look_up(name)
-        if need.to_fetch or freed:
+        if freed:
             say(fit.describe(name, need, freed))
         fit.check(name, need, options["backend"], freed)
-    loading = {key: options[key] for key in LOADING if key != "model"}
+    loading = {key: options[key] for key in LOADING if key not in ("model", "convert")}
     if progress is not None:
         loading["progress"] = progress
     model: Model = tinychat_mlx.load(name, **loading)

@@ -6,13 +6,39 @@ from pathlib import Path
 
 from tinychat_mlx.errors import ModelNotFoundError
 from tinychat_mlx.hub.ask import File, Remote, look, read
-from tinychat_mlx.hub.cache import COMMIT, Ref, cached, hub_cache, is_offline, parse, repo_folder
-from tinychat_mlx.hub.fetch import Watch, fetch
+from tinychat_mlx.hub.cache import (
+    COMMIT,
+    Ref,
+    cached,
+    hub_cache,
+    is_offline,
+    is_whole,
+    parse,
+    repo_folder,
+    shards_of,
+)
+from tinychat_mlx.hub.fetch import Watch, check_room, fetch
 from tinychat_mlx.hub.http import Say
 
 __all__ = [
-    "COMMIT", "File", "Ref", "Remote", "Say", "Watch", "cached", "fetch", "find", "hub_cache", "is_offline", "look",
-    "parse", "read", "repo_folder",
+    "COMMIT",
+    "File",
+    "Ref",
+    "Remote",
+    "Say",
+    "Watch",
+    "cached",
+    "check_room",
+    "fetch",
+    "find",
+    "hub_cache",
+    "is_offline",
+    "is_whole",
+    "look",
+    "parse",
+    "read",
+    "repo_folder",
+    "shards_of",
 ]  # fmt: skip
 
 

@@ -1,0 +1,86 @@
+"""How a download is shown: its size before it starts, one bar while it runs, how to go on after Ctrl-C."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from tinychat_mlx import hub
+from tinychat_mlx.apps.terminal import size
+
+
+def note(text: str) -> None:
+    """A line on stderr; stdout is for what was asked for."""
+    click.echo(text, err=True)
+
+
+def folder_of(name: str) -> Path:
+    """The folder of a model by its name, downloaded with a bar if need be."""
+    from tinychat_mlx.loading import find_folder
+
+    ref = None if Path(name).expanduser().is_dir() else hub.parse(name)
+    if ref is None or hub.cached(ref) is not None:
+        return find_folder(name)
+    return download(hub.look(ref, note))
+
+
+def download(remote: hub.Remote, verify: bool = False, quiet: bool = False) -> Path:
+    """Fetch what is missing with a bar on stderr -> the snapshot. Raises a TinychatError saying what to do."""
+    start, before = time.monotonic(), remote.missing
+    try:
+        with bar(str(remote.ref), quiet) as (watch, say):
+            folder = hub.fetch(remote, watch, say, verify)
+    except KeyboardInterrupt:
+        kept = remote.nbytes - remote.missing
+        note(
+            f"stopped: {size(kept)} of {size(remote.nbytes)} are kept; `tinychat models pull {remote.ref}` goes on "
+            "from there"
+        )
+        raise
+    seconds = time.monotonic() - start
+    if before and not quiet:
+        note(f"{remote.ref}: {size(before)} in {lasting(seconds)}, all checksums right")
+    return folder
+
+
+@contextmanager
+def bar(label: str, quiet: bool = False) -> Iterator[tuple[hub.Watch, hub.Say]]:
+    """A progress bar with rate and time left -> what moves it, and what prints a line above it."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+    from rich.table import Column
+
+    console = Console(stderr=True, quiet=quiet)
+    name = TextColumn("{task.description}", table_column=Column(ratio=2, no_wrap=True, overflow="ellipsis"))
+    columns = [name, BarColumn(None, table_column=Column(ratio=3, min_width=6))]
+    columns += [DownloadColumn(table_column=Column(no_wrap=True))] if console.width >= 50 else []
+    columns += [TransferSpeedColumn(table_column=Column(no_wrap=True))] if console.width >= 80 else []
+    columns += [TextColumn("left"), TimeRemainingColumn(compact=True, elapsed_when_finished=False)]
+    progress = Progress(
+        *columns, console=console, expand=True, transient=True, disable=quiet or not console.is_terminal
+    )
+    task = progress.add_task(label, total=None)
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    with progress:
+        yield lambda done, total: progress.update(task, completed=done, total=total), say
+
+
+def lasting(seconds: float) -> str:
+    """A time as people say it: 40 s, 3 min, 2.5 h."""
+    if seconds < 90:
+        return f"{max(1, seconds):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,252 @@
+"""From a hub id to a folder to chat with: what is at hand, a download, a conversion if the user wants one.
+
+A model in 16 bits is converted to int4 on request; the result stays in `home()` and answers to the same id from
+then on. ORG/NAME@main, or any other revision, means the upload as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tinychat_mlx import hub
+from tinychat_mlx.apps import fit
+from tinychat_mlx.apps.models.download import download, lasting
+from tinychat_mlx.apps.terminal import detect, size
+from tinychat_mlx.errors import BackendError, ConfigError, UsageError
+
+if TYPE_CHECKING:
+    from tinychat_mlx.apps.models.facts import Facts
+    from tinychat_mlx.awq.estimate import Estimate
+    from tinychat_mlx.awq.settings import Settings
+
+Options = dict[str, Any]
+Say = Callable[[str], None]
+ASK_FROM = 1e9  # bytes; smaller downloads start unasked
+_left_dense: set[str] = set()  # those this process was told to run as they are
+
+
+def home() -> Path:
+    """Where conversions are kept."""
+    from platformdirs import user_data_path
+
+    return user_data_path("tinychat-mlx", appauthor=False) / "models"
+
+
+def conversion(ref: hub.Ref) -> Path:
+    """Where the int4 form of a hub model is, or would be."""
+    return home() / f"{ref.repo.replace('/', '--')}-int4"
+
+
+def converted(name: str) -> Path | None:
+    """The int4 form that a name stands for, if there is one. Asks nobody."""
+    ref = _plain_ref(name)
+    folder = conversion(ref) if ref else None
+    return folder if folder and (folder / "config.json").exists() else None
+
+
+def _plain_ref(name: str) -> hub.Ref | None:
+    """A hub id without a revision, of no folder that is here."""
+    return None if "@" in name or Path(name).expanduser().is_dir() else hub.parse(name)
+
+
+def settle(options: Options, say: Say, freed: int = 0) -> str:
+    """What to load for options["model"]: its own name, or the folder of its conversion.
+
+    Downloads, asks and converts as the user wants (options["convert"]: ask, always, never). freed: bytes that a
+    model about to go gives back. Raises a TinychatError: what is missing, or does not fit.
+    """
+    name = str(options["model"])
+    ref = None if name == "demo" or Path(name).expanduser().is_dir() else hub.parse(name)
+    if ref is None:
+        return name
+    if folder := converted(name):
+        return str(folder)
+    if hub.cached(ref) is None:
+        _fetch(ref, options, say, freed)
+    foreign = options.get("engine") == "mlx-lm"  # its architectures are not ours to convert
+    if foreign or "@" in name or options.get("convert") == "never" or name in _left_dense:
+        return name
+    return _offer(ref, options, say, freed)
+
+
+def _fetch(ref: hub.Ref, options: Options, say: Say, freed: int) -> None:
+    """Look before the download: is it a model that runs here, does it fit, is there disk for it?"""
+    from tinychat_mlx.apps.models import facts
+
+    remote = hub.look(ref, say)
+    found = facts.remote(remote, say)
+    if found.trouble and options.get("engine") != "mlx-lm":
+        raise ConfigError(f"{ref} cannot run here: {found.trouble}")
+    hub.check_room(remote)
+    need = fit.Need(found.nbytes, remote.missing)
+    say(f"{fit.describe(str(ref), need, freed)}, {found.quantization}")
+    if not may_convert(ref, found, options):
+        fit.check(str(ref), need, options["backend"], freed)
+    if remote.missing > ASK_FROM and detect().interactive and _key("download it?", "Yn") == "n":
+        raise UsageError(f"{ref} was not downloaded")
+    download(remote)
+
+
+def may_convert(ref: hub.Ref, found: Facts, options: Options) -> bool:
+    """Whether an int4 form could be made and is not ruled out; then a model too large as it is may be fetched."""
+    wanted = options.get("convert") == "always" or (options.get("convert") == "ask" and detect().interactive)
+    return wanted and ref.revision == "main" and found.dense and _settings(found) is not None
+
+
+def _settings(found: Facts) -> Settings | None:
+    """The conversion that suits a model, None where there is none."""
+    from tinychat_mlx.awq.settings import Settings
+    from tinychat_mlx.awq.sites import shapes, sites
+
+    if found.config is None or not found.dense:
+        return None
+    try:
+        sites(found.config)
+    except ConfigError:  # a mixture of experts
+        return None
+    inputs = {k for _, k in shapes(found.config).values()}
+    group = next((g for g in (128, 64, 32) if not any(k % g for k in inputs)), None)
+    head = "int8" if found.config.hidden_size % 32 == 0 else "fp16"
+    return Settings(group_size=group, head=head) if group else None
+
+
+def _offer(ref: hub.Ref, options: Options, say: Say, freed: int) -> str:
+    """Convert a dense model if the user wants it -> what to load."""
+    from tinychat_mlx.apps.models import facts
+
+    folder = hub.cached(ref)
+    assert folder is not None, "it was fetched"
+    found = facts.local(str(ref), folder)
+    settings = _settings(found)
+    if settings is None:
+        return str(ref)
+    dense = fit.Need(found.nbytes)
+    if options["convert"] == "always":
+        return _convert(ref, folder, settings, options, say)
+    if not detect().interactive:
+        how = (
+            f"to make it int4 once and for all, repeat the command with --convert always ({conversion(ref)})"
+        )
+        if not fit.fits(dense, freed):
+            raise BackendError(f"{fit.describe(str(ref), dense, freed)}: {how}")
+        say(f"note: {ref} is in {found.quantization}; {how}")
+        return str(ref)
+    return _ask(ref, folder, found, settings, options, say, freed)
+
+
+def _ask(
+    ref: hub.Ref, folder: Path, found: Facts, settings: Settings, options: Options, say: Say, freed: int
+) -> str:
+    say(f"{ref} is in {found.quantization}: measuring what a conversion to int4 would take")
+    plan = _estimate(folder, settings, options)
+    here = fit.Need(found.nbytes)
+    fits = "it fits as it is" if fit.fits(here, freed) else "as it is, it does not fit"
+    say(
+        f"as int4: {size(plan.result_bytes)} instead of {size(found.nbytes)} to keep in memory and to read for every "
+        f"token ({fits}). Converting takes about {lasting(plan.seconds)}, {size(plan.peak_bytes)} of memory, "
+        f"{size(plan.disk_bytes)} of disk; the result goes to {conversion(ref)}"
+    )
+    if trouble := _trouble(plan):
+        say(f"{trouble}: it runs as it is")
+        return str(ref)
+    answer = _key("convert it? yes, no, always", "Yna")
+    if answer == "n":
+        _left_dense.add(str(ref))
+        return str(ref)
+    if answer == "a":
+        options["convert"] = "always"
+        remember(say)
+    return _convert(ref, folder, settings, options, say)
+
+
+def _trouble(plan: Estimate) -> str:
+    """What forbids a conversion on this machine, or ""."""
+    import shutil
+
+    there = next(p for p in (home(), *home().parents) if p.exists())
+    if plan.peak_bytes > fit.available():
+        return f"a conversion needs more memory than the {size(fit.available())} that are free"
+    if plan.disk_bytes > (free := shutil.disk_usage(there).free):
+        return f"a conversion needs more disk than the {size(free)} that are free"
+    return ""
+
+
+def _estimate(folder: Path, settings: Settings, options: Options) -> Estimate:
+    from tinychat_mlx.awq.estimate import estimate
+    from tinychat_mlx.checkpoint import Checkpoint
+
+    return estimate(Checkpoint.open(folder), settings, lambda exact: _backend(options, exact))
+
+
+def _backend(options: Options, exact: bool) -> Any:
+    from tinychat_mlx.loading import choose, create
+
+    return create(choose(options["backend"])[0], exact, options.get("threads"))
+
+
+def _convert(ref: hub.Ref, folder: Path, settings: Settings, options: Options, say: Say) -> str:
+    """Quantise into `home()`, going on with what an interrupted attempt left -> the folder."""
+    from dataclasses import replace
+
+    from tinychat_mlx.apps.convert import Screen
+    from tinychat_mlx.awq.calibrate import calibration_ids
+    from tinychat_mlx.awq.convert import convert
+    from tinychat_mlx.checkpoint import Checkpoint
+
+    target = conversion(ref)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    screen = Screen(quiet=False)
+    try:
+        with screen.bar:
+            made = convert(
+                Checkpoint.open(folder), target, settings, lambda: _backend(options, True),
+                lambda config, source, _, s, window, watch: calibration_ids(
+                    config, source, lambda: _backend(options, False), s, window, watch
+                ),
+                lambda p: screen.show(replace(p, layer=(), note="")), resume=True,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        say("stopped: what is done is kept; the same command, and a yes, go on from there")
+        raise
+    say(
+        f"{ref} as int4: {size(made.nbytes)} in {target}; the download stays (`tinychat models rm {ref}` frees it)"
+    )
+    return str(target)
+
+
+def remember(say: Say) -> None:
+    """Write the answer "always" into the config file, as its first line."""
+    from tinychat_mlx.apps.config import config_path
+
+    path = config_path()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        old = path.read_text(encoding="utf-8") if path.exists() else ""
+        fresh = path.with_name(path.name + ".partial")
+        fresh.write_text(
+            'convert = "always"  # models in 16 bits are made int4 without asking\n' + old, encoding="utf-8"
+        )
+        fresh.replace(path)
+    except OSError as error:
+        say(f"note: this answer could not be kept in {path}: {error.strerror}")
+        return
+    say(f'convert = "always" is now in {path}')
+
+
+def _key(question: str, keys: str) -> str:
+    """Ask on the terminal, answered by one key; Enter takes the capital one. Raises KeyboardInterrupt."""
+    click.echo(f"{question} [{'/'.join(keys)}] ", err=True, nl=False)
+    default = next(k for k in keys if k.isupper()).lower()
+    while True:
+        pressed = click.getchar().lower()
+        if pressed in ("\r", "\n"):
+            pressed = default
+        if pressed in keys.lower() and len(pressed) == 1:
+            click.echo(pressed, err=True)
+            return pressed
+        if pressed in ("\x04", "\x1b", ""):  # Ctrl-D, Esc
+            raise KeyboardInterrupt

@@ -1,0 +1,67 @@
+"""`tinychat models list --recommended`: models worth having (recommended.json), and what fits this machine."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from typing import Any
+
+import click
+
+from tinychat_mlx import hub
+from tinychat_mlx.apps import fit
+from tinychat_mlx.apps.models.opening import converted
+from tinychat_mlx.apps.models.table import print_table
+from tinychat_mlx.apps.terminal import size
+from tinychat_mlx.loading import choose
+
+
+def recommended() -> list[dict[str, Any]]:
+    """The curated models, smallest first."""
+    text = (files("tinychat_mlx.apps.models") / "recommended.json").read_text(encoding="utf-8")
+    found: list[dict[str, Any]] = json.loads(text)["models"]
+    return found
+
+
+def with_fit(model: dict[str, Any], free: int) -> dict[str, Any]:
+    """A model with the context that fits into `free` bytes (0: none), and whether it is here."""
+    room = free - model["memory_bytes"] - fit.BASE
+    context = min(model["context"], max(0, room) // model["kv_bytes_per_token"])
+    here = hub.cached(hub.Ref(model["id"])) is not None or converted(model["id"]) is not None
+    return model | {"fits_context": context if context >= fit.LEAST_CONTEXT else 0, "here": here}
+
+
+def show_recommended(everything: bool, as_json: bool) -> None:
+    backend = choose("auto")[0]
+    free = fit.free_on(backend)
+    rows = [with_fit(m, free) for m in recommended()]
+    shown = rows if everything else [r for r in rows if r["fits_context"]]
+    if as_json:
+        return click.echo(json.dumps(shown))
+    print_table(
+        ["model", "download", "memory", "context that fits", "licence", "good for"],
+        [
+            [
+                r["id"] + (" (here)" if r["here"] else ""),
+                size(r["download_bytes"]),
+                size(r["memory_bytes"]),
+                _context(r),
+                r["licence"],
+                r["good_for"],
+            ]
+            for r in shown
+        ],
+        right={1, 2},
+    )
+    hidden = len(rows) - len(shown)
+    click.echo(
+        f"{backend}: {size(free)} of memory free"
+        + (f"; {hidden} larger models do not fit (--all shows them)" if hidden else "")
+        + "; what is larger to download than to hold is in 16 bits: `tinychat chat -m MODEL` offers to convert it",
+        err=True,
+    )
+
+
+def _context(row: dict[str, Any]) -> str:
+    fits, whole = row["fits_context"], row["context"]
+    return "none" if not fits else f"all {whole:,}" if fits == whole else f"{fits:,} of {whole:,}"

@@ -1,0 +1,85 @@
+"""`tinychat models rm`: what a removal frees, and a removal that reaches nothing but the cache."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tinychat_mlx import hub
+from tinychat_mlx.apps.models.opening import home
+from tinychat_mlx.apps.models.shelf import disk_bytes
+from tinychat_mlx.apps.terminal import detect, size
+from tinychat_mlx.errors import ModelNotFoundError, TinychatError, UsageError
+
+
+def remove(name: str, yes: bool) -> None:
+    """Remove a repository of the cache, one revision of it, or a conversion. Asks unless told not to."""
+    if name == "demo":
+        raise UsageError("demo is part of the program: it goes with `pip uninstall tinychat-mlx`")
+    ref = hub.parse(name)
+    if ref is not None and "@" in name:
+        return _remove_revision(ref, yes)
+    folder = _folder(name, ref)
+    what = f"{name}: {size(disk_bytes(folder))} in {folder}"
+    if _agreed(what, yes):
+        _delete(folder)
+        click.echo(f"removed {what}", err=True)
+
+
+def _folder(name: str, ref: hub.Ref | None) -> Path:
+    """The folder to go: right in the cache or among our conversions, and no link."""
+    candidates = [hub.repo_folder(ref.repo)] if ref else [home() / name]
+    if ref is None and (Path(name).name != name or "--" not in name):
+        raise UsageError(
+            f"{name!r} is neither a Hugging Face id nor a conversion: `tinychat models list` names both"
+        )
+    for folder in candidates:
+        if folder.is_symlink():
+            raise UsageError(f"{folder} is a link to {folder.resolve()}: remove it by hand if you mean to")
+        if folder.is_dir():
+            return folder
+    raise ModelNotFoundError(f"{name} is not here: `tinychat models list` shows what is")
+
+
+def _delete(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise TinychatError(f"{error.filename}: cannot be removed: {error.strerror}") from None
+    shutil.rmtree(hub.hub_cache() / ".locks" / folder.name, ignore_errors=True)
+
+
+def _remove_revision(ref: hub.Ref, yes: bool) -> None:
+    """One revision; files that others share stay. huggingface_hub knows which."""
+    from huggingface_hub import scan_cache_dir
+
+    found: list[Any] = []
+    if hub.repo_folder(ref.repo).is_dir():
+        found = [
+            revision
+            for repo in scan_cache_dir(hub.hub_cache()).repos
+            if repo.repo_id == ref.repo and repo.repo_type == "model"
+            for revision in repo.revisions
+            if ref.revision in revision.refs
+            or (len(ref.revision) >= 7 and revision.commit_hash.startswith(ref.revision))
+        ]
+    if len(found) != 1:
+        raise ModelNotFoundError(
+            f"{ref.repo}@{ref.revision} is not here: `tinychat models list --json` shows what is"
+        )
+    plan = scan_cache_dir(hub.hub_cache()).delete_revisions(found[0].commit_hash)
+    what = f"{ref.repo}@{found[0].commit_hash[:8]}: {size(plan.expected_freed_size)}"
+    if _agreed(what, yes):
+        plan.execute()
+        click.echo(f"removed {what}", err=True)
+
+
+def _agreed(what: str, yes: bool) -> bool:
+    if yes:
+        return True
+    if not detect().interactive:
+        raise UsageError(f"{what} would be removed: add --yes to do it")
+    return click.confirm(f"remove {what}?", err=True)
