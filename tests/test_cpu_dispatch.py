@@ -10,8 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from emulators import absent
 
 import tinychat_mlx
+
+HASWELL = ("qemu-x86_64", "-cpu", "Haswell-v4")
 
 # A quantised product of one, few and many rows and an attention; prints the instruction set and a checksum of the bits.
 SCRIPT = """
@@ -33,25 +36,57 @@ print(backend.engine.isa, zlib.crc32(b"".join(x.tobytes() for x in out)))
 """
 
 
-def run(*command: str, **environment: str) -> str:
+# The tests of the kernels that finish in seconds under an emulator; -v names those that ran.
+KERNELS = """
+import sys
+import pytest
+left_out = "not growing_cache and (avx2 or cpu) and not scalar"
+sys.exit(pytest.main(["-v", "-p", "no:cacheprovider", "-c", sys.argv[1], "--import-mode=importlib", "-k", left_out, *sys.argv[2:]]))
+"""
+
+DEMO = """
+import sys
+from tinychat_mlx.apps.cli import main
+sys.exit(main(["run", "-v", "--backend", "cpu", "who are you?"]))
+"""
+
+
+def run(*command: str, script: str, **environment: str) -> subprocess.CompletedProcess[str]:
     # The processor's own choices in NumPy's libraries are not what is tested here.
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"} | environment
     # An editable install is found through hooks that the bare interpreter does not run: give it the folders.
     found = f"import tinychat_mlx\ntinychat_mlx.__path__[:] = {list(tinychat_mlx.__path__)!r}\n"
-    done = subprocess.run(
-        [*command, "-c", found + SCRIPT], capture_output=True, text=True, check=False, env=env
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.strip()
+    emulator = () if environment.get("TINYCHAT_CPU_ISA") else HASWELL
+    python = str(Path(sys.executable).resolve())
+    argv = [*emulator, python, "-c", found + script, *command]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    return done
+
+
+@pytest.fixture(autouse=True)
+def emulator() -> None:
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        pytest.skip("this is no x86-64 Linux")
+    if shutil.which(HASWELL[0]) is None:
+        absent(f"{HASWELL[0]} is not installed (apt install qemu-user)")
 
 
 def test_a_haswell_runs_avx2_and_gets_the_same_bits() -> None:
     """Emulated without AVX-512 and VNNI: an instruction of those anywhere outside their files ends the process."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        pytest.skip("this is no x86-64 machine")
-    if shutil.which("qemu-x86_64") is None:
-        pytest.skip("qemu-x86_64 is not installed (apt install qemu-user)")
-    python = str(Path(sys.executable).resolve())
-    emulated = run("qemu-x86_64", "-cpu", "Haswell-v4", python)
+    emulated = run(script=SCRIPT).stdout
     assert emulated.startswith("avx2 ")
-    assert emulated == run(python, TINYCHAT_CPU_ISA="avx2")
+    assert emulated == run(script=SCRIPT, TINYCHAT_CPU_ISA="avx2").stdout
+
+
+def test_a_haswell_passes_the_kernels_own_tests(tmp_path: Path) -> None:
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    tests = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("cpu_kernels", "backends")]
+    done = run(str(tmp_path / "pytest.ini"), *tests, script=KERNELS)
+    assert "[avx2" in done.stdout and "[cpu" in done.stdout and "avx512" not in done.stdout
+
+
+def test_a_haswell_chats(tmp_path: Path) -> None:
+    emulated = run(script=DEMO, HOME=str(tmp_path))
+    assert "(avx2, " in emulated.stderr
+    assert emulated.stdout == run(script=DEMO, HOME=str(tmp_path), TINYCHAT_CPU_ISA="avx2").stdout
