@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,19 @@ class ReferenceBackend(Backend):
 
     def new_cache(self, shape: CacheShape, capacity: int) -> ReferenceCache:
         return ReferenceCache(shape, capacity)
+
+    def read_cache(self, cache: Cache, start: int, end: int) -> dict[str, npt.NDArray[Any]]:
+        assert isinstance(cache, ReferenceCache)
+        return {
+            "k": cache.k[:, start:end].swapaxes(1, 2).copy(),
+            "v": cache.v[:, start:end].swapaxes(1, 2).copy(),
+        }
+
+    def write_cache(self, cache: Cache, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        assert isinstance(cache, ReferenceCache)
+        start, end = cache.length, cache.length + arrays["k"].shape[2]
+        cache.k[:, start:end], cache.v[:, start:end] = arrays["k"].swapaxes(1, 2), arrays["v"].swapaxes(1, 2)
+        cache.length = end
 
     def embed(self, table: Any, ids: npt.NDArray[np.int32]) -> F32:
         rows: F32 = table.w[ids]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from tiny_models import tiny
 
 import tinychat_mlx
 from tinychat_mlx.errors import ContextFullError, UsageError
-from tinychat_mlx.generate import PREFILL_ROWS, Engine, Event
+from tinychat_mlx.generate import FIRST_ROWS, PREFILL_ROWS, Engine, Event
 from tinychat_mlx.sampler import SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
@@ -87,12 +88,37 @@ def test_the_same_prompt_again_computes_one_token(engine: Engine) -> None:
     assert two[-1].stats is not None and two[-1].stats.cached_tokens == len(prompt) - 1
 
 
-def test_long_prompts_are_computed_in_pieces(model: tinychat_mlx.Model) -> None:
-    engine = Engine(model.engine.decoder, 2 * PREFILL_ROWS)
-    prompt = np.random.default_rng(0).integers(3, 97, PREFILL_ROWS + 5).tolist()
-    done = [(e.done, e.total) for e in answer(engine, prompt, SamplingParams(temperature=0, max_tokens=1))
-            if e.kind == "prefill"]  # fmt: skip
-    assert done == [(PREFILL_ROWS, PREFILL_ROWS + 5), (PREFILL_ROWS + 5, PREFILL_ROWS + 5)]
+@pytest.mark.parametrize(
+    ("row_s", "expected"),
+    [
+        (1e-9, [FIRST_ROWS, PREFILL_ROWS, 5]),  # a fast device computes all it may at a time
+        (
+            1 / 300,
+            [FIRST_ROWS, 128, 128, 128, 128, 5],
+        ),  # 150 rows in half a second, and no less than half of them
+        (1 / 20, [FIRST_ROWS] * 33 + [5]),  # a small board: 0.8 s between two points where it can be stopped
+    ],
+)
+def test_long_prompts_are_computed_in_pieces_of_half_a_second(
+    model: tinychat_mlx.Model, monkeypatch: pytest.MonkeyPatch, row_s: float, expected: list[int]
+) -> None:
+    """The pieces follow the speed that the first shows; the answer is that of one piece."""
+    now, forward = 0.0, model.engine.decoder.forward
+
+    def timed(ids: Any, cache: Any, **kw: Any) -> Any:
+        nonlocal now
+        now += row_s * len(ids)
+        return forward(ids, cache, **kw)
+
+    prompt = np.random.default_rng(0).integers(3, 97, FIRST_ROWS + PREFILL_ROWS + 5).tolist()
+    with monkeypatch.context() as m:
+        m.setattr(model.engine.decoder, "forward", timed)
+        m.setattr("tinychat_mlx.generate.time.perf_counter", lambda: now)
+        events = answer(Engine(model.engine.decoder, len(prompt) + 20), prompt)
+    done = [0, *[e.done for e in events if e.kind == "prefill"]]
+    assert [b - a for a, b in itertools.pairwise(done)] == expected
+    assert {e.total for e in events if e.kind == "prefill"} == {len(prompt)}
+    assert tokens(events) == naive(model, prompt, 12)
 
 
 def test_closing_cancels_within_one_token_and_loses_nothing(

@@ -10,7 +10,7 @@ is written here in the primitives. A new backend fills in the primitives; a fast
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -187,6 +187,17 @@ class Backend:
         return tuple(Mlp(act, self.pack(down), gate_up=self.pack(up)) for up, down in experts)
 
     def new_cache(self, shape: CacheShape, capacity: int) -> Cache:
+        raise NotImplementedError
+
+    def read_cache(self, cache: Cache, start: int, end: int) -> dict[str, npt.NDArray[Any]]:
+        """Tokens start to end as they are stored -> arrays of their own (layers, Hkv, tokens, …), by name.
+
+        Names, types and the other sizes are the same for all caches of one model and one kind of storage.
+        """
+        raise NotImplementedError
+
+    def write_cache(self, cache: Cache, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Put what `read_cache` gave behind the tokens that cache holds; its length grows by theirs."""
         raise NotImplementedError
 
     def step(self, segments: Sequence[Segment]) -> Step:

@@ -33,7 +33,10 @@ class ForeignModel(Model):
         self.generation_config = read(folder / "generation_config.json")
         self.defaults = from_generation_config(self.generation_config)
         self.engine = Engine(decoder, self.context)
-        self._tokenizer, self._said = None, None
+        self._tokenizer, self._said, self.answer_ids = None, None, []
+
+    def keep_in(self, folder: Path, exact: bool = False, limit: int = 0) -> None:
+        """Nothing is kept: mlx-lm's caches are not ours to read."""
 
 
 def read(file: Path) -> Mapping[str, Any]:

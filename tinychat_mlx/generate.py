@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,9 +12,13 @@ from typing import Protocol
 from tinychat_mlx.backend import Cache, Tensor
 from tinychat_mlx.decoder import Decoder
 from tinychat_mlx.errors import ConfigError, ContextFullError, UsageError
+from tinychat_mlx.prefix import PART, PrefixStore
 from tinychat_mlx.sampler import Sampler, SamplingParams
+from tinychat_mlx.weight import Array
 
-PREFILL_ROWS = 512  # tokens a prefill step takes: many enough to be bound by arithmetic, and a cancel point
+PREFILL_ROWS = 512  # most tokens a prefill step takes: many enough to be bound by arithmetic
+FIRST_ROWS = 16  # tokens of the first step of all, which shows how fast the device is
+PIECE_S = 0.5  # a step shall take no longer: between steps an answer can be cancelled
 
 
 @dataclass(frozen=True)
@@ -67,10 +72,17 @@ class Engine:
         self.cache: Cache | None = None
         self.ids: list[int] = []  # ids[:cache.length] are in the cache
         self.answer: list[int] = []  # the tokens of the last answer that became text
+        self.rows = FIRST_ROWS  # tokens of the next prefill step, as fast as the device was so far
         self.lock = threading.Lock()
+        self.prefixes: PrefixStore | None = None  # where what was computed outlives the program
+        self._rows = threading.Lock()  # held by whoever reads or writes the cache
+        self._keeper: threading.Thread | None = None
 
     def reuse(self, prompt: Sequence[int]) -> int:
-        """Rewind to the longest common prefix with prompt, less one token to predict from -> its length."""
+        """Rewind to the longest common prefix with prompt, less one token to predict from -> its length.
+
+        What the cache lacks may be on disk.
+        """
         if self.cache is None:
             self.cache = self.decoder.new_cache(self.context)
         common, most = 0, min(self.cache.length, len(prompt) - 1)
@@ -78,7 +90,39 @@ class Engine:
             common += 1
         self.cache.rewind(common)
         self.ids, self.answer = list(prompt), []
-        return common
+        if self.prefixes is not None and len(prompt) - common > PART:  # less is computed as fast
+            self.prefixes.restore(self.decoder.backend, self.cache, prompt[:-1])
+        return self.cache.length
+
+    def prime(self, ids: Sequence[int]) -> None:
+        """Fetch what is on disk of a conversation that will go on with ids: its first answer then need not."""
+        if ids and len(ids) < self.context and self.prefixes is not None:
+            with self._rows:
+                del self.ids[self.reuse(ids) :]
+
+    def keep(self, whole: bool = False) -> None:
+        """Put what the cache holds on disk, in the background.
+
+        whole: the last part too, though it may still grow; returns when all is written. For the end of a conversation.
+        """
+        if self.prefixes is None or self.cache is None:
+            return
+        if self._keeper is not None and self._keeper.is_alive():
+            if not whole:
+                return  # the next answer will ask again
+            self._keeper.join()
+        ids, store = self.ids[: self.cache.length], self.prefixes
+
+        def read(start: int, end: int) -> dict[str, Array] | None:
+            with self._rows:  # waits while an answer is being given
+                if self.cache is None or self.cache.length < end or self.ids[:end] != ids[:end]:
+                    return None
+                return self.decoder.backend.read_cache(self.cache, start, end)
+
+        self._keeper = threading.Thread(target=store.save, args=(ids, read, whole), daemon=True)
+        self._keeper.start()
+        if whole:
+            self._keeper.join()
 
     def generate(
         self,
@@ -96,7 +140,15 @@ class Engine:
         self.check(prompt)
         if not self.lock.acquire(blocking=False):
             raise UsageError("this model is answering already; finish or close that answer first")
-        run = _Run(self, prompt, params, dropped_messages)
+        try:
+            with self._rows:
+                yield from self._answer(_Run(self, prompt, params, dropped_messages), stop_ids, stream, stops)
+        finally:
+            self.lock.release()
+
+    def _answer(
+        self, run: _Run, stop_ids: frozenset[int], stream: Stream, stops: Stops | None
+    ) -> Iterator[Event]:
         try:
             yield from run.prefill()
             yield from run.decode(stop_ids, stream, stops)
@@ -104,7 +156,6 @@ class Engine:
             if self.cache is not None:
                 del self.ids[self.cache.length :]  # an interrupt may leave a token that the cache never saw
                 self.cache.rewind(len(self.ids))  # a step begun ahead leaves one that the answer never had
-            self.lock.release()
 
     def check(self, prompt: Sequence[int]) -> None:
         vocabulary = self.decoder.config.vocab_size
@@ -117,6 +168,15 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens, the context holds {self.context} and an answer needs room: "
                 "shorten it, start anew (/clear), or load the model with a larger --context"
             )
+
+
+def rows_within(seconds: float, rows: int, took: float) -> int:
+    """Rows a step may have, given what one of `rows` took: a power of two from FIRST_ROWS to PREFILL_ROWS.
+
+    A power, so that small differences in speed do not change the steps, and with them the last bits of results.
+    """
+    wanted = rows * seconds / max(took, 1e-9)
+    return max(FIRST_ROWS, min(PREFILL_ROWS, 1 << int(math.log2(max(wanted, 1)))))
 
 
 class _Run:
@@ -133,11 +193,16 @@ class _Run:
         """Compute the prompt's new tokens in pieces; leaves the last one's logits."""
         engine, total = self.engine, len(self.prompt)
         assert engine.cache is not None
-        for at in range(self.cached, total, PREFILL_ROWS):
-            piece = self.prompt[at : at + PREFILL_ROWS]
+        at = self.cached
+        while at < total:
+            start = time.perf_counter()
+            piece = self.prompt[at : at + engine.rows]
             self.logits = engine.decoder.forward(piece, engine.cache)
-            done = at + len(piece) - self.cached
-            yield Event("prefill", done=done, total=total - self.cached)
+            at += len(piece)
+            if at < total:
+                engine.decoder.backend.to_host(self.logits)  # waits: else a device's queue would look fast
+                engine.rows = rows_within(PIECE_S, len(piece), time.perf_counter() - start)
+            yield Event("prefill", done=at - self.cached, total=total - self.cached)
 
     def decode(self, stop_ids: frozenset[int], stream: Stream, stops: Stops | None) -> Iterator[Event]:
         """Sample until a stop; yields text as it becomes whole, then the end."""

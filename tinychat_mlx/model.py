@@ -11,6 +11,7 @@ from tinychat_mlx.config import ModelConfig, token_ids
 from tinychat_mlx.decoder import Decoder
 from tinychat_mlx.errors import ContextFullError, UsageError
 from tinychat_mlx.generate import Engine, Event
+from tinychat_mlx.prefix import LIMIT, PrefixStore, identity_of
 from tinychat_mlx.sampler import SamplingParams, from_generation_config
 from tinychat_mlx.weight import F32
 
@@ -51,6 +52,7 @@ class Model:
         self.engine = Engine(Decoder(config, checkpoint, backend, progress), context)
         self._tokenizer: Tokenizer | None = None
         self._said: tuple[str, list[int]] | None = None  # the conversation so far, as text and as tokens
+        self.answer_ids: list[int] = []  # of the last answer to `chat`, where they are all of its text
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -66,6 +68,29 @@ class Model:
         """Tokens that end an answer: the union of config, generation config and tokenizer."""
         file = token_ids(self.generation_config.get("eos_token_id"), "generation_config.json")
         return frozenset(self.tokenizer.stop_ids(self.config.eos_token_ids, file))
+
+    @property
+    def context_used(self) -> int:
+        """Tokens of the context that the last conversation takes up."""
+        return len(self.engine.ids)
+
+    def keep_in(self, folder: Path, exact: bool = False, limit: int = LIMIT) -> None:
+        """From now on `keep` writes what was computed into folder, of at most limit bytes, and chats look there.
+
+        exact: as the model was loaded. Raises OSError where the model's own files cannot be read any more.
+        """
+        identity = identity_of(self.folder, self.config, self.device.backend, exact)
+        self.engine.prefixes = PrefixStore(folder, identity, limit)
+
+    def keep(self, whole: bool = False) -> None:
+        """Put what was computed of the conversation on disk, if `keep_in` said where. whole: as Engine.keep has it."""
+        self.engine.keep(whole)
+
+    def prime(self, messages: Sequence[Message], template: Mapping[str, Any] | None = None) -> None:
+        """Fetch what is on disk of a conversation that is about to go on, so that its next answer begins at once."""
+        text = self._render(messages, {**(template or {}), "add_generation_prompt": False})
+        ids = self._encode_rendered(text, messages, template or {})
+        self.engine.prime(ids)
 
     def memory(self) -> Memory:
         return self.backend.memory()
@@ -91,7 +116,8 @@ class Model:
     ) -> Iterator[Event]:
         """Answer a conversation [{"role", "content"}, …] through the model's own template.
 
-        Turns that this model has just computed are not computed again. on_full "stop" raises
+        Turns that this model has just computed are not computed again; nor are those of an earlier run, with
+        `keep_in`, if the assistant's messages hold their tokens ("ids", from `answer_ids`). on_full "stop" raises
         ContextFullError when the messages leave no room to answer; "slide" drops the oldest exchange
         until they do and counts it in stats.dropped_messages. template: further template variables.
         """
@@ -99,26 +125,49 @@ class Model:
             raise UsageError(f"on_full must be stop or slide, not {on_full!r}")
         kept, dropped = list(messages), 0
         while True:
-            text = self.tokenizer.render(kept, **(template or {}))
-            ids = self._encode_rendered(text)
+            text = self._render(kept, template or {})
+            ids = self._encode_rendered(text, kept, template or {})
             if on_full == "stop" or len(ids) + min(ANSWER_ROOM, self.context // 4) <= self.context:
                 break
             kept, gone = without_oldest(kept)
             dropped += gone
         return self._answer(ids, sampling, text, dropped)
 
-    def _encode_rendered(self, text: str) -> list[int]:
+    def _render(self, messages: Sequence[Message], template: Mapping[str, Any]) -> str:
+        bare = [{k: v for k, v in m.items() if k != "ids"} for m in messages]
+        return self.tokenizer.render(bare, **template)
+
+    def _encode_rendered(
+        self, text: str, messages: Sequence[Message], template: Mapping[str, Any]
+    ) -> list[int]:
         """A rendered conversation -> tokens, keeping the very tokens of turns already computed.
 
         Text encoded again may split otherwise than the model wrote it, and the cache would be lost from
         there on. The splice is exact only where the rest begins with a special token.
         """
-        if self._said is not None:
-            said, ids = self._said
-            rest = text[len(said) :]
-            if text.startswith(said) and (not rest or self.tokenizer.starts_with_special(rest)):
-                return ids + self.tokenizer.encode(rest, special=False)
-        return self.tokenizer.encode(text, special=False)
+        said, ids = self._said or ("", [])
+        if not (said and text.startswith(said) and self._is_border(text, len(said))):
+            said, ids = "", []
+            for count, message in enumerate(messages):
+                if message.get("role") == "assistant" and self._are_tokens(message.get("ids")):
+                    before = self._render(messages[:count], {**template, "add_generation_prompt": True})
+                    after = before + self.tokenizer.decode(message["ids"])
+                    if (
+                        text.startswith(after)
+                        and before.startswith(said)
+                        and self._is_border(text, len(after))
+                    ):
+                        ids = ids + self.tokenizer.encode(before[len(said) :], special=False) + message["ids"]
+                        said = after
+        return ids + self.tokenizer.encode(text[len(said) :], special=False)
+
+    def _is_border(self, text: str, at: int) -> bool:
+        return at == len(text) or self.tokenizer.starts_with_special(text[at:])
+
+    def _are_tokens(self, ids: object) -> bool:
+        """Whether a message's "ids" can be an answer's: they may come from a file."""
+        most = self.config.vocab_size
+        return isinstance(ids, list) and bool(ids) and all(type(t) is int and 0 <= t < most for t in ids)
 
     def _answer(
         self, ids: list[int], sampling: Mapping[str, Any], rendered: str | None = None, dropped: int = 0
@@ -147,6 +196,7 @@ class Model:
                 rendered is not None and tokenizer.decode(answer) == text
             )  # not cut by a stop or mid-letter
             self._said = (rendered + text, ids + answer) if rendered is not None and whole else None
+            self.answer_ids = answer if self._said else []
 
 
 def without_oldest(messages: list[Message]) -> tuple[list[Message], int]:

@@ -11,7 +11,7 @@ TINYCHAT_KV=int8 halves the cache.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from ctypes import pointer
 from typing import Any
 
@@ -83,6 +83,14 @@ class CpuBackend(Backend):
 
     def new_cache(self, shape: CacheShape, capacity: int) -> Cache:
         return CpuCache(shape, capacity, self._kv)
+
+    def read_cache(self, cache: Cache, start: int, end: int) -> dict[str, npt.NDArray[Any]]:
+        assert isinstance(cache, CpuCache), "a cache of another backend"
+        return cache.read(start, end)
+
+    def write_cache(self, cache: Cache, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        assert isinstance(cache, CpuCache), "a cache of another backend"
+        cache.write(arrays)
 
     # step primitives ----------------------------------------------------------------------------
     def embed(self, table: Handle, ids: Tensor) -> Tensor:

@@ -39,6 +39,11 @@ class CudaCache(Cache):
             else:
                 codes[layer, :, at] = x
 
+    def parts(self) -> dict[str, torch.Tensor]:
+        """Everything that is held of a token, by name: (layer, Hkv, capacity, …)."""
+        scales = {"k_scale": self.k_scale, "v_scale": self.v_scale} if self.int8 else {}
+        return {"k": self.k, "v": self.v, **scales}
+
     def read(self, layer: int, end: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """-> keys, values (Hkv, end, D) in dtype: views where nothing has to be converted."""
         k, v = self.k[layer, :, :end], self.v[layer, :, :end]

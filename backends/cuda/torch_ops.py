@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -92,6 +92,17 @@ class TorchBackend(Backend):
         devices.refuse(size, f"a KV cache of {capacity} tokens", self.device, advice)
         cache = CudaCache(shape, capacity, self.device, self.dtype, self.int8_kv)
         return self._hold(cache)
+
+    def read_cache(self, cache: Cache, start: int, end: int) -> dict[str, npt.NDArray[Any]]:
+        parts = own(cache).parts()
+        return {name: np.array(part[:, :, start:end].cpu().numpy()) for name, part in parts.items()}
+
+    @guarded
+    def write_cache(self, cache: Cache, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        start, end = cache.length, cache.length + arrays["k"].shape[2]
+        for name, part in own(cache).parts().items():
+            part[:, :, start:end] = torch.tensor(arrays[name])
+        cache.length = end
 
     def announce(self, text: str) -> None:
         """Name a fall-back aloud, once: the user should know what is slow and why."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from tinychat_mlx.backend import (
     Attention,
     Backend,
+    Cache,
     CacheShape,
     Device,
     Memory,
@@ -143,6 +144,19 @@ class MlxBackend(Backend):
         with self._evaluating():
             mx.eval(cache.k, cache.v)
         return cache
+
+    def read_cache(self, cache: Cache, start: int, end: int) -> dict[str, npt.NDArray[Any]]:
+        assert isinstance(cache, MlxCache)
+        self.enter()
+        with self._evaluating():
+            return {name: np.array(x) for name, x in cache.read(start, end).items()}
+
+    def write_cache(self, cache: Cache, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        assert isinstance(cache, MlxCache)
+        self.enter()
+        with self._evaluating():
+            cache.write(arrays)
+            mx.eval(cache.k, cache.v)
 
     def _check_room(self, shape: CacheShape, capacity: int) -> None:
         each = shape.bytes_per_token(self.dtype.size)

@@ -6,8 +6,11 @@ is copied at every growth, and may meet the end of memory in the middle of an an
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy.typing as npt
 
 from tinychat_mlx.backend import Cache, CacheShape
 from tinychat_mlx.backends.mlx.device import mx
@@ -54,6 +57,25 @@ class MlxCache(Cache):
         """Keys a captured step must look at: a power of two, so that few programs serve all lengths."""
         return min(self.capacity, max(SPAN, 1 << self.length.bit_length()))
 
+    def parts(self) -> dict[str, list[Any]]:
+        """Everything that is held of a token, by name: arrays (1, Hkv, capacity, …), one a layer."""
+        return {"k": self.k, "v": self.v}
+
+    def read(self, start: int, end: int) -> dict[str, Any]:
+        """As Backend.read_cache, still on the device."""
+        rows = {name: mx.concatenate([layer[..., start:end, :] for layer in part])
+                for name, part in self.parts().items()}  # fmt: skip
+        # NumPy has no bfloat16: its bits stand for it
+        return {name: x.view(mx.uint16) if x.dtype == mx.bfloat16 else x for name, x in rows.items()}
+
+    def write(self, rows: Mapping[str, npt.NDArray[Any]]) -> None:
+        """As Backend.write_cache."""
+        start, end = self.length, self.length + next(iter(rows.values())).shape[2]
+        for name, part in self.parts().items():
+            for layer, row in zip(part, mx.array(rows[name]), strict=True):
+                layer[..., start:end, :] = row.view(layer.dtype)
+        self.length = end
+
     def append(self, layer: int, k: Any, v: Any, window: int) -> View:
         """Write k, v (1, Hkv, T, D) behind the first `length` -> what these rows see."""
         start, rows = self.length, k.shape[2]
@@ -91,6 +113,10 @@ class PackedCache(MlxCache):
         self.k = [[mx.zeros(*part) for part in parts] for _ in layers]
         self.v = [[mx.zeros(*part) for part in parts] for _ in layers]
         self._masked = NOTHING_MASKED
+
+    def parts(self) -> dict[str, list[Any]]:
+        return {f"{name}{i}": [layer[i] for layer in held]
+                for name, held in (("k", self.k), ("v", self.v)) for i in range(3)}  # fmt: skip
 
     def _pack(self, x: Any) -> list[Any]:
         return list(mx.quantize(x, group_size=self.packing[0], bits=self.packing[1]))

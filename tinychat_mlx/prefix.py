@@ -1,0 +1,199 @@
+"""What was computed of conversations, on disk: going on with one tomorrow need not compute it again.
+
+A part is the keys and values of up to 256 consecutive tokens, a safetensors file named for all they depend on:
+
+    <hash of the model and of every token before>-<hash of its own tokens>.safetensors
+    metadata    {"prefix": that name's first half, "crc": of the bytes of all tensors, in order of their names}
+    ids         (T,) int32; further tensors as the backend's `read_cache` gives them, tokens along axis 2
+
+So chats that begin alike share parts, and a longer chat only adds some. A part that is damaged, of another model or
+not what its name says is as good as absent, and so is a disk that is full: whatever goes wrong here costs time alone.
+Files are for their owner (0600 in a 0700 folder); anybody may delete them at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from tinychat_mlx import __version__
+from tinychat_mlx.backend import Backend, Cache
+from tinychat_mlx.config import ModelConfig
+from tinychat_mlx.errors import TinychatError
+from tinychat_mlx.tensorfile import TensorFile, entry, write
+from tinychat_mlx.weight import Array
+
+LAYOUT = 1  # to be raised when files written before must not be read any more
+PART = 256  # tokens: a few MB, so that an answer adds little, and an eviction takes little
+LIMIT = 1 << 30  # bytes on disk, by default
+SPARE = 256 << 20  # bytes that are left free on the disk
+SAMPLES, SAMPLE = 64, 4096  # of each weight file: places looked at, and bytes at each
+NAME = re.compile(r"[0-9a-f]{32}-[0-9a-f]{16}\.safetensors(\.partial)?")
+
+Rows = dict[str, Array]
+
+
+def identity_of(folder: Path, config: ModelConfig, backend: str, exact: bool) -> str:
+    """What keys and values depend on besides the tokens, as a hash. Raises OSError.
+
+    Weight files are told apart by size, time of change and samples of their bytes: reading all would take longer
+    than what is saved. How a cache stores numbers need not be here: it shows in the tensors.
+    """
+    seen = hashlib.sha256(f"{LAYOUT} {__version__} {backend} {exact}".encode())
+    seen.update((folder / "config.json").read_bytes())
+    for table in config.rope:  # it may depend on the size of the context
+        seen.update(b"-" if table is None else f"{table.factor}".encode() + table.inv_freq.tobytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            seen.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
+            for at in range(SAMPLES):
+                file.seek(status.st_size * at // SAMPLES)
+                seen.update(file.read(SAMPLE))
+    return seen.hexdigest()
+
+
+class PrefixStore:
+    """The parts of one model in a folder that all models share. Used by one thread at a time."""
+
+    def __init__(self, folder: Path, identity: str, limit: int = LIMIT) -> None:
+        self.folder, self.identity, self.limit = folder, identity, limit
+
+    def restore(self, backend: Backend, cache: Cache, ids: Sequence[int]) -> None:
+        """Continue what cache holds, a beginning of ids, with what is on disk."""
+        try:
+            names = sorted(name for name in os.listdir(self.folder) if NAME.fullmatch(name))
+        except OSError:
+            return
+        used: list[Path] = []
+        for at, key in self._keys(ids):
+            if cache.length >= at + PART:
+                continue
+            found = max((self._open(name, ids[at:], backend, cache) for name in names if name.startswith(key)),
+                        key=lambda part: part.tokens, default=None)  # fmt: skip
+            if found is None or at + found.tokens <= cache.length:
+                break
+            have, end = cache.length - at, found.tokens
+            backend.write_cache(cache, {name: rows[:, :, have:end] for name, rows in found.rows.items()})
+            used.append(found.path)
+            if end < PART:
+                break
+        self._touch(used)
+
+    def save(self, ids: Sequence[int], read: Callable[[int, int], Rows | None], whole: bool = False) -> None:
+        """Write the parts of ids that are not there yet; whole: also the last one, though it may still grow.
+
+        read(start, end) gives the rows of those tokens, or None when they are gone.
+        """
+        if len(ids) < PART:  # computed again in no time
+            return
+        used: list[Path] = []
+        with suppress(OSError, TinychatError):
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for at, key in self._keys(ids):
+                own = np.asarray(ids[at : at + PART], np.int32)
+                if not whole and len(own) < PART:
+                    break
+                path = self.folder / f"{key}-{_hash(own.tobytes())[:16]}.safetensors"
+                if not path.exists():
+                    rows = read(at, at + len(own))
+                    if rows is None or not self._write(path, key, own, rows):
+                        break
+                used.append(path)
+            self._touch(used)
+            self._make_room()
+
+    def _keys(self, ids: Sequence[int]) -> Iterable[tuple[int, str]]:
+        """Where each part of ids begins, and the hash of the model and all tokens before it."""
+        seen = hashlib.sha256(self.identity.encode())
+        for at in range(0, len(ids), PART):
+            yield at, seen.hexdigest()[:32]
+            seen.update(np.asarray(ids[at : at + PART], np.int32).tobytes())
+
+    def _open(self, name: str, ids: Sequence[int], backend: Backend, cache: Cache) -> _Part:
+        """A part, checked in every way, and how many of its tokens are ids'; a bad one has none."""
+        path = self.folder / name
+        try:
+            file = TensorFile(path)
+            own = file.read("ids")
+            form = backend.read_cache(cache, 0, 0)
+            if file.metadata.get("prefix") != name[:32] or set(file.names) != {"ids", *form}:
+                return _Part(path)
+            rows = {key: file.read(key) for key in form}
+            if own.dtype != np.int32 or own.ndim != 1 or not 0 < len(own) <= PART:
+                return _Part(path)
+            same = own[: len(ids)] == np.asarray(ids[: len(own)], np.int32)
+            tokens = len(same) if same.all() else int(same.argmin())
+            if not all(_fits(rows[key], form[key], len(own)) for key in form):
+                return _Part(path)
+            if file.metadata.get("crc") != _crc({"ids": own, **rows}):
+                return _Part(path)
+            return _Part(path, min(tokens, cache.capacity), rows)
+        except (OSError, TinychatError):
+            return _Part(path)
+
+    def _write(self, path: Path, key: str, own: Array, rows: Rows) -> bool:
+        """-> whether it is on disk now."""
+        size = sum(array.nbytes for array in rows.values())
+        if size > self.limit or shutil.disk_usage(self.folder).free < size + SPARE:
+            return False
+        arrays = {"ids": own, **rows}
+        entries = [entry(name, array) for name, array in arrays.items()]
+        write(path, entries, {"prefix": key, "crc": _crc(arrays)})
+        path.chmod(0o600)
+        return True
+
+    def _touch(self, used: list[Path]) -> None:
+        """Note parts of a conversation as used: the earlier the newer, for a later one is nothing without it."""
+        now = time.time_ns()
+        for i, path in enumerate(used):
+            with suppress(OSError):
+                os.utime(path, ns=(now - i, now - i))
+
+    def _make_room(self) -> None:
+        """Delete what was used longest ago until the rest is within the limit."""
+        files = [e for e in os.scandir(self.folder) if NAME.fullmatch(e.name)]
+        found = sorted(((e.stat().st_mtime_ns, e.stat().st_size, e.path) for e in files), reverse=True)
+        held = 0
+        for _, size, path in found:
+            held += size
+            if held > self.limit:
+                with suppress(OSError):
+                    os.unlink(path)
+
+
+class _Part:
+    """A file, how many of its tokens are wanted (0: it is of no use), and its rows."""
+
+    def __init__(self, path: Path, tokens: int = 0, rows: Rows | None = None) -> None:
+        self.path, self.tokens, self.rows = path, tokens, rows or {}
+
+
+def _fits(rows: Array, form: Array, tokens: int) -> bool:
+    """Whether an array is one of a cache of this form: an empty array with its types and other sizes."""
+    shape = (*form.shape[:2], tokens, *form.shape[3:])
+    return rows.dtype == form.dtype and rows.shape == shape and _finite(rows)
+
+
+def _finite(rows: Array) -> bool:
+    return rows.dtype.kind != "f" or bool(np.isfinite(rows).all())
+
+
+def _crc(arrays: Mapping[str, Array]) -> str:
+    crc = 0
+    for name in sorted(arrays):
+        crc = zlib.crc32(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data, crc)
+    return f"{crc:08x}"
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
