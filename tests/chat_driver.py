@@ -34,6 +34,7 @@ class ScriptedModel:
         self.device = Device(backend, "Test CPU", "scalar, 1 thread", "no Apple or NVIDIA GPU found")
         self.engine = SimpleNamespace(ids=[])
         self.turn = 0
+        self.answer_ids: list[int] = []
         self.asked: list[Any] = []
         self.generation_config = {"temperature": 0.6}
         self.defaults = from_generation_config(self.generation_config)
@@ -42,6 +43,16 @@ class ScriptedModel:
             encode=lambda text, **_: text.split(),
             render=lambda messages, **_: "".join(m["content"] for m in messages) + opened,
         )
+
+    @property
+    def context_used(self) -> int:
+        return len(self.engine.ids)
+
+    def keep_in(self, folder: Path, exact: bool = False, limit: int = 0) -> None: ...
+
+    def keep(self, whole: bool = False) -> None: ...
+
+    def prime(self, messages: list[dict[str, Any]], template: dict[str, Any] | None = None) -> None: ...
 
     def memory(self) -> Memory:
         return Memory(12_000_000, 12_000_000, 0)

@@ -117,6 +117,7 @@ class Chats:
         path.write_text(json.dumps(script))
         own = {
             "TINYCHAT_DATA": str(self.folder / "data"),
+            "TINYCHAT_CACHE": str(self.folder / "cache"),
             "TERM": "xterm-256color",
             "PYTHONPATH": str(ROOT),
             "TINYCHAT_CONFIG": "/absent",

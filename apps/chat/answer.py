@@ -122,6 +122,8 @@ class Answer:
                 "decode_tok_s": round(self.stats.decode_tok_s, 2),
             }
             message["tokens"] = self.stats.completion_tokens
+        if self.model.answer_ids:
+            message["ids"] = self.model.answer_ids
         if self.text or self.stats:
             self.session.add(message)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +12,7 @@ from tinychat_mlx.apps.chat import attach, commands
 from tinychat_mlx.apps.chat.answer import Answer
 from tinychat_mlx.apps.chat.commands.conversation import compact
 from tinychat_mlx.apps.chat.prompt import Fragments, Reader, make_reader
-from tinychat_mlx.apps.chat.session import Session
+from tinychat_mlx.apps.chat.session import Message, Session
 from tinychat_mlx.apps.chat.settings import Settings
 from tinychat_mlx.apps.chat.view import View, colour_of
 from tinychat_mlx.apps.terminal import size
@@ -54,8 +56,13 @@ class Chat:
         reader = make_reader(self.view.terminal, history, self.complete, self.toolbar)
         self.view.header(self.model)
         self.recall()
-        while self._turn(reader):
-            pass
+        self.prime()
+        try:
+            while self._turn(reader):
+                pass
+        finally:
+            with suppress(KeyboardInterrupt):  # whoever is in a hurry has it computed again
+                self.model.keep(whole=True)
         if self.session.messages and self.session.path and self.view.terminal.interactive:
             self.view.note(f"saved as {self.session.ident}; `tinychat chat --continue` goes on with it")
         return 0
@@ -73,6 +80,9 @@ class Chat:
             else:
                 self.ask(text.removeprefix("/") if text.startswith("//") else text)
         except KeyboardInterrupt:
+            if self.prefill:
+                self.view.note("not sent")
+                return True
             self.hints += 1
             more = " (Ctrl-C only stops answers)" if self.hints > 1 else ""
             self.view.note(f"to leave, press Ctrl-D or type /exit{more}")
@@ -86,6 +96,7 @@ class Chat:
 
     def go_to(self, session: Session) -> None:
         """Make another conversation the current one."""
+        self.model.keep(whole=True)
         self.session, self.used, self.attached, self.last = session, 0, [], None
 
     def recall(self) -> None:
@@ -113,6 +124,9 @@ class Chat:
         self.session.add({"role": "user", "content": content})
         try:
             self.answer()
+        except KeyboardInterrupt:  # before the answer began, or a second one: it would not end
+            self._take_back(text)
+            raise
         except TinychatError as e:
             self._take_back(text)
             if (
@@ -139,7 +153,14 @@ class Chat:
             self.last.run()
         finally:
             stats = self.last.stats
-            self.used = stats.context_used if stats else len(self.model.engine.ids)
+            self.used = stats.context_used if stats else self.model.context_used
+            self.model.keep()
+
+    def prime(self) -> None:
+        """Fetch what was computed of a resumed conversation while the person reads and types."""
+        messages, template = self.session.for_model(), self.settings.template
+        if messages:
+            threading.Thread(target=_prime, args=(self.model, messages, template), daemon=True).start()
 
     # the prompt's furniture -------------------------------------------------------------------------
     def complete(self, before: str) -> Iterable[tuple[str, int, str]]:
@@ -159,3 +180,8 @@ class Chat:
             (f"fg:ansi{colour_of(share)}", f"{self.used:,} / {most:,} {share:.0%}"),
             ("", f"{g.dot}{size(held)}" if held else ""),
         ]
+
+
+def _prime(model: Model, messages: list[Message], template: dict[str, Any]) -> None:
+    with suppress(TinychatError, OSError):  # what it costs is time; the answer will say what is wrong
+        model.prime(messages, template)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -43,6 +45,10 @@ def chat(
 ) -> int:
     """Chat with a model. /help inside lists the commands."""
     terminal = detect(plain)
+    if terminal.interactive and signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # a shell script's background job, in the foreground
     with quiet_keys() if terminal.live else nullcontext():
         return open_chat(ctx, terminal, no_save, Settings(sampling(options), on_full, think), options)
 
@@ -63,27 +69,37 @@ def open_chat(
     asked = ctx.get_parameter_source("model") in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
     if session is not None and not asked:
         options["model"] = session.model or options["model"]
-    model = load(options, view)
+    model = load(options, view, save=data is not None)
     session = session or Session.new(data)
     session.set_model(options["model"])
     if system is not None and system != session.system:
         session.set_system(system)
     loading = {name: options[name] for name in LOADING}
     made = Chat(
-        model, view, session, settings, data, loading, lambda wanted, freed: load(wanted, view, freed)
+        model,
+        view,
+        session,
+        settings,
+        data,
+        loading,
+        lambda wanted, freed: load(wanted, view, freed, data is not None),
     )
     made.origins = origins(ctx)
     return made.run()
 
 
-def load(options: dict[str, Any], view: View, freed: int = 0) -> Model:
-    """Load a model, showing how far it has come; freed: bytes that the model it replaces gives back."""
+def load(options: dict[str, Any], view: View, freed: int = 0, save: bool = False) -> Model:
+    """Load a model, showing how far it has come; freed: bytes that the model it replaces gives back.
+
+    save: what it computes of a chat is kept on disk.
+    """
     name, dots = options["model"], view.glyphs.ellipsis
     drawn = time.monotonic()
 
     def say(text: str) -> None:
         notice("", view.terminal)
         view.note(text)
+        notice(f"loading {name} {dots}", view.terminal)
 
     def progress(done: int, total: int) -> None:
         nonlocal drawn
@@ -93,9 +109,25 @@ def load(options: dict[str, Any], view: View, freed: int = 0) -> Model:
 
     notice(f"loading {name} {dots}", view.terminal)
     try:
-        return load_model(options, say, progress, freed)
+        model = load_model(options, say, progress, freed)
+        if save:
+            keep_prefixes(model, options["exact"])
+        return model
     finally:
         notice("", view.terminal)
+
+
+def keep_prefixes(model: Model, exact: bool) -> None:
+    """Keep what is computed of chats, in at most TINYCHAT_PREFIX_MB (1024; 0: not at all). Raises UsageError."""
+    from tinychat_mlx.apps.chat.session import cache_folder
+    from tinychat_mlx.errors import UsageError
+
+    text = os.environ.get("TINYCHAT_PREFIX_MB", "1024")
+    if not text.isdecimal():
+        raise UsageError(f"TINYCHAT_PREFIX_MB: {text!r} is no number of megabytes")
+    if int(text):
+        with suppress(OSError):  # a model whose files have gone is chatted with all the same
+            model.keep_in(cache_folder(), exact, int(text) << 20)
 
 
 def notice(text: str, terminal: Terminal) -> None:

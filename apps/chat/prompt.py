@@ -17,6 +17,7 @@ from tinychat_mlx.apps.terminal import Terminal
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import Completer
+    from prompt_toolkit.input import Input
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 Fragments = list[tuple[str, str]]
@@ -87,7 +88,13 @@ class RichReader:
         self.session = self._session(history)
 
     def read(self, prefill: str = "") -> str:
-        return unblock(self.session.prompt(default=prefill))
+        text = self.session.prompt(default=prefill)
+        if sys.platform != "win32":
+            from tinychat_mlx.apps.chat.keyboard import was_pressed
+
+            if was_pressed(self.session.input):
+                raise KeyboardInterrupt
+        return unblock(text)
 
     def _session(self, history: Path | None) -> PromptSession[str]:
         from prompt_toolkit import PromptSession
@@ -104,6 +111,7 @@ class RichReader:
             prompt_continuation=lambda width, line, wraps: [("class:more", "  " if wraps else glyphs.more)],
             multiline=True,
             history=kept,
+            input=_input(),
             key_bindings=_keys(),
             completer=_completer(self.complete),
             complete_while_typing=Condition(lambda: self._completes()),
@@ -123,12 +131,26 @@ class RichReader:
         return text.startswith("/") or "@" in text
 
 
+def _input() -> Input | None:
+    """The terminal's keys; None: as the library finds them."""
+    if sys.platform == "win32":
+        return None
+    from tinychat_mlx.apps.chat.keyboard import Signals
+
+    return Signals(sys.stdin)
+
+
 def _keys() -> KeyBindings:
     from prompt_toolkit.application.current import get_app
     from prompt_toolkit.filters import Condition
-    from prompt_toolkit.key_binding import KeyBindings
+    from prompt_toolkit.key_binding import KeyBindings, KeyPress
+    from prompt_toolkit.keys import Keys
 
     keys = KeyBindings()
+
+    @keys.add(Keys.SIGINT, eager=True)
+    def _signal(event: KeyPressEvent) -> None:
+        event.key_processor.feed(KeyPress(Keys.ControlC), first=True)
 
     @keys.add("enter", filter=Condition(lambda: get_app().current_buffer.name == "DEFAULT_BUFFER"))
     def _send(event: KeyPressEvent) -> None:

@@ -1,7 +1,7 @@
 """One conversation, on disk as it goes: a JSON object a line, appended, so that a kill loses nothing said.
 
     {"session": 1, "id": "20260301-101500-3f", "created": …, "model": "demo"}      always the first line
-    {"role": "user", "content": "hi"}             a message; any further keys belong to it
+    {"role": "user", "content": "hi"}             a message; any further keys belong to it (an answer's tokens: "ids")
     {"piece": "Hel"} {"piece": "lo"}              an answer in the making; the message that follows replaces it
     {"keep": 3}                                   only the first 3 messages count from here on
     {"system": "…"} {"title": "…"} {"model": "…"} the system prompt; the title; what answers from here on
@@ -39,6 +39,16 @@ def data_folder() -> Path:
     for each in (folder, folder / "sessions"):
         each.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
+
+
+def cache_folder() -> Path:
+    """Where what was computed of saved chats lies (tinychat_mlx/prefix.py); not made here."""
+    named = os.environ.get("TINYCHAT_CACHE")
+    if named:
+        return Path(named) / "prefixes"
+    from platformdirs import user_cache_path
+
+    return user_cache_path("tinychat-mlx", appauthor=False) / "prefixes"
 
 
 @dataclass
@@ -105,7 +115,7 @@ class Session:
 
         A summary goes into the first message that is still seen: not every template knows a system prompt.
         """
-        keys = ("role", "content", "reasoning_content")
+        keys = ("role", "content", "reasoning_content", "ids")
         head = [{"role": "system", "content": self.system}] if self.system else []
         seen = [{k: m[k] for k in keys if k in m} for m in self.messages[self.seen_from :]]
         if self.summary and seen:

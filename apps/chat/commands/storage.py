@@ -64,6 +64,7 @@ def load(chat: Chat, name: str) -> None:
         raise UsageError("/load needs the id or title of a saved chat: /sessions lists them")
     chat.go_to(Session.load(find(_data(chat), name)))
     chat.recall()
+    chat.prime()
 
 
 @command("sessions")
@@ -136,7 +137,8 @@ def as_json(session: Session) -> str:
     """The messages as the APIs have them, and what is known about them."""
     head = [{"role": "system", "content": session.system}] if session.system else []
     made = {"id": session.ident, "title": session.name, "model": session.model, "created": session.created}
-    return json.dumps(made | {"messages": head + session.messages}, ensure_ascii=False, indent=2) + "\n"
+    said = [{key: value for key, value in m.items() if key != "ids"} for m in session.messages]
+    return json.dumps(made | {"messages": head + said}, ensure_ascii=False, indent=2) + "\n"
 
 
 @command("file", "PATH", words=lambda chat, typed: attach.paths(typed))

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from tinychat_mlx.apps import fit
 from tinychat_mlx.apps.chat.commands import command, one_of
+from tinychat_mlx.apps.models.opening import settle
 from tinychat_mlx.apps.options import BACKENDS, CHATTING, SAMPLING, text_or_file
 from tinychat_mlx.apps.terminal import size
 from tinychat_mlx.errors import TinychatError, UsageError
@@ -54,8 +55,12 @@ def switch(chat: Chat, loading: dict[str, Any]) -> None:
     if chat.load is None:
         raise UsageError("the model cannot be changed here")
     before, freed = chat.loading, chat.model.nbytes
-    need = fit.look_up(loading["model"])
-    fit.check(loading["model"], need, loading["backend"], freed)
+    name = settle(
+        loading, chat.view.note, freed
+    )  # downloads, asks and converts while the old one is still here
+    need = fit.look_up(name)
+    fit.check(name, need, loading["backend"], freed)
+    chat.model.keep(whole=True)
     both = need.nbytes <= fit.available()
     if not both:  # the old one must go first
         del chat.model
@@ -72,6 +77,7 @@ def switch(chat: Chat, loading: dict[str, Any]) -> None:
     finally:
         chat.used = 0
     chat.view.header(chat.model)
+    chat.prime()
 
 
 # how it answers ----------------------------------------------------------------------------------------
