@@ -14,6 +14,7 @@ from tinychat_mlx.apps.options import BACKENDS
 
 if TYPE_CHECKING:
     from tinychat_mlx.awq.convert import Result
+    from tinychat_mlx.awq.cost import Cost
     from tinychat_mlx.awq.settings import Settings
     from tinychat_mlx.awq.stream import Progress
     from tinychat_mlx.backend import Backend
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
 @click.option(
     "--report", type=click.Path(path_type=Path), metavar="DIR", help="Write a report: Markdown, JSON, plots."
 )
+@click.option("--report-text", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
+              help="Text the report measures on (default: what the calibration left of its own).")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, metavar="N", help="Of the calibration text.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def convert(source: str, target: Path | None, **options: Any) -> None:
@@ -64,6 +67,8 @@ def convert(source: str, target: Path | None, **options: Any) -> None:
 
     if target is None and not options["dry_run"]:
         raise click.UsageError("missing -o DST, the folder to write")
+    if options["report_text"] is not None and options["report"] is None:
+        raise click.UsageError("--report-text is for --report DIR")
     settings = Settings(
         method=options["method"], w_bit=int(options["w_bit"]), group_size=int(options["group_size"]),
         format=options["form"], head=options["head"], calib=options["calib"], tokens=options["calib_tokens"],
@@ -104,14 +109,37 @@ def _convert(source: Checkpoint, target: Path, settings: Settings, options: dict
         )
         raise
     seconds = time.perf_counter() - start
-    if options["report"] is not None:
-        from tinychat_mlx.awq.report import write_report
-
-        write_report(options["report"], source, result, settings, seconds)
-    _say(source, result, settings, seconds, options["as_json"])
+    cost = _report(source, result, settings, options, seconds, screen) if options["report"] else None
+    _say(source, result, settings, seconds, cost, options["as_json"])
 
 
-def _say(source: Checkpoint, result: Result, settings: Settings, seconds: float, as_json: bool) -> None:
+def _report(
+    source: Checkpoint,
+    result: Result,
+    settings: Settings,
+    options: dict[str, Any],
+    seconds: float,
+    screen: Screen,
+) -> Cost | None:
+    """Measure the finished model and write the report; a model that only changed its format is not measured."""
+    from tinychat_mlx.awq.cost import cost
+    from tinychat_mlx.awq.report import write_report
+    from tinychat_mlx.checkpoint import Checkpoint
+
+    measured = None
+    if source.quantization.format == "dense":
+        with screen.bar:
+            small, text = Checkpoint.open(result.folder), options["report_text"]
+            measured = cost(
+                source, small, settings, lambda exact: _backend(options, exact), text, screen.show
+            )
+    write_report(options["report"], source, result, settings, seconds, measured)
+    return measured
+
+
+def _say(
+    source: Checkpoint, result: Result, settings: Settings, seconds: float, cost: Cost | None, as_json: bool
+) -> None:
     from dataclasses import asdict
 
     fallen = [f"layer {i} {s.key}" for i, layer in enumerate(result.layers) for s in layer if s.fell_back]
@@ -120,6 +148,7 @@ def _say(source: Checkpoint, result: Result, settings: Settings, seconds: float,
         summary = {
             "folder": str(result.folder), "bytes": result.nbytes, "source_bytes": source.nbytes,
             "seconds": seconds, "settings": asdict(settings), "plain_rounding": fallen, "layers": layers,
+            "quality": cost.as_dict() if cost else None,
         }  # fmt: skip
         click.echo(json.dumps(summary))
         return
@@ -128,6 +157,12 @@ def _say(source: Checkpoint, result: Result, settings: Settings, seconds: float,
         f"{result.folder}: {result.nbytes / 1e6:.1f} MB, {share:.0%} of {source.nbytes / 1e6:.1f} MB, "
         f"in {seconds:.0f} s"
     )
+    if cost is not None:
+        q = cost.of[settings.method]
+        click.echo(
+            f"perplexity {q.ppl:.3f} (dense {q.against_ppl:.3f}), KL {q.kl_mean:.5f} ± {q.kl_mean_se:.5f}, "
+            f"top-1 {q.top1:.2%}, on {q.tokens} tokens: {cost.text}"
+        )
     if fallen:
         click.echo(f"plain rounding was kept, its error did not fall: {', '.join(fallen)}", err=True)
 
@@ -171,9 +206,11 @@ class Screen:
             sites = "  ".join(
                 f"{s.key} {s.rtn:.2e}→{s.error:.2e}{' (plain)' if s.fell_back else ''}" for s in p.layer
             )
-            self.console.print(f"layer {p.done}/{p.total}  {sites}  {_memory()}", highlight=False)
+            self.console.print(
+                f"layer {p.done}/{p.total}  {sites}  {_memory()}", highlight=False, soft_wrap=True
+            )
         elif p.note and (p.done == p.total or p.phase == "finish"):
-            self.console.print(f"{p.phase}: {p.note}", highlight=False)
+            self.console.print(f"{p.phase}: {p.note}", highlight=False, soft_wrap=True)
 
 
 def _memory() -> str:

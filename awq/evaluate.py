@@ -56,8 +56,8 @@ class Quality:
     against_ppl_se: float | None = None
 
     def as_dict(self) -> dict[str, float]:
-        """Without what was not measured."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        """Without what was not measured, as the standard errors of a single window."""
+        return {key: v for key, v in asdict(self).items() if v is not None and np.isfinite(v)}
 
 
 def scores(decoder: Decoding, to_host: Callable[[Tensor], F32]) -> Scores:

@@ -1,38 +1,69 @@
-"""The report of a conversion: Markdown, JSON, and plots of what each layer lost."""
+"""The report of a conversion: Markdown, JSON, and plots of sizes, of the whole model's loss and of each layer's."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
 
+from tinychat_mlx.awq import plot
 from tinychat_mlx.awq.convert import Result
+from tinychat_mlx.awq.cost import Cost
+from tinychat_mlx.awq.evaluate import Quality
 from tinychat_mlx.awq.finish import calibration_text
 from tinychat_mlx.awq.layer import SiteReport
-from tinychat_mlx.awq.plot import bars
 from tinychat_mlx.awq.settings import Settings
 from tinychat_mlx.checkpoint import Checkpoint
+from tinychat_mlx.config import parse_config
 from tinychat_mlx.shards import write_json
 from tinychat_mlx.tensorfile import replacing
 
 Series = dict[str, list[float]]
+SITES = {  # the site's key in plain words
+    "block_in": "into the layer (q, k, v, gate, up)",
+    "attn_in": "into attention (q, k, v)",
+    "o_in": "out of attention (o)",
+    "mlp_in": "into the MLP (gate, up)",
+    "down_in": "out of the MLP (down)",
+}
 
 
 def write_report(
-    folder: Path, source: Checkpoint, result: Result, settings: Settings, seconds: float
+    folder: Path, source: Checkpoint, result: Result, settings: Settings, seconds: float, cost: Cost | None
 ) -> None:
-    """Write report.md, report.json and a plot for each site into folder."""
+    """Write report.md, report.json and the plots into folder. cost: None where codes were only moved."""
     folder.mkdir(parents=True, exist_ok=True)
+    sizes = {"source": _sizes(source), "result": _sizes(Checkpoint.open(result.folder))}
+    about = {"settings": asdict(settings), "seconds": seconds}
+    about |= {"source_bytes": source.nbytes, "result_bytes": result.nbytes, "sizes": sizes}
     layers = [[asdict(site) for site in layer] for layer in result.layers]
-    sizes = {"source_bytes": source.nbytes, "result_bytes": result.nbytes}
-    write_json(
-        folder / "report.json",
-        {"settings": asdict(settings), "seconds": seconds, **sizes, "layers": layers},
-    )
-    plots = {}
+    write_json(folder / "report.json", about | {"quality": cost and cost.as_dict(), "layers": layers})
+    plots = {
+        "sizes": plot.stacks({k: {p: b / 1e6 for p, b in v.items()} for k, v in sizes.items()}, "Size", "MB")
+    }
+    if cost is not None:
+        plots["quality"] = plot.panels(quality_bars(cost), "What it cost: distance to the dense model")
     for key, series in by_site(result.layers, settings.method).items():
-        plots[key] = f"error-{key}.svg"
-        _write(folder / plots[key], bars(series, f"{key}: output error by layer", "layer", "error / output"))
-    _write(folder / "report.md", _markdown(source, result, settings, seconds, plots))
+        title = f"Output error, {SITES.get(key, key)}"
+        plots[f"error-{key}"] = plot.layers(series, title, "layer", "error / output, mean squares")
+    for name, svg in plots.items():
+        _write(folder / f"{name}.svg", svg)
+    _write(folder / "report.md", _markdown(source, result, settings, seconds, cost, list(plots)))
+
+
+def quality_bars(cost: Cost) -> dict[str, plot.Bars]:
+    """Three measures of distance, smaller is better in each; an error that is not known is 0."""
+    found = {name: q.as_dict() for name, q in cost.of.items()}
+
+    def of(key: str, factor: float = 1.0, offset: float = 0.0) -> plot.Bars:
+        return {
+            n: (offset + factor * q[key], abs(factor) * q.get(f"{key}_se", 0.0)) for n, q in found.items()
+        }
+
+    return {
+        "KL mean, nats": of("kl_mean"),
+        "KL 99th percentile, nats": of("kl_p99"),
+        "another token first, %": of("top1", -100, 100),
+    }
 
 
 def methods(site: SiteReport, method: str) -> dict[str, float]:
@@ -50,8 +81,22 @@ def by_site(layers: tuple[tuple[SiteReport, ...], ...], method: str) -> dict[str
     return out
 
 
+def _sizes(checkpoint: Checkpoint) -> dict[str, int]:
+    """Bytes on disk by part of the model."""
+    spec = parse_config(checkpoint.config).spec
+    rim = {role: spec.name(role) for role in ("embed", "head") if checkpoint.has(spec.name(role))}
+    named = {role: checkpoint.weight(name).nbytes for role, name in rim.items()}
+    words = {"embed": "embedding" if "head" in rim else "embedding and head", "head": "head"}
+    return {"layers": checkpoint.nbytes - sum(named.values())} | {words[r]: b for r, b in named.items()}
+
+
 def _markdown(
-    source: Checkpoint, result: Result, settings: Settings, seconds: float, plots: dict[str, str]
+    source: Checkpoint,
+    result: Result,
+    settings: Settings,
+    seconds: float,
+    cost: Cost | None,
+    plots: list[str],
 ) -> str:
     ratio, edges = source.nbytes / max(result.nbytes, 1), f"embedding and head {settings.head_bits} bits"
     lines = [
@@ -61,21 +106,62 @@ def _markdown(
         f"- calibration: {calibration_text(settings)}",
         f"- time: {seconds:.0f} s",
         "",
-        "Mean squared error of the linears' outputs over their mean square, on the calibration text:",
+        "![sizes](sizes.svg)",
+        "",
+        *(_quality_lines(cost) if cost is not None else ["The codes are unchanged: nothing was lost.", ""]),
+        *_layer_lines(result, settings.method, [name for name in plots if name.startswith("error-")]),
+    ]
+    return "\n".join(lines)
+
+
+def _quality_lines(cost: Cost) -> list[str]:
+    first = next(iter(cost.of.values()))
+    measured = (
+        f"On {first.tokens} tokens in windows of {first.window} that took no part in the calibration "
+        f"({cost.text}), against the dense model; ± one standard error:"
+    )
+    return [
+        "## The whole model",
+        "",
+        measured,
+        "",
+        "| | perplexity | KL mean, nats | KL 99 %, nats | top-1 agreement |",
+        "|---|---|---|---|---|",
+        f"| dense | {first.against_ppl:.4f} ± {first.against_ppl_se:.4f} | | | |",
+        *(f"| {name} | {quality_row(q)} |" for name, q in cost.of.items()),
+        "",
+        "![quality](quality.svg)",
         "",
     ]
-    names = list(methods(result.layers[0][0], settings.method)) if result.layers else []
-    if names:
-        lines += [f"| layer | input | {' | '.join(names)} | alpha |", "|" + "---|" * (len(names) + 3)]
+
+
+def quality_row(q: Quality) -> str:
+    """The cells of a Markdown table, without the outer bars."""
+    return (
+        f"{q.ppl:.4f} ± {q.ppl_se:.4f} | {q.kl_mean:.5f} ± {q.kl_mean_se:.5f} "
+        f"| {q.kl_p99:.4f} ± {q.kl_p99_se:.4f} | {q.top1:.2%} ± {q.top1_se:.2%}"
+    )
+
+
+def _layer_lines(result: Result, method: str, plots: list[str]) -> list[str]:
+    if not any(result.layers):  # plain rounding looks at no outputs
+        return []
+    names = list(methods(result.layers[0][0], method))
+    lines = [
+        "## Layer by layer",
+        "",
+        "Mean squared error of the linears' outputs over their mean square, on the calibration text:",
+        "",
+        *(f"![{name}]({name}.svg)\n" for name in plots),
+        f"| layer | input | {' | '.join(names)} | alpha |",
+        "|" + "---|" * (len(names) + 3),
+    ]
     for i, layer in enumerate(result.layers):
         for site in layer:
-            errors = " | ".join(f"{e:.2e}" for e in methods(site, settings.method).values())
+            errors = " | ".join(f"{e:.2e}" for e in methods(site, method).values())
             plain = " (plain rounding kept: the error did not fall)" if site.fell_back else ""
             lines.append(f"| {i} | {site.key}{plain} | {errors} | {site.alpha:.2f} |")
-    lines += ["", *(f"![{key}]({name})" for key, name in plots.items())]
-    command = f"tinychat eval -m {result.folder} --against {source.folder} --text FILE"
-    lines += ["", f"Perplexity, KL and top-1 agreement on a text of your own: `{command}`", ""]
-    return "\n".join(lines)
+    return [*lines, ""]
 
 
 def _write(path: Path, text: str) -> None:

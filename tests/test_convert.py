@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -358,8 +359,9 @@ def test_dry_run_writes_nothing_and_knows_the_size(home: Path, capsys: pytest.Ca
 
 
 def test_the_report_shows_every_method_beside_the_others(home: Path) -> None:
-    folder = home / "report"
-    assert main(arguments(home, home / "reported", "--report", str(folder))) == 0
+    folder, calib = home / "report", tiny_dense.text(home, 5000, seed=7)
+    more = ("--report", str(folder), "--calib", str(calib), "--calib-tokens", "600")
+    assert main(arguments(home, home / "reported", *more)) == 0
     found = json.loads((folder / "report.json").read_text())
     assert len(found["layers"]) == 3
     for layer in found["layers"]:
@@ -370,6 +372,52 @@ def test_the_report_shows_every_method_beside_the_others(home: Path) -> None:
     for key in ("attn_in", "o_in", "mlp_in", "down_in"):
         assert f"error-{key}.svg" in text
         assert (folder / f"error-{key}.svg").read_text().count("<title>") == 9  # 3 layers, 3 methods
+    for part, size in found["sizes"].items():
+        assert sum(size.values()) == found[f"{part}_bytes"] and size["embedding and head"] > 0
+    assert found["quality"]["text"] == "what the calibration left of text-7.jsonl"
+    assert found["quality"]["text"] in text
+    quality = found["quality"]["of"]
+    assert 0 < quality["awq+"]["kl_mean"] < quality["rtn"]["kl_mean"] and quality["rtn"]["tokens"] > 2048
+    for name in ("sizes", "quality", "error-o_in"):
+        assert ElementTree.parse(folder / f"{name}.svg").getroot().tag.endswith("svg")
+
+
+@pytest.mark.parametrize("form", ["mlx", "awq"])
+def test_the_reports_figures_are_those_of_eval(
+    home: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, folder, target = tiny_dense.text(home, 900, seed=8), home / f"report-{form}", home / f"told-{form}"
+    more = ("--report", str(folder), "--report-text", str(text), "--format", form, "--method", "rtn")
+    assert main(arguments(home, target, *more)) == 0
+    quality = json.loads((folder / "report.json").read_text())["quality"]
+    assert quality["text"] == "text-8.jsonl" and set(quality["of"]) == {"rtn"}
+    capsys.readouterr()
+    args = ["eval", "-m", str(target), "--against", str(home / "dense"), "--text", str(text), "--json"]
+    assert main([*args, "--backend", "reference"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert measured["kl_mean"] > 1e-5
+    for key, value in quality["of"]["rtn"].items():
+        # Rows of several windows or of one, float32 sums of 128 terms in another order: 1e-5 of a logit.
+        assert value == pytest.approx(measured[key], rel=2e-3), key
+
+
+def test_without_text_left_over_the_report_says_that_the_model_wrote_its_own(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tinychat_mlx.awq import calibrate
+
+    monkeypatch.setattr(calibrate, "default_tokens", lambda _: 640)
+    folder = home / "report-self"
+    assert main(arguments(home, home / "reported-self", "--method", "rtn", "--report", str(folder))) == 0
+    quality = json.loads((folder / "report.json").read_text())["quality"]
+    assert quality["text"].startswith("text the model wrote itself, for the calibration left no more than")
+    assert quality["of"]["rtn"]["tokens"] == 315  # 5 windows of 64, the first token of each not predicted
+
+
+def test_a_report_does_not_change_the_model(home: Path) -> None:
+    whole = converted(home, "b-4", "--w-bit", "4")
+    more = ("--report", str(home / "rb"), "--report-text", str(home / "text-0.jsonl"))
+    assert files(converted(home, "reported-b", "--w-bit", "4", *more)) == files(whole)
 
 
 def test_json_says_what_was_done(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
