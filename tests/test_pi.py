@@ -20,7 +20,7 @@ from emulators import absent
 from tiny_models import tiny
 
 TESTS = Path(__file__).resolve().parent
-PI = arm.PI
+PI, ARM = arm.PI, arm.ARM
 # Biases; caps, windows and a second norm; ALiBi; parallel layers with biases; experts; part of a head turned.
 FAMILIES = ("qwen2", "gemma2", "mpt", "gpt_neox", "mixtral", "phi")
 QUESTIONS = ("who are you?", "what is the capital of France?", "how many legs has a spider?")
@@ -51,20 +51,25 @@ def test_the_wheel_holds_arm_code_and_is_what_python_imports(lane: arm.Lane) -> 
     assert done.stdout.split() == [str(lane.packages[0] / "tinychat_mlx/__init__.py"), "aarch64"]
 
 
+@pytest.mark.parametrize("isa", ARM)
 def test_a_processor_is_offered_what_it_has(lane: arm.Lane, isa: str) -> None:
     code = "from tinychat_mlx.backends.cpu import library; print(*library.instruction_sets())"
-    offered = lane.run(PI[isa], "-c", code).stdout.split()
-    assert offered == list(PI)[: list(PI).index(isa) + 1][::-1] + ["scalar"]
+    offered = lane.run(ARM[isa], "-c", code).stdout.split()
+    assert offered == [*list(ARM)[: list(ARM).index(isa) + 1][::-1], "scalar"]
 
 
+@pytest.mark.parametrize("isa", ARM)
 def test_the_kernels_own_tests_pass(lane: arm.Lane, isa: str, tmp_path: Path) -> None:
     """All but what is float64 NumPy for minutes under an emulator (attention is fuzzed in test_cpu_arm.py), the plain
     C++, which knows no processor, and fork: qemu 7 ends with a failed assertion when a forked child starts threads.
     """
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    left_out = "not scalar and not growing_cache and not forked and (cpu or neon)"
+    others = [f"[{name}{end}" for name in ("scalar", *ARM) if name != isa for end in "]-"]
+    left_out = " and ".join(
+        f"not {what}" for what in ("growing_cache", "forked", "reference", "mlx", "cuda", *others)
+    )
     command = lane.command(
-        PI[isa], "-m", "pytest", "-v", "-p", "no:cacheprovider", "-c", tmp_path / "pytest.ini",
+        ARM[isa], "-m", "pytest", "-v", "-p", "no:cacheprovider", "-c", tmp_path / "pytest.ini",
         "--import-mode=importlib", "-k", left_out,
         *(TESTS / f"test_{name}.py" for name in ("cpu_kernels", "cpu_threads", "backends")),
     )  # fmt: skip

@@ -26,6 +26,7 @@ BUILD = (
     ROOT / "build" / "py3-none-linux_aarch64"
 )  # where scikit-build-core builds this wheel: programs lie there too
 PI = {"neon": "cortex-a72", "neondot": "cortex-a76"}
+ARM = PI | {"neoni8mm": "max"}  # the matrix instruction: Apple's M2, Graviton 3; no Raspberry Pi has it yet
 TOOLS = {
     "qemu-aarch64": "qemu-user",
     "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu",

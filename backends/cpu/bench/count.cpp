@@ -1,19 +1,21 @@
-// Something to count instructions in (tests/arm/icount.c): the matrix-vector product, or a whole token.
+// Something to count instructions in (tests/arm/icount.c): a linear layer, or a whole token.
 //
-//   count ISA matvec KIND N K GROUP REPEAT     KIND: 4, 8 (bits)
-//   count ISA token SHAPE LAYERS REPEAT        the first LAYERS layers, all int4, 32 tokens of context
+//   count ISA linear KIND ROWS N K GROUP REPEAT    KIND: 4, 8 (bits); ROWS of activations
+//   count ISA token SHAPE LAYERS REPEAT            the first LAYERS layers, all int4, 32 tokens of context
 //
 // Count a run with REPEAT 0 as well: the difference is what the kernels did.
 #include "shapes.h"
 
-static int matvec(Engine* e, char** a) {
+static int linear(Engine* e, char** a) {
   Random random{7};
-  RandomWeight w(atoi(a[0]) == 4 ? INT4 : INT8, atoi(a[1]), atoi(a[2]), atoi(a[3]), false, random);
-  std::vector<float> x((size_t)w.w.k), y((size_t)w.w.n);
+  RandomWeight w(atoi(a[0]) == 4 ? INT4 : INT8, atoi(a[2]), atoi(a[3]), atoi(a[4]), false, random);
+  const int rows = atoi(a[1]);
+  std::vector<float> x((size_t)(rows * w.w.k)), y((size_t)(rows * w.w.n));
   for (float& v : x) v = random.unit();
   LinearOp op = {};
-  op.code = LINEAR, op.rows = 1, op.x = x.data(), op.w = &w.w, op.y = y.data();
-  for (int i = 0; i < atoi(a[4]); i++) run_one(e, &op);
+  op.code = LINEAR, op.rows = rows, op.x = x.data(), op.w = &w.w, op.y = y.data();
+  op.x_stride = w.w.k, op.y_stride = w.w.n;
+  for (int i = 0; i < atoi(a[5]); i++) run_one(e, &op);
   return 0;
 }
 
@@ -31,7 +33,7 @@ static int token(Engine* e, char** a) {
 int main(int argc, char** argv) {
   Engine* e = argc > 1 ? tc_new(argv[1], 1) : nullptr;
   if (!e) return fprintf(stderr, "no such instruction set here; the best is %s\n", tc_isa(0)), 2;
-  if (argc == 8 && !strcmp(argv[2], "matvec")) return matvec(e, argv + 3);
+  if (argc == 9 && !strcmp(argv[2], "linear")) return linear(e, argv + 3);
   if (argc == 6 && !strcmp(argv[2], "token")) return token(e, argv + 3);
   return fprintf(stderr, "usage: see the head of count.cpp\n"), 2;
 }

@@ -54,21 +54,42 @@ static int probe(const Kernels** found) {
 #include <sys/sysctl.h>
 #endif
 
+#if defined(__APPLE__)
+static bool has(const char* feature) {
+  int yes = 0;
+  size_t size = sizeof yes;
+  return !sysctlbyname(feature, &yes, &size, nullptr, 0) && yes;
+}
+#endif
+
 // Not /proc/cpuinfo: under user-mode emulation it shows the host's.
 static bool has_dotprod() {
 #if defined(__linux__)
   return getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP
 #elif defined(__APPLE__)
-  int yes = 0;
-  size_t size = sizeof yes;
-  return !sysctlbyname("hw.optional.arm.FEAT_DotProd", &yes, &size, nullptr, 0) && yes;
+  return has("hw.optional.arm.FEAT_DotProd");
 #else
   return false;
 #endif
 }
 
+#if !defined(_MSC_VER)
+static bool has_i8mm() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP2) >> 13 & 1;  // HWCAP2_I8MM
+#elif defined(__APPLE__)
+  return has("hw.optional.arm.FEAT_I8MM");
+#else
+  return false;
+#endif
+}
+#endif
+
 static int probe(const Kernels** found) {
   int n = 0;
+#if !defined(_MSC_VER)
+  if (has_dotprod() && has_i8mm()) found[n++] = &neoni8mm_kernels;
+#endif
   if (has_dotprod()) found[n++] = &neondot_kernels;
   found[n++] = &neon_kernels;
   return n;

@@ -6,13 +6,16 @@
 #include "finish.h"
 #include "pool.h"
 #include "quantise.h"
+#if defined(MATRIX)
+#include MATRIX
+#endif
 
 namespace {
 
 constexpr int FEW = 8;  // rows up to here are done four at a time, straight from the nibbles
 
 // int8 activations of some rows. Few: x[row][k], scale[row][g]. Many: panels of PANEL rows,
-// x[panel][k / 4][PANEL][4], scale[panel][g][PANEL].
+// x[panel][k / DEPTH][PANEL][DEPTH], scale[panel][g][PANEL].
 struct Quantised {
   int8_t* x;
   float *scale, *sum;
@@ -142,6 +145,10 @@ void few_rows(const LinearOp& op, const Worker& me, const Quantised& a) {
 constexpr int NV = W == 16 ? 2 : V, STRIPS = W == 16 ? 1 : 2, STRIP = NV * W;
 constexpr int PANELS = 516 / PANEL;  // panels whose sums of a pair stay in L2: 516 * 32 floats, 66 kB
 
+#if !defined(MATRIX)
+constexpr int DEPTH = 4;  // inputs of a row that lie side by side in a panel
+using Peak = Acc<false>;
+
 template <bool WIDE>
 inline void unpack(const uint8_t* q, int group, int line_bytes, uint8_t* out) {
   for (int s = 0; s < group / (WIDE ? 4 : 8); s++, q += 64)
@@ -186,6 +193,8 @@ inline void micro(const uint8_t* u, int quadruples, const int8_t* x, const float
     });
   });
 }
+
+#endif
 
 struct ManyRoom {  // a thread's scratch for many rows
   float* acc;      // [strip][panel][PANEL][STRIP]
@@ -273,7 +282,7 @@ inline void pack_panel(const LinearOp& op, int panel, const Quantised& a, uint8_
     } else {
       memset(scale, 0, sizeof(float) * (size_t)groups * 2 + (size_t)w.k);
     }
-    for (int k = 0; k < w.k / 4; k++) memcpy(x + ((size_t)k * PANEL + (size_t)i) * 4, q + 4 * k, 4);
+    for (int k = 0; k < w.k; k += DEPTH) memcpy(x + (size_t)k * PANEL + (size_t)i * DEPTH, q + k, DEPTH);
     for (int g = 0; g < groups; g++) {
       const size_t at = ((size_t)panel * groups + g) * PANEL + i;
       a.scale[at] = scale[g], a.sum[at] = sum[g];

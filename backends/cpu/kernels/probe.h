@@ -25,7 +25,7 @@ inline void probe_read(const ProbeOp& op, const Worker& me) {
 
 // As many sums as the many-row kernel keeps, operands in registers.
 inline void probe_dots(const ProbeOp& op) {
-  using A = Acc<false>;
+  using A = Peak;
   A a[PANEL][NV];
   repeat<PANEL>([&](auto p) ALWAYS { repeat<NV>([&](auto v) ALWAYS { a[p.value][v.value].clear(); }); });
   alignas(64) uint8_t w[4 * W] = {1};
@@ -45,7 +45,7 @@ inline void probe_dots(const ProbeOp& op) {
       [&]() ALWAYS {
         repeat<PANEL>([&](auto p) ALWAYS { repeat<NV>([&](auto v) ALWAYS { a[p.value][v.value].flush(); }); });
       });
-  *op.dots = op.work * 16 * PANEL * NV * W * 8;
+  *op.dots = op.work * 16 * PANEL * NV * W * DEPTH * 2;
   repeat<PANEL>([&](auto p) ALWAYS {
     repeat<NV>([&](auto v) ALWAYS { *op.sink += sum_of(to_float(a[p.value][v.value].sum())); });
   });

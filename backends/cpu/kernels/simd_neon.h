@@ -1,4 +1,4 @@
-// NEON of any 64-bit Arm, with the dot product instructions where the compiler's flags give them.
+// NEON of any 64-bit Arm, with the dot product and int8 matrix instructions where the compiler's flags give them.
 // Words: see simd_scalar.h.
 #pragma once
 #include <arm_neon.h>
@@ -129,7 +129,12 @@ struct Acc {
   void flush() {}
   I sum() const { return s; }
 };
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+#define MATRIX "matrix_neon.h"  // the many-row step has a file of its own
+constexpr int CHAINS = 1, PANEL = 6;
+#else
 constexpr int CHAINS = 1, PANEL = 4;
+#endif
 #else
 // A lane of t0, t1 is one input of one row: products of at most 15 * 127 = 1905, so 17 fit int16;
 // wide ones of at most 128 * 127, so 2 fit.
