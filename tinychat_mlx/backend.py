@@ -11,6 +11,7 @@ is written here in the primitives. A new backend fills in the primitives; a fast
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -181,6 +182,17 @@ class Backend:
     def pack(self, weight: Weight) -> Handle:
         """A canonical weight -> this device's layout, once. The input may be a view of a mapped file."""
         raise NotImplementedError
+
+    def kept(self, model: str, digest: str) -> AbstractContextManager[None]:
+        """Round the loading of a model: what `pack` makes of it may stay on disk, for `stored` to find next time.
+
+        model: a name for files; digest: what exactly the model is ("": unknown, nothing is kept).
+        """
+        return nullcontext()
+
+    def stored(self, name: str, shape: tuple[int, int]) -> Handle | None:
+        """What `pack` made of the weight of this name and shape (N, K) before, or None: then it is to be packed."""
+        return None
 
     def pack_experts(self, act: str, experts: Iterable[tuple[Weight, Weight]]) -> Any:
         """Each expert's (gate_up (2F, C), down (C, F)), the shared one last -> what `moe` reads."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tinychat_mlx.errors import ConfigError, FormatError, ModelNotFoundError, TinychatError
+from tinychat_mlx.fingerprint import fingerprint
 from tinychat_mlx.formats import detect
 from tinychat_mlx.formats.stacked import File, unstacked
 from tinychat_mlx.formats.stored import FLOATS, Shape, Stored
@@ -53,6 +56,7 @@ class Checkpoint:
         if not folder.is_dir():
             raise ModelNotFoundError(f"{folder}: no such folder")
         self.folder = folder
+        self.fingerprint = fingerprint(folder)  # before a file is opened
         self.config = read_json(folder / "config.json")
         completed = _with_side_files(folder, self.config)
         layouts = detect.declared(completed)
@@ -65,6 +69,13 @@ class Checkpoint:
         self._names = frozenset(self._logical())
         detect.check_left_out(completed, self.modules)
         self.quantization = self._describe()
+
+    @property
+    def key(self) -> str:
+        """A name for files that belong to this folder."""
+        place = self.folder.resolve()
+        plain = re.sub(r"[^\w.-]", "_", place.name, flags=re.ASCII)[:60]
+        return f"{plain}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}"
 
     def names(self) -> frozenset[str]:
         """-> every tensor by its logical name, and every module that has a weight."""

@@ -213,27 +213,38 @@ class Loader:
 
     def inputs(self) -> Inputs:
         c = self.config
-        tokens = self.backend.pack(self.weight("embed", None, c.vocab_size, c.hidden_size))
+        tokens = self.matrix("embed", None, c.vocab_size, c.hidden_size)
         norm = self.norm(self.spec.name("embed_norm"), c.hidden_size) if self.spec.embed_norm else None
         if self.spec.positions != "learned":
             return Inputs(tokens, None, norm)
         rows, offset = c.max_position_embeddings, self.spec.position_offset
-        table = self.weight("positions", None, rows + offset, c.hidden_size)
-        return Inputs(
-            tokens, self.backend.pack(take_rows(table.name, table, np.arange(offset, rows + offset))), norm
-        )
+        name = self.spec.name("positions")
+
+        def table() -> Weight:
+            whole = self.source.weight(name, (rows + offset, c.hidden_size))
+            return take_rows(name, whole, np.arange(offset, rows + offset))
+
+        return Inputs(tokens, self.packed(name, (rows, c.hidden_size), table), norm)
 
     def head(self, embed: Handle) -> Handle:
         """The output projection; tied to the embedding exactly if the checkpoint holds none."""
         if not self.source.has(self.spec.name("head")):
             return embed
-        return self.backend.pack(self.weight("head", None, self.config.vocab_size, self.config.hidden_size))
+        return self.matrix("head", None, self.config.vocab_size, self.config.hidden_size)
 
     def final_norm(self) -> Norm:
         return self.norm(self.spec.name("final_norm"), self.config.hidden_size)
 
     def weight(self, role: str, layer: int | None, n: int, k: int) -> Weight:
         return self.source.weight(self.spec.name(role, layer), (n, k))
+
+    def packed(self, name: str, shape: tuple[int, int], read: Callable[[], Weight]) -> Handle:
+        """What the device has stored of a weight, or else the weight read and packed."""
+        return self.backend.stored(name, shape) or self.backend.pack(read())
+
+    def matrix(self, role: str, layer: int | None, n: int, k: int) -> Handle:
+        name = self.spec.name(role, layer)
+        return self.packed(name, (n, k), lambda: self.source.weight(name, (n, k)))
 
     def norm(self, name: str, size: int) -> Norm:
         weight = self.vector(f"{name}.weight", size) + np.float32(self.spec.norm_offset)
@@ -256,9 +267,20 @@ class Loader:
             sizes |= {"q_norm": q * c.head_dim, "k_norm": k * c.head_dim}
         return {role: self.norm(self.spec.name(role, layer), size) for role, size in sizes.items()}
 
-    def joined(self, layer: int, roles: str, parts: list[Weight]) -> tuple[Handle, ...]:
-        """One handle for weights that read one input, or one each where their forms differ."""
-        whole = join(f"{self.spec.prefix(layer)}.{roles}", parts)
+    def joined(self, layer: int, name: str, sizes: dict[str, int]) -> tuple[Handle, ...]:
+        """One handle for weights that read one input, role -> N; or one each where their forms differ."""
+        k, name = self.config.hidden_size, f"{self.spec.prefix(layer)}.{name}"
+        if one := self.backend.stored(name, (sum(sizes.values()), k)):
+            return (one,)
+        names = {self.spec.name(role, layer): n for role, n in sizes.items()}
+        if len(names) > 1:
+            each = [self.backend.stored(part, (n, k)) for part, n in names.items()]
+            if (found := tuple(w for w in each if w is not None)) and len(found) == len(each):
+                return found
+        parts = [self.source.weight(part, (n, k)) for part, n in names.items()]
+        if self.spec.qkv == "heads" and "qkv" in sizes:
+            parts = [take_rows(parts[0].name, parts[0], heads_to_blocks(self.config))]
+        whole = join(name, parts)
         return tuple(self.backend.pack(w) for w in ([whole] if whole is not None else parts))
 
     def rope(self, table: RopeTable | None) -> Rope | None:
@@ -275,7 +297,7 @@ class Loader:
         return Layer(
             norms=self.norms(layer),
             qkv=self.qkv(layer),
-            o=self.backend.pack(self.weight("o", layer, c.hidden_size, c.num_attention_heads * c.head_dim)),
+            o=self.matrix("o", layer, c.hidden_size, c.num_attention_heads * c.head_dim),
             mlp=self.moe(layer) if c.moe is not None and c.moe.layers[layer] else self.mlp(layer),
             rope=self.rope(c.rope[layer]),
             attention=Attention(layer, c.attention_scale, c.window[layer], c.attn_softcap, c.alibi),
@@ -284,26 +306,16 @@ class Loader:
     def qkv(self, layer: int) -> tuple[Handle, ...]:
         c = self.config
         q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        if not self.spec.qkv:
-            sizes = {"q": q, "k": kv, "v": kv}
-            parts = [self.weight(role, layer, n, c.hidden_size) for role, n in sizes.items()]
-            return self.joined(layer, "qkv", parts)
-        fused = self.weight("qkv", layer, q + 2 * kv, c.hidden_size)
-        if self.spec.qkv == "heads":
-            fused = take_rows(fused.name, fused, heads_to_blocks(c))
-        return self.joined(layer, "qkv", [fused])
+        return self.joined(layer, "qkv", {"qkv": q + 2 * kv} if self.spec.qkv else {"q": q, "k": kv, "v": kv})
 
     def mlp(self, layer: int) -> Mlp:
         c = self.config
-        down = self.backend.pack(self.weight("down", layer, c.hidden_size, c.intermediate_size))
+        inner = c.intermediate_size
+        down = self.matrix("down", layer, c.hidden_size, inner)
         if not self.spec.gated:
-            up = self.weight("up", layer, c.intermediate_size, c.hidden_size)
-            return Mlp(c.act, down, up=self.backend.pack(up))
-        if self.spec.fused_gate_up:
-            parts = [self.weight("gate_up", layer, 2 * c.intermediate_size, c.hidden_size)]
-        else:
-            parts = [self.weight(r, layer, c.intermediate_size, c.hidden_size) for r in ("gate", "up")]
-        handles = self.joined(layer, "gate_up", parts)
+            return Mlp(c.act, down, up=self.matrix("up", layer, inner, c.hidden_size))
+        sizes = {"gate_up": 2 * inner} if self.spec.fused_gate_up else {"gate": inner, "up": inner}
+        handles = self.joined(layer, "gate_up", sizes)
         if len(handles) == 1:
             return Mlp(c.act, down, gate_up=handles[0])
         return Mlp(c.act, down, gate=handles[0], up=handles[1])

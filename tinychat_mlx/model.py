@@ -49,7 +49,8 @@ class Model:
         self.quantization: str = checkpoint.quantization.describe()
         self.generation_config: Mapping[str, Any] = checkpoint.generation_config
         self.defaults: SamplingParams = from_generation_config(checkpoint.generation_config)
-        self.engine = Engine(Decoder(config, checkpoint, backend, progress), context)
+        with backend.kept(checkpoint.key, checkpoint.fingerprint if config.moe is None else ""):
+            self.engine = Engine(Decoder(config, checkpoint, backend, progress), context)
         self._tokenizer: Tokenizer | None = None
         self._said: tuple[str, list[int]] | None = None  # the conversation so far, as text and as tokens
         self.answer_ids: list[int] = []  # of the last answer to `chat`, where they are all of its text

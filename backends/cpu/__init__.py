@@ -11,7 +11,8 @@ TINYCHAT_KV=int8 halves the cache.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from ctypes import pointer
 from typing import Any
 
@@ -40,6 +41,7 @@ from tinychat_mlx.backends.cpu.kvcache import CpuCache
 from tinychat_mlx.backends.cpu.memory import F32, Arena, Scratch, address
 from tinychat_mlx.backends.cpu.pack import CpuWeight, pack
 from tinychat_mlx.backends.cpu.rope import RopeTable
+from tinychat_mlx.backends.cpu.store import Shelf
 from tinychat_mlx.backends.cpu.tape import Captured, Tape
 from tinychat_mlx.errors import BackendError
 from tinychat_mlx.weight import Weight
@@ -66,6 +68,7 @@ class CpuBackend(Backend):
         self.tape: Tape | None = None  # of the step being recorded
         self._forced = bool(isa)
         self._arena, self._scratch = Arena(), Scratch()
+        self._shelf: Shelf | None = None  # while a model is loaded
         self._caches = 0
         self._norms: dict[int, tuple[Norm, c.CNorm]] = {}
         self._ropes: dict[int, RopeTable] = {}
@@ -79,7 +82,23 @@ class CpuBackend(Backend):
         return np.array(ids, np.int32)
 
     def pack(self, weight: Weight) -> Handle:
-        return pack(weight, self._arena, self.engine.run_one, self.exact)
+        packed = pack(weight, self._arena, self.engine.run_one, self.exact)
+        if self._shelf is not None:
+            self._shelf.add(packed)
+        return packed
+
+    @contextmanager
+    def kept(self, model: str, digest: str) -> Iterator[None]:
+        shelf = self._shelf = Shelf(model + ("-exact" if self.exact else ""), digest, self._arena)
+        try:
+            yield
+            shelf.save()
+        finally:
+            shelf.close()
+            self._shelf = None
+
+    def stored(self, name: str, shape: tuple[int, int]) -> Handle | None:
+        return None if self._shelf is None else self._shelf.find(name, shape)
 
     def new_cache(self, shape: CacheShape, capacity: int) -> Cache:
         return CpuCache(shape, capacity, self._kv)
@@ -304,13 +323,18 @@ def _stride(x: Tensor, axis: int) -> int:
 
 
 def _peak_bytes() -> int:
-    """The most memory this process ever held."""
+    """The most memory this process ever held. On Linux ru_maxrss will not do: it begins with the parent's."""
     try:
         import resource
         import sys
+        from pathlib import Path
     except ImportError:  # Windows
         import psutil
 
         return int(psutil.Process().memory_info().peak_wset)
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text(errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak) if sys.platform == "darwin" else int(peak) * 1024

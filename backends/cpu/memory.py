@@ -63,9 +63,13 @@ class Arena:
             self._chunk, self._at = raw(max(size, CHUNK), huge=True), 0
         piece = np.frombuffer(self._chunk.data, np.uint8, size, self._at)
         self._at += -(-size // ALIGN) * ALIGN
-        self.used += size
-        weakref.finalize(piece, self._give_back, size).atexit = False
+        self.count(piece)
         return piece
+
+    def count(self, piece: Bytes) -> None:
+        """Count a piece of other memory, a mapped file say, as long as it lives."""
+        self.used += piece.size
+        weakref.finalize(piece, self._give_back, piece.size).atexit = False
 
     def _give_back(self, size: int) -> None:
         self.used -= size

@@ -1,0 +1,374 @@
+"""Where do packed weights stay between runs? In the user's cache folder, one file a model, safe to delete at any time.
+
+    weights in tiles, each at a multiple of 64 bytes | index (JSON) | trailer
+
+The index holds the model's fingerprint and, by name, a weight's header and where it begins. A first start packs into
+its own memory as ever and a thread writes the file afterwards: so a full disk costs the file and nothing else, and
+nobody waits. The next start maps it, so that its pages are shared between processes, if the file system's page
+cache comes in huge pages; else it is read into huge pages, without which decoding is a sixth slower.
+
+TINYCHAT_WEIGHT_CACHE=0 switches it off; a number is the bytes that all models together may take. Windows, where a
+mapped file can be neither replaced nor deleted, has no such cache.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import json
+import mmap
+import os
+import stat
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Iterable
+from contextlib import suppress
+from ctypes import byref
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from tinychat_mlx.backends.cpu import library as c
+from tinychat_mlx.backends.cpu.memory import ALIGN, Arena, Bytes, address
+from tinychat_mlx.backends.cpu.pack import KINDS, LAYOUT, CpuWeight
+from tinychat_mlx.errors import BackendError
+
+MINIMUM = 64 << 20  # bytes: less is packed in a fifth of a second
+GIB = 1 << 30
+PROBED = 32 << 20  # bytes of a file that show how its pages are mapped
+EXIT_S = 5.0  # what the end of the process waits for a file that is being written
+POPULATE_READ = 22  # madvise, Linux 5.14
+MAGIC = b"tc-tiles"
+MAX_INDEX = 64 << 20
+TRAILER = struct.Struct("<8sIIQQII")  # magic, layout, CRC of the index, its begin, its length, on disk, 0
+
+_saving: list[threading.Thread] = []
+
+
+class Damaged(ValueError):
+    """A file that is not what `save` wrote."""
+
+
+class Shelf:
+    """One model's packed weights: found on disk, or taken down to be written there."""
+
+    def __init__(self, model: str, digest: str, arena: Arena) -> None:
+        """model: its name among others; digest: what exactly it is. Raises BackendError for a bad setting."""
+        self._digest, self._arena = digest, arena
+        self._made: dict[str, CpuWeight] = {}
+        self._found: dict[str, CpuWeight] = {}
+        self._index: dict[str, list[int]] = {}
+        self._file: BinaryIO | None = None
+        self._map: Bytes | None = None
+        self.path = None if (folder := home()) is None or not digest else folder / f"{model}.tiles"
+        if self.path is not None:
+            self._open(self.path)
+
+    def find(self, name: str, shape: tuple[int, int]) -> CpuWeight | None:
+        """The weight of this name and shape (N, K) as it was packed before, or None."""
+        entry = self._index.get(name)
+        if entry is None or (entry[1], entry[2]) != shape:
+            return None
+        if name not in self._found:
+            header, offset = c.CWeight(*entry[:6]), entry[6]
+            self._found[name] = CpuWeight(name, header, self._bytes(offset, _size(header)))
+        return self._found[name]
+
+    def add(self, weight: CpuWeight) -> None:
+        """A weight that had to be packed."""
+        self._made[weight.name] = weight
+
+    def save(self) -> None:
+        """The model is whole: have it written, unless it came from there."""
+        weights = list((self._found | self._made).values())
+        if self.path is not None and self._made and sum(w.data.size for w in weights) >= MINIMUM:
+            _later(save, self.path, self._digest, weights, bound())
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _open(self, path: Path) -> None:
+        try:
+            file = _open_own(path)
+        except OSError:
+            return
+        try:
+            index, durable = read_index(file)
+            if index["digest"] != self._digest:
+                raise Damaged("made from another model, or from an earlier state of this one")
+            if not durable and (index["boot"] != _boot() or not index["boot"]):
+                raise Damaged("the machine went down before it was on disk")
+        except Damaged as e:
+            file.close()
+            _log(f"{path}: discarded: {e}")
+            return
+        with suppress(OSError):
+            os.utime(path)  # when it was used last
+        self._file, self._index = file, index["weights"]
+        self._map = _mapped(file)
+        if not durable:
+            _later(settle, path, wait=False)
+
+    def _bytes(self, offset: int, size: int) -> Bytes:
+        if self._map is not None:
+            piece = np.frombuffer(self._map.data, np.uint8, size, offset)
+            self._arena.count(piece)
+            return piece
+        assert self._file is not None
+        piece, at = self._arena.take(size), 0
+        while at < size:  # one call gives at most 2 GiB
+            got = os.preadv(self._file.fileno(), [piece[at:].data], offset + at)
+            if not got:
+                raise BackendError(f"cpu backend: {self.path} was cut while it was read: start again")
+            at += got
+        return piece
+
+
+def home() -> Path | None:
+    """The folder of all files, or None where there are to be none."""
+    if os.name == "nt" or bound() == 0:
+        return None
+    from platformdirs import user_cache_path
+
+    return user_cache_path("tinychat-mlx") / "weights"
+
+
+def bound() -> int | None:
+    """Bytes that all files together may have, as TINYCHAT_WEIGHT_CACHE says. Raises BackendError."""
+    text = os.environ.get("TINYCHAT_WEIGHT_CACHE", "")
+    if text and not text.isdecimal():
+        raise BackendError(f"TINYCHAT_WEIGHT_CACHE: {text!r} is no number of bytes — give 0 to switch it off")
+    return int(text) if text else None
+
+
+# reading --------------------------------------------------------------------------------------------
+def _open_own(path: Path) -> BinaryIO:
+    """A regular file that is this user's own. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode) or info.st_uid != os.getuid():
+        os.close(fd)
+        raise PermissionError(f"{path} is not this user's own file")
+    return os.fdopen(fd, "rb")
+
+
+def read_index(file: BinaryIO) -> tuple[dict[str, Any], bool]:
+    """-> the checked index, and whether all of the file is known to be on disk. Raises Damaged."""
+    size = os.fstat(file.fileno()).st_size
+    if size < TRAILER.size:
+        raise Damaged(f"{size} bytes long")
+    file.seek(size - TRAILER.size)
+    magic, layout, crc, begin, length, durable, _ = TRAILER.unpack(file.read(TRAILER.size))
+    if magic != MAGIC or layout != LAYOUT:
+        raise Damaged("no trailer of this version at its end")
+    if length > MAX_INDEX or begin + length + TRAILER.size != size:
+        raise Damaged("its parts do not add up to its length")
+    file.seek(begin)
+    text = file.read(length)
+    if zlib.crc32(text) != crc:
+        raise Damaged("its index is not what was written")
+    try:
+        index = json.loads(text)
+        digest, boot, weights = index["digest"], index["boot"], index["weights"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise Damaged("its index is not JSON of the right form") from None
+    if type(digest) is not str or type(boot) is not str or type(weights) is not dict:
+        raise Damaged("its index is not of the right form")
+    for name, entry in weights.items():
+        _check(name, entry, begin)
+    return index, bool(durable)
+
+
+def _check(name: str, entry: Any, end: int) -> None:
+    """A weight's entry: kind, n, k, group, wide_scales, has_bias, offset. Raises Damaged."""
+    if type(entry) is not list or len(entry) != 7 or not all(type(v) is int and v >= 0 for v in entry):
+        raise Damaged(f"{name[:80]!r} is not described by seven numbers")
+    kind, n, k, group, wide, biased, offset = entry
+    grouped = kind in (c.INT4, c.INT8)
+    ok = kind in KINDS and 0 < n < 1 << 31 and 0 < k < 1 << 31 and wide < 2 and biased < 2
+    ok = ok and (0 < group <= k and group % 32 == 0 and k % group == 0 if grouped else group == wide == 0)
+    if not ok or offset % ALIGN or offset + _size(c.CWeight(*entry[:6])) > end:
+        raise Damaged(f"{name[:80]!r} cannot lie in it as it is described")
+
+
+def _size(header: c.CWeight) -> int:
+    return int(c.open_library().tc_weight_bytes(byref(header)))
+
+
+def _mapped(file: BinaryIO) -> Bytes | None:
+    """All of the file, its pages on their way into this process; None if they are not huge, but could be."""
+    size = os.fstat(file.fileno()).st_size
+    area = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+    whole = np.frombuffer(area, np.uint8)
+    if _populate(whole, min(size, PROBED)) and not _huge(whole) and _anonymous_huge():
+        return None
+    threading.Thread(target=_populate, args=(whole, size), daemon=True).start()
+    return whole
+
+
+def _populate(whole: Bytes, size: int) -> bool:
+    """Map the first `size` bytes, read from disk if need be; whether this system can. Other threads go on."""
+    try:
+        madvise: Any = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):
+        return False
+    madvise.argtypes, madvise.restype = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int], ctypes.c_int
+    madvise(address(whole), size, getattr(mmap, "MADV_WILLNEED", 3))
+    return os.uname().sysname == "Linux" and madvise(address(whole), size, POPULATE_READ) == 0
+
+
+def _huge(whole: Bytes) -> bool:
+    """Whether any of a mapped file lies in huge pages."""
+    inside = False
+    with suppress(OSError), open("/proc/self/smaps", encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if line.startswith("FilePmdMapped:"):
+                if inside:
+                    return int(line.split()[1]) > 0
+            elif "-" in (span := line.split(" ", 1)[0]):
+                begin, end = (int(x, 16) for x in span.split("-"))
+                inside = begin <= address(whole) < end
+    return False
+
+
+def _anonymous_huge() -> bool:
+    """Whether this system gives huge pages to memory that asks for them."""
+    try:
+        return "[never]" not in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return False
+
+
+# writing --------------------------------------------------------------------------------------------
+def save(path: Path, digest: str, weights: Iterable[CpuWeight], most: int | None) -> None:
+    """Write a file beside `path` and put it in its place. Whatever the disk refuses leaves nothing behind."""
+    import fcntl
+    import tempfile
+
+    offsets, end = {}, 0
+    weights = list(weights)
+    for w in weights:
+        h = w.header
+        offsets[w.name] = [h.kind, h.n, h.k, h.group, h.wide_scales, h.has_bias, end]
+        end += -(-w.data.size // ALIGN) * ALIGN
+    boot = _boot()
+    text = json.dumps({"digest": digest, "boot": boot, "weights": offsets}).encode()
+    path.parent.mkdir(0o700, parents=True, exist_ok=True)
+    _tidy(path.parent)
+    if not make_room(path, end + len(text) + TRAILER.size, most):
+        _log(f"{path}: not written: too little room")
+        return
+    fd, temporary = tempfile.mkstemp(".partial", path.stem, path.parent)
+    try:
+        with os.fdopen(fd, "wb", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # gone with this process: then it is a leftover
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, end)  # a full disk says so before the work
+            for w in weights:
+                _write(file, w.data, offsets[w.name][6])
+            _write(file, np.frombuffer(text, np.uint8), end)
+            rest = zlib.crc32(text), end, len(text), 0, 0
+            _write(file, np.frombuffer(TRAILER.pack(MAGIC, LAYOUT, *rest), np.uint8), end + len(text))
+            if not boot:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            os.unlink(temporary)
+    settle(path)
+
+
+def _write(file: Any, data: Bytes, offset: int) -> None:
+    at = 0
+    while at < data.size:
+        at += os.pwrite(file.fileno(), data[at : at + (64 << 20)].data, offset + at)
+
+
+def settle(path: Path) -> None:
+    """Wait until a file is on disk, and note it there: from then on it outlives a power cut."""
+    with open(path, "r+b", buffering=0) as file:
+        os.fsync(file.fileno())
+        file.seek(-8, os.SEEK_END)
+        file.write(struct.pack("<II", 1, 0))
+
+
+def make_room(path: Path, size: int, most: int | None) -> bool:
+    """Delete the files that were used longest ago until `size` bytes more are allowed; whether they are.
+
+    Without a bound given: a fifth of the disk, at most 32 GiB. A tenth of the disk, at least 2 and at most 20 GiB, is
+    left free.
+    """
+    import shutil
+
+    disk = shutil.disk_usage(path.parent)
+    limit = min(32 * GIB, disk.total // 5) if most is None else most
+    spare = max(2 * GIB, min(20 * GIB, disk.total // 10))
+    others = {}
+    for other in path.parent.glob("*.tiles"):
+        with suppress(OSError):
+            info = other.stat()
+            others[other] = info.st_mtime_ns, info.st_size
+    held, free = sum(s for _, s in others.values()), disk.free
+    if size > limit or free + held - size < spare:
+        return False
+    replaced = others.pop(path, (0, 0))[1]  # gone when the new one is there, not before
+    held -= replaced
+    for other, (_, bytes_) in sorted(others.items(), key=lambda item: item[1]):
+        if held + size <= limit and free - size >= spare:
+            break
+        with suppress(OSError):
+            other.unlink()
+        held, free = held - bytes_, free + bytes_
+    return free - size >= spare
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what killed processes were writing."""
+    import fcntl
+
+    for path in folder.glob("*.partial"):
+        with suppress(OSError), open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if time.time() - path.stat().st_mtime > 60:  # not one that is just about to be locked
+                path.unlink()
+
+
+def _boot() -> str:
+    """Names this run of the machine; "" where it has no name."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+# later ----------------------------------------------------------------------------------------------
+def _later(job: Any, *arguments: Any, wait: bool = True) -> None:
+    """Do it in a thread; a disk that refuses is no news for the user."""
+
+    def run() -> None:
+        try:
+            job(*arguments)
+        except OSError as e:
+            _log(f"{arguments[0]}: not written: {e}")
+
+    thread = threading.Thread(target=run, name="tinychat weights", daemon=True)
+    thread.start()
+    if wait:
+        _saving.append(thread)
+
+
+@atexit.register
+def finish(timeout: float = EXIT_S) -> None:
+    """Wait for files that are being written."""
+    while _saving:
+        _saving.pop().join(timeout)
+
+
+def _log(text: str) -> None:
+    import logging
+
+    logging.getLogger(__name__).info(text)
