@@ -11,6 +11,7 @@ from tinychat_mlx.backend import Backend
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub for anything
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["TINYCHAT_WEIGHT_CACHE"] = "0"  # no test writes into the user's cache
 
 
 @pytest.fixture(scope="session")

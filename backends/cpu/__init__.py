@@ -94,7 +94,6 @@ class CpuBackend(Backend):
             yield
             shelf.save()
         finally:
-            shelf.close()
             self._shelf = None
 
     def stored(self, name: str, shape: tuple[int, int]) -> Handle | None:
@@ -309,6 +308,9 @@ def _cache_kind(name: str) -> int:
 
 def _weight(handle: Handle) -> CpuWeight:
     assert isinstance(handle, CpuWeight), f"{handle.name} was packed for another backend"
+    if handle.wait is not None:
+        handle.wait()
+        handle.wait = None
     return handle
 
 

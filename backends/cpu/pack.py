@@ -28,8 +28,11 @@ KINDS = {c.INT4: "int4", c.INT8: "int8", c.F16: "float16", c.BF16: "bfloat16", c
 class CpuWeight:
     """A weight in tiles: what `CpuBackend.pack` returns."""
 
-    def __init__(self, name: str, header: c.CWeight, data: Bytes) -> None:
-        self.name = name
+    def __init__(
+        self, name: str, header: c.CWeight, data: Bytes, wait: Callable[[], None] | None = None
+    ) -> None:
+        """wait: returns when the bytes are there, if they are not yet."""
+        self.name, self.wait = name, wait
         self.header = header
         self.data = data
         header.data = address(data)
