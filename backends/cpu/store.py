@@ -117,7 +117,8 @@ class Image:
 
     def __init__(self, file: BinaryIO) -> None:
         self._path, size = file.name, os.fstat(file.fileno()).st_size
-        self._short, self._readers = False, []  # type: ignore[var-annotated]
+        self._short = False
+        self._readers: list[threading.Thread] = []
         if not huge_pages():
             self.data = np.frombuffer(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ), np.uint8)
             return
