@@ -183,7 +183,7 @@ def load_model(
         name = settle(options, say, freed)
         need = fit.look_up(name)
         if freed:
-            say(fit.describe(name, need, freed))
+            say(fit.describe(str(options["model"]), need, freed))
         fit.check(name, need, options["backend"], freed)
     loading = {key: options[key] for key in LOADING if key not in ("model", "convert")}
     if progress is not None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +17,10 @@ from tinychat_mlx.apps.terminal import size
 
 
 def note(text: str) -> None:
-    """A line on stderr; stdout is for what was asked for."""
+    """A line on stderr, wrapped between words on a terminal; stdout is for what was asked for."""
+    if sys.stderr.isatty():
+        columns = shutil.get_terminal_size().columns
+        text = "\n".join(textwrap.wrap(text, columns, break_long_words=False, break_on_hyphens=False))
     click.echo(text, err=True)
 
 

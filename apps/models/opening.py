@@ -248,5 +248,11 @@ def _key(question: str, keys: str) -> str:
         if pressed in keys.lower() and len(pressed) == 1:
             click.echo(pressed, err=True)
             return pressed
-        if pressed in ("\x04", "\x1b", ""):  # Ctrl-D, Esc
+        if pressed in (
+            "\x03",
+            "\x04",
+            "\x1b",
+            "",
+        ):  # Ctrl-C where the terminal makes no signal of it, Ctrl-D, Esc
+            click.echo(err=True)
             raise KeyboardInterrupt

@@ -10,6 +10,7 @@ import click
 
 from tinychat_mlx import hub
 from tinychat_mlx.apps import fit
+from tinychat_mlx.apps.models.download import note
 from tinychat_mlx.apps.models.opening import converted
 from tinychat_mlx.apps.models.table import print_table
 from tinychat_mlx.apps.terminal import size
@@ -54,11 +55,10 @@ def show_recommended(everything: bool, as_json: bool) -> None:
         right={1, 2},
     )
     hidden = len(rows) - len(shown)
-    click.echo(
+    note(
         f"{backend}: {size(free)} of memory free"
         + (f"; {hidden} larger models do not fit (--all shows them)" if hidden else "")
-        + "; what is larger to download than to hold is in 16 bits: `tinychat chat -m MODEL` offers to convert it",
-        err=True,
+        + "; what is larger to download than to hold is in 16 bits: `tinychat chat -m MODEL` offers to convert it"
     )
 
 

@@ -58,8 +58,8 @@ def check_room(remote: Remote) -> None:
     free = shutil.disk_usage(there).free
     if remote.missing > free:
         raise DownloadError(
-            f"{remote.ref} needs {remote.missing / 1e9:.2f} GB more on the disk of {folder}, which has "
-            f"{free / 1e9:.2f} GB free: make room (`tinychat models list` shows what is there), or set HF_HOME "
+            f"{remote.ref} needs {size(remote.missing)} more on the disk of {folder}, which has "
+            f"{size(free)} free: make room (`tinychat models list` shows what is there), or set HF_HOME "
             "to a folder on another disk"
         )
 
@@ -174,6 +174,11 @@ def _drop_if_damaged(remote: Remote, file: File, say: Say) -> None:
         path.unlink()
 
 
+def size(n: int) -> str:
+    """Bytes as people say them: 7.1 MB."""
+    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
+
+
 @contextmanager
 def _disk_errors(remote: Remote) -> Iterator[None]:
     try:
@@ -181,7 +186,7 @@ def _disk_errors(remote: Remote) -> Iterator[None]:
     except OSError as error:
         kept = remote.nbytes - remote.missing
         raise DownloadError(
-            f"{error.filename or hub_cache()}: {error.strerror or error}: {kept / 1e9:.2f} of "
-            f"{remote.nbytes / 1e9:.2f} GB of {remote.ref} are kept — make room or set HF_HOME to a folder on another "
+            f"{error.filename or hub_cache()}: {error.strerror or error}: {size(kept)} of "
+            f"{size(remote.nbytes)} of {remote.ref} are kept — make room or set HF_HOME to a folder on another "
             "disk, and repeat the command"
         ) from None

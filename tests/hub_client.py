@@ -1,0 +1,64 @@
+"""`tinychat` in a process of its own that talks to the stand-in hub: what the tests of downloads run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from stand_in_hub import Hub
+
+from tinychat_mlx.hub.http import PIECE
+
+# Pauses before trying again are milliseconds here; {more} changes what a test needs changed.
+PROGRAM = """
+import sys
+from tinychat_mlx.hub import http
+http.PAUSES = (0.01,) * 5
+{more}
+from tinychat_mlx.apps.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+SLACK = 8 * PIECE  # bytes on their way when a download is stopped
+
+
+class Client:
+    """A user of the stand-in with an empty home."""
+
+    def __init__(self, hub: Hub, home: Path) -> None:
+        self.hub, self.home = hub, home
+        self.cache = home / "hf" / "hub"
+
+    def environ(self, **more: str) -> dict[str, str]:
+        own = {"XDG_DATA_HOME": str(self.home / "data"), "XDG_CONFIG_HOME": str(self.home / "config")}
+        return os.environ | self.hub.environ(self.home / "hf") | own | {"COLUMNS": "200"} | more
+
+    def start(self, *args: str, more: str = "", **env: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", PROGRAM.format(more=more), *args]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            command, env=self.environ(**env), stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True
+        )
+
+    def run(self, *args: str, more: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+        process = self.start(*args, more=more, **env)
+        out, err = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(args, process.returncode, out, err)
+
+    def refused(self, *args: str, more: str = "", **env: str) -> str:
+        """Run what must fail with exit code 1 and one line of error -> that line."""
+        done = self.run(*args, more=more, **env)
+        lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert done.returncode == 1, done
+        assert len(lines) == 1 and lines[0] == done.stderr.splitlines()[-1], done.stderr
+        assert "Traceback" not in done.stderr and "a defect" not in done.stderr and not done.stdout
+        return lines[0]
+
+    def files(self, repo: str = "org/model") -> dict[str, bytes]:
+        """The files of the one snapshot in the cache."""
+        (snapshot,) = (self.cache / f"models--{repo.replace('/', '--')}" / "snapshots").iterdir()
+        return {p.name: p.read_bytes() for p in snapshot.iterdir()}
+
+    def partial(self) -> list[Path]:
+        return list(self.cache.glob("models--*/blobs/*.incomplete"))

@@ -1,0 +1,312 @@
+"""A download from the hub: resumed, checked, never half; and every refusal says what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hub_client import SLACK, Client
+from stand_in_hub import Hub
+from tiny_dense import save
+
+from tinychat_mlx import hub as hubs
+from tinychat_mlx.checkpoint import Checkpoint
+from tinychat_mlx.errors import DownloadError, FormatError, ModelNotFoundError
+from tinychat_mlx.hub.ask import _digest, is_wanted
+from tinychat_mlx.loading import DEMO
+from tinychat_mlx.shards import write_sharded
+from tinychat_mlx.tensorfile import TensorFile, entries
+
+WEIGHTS = "model.safetensors"
+SIZE = (DEMO / WEIGHTS).stat().st_size
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Iterator[Client]:
+    """A hub with the demo as org/model, and what a model does not need beside it."""
+    folder = shutil.copytree(DEMO, tmp_path / "root" / "models" / "org" / "model")
+    for name in (
+        "modeling.py",
+        "pytorch_model.bin",
+        "model.gguf",
+        "consolidated.safetensors",
+        "onnx/config.json",
+    ):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("no part of the model")
+    with Hub(tmp_path / "root") as hub:
+        yield Client(hub, tmp_path / "home")
+
+
+def gets(client: Client) -> list[tuple[str, str]]:
+    """Files asked for since the log was cleared: name, Range."""
+    return [(path.rpartition("/")[2], span) for _, path, span in client.hub.log if "/resolve/" in path]
+
+
+def test_a_pull_fetches_what_a_model_needs_and_no_code(client: Client) -> None:
+    done = client.run("models", "pull", "org/model")
+    assert done.returncode == 0, done.stderr
+    wanted = {p.name: p.read_bytes() for p in DEMO.iterdir()}
+    assert client.files() == wanted
+    assert Path(done.stdout.strip()).is_dir() and "checksums right" in done.stderr
+    assert {name for name, _ in gets(client)} == set(wanted)
+
+
+def test_a_second_pull_asks_once_and_fetches_nothing(client: Client) -> None:
+    client.run("models", "pull", "org/model")
+    client.hub.log.clear()
+    done = client.run("models", "pull", "org/model")
+    assert "up to date" in done.stderr and len(client.hub.log) == 1
+
+
+def test_huggingface_hub_itself_finds_what_was_pulled(client: Client) -> None:
+    client.run("models", "pull", "org/model")
+    code = (
+        "from huggingface_hub import scan_cache_dir, snapshot_download\n"
+        "print(snapshot_download('org/model', local_files_only=True, allow_patterns='*.safetensors'))\n"
+        "found = scan_cache_dir()\n"
+        "print([(r.repo_id, r.nb_files) for r in found.repos], found.warnings)"
+    )
+    env = client.environ(HF_HUB_OFFLINE="1")
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    folder, scanned = done.stdout.splitlines()
+    assert (Path(folder) / WEIGHTS).stat().st_size == SIZE
+    assert scanned == f"[('org/model', {len(list(DEMO.iterdir()))})] []"
+
+
+def test_a_new_upload_is_fetched_by_pull_and_by_nothing_else(client: Client) -> None:
+    client.run("models", "pull", "org/model")
+    changed = client.hub.root / "models" / "org" / "model" / "README.md"
+    changed.write_text("new")
+    client.hub.log.clear()
+    assert client.run("run", "-m", "org/model", "hi", "--max-tokens", "1").returncode == 0
+    assert not client.hub.log  # what is here runs without asking
+    client.run("models", "pull", "org/model")
+    assert [name for name, _ in gets(client)] == ["README.md"]
+    assert len(list((client.cache / "models--org--model" / "snapshots").iterdir())) == 2
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_pull_goes_on_from_where_it_was(client: Client, how: signal.Signals) -> None:
+    client.hub.pause = 0.02
+    process = client.start("models", "pull", "org/model")
+    deadline = time.monotonic() + 30
+    while not (begun := [p for p in client.partial() if p.stat().st_size > 1 << 20]):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(how)
+    _, err = process.communicate(timeout=20)
+    if how == signal.SIGINT:
+        assert process.returncode == 130
+        assert "are kept; `tinychat models pull org/model` goes on" in err and "error" not in err
+    have = begun[0].stat().st_size
+    client.hub.pause, client.hub.sent = 0.0, 0
+    client.hub.log.clear()
+    assert client.run("models", "pull", "org/model").returncode == 0
+    assert (WEIGHTS, f"bytes={have}-") in gets(client)
+    assert client.hub.sent <= SIZE - have + SLACK
+    assert client.files()[WEIGHTS] == (DEMO / WEIGHTS).read_bytes() and not client.partial()
+
+
+def test_a_connection_that_breaks_is_taken_up_again_unasked(client: Client) -> None:
+    client.hub.spoil[f"models/org/model/{WEIGHTS}"] = "cut"
+    assert "cannot be reached" in client.refused("models", "pull", "org/model")
+    tried = [int(span[6:-1]) for name, span in gets(client) if span]
+    assert len(set(tried)) > 3 and tried == sorted(tried)  # it went on while bytes came
+    client.hub.spoil.clear()
+    assert client.run("models", "pull", "org/model").returncode == 0
+    assert client.files()[WEIGHTS] == (DEMO / WEIGHTS).read_bytes()
+
+
+def test_a_file_that_arrives_damaged_is_not_kept(client: Client) -> None:
+    client.hub.spoil[f"models/org/model/{WEIGHTS}"] = "corrupted"
+    assert "model.safetensors does not have the checksum" in client.refused("models", "pull", "org/model")
+    assert not client.partial() and not (client.cache / "models--org--model" / "snapshots").exists()
+    assert [name for name, _ in gets(client)].count(WEIGHTS) == 2
+
+
+@pytest.mark.parametrize("damage", ["cut short", "one bit"])
+def test_a_damaged_file_in_the_cache_is_found_and_fetched_again(client: Client, damage: str) -> None:
+    client.run("models", "pull", "org/model")
+    blob = next((client.cache / "models--org--model" / "snapshots").glob(f"*/{WEIGHTS}")).resolve()
+    data = bytearray(blob.read_bytes())
+    data[-1] ^= 1
+    blob.write_bytes(data if damage == "one bit" else data[:-1000])
+    options = ["--verify"] if damage == "one bit" else []  # a wrong size is seen without reading
+    assert client.run("models", "pull", "org/model", *options).returncode == 0
+    assert client.files()[WEIGHTS] == (DEMO / WEIGHTS).read_bytes()
+
+
+def test_a_shard_that_lacks_what_the_index_promises_is_named(client: Client) -> None:
+    folder = client.hub.root / "models" / "org" / "sharded"
+    whole = TensorFile(save(folder) / WEIGHTS)
+    (folder / WEIGHTS).unlink()  # mapped, it can still be read
+    write_sharded(folder, entries(whole), max_bytes=60_000)
+    assert client.run("models", "pull", "org/sharded").returncode == 0
+    Checkpoint.open(next((client.cache / "models--org--sharded" / "snapshots").iterdir()))
+    index = folder / "model.safetensors.index.json"
+    table = json.loads(index.read_text())
+    table["weight_map"]["model.extra.weight"] = min(table["weight_map"].values())
+    index.write_text(json.dumps(table))
+    line = client.refused("models", "pull", "org/sharded")
+    assert "model.extra.weight" in line and "arrived as the hub has it" in line
+    table["weight_map"]["model.extra.weight"] = "model-00009-of-00009.safetensors"
+    index.write_text(json.dumps(table))
+    assert "names model-00009-of-00009.safetensors, which the hub does not have" in client.refused(
+        "models", "pull", "org/sharded"
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [
+        (401, "no such model on the hub, or it is private: check the name on http"),
+        (403, "org/model is gated: accept its terms on http"),
+        (404, "no such model on the hub"),
+        (429, "the hub limits requests (429): wait some minutes"),
+        (500, "the hub has a problem of its own (500)"),
+    ],
+)
+def test_what_the_hub_refuses_is_said_with_what_to_do(client: Client, status: int, says: str) -> None:
+    client.hub.refuse["models/org/model"] = status
+    line = client.refused("models", "pull", "org/model")
+    assert says in line
+    assert ("hf auth login" in line) == (status in (401, 403, 404, 429))
+    assert not list(client.cache.rglob("*.safetensors"))
+
+
+def test_whoever_is_logged_in_is_not_told_to_log_in(client: Client) -> None:
+    client.hub.refuse[f"models/org/model/{WEIGHTS}"] = 403
+    line = client.refused("models", "pull", "org/model", HF_TOKEN="hf_of_someone")
+    assert "accept its terms" in line and "log in" not in line
+    assert "hf_of_someone" not in line
+
+
+def test_a_rate_limit_that_passes_is_waited_for(client: Client) -> None:
+    client.hub.refuse["models/org/model"], client.hub.refusals["models/org/model"] = 429, 3
+    assert client.run("models", "pull", "org/model").returncode == 0
+    assert client.hub.refusals["models/org/model"] == 0
+
+
+def test_an_unknown_revision_is_named_and_a_commit_is_pinned(client: Client) -> None:
+    assert "has no revision 'v9'" in client.refused("models", "pull", "org/model@v9")
+    client.run("models", "pull", "org/model")
+    (snapshot,) = (client.cache / "models--org--model" / "snapshots").iterdir()
+    shutil.rmtree(client.cache)
+    assert client.run("models", "pull", f"org/model@{snapshot.name}").returncode == 0
+    assert not (client.cache / "models--org--model" / "refs").exists()  # no branch was asked for
+    offline = client.run(
+        "run", "-m", f"org/model@{snapshot.name}", "hi", "--max-tokens", "1", HF_HUB_OFFLINE="1"
+    )
+    assert offline.returncode == 0, offline.stderr
+
+
+def test_offline_uses_what_is_here_and_asks_nobody(client: Client) -> None:
+    line = client.refused("models", "pull", "org/model", HF_HUB_OFFLINE="1")
+    assert "HF_HUB_OFFLINE is set" in line and not client.hub.log
+    client.run("models", "pull", "org/model")
+    client.hub.log.clear()
+    assert client.run("models", "pull", "org/model", HF_HUB_OFFLINE="1").returncode == 0
+    assert client.run("run", "-m", "org/model", "hi", "--max-tokens", "1", HF_HUB_OFFLINE="1").returncode == 0
+    assert not client.hub.log
+
+
+def test_a_hub_that_is_not_there_is_said_soon(client: Client) -> None:
+    start = time.monotonic()
+    line = client.refused("models", "pull", "org/model", HF_ENDPOINT="http://127.0.0.1:9")
+    assert "http://127.0.0.1:9 cannot be reached" in line and time.monotonic() - start < 15
+
+
+def test_too_little_disk_is_said_before_a_byte_is_fetched(client: Client) -> None:
+    more = "import shutil, collections\nU = collections.namedtuple('U', 'total used free')\n"
+    more += "shutil.disk_usage = lambda path: U(10**9, 10**9 - 10**6, 10**6)"
+    line = client.refused("models", "pull", "org/model", more=more)
+    assert "needs 3.5 MB more" in line and "1.0 MB free" in line
+    assert "set HF_HOME" in line and not gets(client)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are POSIX's")
+def test_a_disk_that_refuses_half_way_leaves_what_arrived(client: Client) -> None:
+    """A limit on the size of files: the system itself refuses the write, as a full disk would."""
+    more = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))"
+    line = client.refused("models", "pull", "org/model", more=more)
+    assert "File too large" in line and "repeat the command" in line
+    assert [p.stat().st_size for p in client.partial()] == [2_000_000]
+    assert client.run("models", "pull", "org/model").returncode == 0
+    assert (WEIGHTS, "bytes=2000000-") in gets(client)
+
+
+def test_a_full_disk_leaves_what_arrived(client: Client) -> None:
+    """A real file system of 3 MB, where this machine lets us mount one."""
+    disk = client.home / "hf"
+    disk.mkdir(parents=True)
+    if (
+        shutil.which("mount") is None
+        or os.system(f"mount -t tmpfs -o size=3m none '{disk}' 2>/dev/null") != 0
+    ):
+        pytest.skip("mounting a small file system is not allowed here")
+    try:
+        assert "make room" in client.refused("models", "pull", "org/model")
+        more = "import shutil, collections\nU = collections.namedtuple('U', 'total used free')\n"
+        more += "shutil.disk_usage = lambda path: U(0, 0, 10**12)"  # it was free when the download began
+        line = client.refused("models", "pull", "org/model", more=more)
+        assert "No space left on device" in line and "are kept" in line
+        assert client.partial()[0].stat().st_size > 2_000_000
+    finally:
+        os.system(f"umount '{disk}'")
+
+
+def test_a_cache_that_cannot_be_written_is_named(client: Client) -> None:
+    client.cache.parent.mkdir(parents=True)
+    client.cache.write_text("a file where the folder should be")
+    line = client.refused("models", "pull", "org/model")
+    assert str(client.cache) in line and "HF_HOME" in line
+
+
+def test_weights_in_other_formats_are_refused_before_they_are_fetched(client: Client) -> None:
+    folder = client.hub.root / "models" / "org" / "model"
+    (folder / WEIGHTS).unlink()
+    line = client.refused("models", "pull", "org/model")
+    assert "only safetensors is read" in line and "model.gguf" in line and not gets(client)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x", "a/../b", "/a/b", "a/b/c", "a\\b", "a/b@../../x", "a/b@/etc", "a--b/c", "a/.git", "-a/b", "a/b\n",
+     "a/b@", "ü/b", "a", ""],
+)  # fmt: skip
+def test_names_that_are_no_hub_ids_lead_nowhere(name: str) -> None:
+    assert hubs.parse(name) is None
+    with pytest.raises(ModelNotFoundError, match="not a Hugging Face id"):
+        hubs.find(name)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["../config.json", "a/config.json", "..\\config.json", "C:config.json", "modeling.py", "model.bin",
+     "additional_chat_templates/x.py", "additional_chat_templates/../x.jinja", ".gitattributes"],
+)  # fmt: skip
+def test_a_hub_cannot_make_us_write_elsewhere(path: str) -> None:
+    assert not is_wanted(path)
+
+
+def test_a_hub_that_gives_no_hashes_is_not_trusted() -> None:
+    class Sibling:
+        rfilename, lfs, blob_id = "config.json", None, "../../../evil"
+
+    with pytest.raises(DownloadError, match=r"gives no hash for 'config\.json'"):
+        _digest(hubs.Ref("a/b"), Sibling())
+
+
+def test_an_index_that_points_elsewhere_is_refused() -> None:
+    for shard in ("../x.safetensors", "/x.safetensors", "x.bin", 3):
+        with pytest.raises(FormatError, match="no weight_map"):
+            hubs.shards_of({"weight_map": {"a": shard}})
