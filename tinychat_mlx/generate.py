@@ -95,10 +95,17 @@ class Engine:
         return self.cache.length
 
     def prime(self, ids: Sequence[int]) -> None:
-        """Fetch what is on disk of a conversation that will go on with ids: its first answer then need not."""
+        """Fetch what is on disk of a conversation that will go on with ids: its first answer then need not.
+
+        The few tokens that are missing behind it are computed: so the device is awake, too.
+        """
         if ids and len(ids) < self.context and self.prefixes is not None:
             with self._rows:
-                del self.ids[self.reuse(ids) :]
+                done = self.reuse(ids)
+                if self.cache is not None and 0 < done and len(ids) - done <= FIRST_ROWS:
+                    self.decoder.backend.to_host(self.decoder.forward(ids[done:], self.cache))
+                    done = len(ids)
+                del self.ids[done:]
 
     def keep(self, whole: bool = False) -> None:
         """Put what the cache holds on disk, in the background.
