@@ -3,8 +3,9 @@
     python -m tinychat_mlx.awq.table tests/data/demo-fp16 --text tests/data/demo_heldout_text.jsonl \\
         --calib tests/data/demo_calib.jsonl
 
-A median over calibration seeds for each; "self" is text the model wrote itself. Prints Markdown, and JSON
-on request.
+A median over calibration seeds for each; "self" is text the model wrote itself. What can be shared is made
+once: the calibration text of a seed, and the dense model's last rows on the measured text. Prints Markdown,
+and JSON on request; progress goes to stderr.
 """
 
 from __future__ import annotations
@@ -13,116 +14,204 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from math import isfinite, nan
 from pathlib import Path
 from statistics import median
 
 from tinychat_mlx.awq.calibrate import calibration_ids, encoded
 from tinychat_mlx.awq.convert import convert
-from tinychat_mlx.awq.evaluate import Quality, evaluate, scores
+from tinychat_mlx.awq.evaluate import WINDOW, Quality, Scores, evaluate, scores
 from tinychat_mlx.awq.settings import Settings
+from tinychat_mlx.awq.stream import Ids
+from tinychat_mlx.awq.whole import streamed
 from tinychat_mlx.backend import Backend
 from tinychat_mlx.checkpoint import Checkpoint
-from tinychat_mlx.loading import choose, create, load
+from tinychat_mlx.config import ModelConfig, parse_config
+from tinychat_mlx.decoder import Decoder
+from tinychat_mlx.errors import TinychatError
+from tinychat_mlx.loading import choose, create
+from tinychat_mlx.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
+class Run:
+    """One conversion: quality, seconds with the making of its calibration text, the same in forward passes."""
+
+    quality: Quality
+    seconds: float
+    forwards: float
+
+
+@dataclass
 class Row:
-    """One line: what was done, and the quality at each seed."""
+    """One line: what was done, and how each seed went."""
 
     method: str
     w_bit: int
     calib: str
-    qualities: list[Quality]
+    runs: list[Run] = field(default_factory=list)
 
     def middle(self, key: str) -> float:
-        return float(median(getattr(q, key) for q in self.qualities))
+        own = key in ("seconds", "forwards")
+        return float(median(getattr(r if own else r.quality, key) for r in self.runs))
 
 
-def measured(args: argparse.Namespace, settings: Settings, make: Callable[[bool], Backend]) -> Quality:
-    """Convert with these settings, measure, throw the result away."""
-    source = Checkpoint.open(args.model)
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "model"
-        convert(
-            source, target, settings, lambda: make(True),
-            lambda config, src, _, s, window, watch: calibration_ids(
-                config, src, lambda: make(False), s, window, watch
-            ),
-        )  # fmt: skip
-        dense, small = (
-            load(p, backend=args.backend, exact=True, threads=args.threads) for p in (args.model, target)
-        )
-        ids = encoded(args.text, dense.tokenizer)[: args.max_tokens]
-        parts = [scores(m.engine.decoder, m.backend.to_host) for m in (small, dense)]
-        return evaluate(ids, parts[0], parts[1])
+class Laboratory:
+    """One dense model on one device, measured once; its conversions are measured against it."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.source = Checkpoint.open(args.model)
+        self.config = parse_config(self.source.config)
+        self.backend, self.threads = choose(args.backend)[0], args.threads
+        self.device = self.make(exact=True)
+        self.window = min(WINDOW, self.config.max_position_embeddings)
+        self.ids = encoded(args.text, Tokenizer.load(self.source.folder))[: args.max_tokens]
+        self.dense = self.scores(self.source)
+        self.texts: dict[tuple[str, int], tuple[Ids, float, float]] = {}
+
+    def make(self, exact: bool) -> Backend:
+        return create(self.backend, exact, self.threads)
+
+    def scores(self, checkpoint: Checkpoint) -> Scores:
+        config = parse_config(checkpoint.config)
+        return streamed(config, checkpoint, self.device, self.ids, self.window)
+
+    def text(self, settings: Settings, window: int) -> tuple[Ids, float, float]:
+        """-> calibration tokens, the seconds to make them, the seconds of a forward pass over them."""
+        key = (settings.calib, settings.seed)
+        if key not in self.texts:
+            start = time.perf_counter()
+            ids = calibration_ids(
+                self.config, self.source, lambda: self.make(exact=False), settings, window, lambda p: None
+            )
+            making = time.perf_counter() - start
+            self.texts[key] = ids, making, forward_seconds(self.config, self.source, self.device, ids, window)
+        return self.texts[key]
+
+    def run(self, settings: Settings) -> Run:
+        """Convert with these settings, measure, throw the result away."""
+        made = [0.0, nan]  # plain rounding needs no text
+
+        def calibrate(_: object, __: object, ___: object, s: Settings, window: int, ____: object) -> Ids:
+            ids, *made[:] = self.text(s, window)
+            return ids
+
+        if settings.method != "rtn":
+            self.text(settings, self.window)  # outside the clock: its own time is added
+        with tempfile.TemporaryDirectory() as folder:
+            target, start = Path(folder) / "model", time.perf_counter()
+            convert(self.source, target, settings, lambda: self.device, calibrate)
+            seconds = time.perf_counter() - start + made[0]
+            quality = evaluate(self.ids, self.scores(Checkpoint.open(target)), self.dense, self.window)
+        return Run(quality, seconds, seconds / made[1])
 
 
-def rows(args: argparse.Namespace) -> Iterator[Row]:
-    """Measure everything, plain rounding first (it needs no calibration)."""
-    name = choose(args.backend)[0]
+def forward_seconds(
+    config: ModelConfig, source: Checkpoint, device: Backend, ids: Sequence[int] | Ids, window: int
+) -> float:
+    """One pass of the whole model, head included, over the windows of a text; weights are loaded before."""
+    of = scores(Decoder(config, source, device), device.to_host)
+    text = [int(i) for i in ids]
+    for _ in of(text[:window], 0):  # warm
+        pass
+    start = time.perf_counter()
+    for at in range(0, len(text), window):
+        for _ in of(text[at : at + window], at):
+            pass
+    return time.perf_counter() - start
 
-    def make(exact: bool) -> Backend:
-        return create(name, exact, args.threads)
 
+def rows(args: argparse.Namespace) -> Iterator[tuple[Row, list[Settings]]]:
+    """The table's lines, still empty, and the conversions that fill them."""
     for w_bit in args.bits:
-        plain = Settings(method="rtn", w_bit=w_bit, group_size=args.group_size)
-        yield Row("rtn", w_bit, "none", [measured(args, plain, make)])
+        plain = Settings(method="rtn", w_bit=w_bit, group_size=args.group_size, tokens=args.calib_tokens)
+        yield Row("rtn", w_bit, "none"), [plain]
         for method in ("awq", "awq+"):
             for calib in [args.calib, "self"] if args.calib else ["self"]:
-                done = replace(plain, method=method, calib=calib)
-                seeds = [replace(done, seed=seed) for seed in range(args.seeds)]
                 label = "self" if calib == "self" else Path(calib).name
-                yield Row(method, w_bit, label, [measured(args, s, make) for s in seeds])
+                done = replace(plain, method=method, calib=calib)
+                yield Row(method, w_bit, label), [replace(done, seed=seed) for seed in range(args.seeds)]
 
 
-def markdown(found: list[Row]) -> str:
+def fill(lab: Laboratory, planned: list[tuple[Row, list[Settings]]]) -> None:
+    """Run everything; after each run say what came out and how long the rest will take."""
+    total, start, done = sum(len(s) for _, s in planned), time.perf_counter(), 0
+    for row, settings in planned:
+        for one in settings:
+            run = lab.run(one)
+            row.runs.append(run)
+            done += 1
+            left = (time.perf_counter() - start) / done * (total - done) / 60
+            print(
+                f"[{done}/{total}] {row.w_bit} bits, {row.method}, {row.calib}, seed {one.seed}: "
+                f"KL {run.quality.kl_mean:.5f}, {run.seconds:.1f} s; about {left:.0f} min left",
+                file=sys.stderr,
+            )
+
+
+def markdown(found: list[Row], backend: str) -> str:
     lines = [
-        "| bits | method | calibration | perplexity | KL mean | of rtn's | KL 99 % | top-1 |",
-        "|---|---|---|---|---|---|---|---|",
+        "| bits | method | calibration | perplexity | KL mean | of rtn's | KL 99 % | top-1 | seconds | forwards |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
+    first = found[0].runs[0].quality
+    lines.append(f"| 16 | dense | none | {first.against_ppl:.3f} | | | | | | |")
     for row in found:
         base = next(r for r in found if r.method == "rtn" and r.w_bit == row.w_bit)
         share = row.middle("kl_mean") / base.middle("kl_mean")
+        forwards = "" if row.method == "rtn" else f"{row.middle('forwards'):.1f}"
         lines.append(
             f"| {row.w_bit} | {row.method} | {row.calib} | {row.middle('ppl'):.3f} | {row.middle('kl_mean'):.5f} "
-            f"| {share:.2f} | {row.middle('kl_p99'):.4f} | {row.middle('top1'):.2%} |"
+            f"| {share:.2f} | {row.middle('kl_p99'):.4f} | {row.middle('top1'):.2%} | {row.middle('seconds'):.1f} "
+            f"| {forwards} |"
         )
-    q = found[0].qualities[0]
-    lines += ["", f"{q.tokens} held-out tokens in windows of {q.window}; medians over seeds."]
-    return "\n".join(lines)
+    seeds = max(len(row.runs) for row in found)
+    return "\n".join([*lines, ""]) + (
+        f"\n{first.tokens} held-out tokens in windows of {first.window}; medians over {seeds} calibration seeds; "
+        f"standard error of rtn's KL at {found[0].w_bit} bits {first.kl_mean_se:.5f}. Seconds: the whole conversion "
+        f"({backend}), the making of its calibration text included. Forwards: the same in passes of the calibration "
+        "tokens through the dense model on the same backend."
+    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", help="the dense model's folder")
-    parser.add_argument("--text", required=True, help="held-out text: .txt or .jsonl")
+    parser.add_argument("--text", required=True, help="held-out text: .txt, .jsonl, …")
     parser.add_argument("--calib", help="calibration text; self-written text is measured in any case")
+    parser.add_argument("--calib-tokens", type=int, default=0, help="0: chosen by the model's size")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--max-tokens", type=int, default=None)
+    parser.add_argument("--max-tokens", type=int, default=None, help="measure the first N tokens only")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--json", action="store_true", help="also one JSON line with every seed")
     args = parser.parse_args()
-    found = []
-    for row in rows(args):
-        found.append(row)
-        print(f"{row.w_bit} bits, {row.method}, {row.calib}: KL {row.middle('kl_mean'):.5f}", file=sys.stderr)
-    print(markdown(found))
+    try:
+        lab, planned = Laboratory(args), list(rows(args))
+        fill(lab, planned)
+    except (TinychatError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    found = [row for row, _ in planned]
+    print(markdown(found, lab.device.describe().name))
     if args.json:
-        keys = ("method", "w_bit", "calib")
         print(
             json.dumps(
-                [
-                    {k: getattr(r, k) for k in keys} | {"seeds": [q.as_dict() for q in r.qualities]}
-                    for r in found
-                ]
+                [{"method": r.method, "w_bit": r.w_bit, "calib": r.calib, "seeds": seeds(r)} for r in found]
             )
         )
     return 0
+
+
+def seeds(row: Row) -> list[dict[str, float]]:
+    """Every run of a line; what plain rounding does not have is left out."""
+    own = ("seconds", "forwards")
+    return [{k: v for k in own if isfinite(v := getattr(r, k))} | r.quality.as_dict() for r in row.runs]
 
 
 if __name__ == "__main__":
