@@ -32,6 +32,7 @@ COMMANDS = {
     "models": ("apps.models", "models", "List, fetch, show and remove models."),
     "config": ("apps.config", "config", "Show the settings and where each comes from."),
     "doctor": ("apps.doctor", "doctor", "Say what was found on this machine and what is missing."),
+    "completion": ("apps.completion", "completion", "Let bash, zsh or fish complete commands and models."),
 }
 
 
@@ -46,7 +47,7 @@ class Lazy(click.Group):
         if not module or not _exists(module):
             return None
         found: click.Command = getattr(importlib.import_module(f"tinychat_mlx.{module}"), attribute)
-        return found
+        return _completion().prepare(found) if ctx.resilient_parsing else found  # a shell's Tab
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -55,9 +56,15 @@ class Lazy(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """`tinychat` and `tinychat -m MODEL` mean `tinychat chat …`."""
         own = ["-h", "--help"] + [name for p in self.params for name in p.opts]
+        if ctx.resilient_parsing and not args:
+            return super().parse_args(ctx, args)  # a shell's Tab after `tinychat`: commands
         if not args or (args[0].startswith("-") and args[0] not in own):
             args = ["chat", *args]
         return super().parse_args(ctx, args)
+
+
+def _completion() -> Any:
+    return importlib.import_module("tinychat_mlx.apps.completion")
 
 
 def _exists(module: str) -> bool:
@@ -80,6 +87,8 @@ def cli(debug: bool) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line -> its exit code. The edge: every error becomes one line here."""
     forgive_encodings()
+    if "_TINYCHAT_COMPLETE" in os.environ:
+        return int(_completion().answer())
     args = list(sys.argv[1:] if argv is None else argv)
     options = args[: args.index("--")] if "--" in args else args
     debug = "--debug" in options

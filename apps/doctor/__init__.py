@@ -1,0 +1,67 @@
+"""`tinychat doctor`: what was found on this machine, what is missing, and what to do about it.
+
+    tinychat doctor [--quick]          a page for people; exit code 1 if the chosen backend cannot run
+    tinychat doctor --json             one object for programs
+    tinychat doctor --report -         Markdown for a bug report, with nothing private in it
+
+The keys of --json stay as they are; new ones may come. At the top:
+    schema            1
+    ok                whether the chosen backend runs
+    problems          [{where: "section.key", state: "broken" or "note", what, do}], the broken ones first
+and a section each, null standing for unknown or absent:
+    machine           processor, system, python[, translated]
+    memory            total_bytes, free_bytes (within the limits), swap_bytes, limit_bytes
+    threads           threads, threads_why, logical_cpus, usable_cpus, physical_cores, cpu_quota
+    native            library, instruction_sets (best first), used
+    software          tinychat {version, kind}, libraries {name: version}, conflicts [distribution, …]
+    backends          chosen {name, why, wanted}; mlx, cuda, cpu, reference: {works, and device {backend, name, detail,
+                      why, features}[, bandwidth], or error, do}
+    speed             read_bytes_s, int8_ops_s, expected [{model, bytes_per_token, tok_s, prompt_tok_s, fits}], the last
+                      computed from the others; absent with --quick
+    disk              models, conversions, weights, prefixes, cubins, winners, sessions, history: {path, exists, bytes, delete};
+                      free_bytes where models go
+    configuration     file {path, origin, exists, settings [name, …]}, environment {variable: value, or null where it
+                      is not to be shown}[, unknown_variables]
+    model             model {name, origin, here[, bytes, fits_context, context]}: the default one
+"""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
+@click.option(
+    "--report", metavar="FILE", help="Write Markdown for a bug report, with nothing private (-: stdout)."
+)
+@click.option("--quick", is_flag=True, help="Leave out the two seconds of measuring speed.")
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "mlx", "cuda", "cpu", "reference"]),
+    help="Look at this one [as `tinychat chat` would choose].",
+)
+def doctor(as_json: bool, report: str | None, quick: bool, backend: str | None) -> int:
+    """Say what was found on this machine, and what is missing.
+
+    Exit code 1: the chosen backend cannot run here as things are.
+    """
+    import json
+
+    if as_json and report == "-":
+        raise click.UsageError("--json and --report - both want stdout: give --report a file")
+    from tinychat_mlx.apps.doctor import view
+    from tinychat_mlx.apps.doctor.examine import examine
+    from tinychat_mlx.apps.doctor.finding import problems
+
+    sections, ok = examine(backend, measure=not quick)
+    if report is not None:
+        from tinychat_mlx.apps.doctor.report import markdown, write
+
+        write(report, markdown(sections, ok))
+    if as_json:
+        found = {"schema": 1, "ok": ok, "problems": [*problems(sections)]}
+        click.echo(json.dumps(found | {s.key: s.as_json() for s in sections}, ensure_ascii=False))
+    elif report is None:
+        view.show(sections, ok)
+    return 0 if ok else 1

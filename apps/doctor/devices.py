@@ -1,0 +1,104 @@
+"""Which backend is chosen and why; what each other one lacks, and how to get it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from tinychat_mlx.apps.doctor.finding import BROKEN, NOTE, OK, Finding, Section
+from tinychat_mlx.apps.doctor.probe import Child, ask
+from tinychat_mlx.errors import UsageError
+from tinychat_mlx.loading import BACKENDS, choose, has_nvidia
+
+LIBRARY = ("mlx", "cuda")  # whose libraries are not ours, and may crash
+
+
+class Backends:
+    """Every backend of the package, asked whether it comes up: LIBRARY's in processes of their own.
+
+    wanted: as `--backend` would say. measure: the chosen one also measures memory reads, if it is one of those.
+    """
+
+    def __init__(self, wanted: str, measure: bool) -> None:
+        self.wanted = wanted
+        try:
+            self.chosen, self.why = choose(wanted)
+            self.trouble = ""
+        except UsageError as e:
+            self.chosen, self.why, self.trouble = "", "", str(e)
+        self._children = {
+            name: Child(name, measure and name == self.chosen) for name in LIBRARY if lacks(name) is None
+        }
+        self.answers: dict[str, dict[str, Any]] = {}
+
+    def section(self) -> Section:
+        """Waits for the children."""
+        if not self.answers:
+            self.answers = {name: child.answer() for name, child in self._children.items()}
+            self.answers |= {n: ask(n, False) for n in BACKENDS if n not in LIBRARY}
+        return Section("backends", "Backends", (self._choice(), *(self._backend(n) for n in BACKENDS)))
+
+    @property
+    def works(self) -> bool:
+        return not self.trouble and "device" in self.answers.get(self.chosen, {})
+
+    def _choice(self) -> Finding:
+        if self.trouble:
+            do = "mend --backend, TINYCHAT_BACKEND or `backend` in the config file"
+            return Finding("chosen", None, self.trouble, BROKEN, do)
+        value = {"name": self.chosen, "why": self.why, "wanted": self.wanted}
+        return Finding("chosen", value, f"{self.chosen} is chosen: {self.why}", OK)
+
+    def _backend(self, name: str) -> Finding:
+        answer = self.answers.get(name, {})
+        if device := answer.get("device"):
+            words = [f"{name}: {device['name']}, {device['detail']}", *device["features"][: name == "mlx"]]
+            if remark := _remark(name):
+                words.append(remark)
+            return Finding(name, answer | {"works": True}, "; ".join(words), OK)
+        what, do = lacks(name) or _split(answer.get("error", "it does not come up"))
+        value = {"works": False, "error": what, "do": do}
+        if name == self.chosen:
+            return Finding(name, value, f"{name}: {what}", BROKEN, do or "take another: --backend cpu")
+        state = NOTE if answer.get("error") and not lacks(name) else ""
+        return Finding(name, value, f"{name}: {what}", state, do)
+
+
+def lacks(name: str) -> tuple[str, str] | None:
+    """What a backend lacks before its library is even asked, and how to get it."""
+    apple = sys.platform == "darwin" and platform.machine() == "arm64"
+    if find_spec(BACKENDS[name][0]) is None:
+        return (
+            "not in this package",
+            f"install the whole of tinychat-mlx, or take another than --backend {name}",
+        )
+    if name == "mlx" and find_spec("mlx") is None:
+        return ("no MLX", "pip install 'mlx>=0.32'") if apple else ("for a Mac with Apple silicon", "")
+    if name == "cuda" and not has_nvidia() and os.environ.get("TINYCHAT_CUDA_DEVICE") != "cpu":
+        torch = "" if find_spec("torch") is None else ", though torch is installed"
+        return f"for an NVIDIA GPU, and no driver of one is loaded{torch}", ""
+    if name == "cuda" and find_spec("torch") is None:
+        jetson = Path("/etc/nv_tegra_release").exists()
+        return "an NVIDIA GPU is here, torch is not", (
+            "install NVIDIA's torch for this JetPack" if jetson else "pip install 'tinychat-mlx[cuda]'"
+        )
+    return None
+
+
+def _remark(name: str) -> str:
+    if name == "reference":
+        return "plain and slow: what the others are compared with"
+    return "for tests here" if name == "mlx" and sys.platform != "darwin" else ""
+
+
+def _split(error: str) -> tuple[str, str]:
+    """Our messages end with what to do, after a colon or a dash."""
+    for mark in (" — ", ": "):
+        what, found, do = error.rpartition(mark)
+        if found and any(word in do for word in ("install", "--", "use ", "update", "unset", "give")):
+            return what, do
+    return error, ""

@@ -1,0 +1,64 @@
+"""Does a backend come up? Asked in a process of its own: a library that crashes must not take doctor along.
+
+python -m tinychat_mlx.apps.doctor.probe mlx --measure       one JSON object on stdout
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from typing import Any
+
+PATIENCE_S = 60.0  # a first import of torch from a slow disk
+
+
+class Child:
+    """A backend coming up beside us."""
+
+    def __init__(self, backend: str, measure: bool) -> None:
+        command = [sys.executable, "-m", "tinychat_mlx.apps.doctor.probe", backend]
+        self.backend = backend
+        self._process = subprocess.Popen(
+            command + ["--measure"] * measure, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            errors="replace",
+        )  # fmt: skip
+
+    def answer(self) -> dict[str, Any]:
+        """What `main` printed, or {"error": how it ended}."""
+        try:
+            out, err = self._process.communicate(timeout=PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
+            return {"error": f"it did not come up within {PATIENCE_S:.0f} s"}
+        try:
+            found: dict[str, Any] = json.loads(out.splitlines()[-1])
+            return found
+        except (ValueError, IndexError):
+            code = self._process.returncode
+            how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+            last = (err.strip().splitlines() or [""])[-1]
+            return {"error": f"its library ends the process {how}" + (f" ({last})" if last else "")}
+
+
+def ask(backend: str, measure: bool) -> dict[str, Any]:
+    """-> {device: as `describe` has it[, bandwidth: bytes/s]} or {error: why it refuses}."""
+    from tinychat_mlx.errors import TinychatError
+    from tinychat_mlx.loading import create
+
+    try:
+        made = create(backend, False, None)
+        found: dict[str, Any] = {"device": asdict(made.describe())}
+        if measure:
+            from tinychat_mlx.apps.bench.machine import Subject
+
+            found["bandwidth"] = Subject(backend, None).bandwidth()
+        return found
+    except TinychatError as e:
+        return {"error": str(e)}
+
+
+if __name__ == "__main__":
+    print(json.dumps(ask(sys.argv[1], "--measure" in sys.argv)))

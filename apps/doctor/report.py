@@ -1,0 +1,96 @@
+"""A bug report in Markdown with nothing private in it: no names of people, machines, folders, models or prompts.
+
+Each finding says for itself what may be shared (`Finding.shared`). What is left is scrubbed once more, since an
+error's text may name any path: a path keeps its last part, or, below the folders where our things lie, all but the
+home. Names of the user and of the machine are replaced wherever they stand as a word.
+"""
+
+from __future__ import annotations
+
+import getpass
+import re
+import socket
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import click
+
+from tinychat_mlx.apps.doctor.finding import Finding, Section
+from tinychat_mlx.apps.doctor.view import ASCII, summary
+from tinychat_mlx.errors import UsageError
+
+PUBLIC = ("/proc/", "/sys/", "/dev/", "/usr/", "/etc/", "/opt/cuda")
+OURS = (".cache/", ".local/share/tinychat", ".config/tinychat", "Library/", "AppData/")
+PATH = re.compile(r"(?<![\w…])(?:~|[A-Za-z]:)?[/\\](?:[^\s'\"`:;,()]+[/\\])*[^\s'\"`:;,()]*")
+
+
+def markdown(sections: list[Section], ok: bool) -> str:
+    """The report as text."""
+    lines = ["### tinychat doctor", "", summary(sections, ok)]
+    for section in sections:
+        lines += ["", f"**{section.title}**", ""]
+        for finding in section.findings:
+            if finding.text is not None:
+                lines += list(_lines(finding))
+    return "\n".join(lines) + "\n"
+
+
+def _lines(finding: Finding) -> Iterable[str]:
+    yield f"- [{ASCII[finding.state]}] {scrub(finding.line if finding.shared is None else finding.shared)}"
+    if finding.do and finding.shared is None:
+        yield f"  - {scrub(finding.do)}"
+
+
+def scrub(text: str, home: Path | None = None, names: Iterable[str] | None = None) -> str:
+    """Text without the home, other folders, the user's and the machine's name."""
+    home = home or Path.home()
+    text = " ".join(text.split())
+    for spelling in dict.fromkeys((str(home.resolve()), str(home))):
+        if len(spelling) > 1:
+            text = re.sub(re.escape(spelling) + r"(?![\w.-])", "~", text)
+    text = PATH.sub(lambda match: _path(match[0]), text)
+    for name in people() if names is None else names:
+        text = re.sub(rf"(?<![\w]){re.escape(name)}(?![\w])", "…", text, flags=re.IGNORECASE)
+    return text
+
+
+def _path(path: str) -> str:
+    """What may be told of a path."""
+    plain = path.replace("\\", "/")
+    if (
+        plain.startswith(PUBLIC)
+        or plain.startswith(tuple(f"~/{folder}" for folder in OURS))
+        or len(plain) < 3
+    ):
+        return path
+    last = plain.rstrip("/").rpartition("/")[2]
+    return f"…/{last}" if plain.count("/") > 1 or plain.startswith(("/", "~")) else path
+
+
+def people() -> list[str]:
+    """Names of the user and of the machine, longest first; those that say nothing stay."""
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError, ImportError):  # no such user, as in some containers
+        user = ""
+    host = socket.gethostname()
+    found = {user, Path.home().name, host, host.partition(".")[0]} - {"", "root", "localhost", "user"}
+    return sorted(found, key=len, reverse=True)
+
+
+def write(target: str, text: str) -> None:
+    """To a file that is not there yet, or to stdout. Raises UsageError."""
+    if target == "-":
+        click.echo(text, nl=False)
+        return
+    try:
+        with Path(target).expanduser().open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise UsageError(f"--report {target}: it exists already: give another name") from None
+    except OSError as e:
+        raise UsageError(
+            f"--report {target}: {e.strerror}: give a file in a folder that can be written"
+        ) from None
+    print(f"wrote {target}: read it before you share it", file=sys.stderr)

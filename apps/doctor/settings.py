@@ -1,0 +1,144 @@
+"""Which settings count, where do they come from, and does the default model fit?"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinychat_mlx import hub
+from tinychat_mlx.apps.doctor.finding import BROKEN, NOTE, OK, Finding, Section
+from tinychat_mlx.apps.terminal import size
+from tinychat_mlx.errors import ConfigError, TinychatError
+
+if TYPE_CHECKING:
+    from tinychat_mlx.apps.models import facts
+
+# Variables whose values may be shown: numbers and words of ours. Of the others only that they are set.
+OPEN = ("BACKEND", "ENGINE", "EXACT", "THREADS", "CONTEXT", "CONVERT", "CPU_ISA", "KV", "CUDA_DEVICE", "CUDA_KV",
+        "CUDA_KERNELS", "MLX_DTYPE", "MLX_KERNELS", "MLX_CAPTURE", "MLX_KV_BITS", "PREFIX_MB", "WEIGHT_CACHE", "MAX_TOKENS",
+        "TEMPERATURE", "TOP_K", "TOP_P", "MIN_P", "REPETITION_PENALTY", "SEED", "ON_FULL", "THINK", "PLAIN",
+        "NO_SAVE")  # fmt: skip
+CLOSED = ("MODEL", "PRESET", "SYSTEM", "STOP", "CONFIG", "DATA", "CACHE")
+HUB = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_DOWNLOAD_TIMEOUT")
+HUB_CLOSED = (
+    "HF_HOME",
+    "HF_HUB_CACHE",
+    "HF_TOKEN",
+    "HF_ENDPOINT",
+    "HTTPS_PROXY",
+    "HTTP_PROXY",
+    "CUDA_VISIBLE_DEVICES",
+)
+
+
+def configuration() -> Section:
+    """The config file, and the environment's variables that count."""
+    found = [_config_file(), *_variables()]
+    return Section("configuration", "Configuration", tuple(found))
+
+
+def _config_file() -> Finding:
+    from tinychat_mlx.apps.config import config_path, settings
+
+    path = config_path()
+    origin = "TINYCHAT_CONFIG" if os.environ.get("TINYCHAT_CONFIG") else "the platform's folder for settings"
+    value = {"path": str(path), "origin": origin, "exists": path.is_file(), "settings": None}
+    if not path.is_file():
+        return Finding("file", value, f"no config file at {path} ({origin})", shared="no config file")
+    try:
+        names = sorted(settings(os.environ.get("TINYCHAT_PRESET")))
+    except (ConfigError, OSError) as e:
+        do = "mend that line; `tinychat config show --origin` shows what counts"
+        return Finding("file", value, str(e), BROKEN, do, shared="the config file is refused")
+    sets = f"sets {', '.join(names)}" if names else "sets nothing"
+    value["settings"] = names
+    return Finding("file", value, f"{path} ({origin}) {sets}", OK, shared=f"config file ({origin}) {sets}")
+
+
+def _variables() -> list[Finding]:
+    """Values only of variables known to hold nothing private."""
+    shown = {f"TINYCHAT_{name}" for name in OPEN} | set(HUB)
+    known = shown | {f"TINYCHAT_{name}" for name in CLOSED} | set(HUB_CLOSED)
+    here = sorted(v for v in os.environ if v in known or v.startswith("TINYCHAT_"))
+    found = {v: os.environ[v] if v in shown else None for v in here}
+    words = [v if value is None else f"{v}={value}" for v, value in found.items()]
+    strange = [v for v in here if v not in known]
+    rows = [Finding("environment", found, f"environment: {', '.join(words) or 'nothing of ours'}")]
+    if strange:
+        near = difflib.get_close_matches(strange[0], known, 1)
+        do = f"did you mean {near[0]}? Unset it, or spell it so" if near else "unset it"
+        text = f"{', '.join(strange)}: no such setting, so it does nothing"
+        rows.append(Finding("unknown_variables", strange, text, NOTE, do, shared="a variable unknown to us"))
+    return rows
+
+
+def defaults() -> dict[str, str]:
+    """The model and the backend that `tinychat` would take, and `origin`: where the model comes from."""
+    from tinychat_mlx.apps.config import settings
+    from tinychat_mlx.apps.options import DEFAULTS
+
+    try:
+        file = settings(os.environ.get("TINYCHAT_PRESET"))
+    except (TinychatError, OSError):  # shown under configuration
+        file = {}
+
+    def look(name: str) -> tuple[str, str]:
+        if value := os.environ.get(f"TINYCHAT_{name.upper()}"):
+            return value, "environment"
+        return str(file.get(name, DEFAULTS[name])), "config" if name in file else "built in"
+
+    model, origin = look("model")
+    return {"model": model, "origin": origin, "backend": look("backend")[0]}
+
+
+def default_model(options: dict[str, str], backend: str, free: int) -> Section:
+    """What `tinychat` alone would chat with, and whether it fits. backend: "" where none comes up."""
+    return Section("model", "Default model", (_model(options["model"], options["origin"], backend, free),))
+
+
+def _model(name: str, origin: str, backend: str, free: int) -> Finding:
+    from tinychat_mlx.apps.models.facts import local
+    from tinychat_mlx.apps.models.opening import converted
+    from tinychat_mlx.loading import DEMO
+
+    path = Path(name).expanduser()
+    ref = None if name == "demo" or path.is_dir() else hub.parse(name)
+    kind = "demo" if name == "demo" else "a folder" if ref is None else "a model of the hub"
+    folder = (converted(name) or hub.cached(ref)) if ref else DEMO if name == "demo" else path
+    value: dict[str, Any] = {"name": name, "origin": origin, "here": folder is not None}
+    if folder is None:
+        do = f"tinychat models pull {name}"
+        return Finding(
+            "model", value, f"{name} ({origin}) is not on this machine", NOTE, do, f"{kind}, not here"
+        )
+    try:
+        found = local(name, folder)
+        if found.trouble:
+            raise ConfigError(found.trouble)
+        fits = _context(found, backend, free)
+    except (TinychatError, OSError) as e:
+        do = "choose another with -m, TINYCHAT_MODEL or `model` in the config file"
+        return Finding("model", value, f"{name} ({origin}): {e}", BROKEN, do, f"{kind}; it cannot be read")
+    value |= {"bytes": found.nbytes, "fits_context": fits, "context": found.context}
+    about = f"{size(found.nbytes)}, {found.quantization}"
+    if not fits:
+        why = f"does not fit the {backend} backend" if backend else "has no backend to run on"
+        do = "tinychat models list --recommended" if backend else ""
+        return Finding(
+            "model", value, f"{name} ({about}; {origin}) {why}", NOTE, do, f"{kind} ({about}) {why}"
+        )
+    whole = ", all it has" if fits == found.context else ""
+    why = f"fits, with a context of {fits:,} tokens{whole}"
+    return Finding("model", value, f"{name} ({about}; {origin}) {why}", OK, "", f"{kind} ({about}) {why}")
+
+
+def _context(found: facts.Facts, backend: str, free: int) -> int:
+    """Tokens of context that fit; free: bytes that this process may take of the system's memory."""
+    from tinychat_mlx.apps import fit
+
+    if not backend:
+        return 0
+    room = fit.free_on(backend)
+    return fit.room(found, backend, room if backend == "cuda" else min(free, room)).context

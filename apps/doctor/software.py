@@ -1,0 +1,170 @@
+"""Which libraries are installed, are they new enough, and does anything else claim our files?"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+
+import tinychat_mlx
+from tinychat_mlx.apps.doctor.finding import BROKEN, NOTE, OK, Finding, Section
+from tinychat_mlx.errors import TinychatError
+
+US = "tinychat-mlx"
+OPTIONAL = {"mlx": "mlx", "torch": "cuda", "pyarrow": "parquet"}  # library -> our extra that brings it
+SHARED_NAMES = ("awq", "backends", "apps")  # our folders' names, which must not lie bare in site-packages
+
+
+def software() -> Section:
+    """Our version and kind of installation, the libraries, and who is in whose way."""
+    dists = list(metadata.distributions())
+    clashes = [*_conflicts(dists)]
+    about = [f.value for f in clashes if f.state]
+    none = None if about else "no conflicts: nobody else owns our files"
+    here = [*libraries()]
+    fine = ", ".join(str(f.text) for f in here if f.state == OK)
+    versions = {f.key: f.value for f in here}
+    found = [_ourselves(), Finding("libraries", versions, f"new enough: {fine}", OK)]
+    found += [
+        *(f for f in here if f.state != OK),
+        Finding("conflicts", about, none, "" if about else OK),
+        *clashes,
+    ]
+    return Section("software", "Software", tuple(found))
+
+
+def _ourselves() -> Finding:
+    here = Path(tinychat_mlx.__file__).resolve().parent
+    kind = "checkout" if (here.parent / "pyproject.toml").exists() else "installed"
+    about = {"version": tinychat_mlx.__version__, "kind": kind}
+    return Finding("tinychat", about, f"{US} {tinychat_mlx.__version__} ({kind}) in {here}", OK,
+                   shared=f"{US} {tinychat_mlx.__version__} ({kind})")  # fmt: skip
+
+
+# libraries ---------------------------------------------------------------------------------------------
+def requirements() -> list[str]:
+    """What we ask for, as pyproject.toml says: from it in a checkout, else from the installed metadata."""
+    project = Path(tinychat_mlx.__file__).resolve().parent.parent / "pyproject.toml"
+    if project.exists():
+        text = project.read_text(encoding="utf-8")
+        block = re.search(r"^dependencies = \[(.*?)^\]", text, re.MULTILINE | re.DOTALL)
+        return re.findall(r'^\s*"(.+?)",?$', block[1], re.MULTILINE) if block else []
+    try:
+        return [r for r in metadata.requires(US) or [] if "extra ==" not in r]
+    except metadata.PackageNotFoundError:
+        return []
+
+
+def libraries() -> Iterable[Finding]:
+    """Each library that is asked for: is it there, is it new enough?"""
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:
+        yield Finding("packaging", None, "packaging is not installed, which huggingface-hub brings", BROKEN,
+                      "pip install -U huggingface-hub")  # fmt: skip
+        return
+
+    wanted = [Requirement(text) for text in requirements()]
+    here = [r for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
+    for requirement in here:
+        yield _library(requirement.name, str(requirement.specifier), requirement.specifier.contains)
+    mlx = next((r for r in wanted if r.name == "mlx"), None)
+    for name, extra in OPTIONAL.items():
+        version = version_of(name)
+        if name in [r.name for r in here]:
+            continue
+        if version is None:
+            yield Finding(name, None, f"{name}: not installed (optional: {US}[{extra}])"
+                          if name != "mlx" else "mlx: not installed (for Macs)")  # fmt: skip
+        elif name == "mlx" and mlx:
+            yield _library(name, str(mlx.specifier), mlx.specifier.contains)
+        else:
+            yield Finding(name, version, f"{name} {version}", OK)
+
+
+def _library(name: str, asked: str, is_enough: object) -> Finding:
+    version = version_of(name)
+    do = f"pip install -U '{name}{asked}'"
+    if version is None:
+        return Finding(name, None, f"{name} is not installed, {asked or 'any version'} is needed", BROKEN, do)
+    assert callable(is_enough)
+    if not is_enough(version, prereleases=True):
+        state = NOTE if name == "mlx" and sys.platform != "darwin" else BROKEN
+        return Finding(name, version, f"{name} {version}, but {asked} is needed", state, do)
+    return Finding(name, version, f"{name} {version}", OK)
+
+
+def version_of(name: str) -> str | None:
+    """The version that an import would find, asked without importing."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+# conflicts ---------------------------------------------------------------------------------------------
+def _conflicts(dists: list[metadata.Distribution]) -> Iterable[Finding]:
+    named: dict[str, list[metadata.Distribution]] = {}
+    for dist in dists:
+        named.setdefault(_normal(dist.metadata["Name"] or ""), []).append(dist)
+    for name in (US, "torch", "mlx", "numpy"):
+        yield from _twice(name, named.get(name, []))
+    for dist in dists:
+        yield from _claims(dist)
+
+
+def _twice(name: str, dists: list[metadata.Distribution]) -> Iterable[Finding]:
+    places = {str(d.locate_file("").resolve()): d.version for d in dists}  # type: ignore[attr-defined]
+    if len(places) > 1:
+        which = ", ".join(f"{version} in {place}" for place, version in places.items())
+        shared = f"{name} is installed {len(places)} times: {', '.join(places.values())}"
+        do = f"pip uninstall {name} until none is left, then install one"
+        yield Finding(
+            f"twice_{name}", name, f"{name} is installed {len(places)} times: {which}", NOTE, do, shared
+        )
+
+
+def _claims(dist: metadata.Distribution) -> Iterable[Finding]:
+    """Files of this distribution that lie where ours do, or where ours must not."""
+    name = _normal(dist.metadata["Name"] or "")
+    record = dist.read_text("RECORD") or ""
+    tops = {line.partition("/")[0] for line in record.splitlines() if "/" in line}
+    if name != US and "tinychat_mlx" in tops:
+        do = f"pip uninstall {name}, then pip install --force-reinstall {US}"
+        yield Finding(f"claim_{name}", name, f"{name} also owns files of tinychat_mlx", BROKEN, do)
+    bare = [top for top in SHARED_NAMES if top in tops]
+    if bare and name == US:
+        do = f"pip install --force-reinstall {US}"
+        yield Finding("bare_names", name, f"an old {US} left bare {', '.join(bare)} behind", NOTE, do)
+    elif "awq" in bare:  # transformers takes a module of that name for AutoAWQ; ours is tinychat_mlx.awq
+        yield Finding("awq_owner", name, f"`import awq` is {name}'s; ours is tinychat_mlx.awq: no conflict")
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+# native library ----------------------------------------------------------------------------------------
+def native() -> Section:
+    """The kernels: are they there, of this version, and what do they offer on this processor?"""
+    from tinychat_mlx.backends.cpu import library
+
+    try:
+        path = library.find_library()
+        sets = library.instruction_sets()
+    except TinychatError as e:
+        what, _, do = str(e).partition(" — ")
+        return Section("native", "Native library", (Finding("library", None, what, BROKEN, do),))
+    asked = os.environ.get("TINYCHAT_CPU_ISA", "")
+    used = asked or sets[0]
+    bad = used not in sets
+    return Section("native", "Native library", (
+        Finding("library", str(path), f"{path}, of this version", OK, shared=f"{path.name}, of this version"),
+        Finding("instruction_sets", sets, f"for this processor: {', '.join(sets)}"),
+        Finding("used", used, f"{used} is not for this processor" if bad else
+                f"{used} is used{': TINYCHAT_CPU_ISA asks for it' if asked else ', the best here'}",
+                BROKEN if bad else OK, "unset TINYCHAT_CPU_ISA" if bad else ""),
+    ))  # fmt: skip

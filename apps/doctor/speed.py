@@ -1,0 +1,60 @@
+"""What could this machine do at best: measured memory reads and int8 arithmetic, and the tokens/s they allow?"""
+
+from __future__ import annotations
+
+from tinychat_mlx.apps.doctor.finding import NOTE, OK, Finding, Section
+from tinychat_mlx.apps.terminal import size
+
+ROOM = 1 << 30  # bytes that must be free: the probe reads half of it
+SIZES = ("qwen2.5-0.5b", "llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b")
+COMPUTED = (
+    "computed from these, not measured: weights read once a token, two operations a weight and prompt token"
+)
+
+
+def speed(backend: str, elsewhere: float | None, free: int) -> Section:
+    """elsewhere: bytes/s that the chosen backend's own process measured; None: the CPU is measured here."""
+    if elsewhere is not None:
+        bandwidth, peak = elsewhere, None
+    elif backend not in ("cpu", "reference"):
+        text, do = f"not measured: the {backend or 'chosen'} backend does not come up", "mend that first"
+        return Section("speed", "Speed", (Finding("read_bytes_s", None, text, NOTE, do),))
+    elif free < ROOM:
+        text, do = f"not measured: that takes {size(ROOM)} of free memory", "close other programs"
+        return Section("speed", "Speed", (Finding("read_bytes_s", None, text, NOTE, do),))
+    else:
+        bandwidth, peak = _measure()
+    found = [Finding("read_bytes_s", bandwidth, f"{bandwidth / 1e9:.1f} GB/s read from memory", OK)]
+    if peak is not None:
+        found.append(Finding("int8_ops_s", peak, f"{peak / 1e9:.0f} billion int8 operations a second", OK))
+    found.append(_expected(bandwidth, peak, free))
+    return Section("speed", "Speed", tuple(found))
+
+
+def _measure() -> tuple[float, float]:
+    """-> bytes/s, int8 operations/s of all threads: below two seconds on anything with 2 GB/s."""
+    from tinychat_mlx.backends.cpu import CpuBackend, probe
+
+    engine = CpuBackend().engine
+    return probe.read_bandwidth(engine, repeats=3), probe.int8_peak(engine, repeats=2)
+
+
+def _expected(bandwidth: float, peak: float | None, free: int) -> Finding:
+    """tokens/s at most, of int4 models with an int8 head."""
+    from tinychat_mlx.backends.mlx import cost  # computes on paper; imports no MLX
+
+    rows = []
+    for name in SIZES:
+        shape = cost.SHAPES[name]
+        nbytes = cost.bytes_per_token(shape, cost.OURS[8])
+        weights = shape.num_hidden_layers * sum(n * k for n, k in shape.linears)
+        prompt = peak / (2 * weights) if peak else None
+        rows.append({"model": name, "bytes_per_token": nbytes, "tok_s": bandwidth / nbytes,
+                     "prompt_tok_s": prompt, "fits": nbytes < free})  # fmt: skip
+    words = [
+        f"{r['model']} {r['tok_s']:.0f}"
+        + (f" (prompt {r['prompt_tok_s']:.0f})" if r["prompt_tok_s"] else "")
+        + ("" if r["fits"] else " if it fitted")
+        for r in rows
+    ]
+    return Finding("expected", rows, f"tokens/s at most: {', '.join(words)}; {COMPUTED}")
