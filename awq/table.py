@@ -177,7 +177,7 @@ def markdown(found: list[Row], backend: str) -> str:
     )
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", help="the dense model's folder")
     parser.add_argument("--text", required=True, help="held-out text: .txt, .jsonl, …")
@@ -190,7 +190,7 @@ def main() -> int:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--json", action="store_true", help="also one JSON line with every seed")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         lab, planned = Laboratory(args), list(rows(args))
         fill(lab, planned)

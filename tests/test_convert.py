@@ -280,6 +280,8 @@ BAD = "model.layers.1.mlp.down_proj.weight"
         ("family", lambda w: None, {"model_type": "llamma"}, "llamma"),
         ("empty", lambda w: None, {"--calib": ""}, "at least"),
         ("no-file", lambda w: None, {"--calib": "./nowhere.txt"}, "nowhere.txt"),
+        ("blank", lambda w: None, {"--calib": '{"text": " "}\n\n'}, "0 tokens, at least"),
+        ("binary", lambda w: None, {"--calib": "\x93\udcff"}, "not UTF-8 text"),
         ("line", lambda w: None, {"--calib": '{"messages": 3}\n'}, "line 1"),
         ("parquet", lambda w: None, {"--calib": "x.parquet"}, "parquet"),
         ("bits", lambda w: None, {"--w-bit": "3", "--format": "awq"}, "4 bits"),
@@ -303,9 +305,9 @@ def test_bad_input_is_refused_by_name_and_nothing_is_written(
         config = json.loads((source / "config.json").read_text())
         (source / "config.json").write_text(json.dumps(config | {"model_type": options.pop("model_type")}))
     calib = options["--calib"]
-    if calib in ("", '{"messages": 3}\n', "x.parquet"):
+    if name in ("empty", "blank", "binary", "line", "parquet"):
         file = home / f"{name}{'.parquet' if 'parquet' in calib else '.jsonl'}"
-        file.write_text(calib)
+        file.write_bytes(calib.encode(errors="surrogateescape"))
         options["--calib"] = str(file)
     target = home / f"from-{name}"
     flat = [part for pair in options.items() for part in pair]

@@ -1,0 +1,137 @@
+"""Our quantiser beside mlx-lm's AWQ: the same calibration tokens, bits and groups, measured on the same text.
+
+    python -m tinychat_mlx.awq.versus tests/data/demo-fp16 --text tests/data/demo_heldout_text.jsonl \\
+        --calib tests/data/demo_calib.jsonl --tokens 2048
+
+mlx-lm's command takes its calibration text from a fixed place, so its functions are called with our tokens, and
+with our bits and groups for embedding and head (its own defaults there are 4 bits in groups of 32). Both sides
+are timed from the dense folder to the finished one. Where MLX has no GPU the model is given to it in float32:
+it computes 16 bits slowly there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from tinychat_mlx.awq.evaluate import evaluate
+from tinychat_mlx.awq.settings import Settings
+from tinychat_mlx.awq.stream import Ids
+from tinychat_mlx.awq.table import Laboratory, Row, Run
+from tinychat_mlx.awq.tensors import rim_group
+from tinychat_mlx.checkpoint import Checkpoint
+from tinychat_mlx.errors import BackendError, ConfigError, TinychatError, UsageError
+
+MINE = ("rtn", "awq", "awq+")
+
+
+def mlx_lm_awq(
+    source: Path, target: Path, ids: Ids, window: int, settings: Settings, edge_group: int
+) -> float:
+    """Quantise with mlx_lm.quant.awq -> seconds. Raises BackendError without mlx-lm, ConfigError."""
+    try:
+        mx, awq, utils = (import_module(name) for name in ("mlx.core", "mlx_lm.quant.awq", "mlx_lm.utils"))
+    except ImportError as error:
+        raise BackendError(
+            f"mlx-lm is needed for this comparison: pip install mlx-lm 'mlx[cpu]' ({error})"
+        ) from None
+    start = time.perf_counter()
+    model, tokenizer, config = utils.load(str(source), lazy=True, return_config=True)
+    if config["model_type"] not in awq.AWQ_MODEL_CONFIGS:
+        raise ConfigError(f"{source}: mlx_lm.awq does not know {config['model_type']}")
+    if mx.default_device().type == mx.cpu:
+        model.set_dtype(mx.float32)
+    text: Any = mx.array(ids.reshape(-1, window))
+    with redirect_stdout(sys.stderr):  # it reports there
+        awq.awq_quantize(
+            model, text, awq.AWQ_MODEL_CONFIGS[config["model_type"]], bits=settings.w_bit,
+            group_size=settings.group_size, embed_bits=settings.head_bits, embed_group_size=edge_group,
+        )  # fmt: skip
+    utils.save(target, str(source), model, tokenizer, awq.update_config(model, config))
+    return time.perf_counter() - start
+
+
+def compare(lab: Laboratory, settings: Settings) -> list[Row]:
+    """-> one line for mlx_lm.awq, then one for each of our methods."""
+    window = lab.window
+    made, *seconds = lab.text(settings, window)
+    ids = made[: len(made) // window * window]
+    if not len(ids):
+        raise UsageError(f"--tokens: {len(made)} tokens are less than one window of {window}")
+    lab.texts[settings.calib, settings.seed] = ids, 0.0, seconds[1] * len(ids) / len(made)
+    found = [Row("mlx_lm.awq", settings.w_bit, settings.calib)]
+    with tempfile.TemporaryDirectory() as folder:
+        target, group = Path(folder) / "theirs", rim_group(lab.config, settings.group_size)
+        say(f"mlx_lm.awq: {len(ids)} tokens in windows of {window}; this may take minutes")
+        spent = mlx_lm_awq(lab.source.folder, target, ids, window, settings, group)
+        quality = evaluate(lab.ids, lab.scores(Checkpoint.open(target)), lab.dense, window)
+    found[0].runs.append(Run(quality, spent, spent / lab.texts[settings.calib, settings.seed][2]))
+    say(f"mlx_lm.awq: {spent:.1f} s")
+    for method in MINE:
+        found.append(Row(method, settings.w_bit, settings.calib, [lab.run(replace(settings, method=method))]))
+        say(f"{method}: {found[-1].middle('seconds'):.1f} s")
+    return found
+
+
+def markdown(found: list[Row], settings: Settings, tokens: int) -> str:
+    theirs = found[0].runs[0]
+    what = f"{settings.w_bit} bits, groups of {settings.group_size}"
+    lines = [
+        f"| {what} | seconds | mlx_lm.awq's / its | perplexity | KL mean | of mlx_lm.awq's | top-1 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in found:
+        run, q = row.runs[0], row.runs[0].quality
+        assert q.kl_mean is not None and theirs.quality.kl_mean is not None
+        lines.append(
+            f"| {row.method} | {run.seconds:.1f} | {theirs.seconds / run.seconds:.1f} × | {q.ppl:.3f} ± {q.ppl_se:.3f} "
+            f"| {q.kl_mean:.5f} ± {q.kl_mean_se:.5f} | {q.kl_mean / theirs.quality.kl_mean:.2f} | {q.top1:.2%} |"
+        )
+    edges = f"embedding and head {settings.head_bits} bits in all of them"
+    q = theirs.quality
+    return "\n".join(lines) + (
+        f"\n\n{tokens} calibration tokens, {edges}; {q.tokens} measured tokens in windows of {q.window}, "
+        f"perplexity of the dense model {q.against_ppl:.3f}."
+    )
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("model", help="the dense model's folder")
+    parser.add_argument("--text", required=True, help="held-out text: .txt, .jsonl, …")
+    parser.add_argument("--calib", required=True, help="calibration text: a file, or self")
+    parser.add_argument("--tokens", type=int, default=2048, help="of the calibration text")
+    parser.add_argument("--w-bit", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-tokens", type=int, default=None, help="measure the first N tokens only")
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--threads", type=int, default=None)
+    args = parser.parse_args(argv)
+    try:
+        settings = Settings(
+            w_bit=args.w_bit, group_size=args.group_size, calib=args.calib, tokens=args.tokens, seed=args.seed
+        )
+        lab = Laboratory(args)
+        found = compare(lab, settings)
+    except (TinychatError, OSError) as error:
+        say(f"error: {error}")
+        return 1
+    print(markdown(found, settings, len(lab.texts[settings.calib, settings.seed][0])))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
