@@ -88,6 +88,33 @@ def test_ctrl_c_is_back_within_200_ms(chats: Chats) -> None:
     assert min(waits) < 0.2, waits
 
 
+def test_ctrl_c_right_after_enter_is_never_missed(chats: Chats) -> None:
+    """Once its byte was read as a key for the next prompt, while the answer ran on. Whenever it comes, the prompt is back."""
+    chat = chats(answers=["word " * 10_000], delay=0.02, piece=5, rows=40)
+    for i in range(12):
+        chat.prompt()
+        chat.type(f"go {i}")
+        chat.wait(f"❯ go {i}")
+        chat.type(ENTER)
+        time.sleep(i * 0.004)  # not a wait: the moment is what is tried
+        chat.type(CTRL_C + f"seen {i}")
+        chat.wait(f"seen {i}")  # what is typed shows at a prompt alone: an answer would run for minutes
+        chat.type(CTRL_C)
+    chat.say("/help")
+
+
+def test_ctrl_c_works_where_the_program_was_started_with_it_ignored(chats: Chats) -> None:
+    """As a shell script starts what it puts into the background: a person at the terminal can still stop it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        chat = chats(load=30)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    chat.wait("loading")
+    chat.type(CTRL_C)
+    assert chat.exit_code() == 130
+
+
 def test_ctrl_c_at_the_prompt_clears_the_line_then_hints_and_never_leaves(chats: Chats) -> None:
     chat = chats()
     chat.prompt()

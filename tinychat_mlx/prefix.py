@@ -75,6 +75,7 @@ class PrefixStore:
         except OSError:
             return
         used: list[Path] = []
+        ids = ids[: cache.capacity]
         for at, key in self._keys(ids):
             if cache.length >= at + PART:
                 continue
@@ -137,7 +138,7 @@ class PrefixStore:
                 return _Part(path)
             if file.metadata.get("crc") != _crc({"ids": own, **rows}):
                 return _Part(path)
-            return _Part(path, min(tokens, cache.capacity), rows)
+            return _Part(path, tokens, rows)
         except (OSError, TinychatError):
             return _Part(path)
 

@@ -88,13 +88,11 @@ class RichReader:
         self.session = self._session(history)
 
     def read(self, prefill: str = "") -> str:
-        text = self.session.prompt(default=prefill)
-        if sys.platform != "win32":
-            from tinychat_mlx.apps.chat.keyboard import was_pressed
+        if sys.platform == "win32":
+            return unblock(self.session.prompt(default=prefill))
+        from tinychat_mlx.apps.chat.keyboard import Reading
 
-            if was_pressed(self.session.input):
-                raise KeyboardInterrupt
-        return unblock(text)
+        return unblock(Reading(self.session).prompt(prefill))
 
     def _session(self, history: Path | None) -> PromptSession[str]:
         from prompt_toolkit import PromptSession
@@ -143,14 +141,9 @@ def _input() -> Input | None:
 def _keys() -> KeyBindings:
     from prompt_toolkit.application.current import get_app
     from prompt_toolkit.filters import Condition
-    from prompt_toolkit.key_binding import KeyBindings, KeyPress
-    from prompt_toolkit.keys import Keys
+    from prompt_toolkit.key_binding import KeyBindings
 
     keys = KeyBindings()
-
-    @keys.add(Keys.SIGINT, eager=True)
-    def _signal(event: KeyPressEvent) -> None:
-        event.key_processor.feed(KeyPress(Keys.ControlC), first=True)
 
     @keys.add("enter", filter=Condition(lambda: get_app().current_buffer.name == "DEFAULT_BUFFER"))
     def _send(event: KeyPressEvent) -> None:
