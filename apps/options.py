@@ -26,21 +26,21 @@ LOADING: dict[str, tuple[Any, str]] = {
         "Whose graph computes: mlx-lm knows architectures that ours does not (on a Mac).",
     ),
     "exact": (bool, "Activations in full precision, not int8 (slower, reproduces the reference)."),
-    "threads": (click.IntRange(1), "CPU threads."),
-    "context": (click.IntRange(16), "Tokens the conversation may hold."),
+    "threads": (click.IntRange(1), "CPU threads [one a fast core]."),
+    "context": (click.IntRange(16), "Tokens the conversation may hold [all the model can, at most 8192]."),
     "convert": (
         click.Choice(["ask", "always", "never"]),
         "Make a hub model that is in 16 bits int4, once; without a terminal ask means never.",
     ),
 }
 SAMPLING: dict[str, tuple[Any, str]] = {
-    "max_tokens": (click.IntRange(1), "Longest answer, in tokens."),
+    "max_tokens": (click.IntRange(1), "Longest answer, in tokens [what the context has room for]."),
     "temperature": (click.FloatRange(0), "0 always takes the likeliest token; higher is freer."),
     "top_k": (click.IntRange(0), "Only the K likeliest tokens (0: all)."),
     "top_p": (click.FloatRange(0, 1, min_open=True), "Only the likeliest tokens that make up this share."),
     "min_p": (click.FloatRange(0, 1), "Only tokens at least this share as likely as the likeliest."),
     "repetition_penalty": (click.FloatRange(0, min_open=True), "Above 1: seen tokens become less likely."),
-    "seed": (click.IntRange(0), "The same seed gives the same answer."),
+    "seed": (click.IntRange(0), "The same seed gives the same answer [another each time]."),
 }
 CHATTING: dict[str, tuple[Any, str]] = {
     "system": (str, "System prompt, or @FILE."),
@@ -48,7 +48,7 @@ CHATTING: dict[str, tuple[Any, str]] = {
         click.Choice(["stop", "slide", "compact"]),
         "When the context is full: cut the answer, drop the oldest messages, or sum up; it is always said.",
     ),
-    "think": (bool, "Let a model that can think do so, or not."),
+    "think": (bool, "Let a model that can think do so, or not [as its template has it]."),
     "plain": (bool, "No colour, no Markdown, no redraws."),
     "no_save": (bool, "Keep this chat off the disk."),
 }
@@ -93,6 +93,7 @@ def _option(name: str, kind: Any, text: str) -> Callable[[F], F]:
         "help": text,
         "envvar": f"TINYCHAT_{name.upper()}",
         "default": DEFAULTS.get(name),
+        "show_default": name in DEFAULTS and kind is not bool,
     }
     if name == "think":
         return click.option(f"{flag}/--no-{name}", **common)
