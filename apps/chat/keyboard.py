@@ -42,7 +42,7 @@ class Signals(Vt100Input):
     """A terminal whose Ctrl-C is a signal while keys are read."""
 
     def raw_mode(self) -> AbstractContextManager[None]:
-        return _Raw(self.fileno())  # type: ignore[return-value]  # as its base
+        return _Raw(self.fileno())
 
 
 class Reading:
