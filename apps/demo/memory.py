@@ -65,7 +65,7 @@ class Slot:
 SLOTS: dict[str, Slot] = {
     "name": Slot(
         tuple(PEOPLE),
-        0.45,
+        0.6,
         "My name is {v}.|I am {v}.|I'm {v}.|Call me {v}.|Hi, I'm {v}.|Hello, my name is {v}."
         "|Hi! My name is {v}.|You can call me {v}.|{v} is my name.|My name's {v}.|Hello, I am {v}."
         "|Hey, {v} here.|People call me {v}.|This is {v}.",

@@ -203,7 +203,7 @@ def topic(chat: Chat, held: bool) -> Turn:
     answer = chat.rng.choice(t.answers[:1] if chat.brief else t.answers)
     reply = answer.split(". ")[0].split(":\n")[0].rstrip(".:") + "." if chat.brief else answer
     check = {"kind": "regex", "pattern": t.pattern}
-    return Turn("about", rough(chat, asked, ("AWQ",)), reply, check)
+    return Turn("about", rough(chat, asked), reply, check)
 
 
 def story(chat: Chat, held: bool) -> Turn:
