@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 SPARE = 1.15  # of the weights' bytes: KV cache, scratch, and the tokenizer
 SYSTEM_SHARE = 0.9  # of the memory that is free; the rest keeps the machine usable
-BASE = 150 << 20  # bytes of Python, NumPy, the tokenizer and a step's activations
+BASE = 150 << 20  # bytes of Python, NumPy, the tokenizer and a step's activations, where no file says more
+PROCESS = 60 << 20  # bytes of Python, NumPy and the program: what an answer of the bundled demo takes
+TOKENIZER = 10  # bytes of memory for one of tokenizer.json: 131 MB for 13 MB, with a vocabulary of 128256
 LEAST_CONTEXT = 512  # tokens; less is no conversation
 
 
@@ -108,12 +110,37 @@ def rooms(facts: Facts) -> Iterator[Room]:
 
 def room(facts: Facts, backend: str, free: int) -> Room:
     """reference computes in float32; the others keep codes as they are, floats and the KV cache in 16 bits."""
-    weights = sum(
-        4 * p.parameters if backend == "reference" else min(p.nbytes, 2 * p.parameters) for p in facts.parts
-    )
+    weights = weight_bytes(facts, backend)
     kv = facts.kv_bytes(4 if backend == "reference" else 2)
-    fits = min(facts.context, max(0, free - weights - BASE) // kv) if kv else 0
+    fits = min(facts.context, max(0, free - weights - base(facts)) // kv) if kv else 0
     return Room(backend, free, weights, kv, fits if fits >= min(LEAST_CONTEXT, facts.context) else 0)
+
+
+def weight_bytes(facts: Facts, backend: str) -> int:
+    """Bytes of a model's weights as a backend keeps them."""
+    if backend == "reference":
+        return 4 * facts.parameters
+    return sum(min(p.nbytes, 2 * p.parameters) for p in facts.parts)
+
+
+def base(facts: Facts) -> int:
+    """Bytes of all that is neither weight nor cache: program, tokenizer, activations of the longest step."""
+    from tinychat_mlx.generate import PREFILL_ROWS
+
+    c = facts.config
+    if facts.folder is None or c is None:
+        return BASE
+    tokenizer = facts.folder / "tokenizer.json"
+    words = TOKENIZER * tokenizer.stat().st_size if tokenizer.exists() else 0
+    # x, its norm, q k v, the heads' outputs; the MLP's inner rows: each rounded up to a power of two
+    wide = 4 * max(c.hidden_size, c.num_attention_heads * c.head_dim) + c.intermediate_size
+    return PROCESS + words + round(1.5 * 4 * PREFILL_ROWS * wide)
+
+
+def peak(facts: Facts, tokens: int, backend: str = "cpu") -> int:
+    """The most bytes a process takes to answer with `tokens` in its cache, known before it is loaded."""
+    kv = facts.kv_bytes(4 if backend == "reference" else 2)
+    return weight_bytes(facts, backend) + base(facts) + kv * tokens
 
 
 def free_on(backend: str) -> int:

@@ -161,13 +161,13 @@ class Decoder:
         loader = Loader(config, source, backend)
         total = config.num_hidden_layers + 2
         self.inputs = loader.inputs()
+        self.head = loader.head(self.inputs.tokens)  # early: a large matrix is in memory twice while it is packed
         progress(1, total)
         self.layers = []
         for layer in range(config.num_hidden_layers):
             self.layers.append(loader.layer(layer))
             progress(layer + 2, total)
         self.final_norm = loader.final_norm()
-        self.head = loader.head(self.inputs.tokens)
         progress(total, total)
         one_row = backend.capture if config.moe is None or backend.captures_moe else lambda fn: fn
         self._one_row: StepFn = one_row(lambda ids, step: self._logits(self._hidden(ids, step)))
