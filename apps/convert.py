@@ -61,9 +61,9 @@ def convert(source: str, target: Path | None, **options: Any) -> None:
 
     An SRC that is quantised already keeps its codes and changes its format.
     """
+    from tinychat_mlx.apps.models.download import folder_of
     from tinychat_mlx.awq.settings import Settings
     from tinychat_mlx.checkpoint import Checkpoint
-    from tinychat_mlx.loading import find_folder
 
     if target is None and not options["dry_run"]:
         raise click.UsageError("missing -o DST, the folder to write")
@@ -74,7 +74,7 @@ def convert(source: str, target: Path | None, **options: Any) -> None:
         format=options["form"], head=options["head"], calib=options["calib"], tokens=options["calib_tokens"],
         seed=options["seed"], compare=options["report"] is not None,
     )  # fmt: skip
-    checkpoint = Checkpoint.open(find_folder(source))
+    checkpoint = Checkpoint.open(folder_of(source))
     if options["dry_run"]:
         _dry_run(checkpoint, settings, options)
     else:

@@ -33,12 +33,17 @@ class Need:
 
 
 def local() -> list[str]:
-    """Models at hand: the demo, and those of the hub's cache that hold a whole snapshot."""
-    found = []
+    """Models at hand: the demo, and those that the hub's cache holds whole or that we hold converted."""
+    from tinychat_mlx.apps.models.opening import home
+
+    found = [
+        p.parent.name.removesuffix("-int4").replace("--", "/", 1)
+        for p in home().glob("*--*-int4/config.json")
+    ]
     for folder in sorted(hub.hub_cache().glob("models--*--*")):
         if any(folder.glob("snapshots/*/config.json")) and not any(folder.glob("blobs/*.incomplete")):
             found.append("/".join(folder.name.split("--")[1:]))
-    return ["demo", *found]
+    return ["demo", *sorted(set(found))]
 
 
 def look_up(name: str) -> Need:

@@ -27,7 +27,7 @@ def find(name: str) -> facts.Facts:
     ref = None if name == "demo" or Path(name).expanduser().is_dir() else hub.parse(name)
     if ref is None:
         return facts.local(name, find_folder(name))
-    if folder := hub.cached(ref):
+    if folder := hub.cached(ref) or converted(name):
         return facts.local(name, folder)
     return facts.remote(hub.look(ref, note), note)
 

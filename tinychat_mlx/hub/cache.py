@@ -45,7 +45,8 @@ def parse(name: str) -> Ref | None:
 def hub_cache() -> Path:
     """Where huggingface_hub keeps models, found as it finds it, without importing it."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+    named = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    return Path(named or Path(home) / "hub").expanduser()
 
 
 def repo_folder(repo: str) -> Path:

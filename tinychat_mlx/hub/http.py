@@ -36,7 +36,7 @@ def get(ref: Ref, commit: str, path: str, headers: dict[str, str]) -> Iterator[t
         library.build_hf_headers() | {"Accept-Encoding": "identity"} | headers
     )  # ranges count the plain bytes
     session = library.get_session()
-    if hasattr(session, "stream"):  # httpx: huggingface_hub 1 and later
+    if callable(session.stream):  # httpx: huggingface_hub 1 and later
         with session.stream("GET", url, headers=headers, timeout=TIMEOUT, follow_redirects=True) as response:
             library.hf_raise_for_status(response)
             yield response.status_code, response.iter_bytes(PIECE)
@@ -141,7 +141,9 @@ def explain(error: Exception, ref: Ref) -> TinychatError:
         return DownloadError(
             f"the hub has a problem of its own ({status}): repeat the command later; it goes on from there"
         )
-    reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
+    text = next((line for line in str(error).splitlines() if line), type(error).__name__)
+    found = re.search(r"\[Errno -?\d+\] [\w ]+", text)  # the library's own words can be a page of exceptions
+    reason = found[0] if found else text[:120]
     return DownloadError(
         f"{ref}: {endpoint()} cannot be reached ({reason}): check the connection and repeat the command; "
         "what has arrived is kept"

@@ -1,0 +1,365 @@
+"""`tinychat models`, and one step from a hub id to a chat: what is shown is so, and nothing is done unasked."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import folders
+import layouts
+import pytest
+from hub_client import Client
+from stand_in_hub import Hub
+from tiny_dense import save
+
+from tinychat_mlx import hub as hubs
+from tinychat_mlx.apps import fit
+from tinychat_mlx.apps.bench.ours import layer_weights
+from tinychat_mlx.apps.bench.shapes import SHAPES
+from tinychat_mlx.apps.config import settings
+from tinychat_mlx.apps.models import facts, opening
+from tinychat_mlx.apps.models.recommended import recommended, with_fit
+from tinychat_mlx.awq.settings import Settings
+from tinychat_mlx.checkpoint import Checkpoint
+from tinychat_mlx.config import parse_config
+from tinychat_mlx.errors import BackendError, ConfigError, UsageError
+from tinychat_mlx.loading import DEMO, load
+
+COMMIT = "0123456789" * 4
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Iterator[Client]:
+    shutil.copytree(DEMO, tmp_path / "root" / "models" / "org" / "model")
+    save(tmp_path / "root" / "models" / "org" / "dense")
+    with Hub(tmp_path / "root") as hub:
+        yield Client(hub, tmp_path / "home")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home with the dense model org/dense in its cache; the hub is not asked."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("TINYCHAT_CONFIG", str(tmp_path / "config.toml"))
+    monkeypatch.setattr(opening, "home", lambda: tmp_path / "models")
+    monkeypatch.setattr(opening, "_left_dense", set())
+    put(tmp_path / "hub", "org/dense", save)
+    return tmp_path
+
+
+def put(cache: Path, repo: str, write: Callable[[Path], Any], commit: str = COMMIT) -> Path:
+    """A model in a cache as the hub's library would have put it there."""
+    folder = cache / f"models--{repo.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True, exist_ok=True)
+    (folder / "refs" / "main").write_text(commit)
+    (folder / "blobs").mkdir(exist_ok=True)
+    snapshot = folder / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    write(snapshot)
+    for file in list(snapshot.iterdir()):
+        blob = folder / "blobs" / f"{commit[:8]}-{file.name}"
+        file.rename(blob)
+        file.symlink_to(os.path.relpath(blob, snapshot))
+    return snapshot
+
+
+def options(**given: Any) -> dict[str, Any]:
+    return {
+        "model": "org/dense",
+        "backend": "reference",
+        "engine": "tinychat",
+        "convert": "ask",
+        "threads": 1,
+    } | given
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Someone at a terminal who presses these keys; conversions are quick."""
+    keys: list[str] = []
+    monkeypatch.setattr(opening, "detect", lambda: type("Terminal", (), {"interactive": True}))
+    monkeypatch.setattr(opening.click, "getchar", lambda: keys.pop(0))
+    quick = opening._settings
+    monkeypatch.setattr(opening, "_settings", lambda found: _quick(quick(found)))
+    return keys
+
+
+def _quick(chosen: Settings | None) -> Settings | None:
+    return replace(chosen, method="rtn") if chosen else None
+
+
+# what is shown ------------------------------------------------------------------------------------------
+def test_facts_count_what_numpy_counts() -> None:
+    """Parameters and bytes of every part against the arrays themselves."""
+    found, checkpoint = facts.local("demo", DEMO), Checkpoint.open(DEMO)
+    config = parse_config(checkpoint.config)
+    matrices = {m: checkpoint.weight(m) for m in checkpoint.modules}
+    vectors = [n for n in checkpoint.names() if n in checkpoint and len(checkpoint.info(n)[1]) == 1]
+    total = sum(w.to_float32().size for w in matrices.values()) + sum(
+        checkpoint.vector(n).size for n in vectors
+    )
+    assert found.parameters == total and found.nbytes == checkpoint.nbytes
+    parts = {p.name: p for p in found.parts}
+    assert parts["embedding and head"].form == "int8 g128" and parts["layers"].form == "int4 g128"
+    assert parts["embedding and head"].parameters == config.vocab_size * config.hidden_size
+    assert sum(p.nbytes for p in found.parts) == checkpoint.nbytes
+    model = load("demo", backend="reference", context=100)
+    cache: Any = model.engine.decoder.new_cache(100)
+    assert found.kv_bytes(4) * 100 == cache.k.nbytes + cache.v.nbytes
+    assert found.context == config.max_position_embeddings and found.template and not found.trouble
+
+
+@pytest.mark.parametrize("layout", sorted(layouts.WRITERS))
+def test_facts_read_every_layout(tmp_path: Path, layout: str) -> None:
+    config = json.loads((DEMO / "config.json").read_text())
+    for key in ("quantization", "quantization_config"):
+        config.pop(key, None)
+    folder = folders.quantised(tmp_path / layout, layout, 64)
+    block = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | block))
+    parts = {p.name: p for p in facts.local(layout, folder).parts if p.form == "int4 g64"}
+    assert parts["layers"].parameters == 64 * 128 and parts["layers"].tensors == 1
+
+
+def test_a_model_on_the_hub_is_described_from_its_headers_alone(client: Client) -> None:
+    far = client.run("models", "show", "org/model", "--json")
+    assert far.returncode == 0, far.stderr
+    assert client.hub.sent < 200_000 and not list(client.cache.glob("models--*/blobs/*"))
+    client.run("models", "pull", "org/model")
+    near = client.run("models", "show", "org/model", "--json")
+    tables = [json.loads(done.stdout) for done in (far, near)]
+    changing = ("folder", "fits", "licence")
+    assert next({k: v for k, v in t.items() if k not in changing} for t in tables) == {
+        k: v for k, v in tables[1].items() if k not in changing
+    }
+    assert {r["backend"] for r in tables[0]["fits"] if not r["trouble"]} >= {"cpu", "reference"}
+    shown = client.run("models", "show", "org/model").stdout
+    assert "int8 g128" in shown and "temperature 0.5" in shown and "(built in)" in shown
+
+
+def test_a_model_that_cannot_run_says_why_and_is_not_fetched(client: Client) -> None:
+    config = client.hub.root / "models" / "org" / "dense" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "mamba2"}))
+    shown = client.run("models", "show", "org/dense").stdout
+    assert "runs here" in shown and "mamba2" in shown
+    line = client.refused("run", "-m", "org/dense", "hi")
+    assert "org/dense cannot run here" in line and "mamba2" in line
+    assert not any(path.endswith("tokenizer.json") for _, path, _ in client.hub.log)
+
+
+def test_the_list_tells_whole_from_half_and_what_runs(client: Client) -> None:
+    client.run("models", "pull", "org/model")
+    half = client.cache / "models--org--half" / "blobs"
+    half.mkdir(parents=True)
+    (half / "x.incomplete").write_bytes(bytes(1000))
+    rows = {r["name"]: r for r in json.loads(client.run("models", "list", "--json").stdout)}
+    assert set(rows) == {"demo", "org/model", "org/half"}
+    assert rows["org/model"]["runs"] and rows["org/model"]["quantization"] == "int4 g128"
+    assert rows["org/model"]["bytes"] >= (DEMO / "model.safetensors").stat().st_size
+    assert not rows["org/half"]["runs"] and "pull org/half" in rows["org/half"]["why"]
+    assert "org/half" in client.run("models", "list").stdout
+
+
+def test_memory_decides_what_fits_and_at_which_context() -> None:
+    found = facts.local("demo", DEMO)
+    held = sum(p.nbytes for p in found.parts)
+    for tokens in (600, 4000):
+        room = fit.room(found, "cpu", held + fit.base(found) + tokens * found.kv_bytes())
+        assert room.context == tokens and room.weights == held
+    assert fit.room(found, "cpu", 1 << 40).context == found.context
+    assert fit.room(found, "cpu", held + fit.base(found) + 100 * found.kv_bytes()).context == 0
+    assert fit.room(found, "reference", 1 << 40).weights == 4 * found.parameters
+
+
+def test_recommended_models_are_of_the_sizes_that_they_say() -> None:
+    """Against the shapes that `bench` builds, which were taken from the models' own config.json."""
+    rows = {r["id"]: r for r in recommended()}
+    known = {"Qwen/Qwen2.5-0.5B-Instruct-AWQ": "qwen2.5-0.5b", "mlx-community/Llama-3.2-1B-Instruct-4bit": "llama-3.2-1b",
+             "Qwen/Qwen3-4B-AWQ": "qwen3-4b", "Qwen/Qwen2.5-7B-Instruct-AWQ": "qwen2.5-7b", "Qwen/Qwen3-8B-AWQ": "qwen3-8b",
+             "mlx-community/Llama-3.2-3B-Instruct-4bit": "llama-3.2-3b", "Qwen/Qwen3-0.6B": "qwen3-0.6b"}  # fmt: skip
+    for name, shape in known.items():
+        config = parse_config(SHAPES[shape])
+        tables = 1 if SHAPES[shape]["tie_word_embeddings"] else 2
+        weights = layer_weights(config) + tables * config.vocab_size * config.hidden_size
+        assert rows[name]["parameters"] == pytest.approx(weights, rel=0.006)  # three digits
+        kv = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        assert rows[name]["kv_bytes_per_token"] == kv
+        bits = 8 * rows[name]["memory_bytes"] / weights
+        assert 4.1 < bits < 8.5
+    for row in rows.values():
+        assert hubs.parse(row["id"]) and row["licence"] and row["good_for"]
+
+
+def test_recommendations_follow_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    fitting = [
+        sum(with_fit(m, int(gb * 1e9))["fits_context"] > 0 for m in recommended()) for gb in (0.1, 1, 4, 64)
+    ]
+    assert fitting[0] == 0 < fitting[1] < fitting[2] < fitting[3] == len(recommended())
+
+
+# what is removed ----------------------------------------------------------------------------------------
+def test_rm_asks_and_removes_what_it_names_and_nothing_else(client: Client) -> None:
+    for name in ("org/model", "org/dense"):
+        client.run("models", "pull", name)
+    asked = client.run("models", "rm", "org/model")
+    assert asked.returncode == 2 and "add --yes" in asked.stderr and "MB" in asked.stderr
+    assert client.run("models", "rm", "org/model", "--yes").returncode == 0
+    assert [p.name for p in client.cache.glob("models--*")] == ["models--org--dense"]
+    assert "is not here" in client.refused("models", "rm", "org/model", "--yes")
+
+
+@pytest.mark.parametrize("name", ["..", "../hub", "/etc", "a--b/../..", "demo", ".", "", "a\\b", "nodashes"])
+def test_rm_cannot_leave_the_cache(home: Path, name: str) -> None:
+    from tinychat_mlx.apps.models.remove import remove
+
+    before = sorted(home.rglob("*"))
+    with pytest.raises(UsageError):
+        remove(name, yes=True)
+    assert sorted(home.rglob("*")) == before
+
+
+def test_rm_does_not_follow_a_link(home: Path) -> None:
+    from tinychat_mlx.apps.models.remove import remove
+
+    elsewhere = home / "precious"
+    elsewhere.mkdir()
+    (elsewhere / "file").write_text("x")
+    (home / "hub" / "models--org--linked").symlink_to(elsewhere)
+    with pytest.raises(UsageError, match="is a link"):
+        remove("org/linked", yes=True)
+    (home / "hub" / "models--org--dense" / "out").symlink_to(elsewhere)
+    remove("org/dense", yes=True)
+    assert (elsewhere / "file").exists() and not (home / "hub" / "models--org--dense").exists()
+
+
+def test_rm_of_a_revision_keeps_the_others(home: Path) -> None:
+    from tinychat_mlx.apps.models.remove import remove
+
+    other = put(home / "hub", "org/dense", save, "abcdef" + COMMIT[6:])
+    remove(f"org/dense@{COMMIT}", yes=True)
+    assert other.is_dir() and hubs.is_whole(other) and not (other.parent / COMMIT).exists()
+
+
+# from an id to a chat -----------------------------------------------------------------------------------
+def test_an_int4_model_is_fetched_and_answers_in_one_step(client: Client) -> None:
+    done = client.run("run", "-m", "org/model", "hi", "--max-tokens", "3", "--temperature", "0", "-v")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() and "org/model on cpu" in done.stderr and "int4 g128" in done.stderr
+    assert "convert" not in done.stderr
+
+
+def test_without_a_terminal_a_dense_model_runs_as_it_is_and_says_how_to_convert(client: Client) -> None:
+    done = client.run("run", "-m", "org/dense", "w1 w2", "--max-tokens", "3")
+    assert done.returncode == 0 and "--convert always" in done.stderr
+    quiet = client.run("run", "-m", "org/dense", "w1 w2", "--max-tokens", "3", "--convert", "never")
+    assert quiet.returncode == 0 and "--convert" not in quiet.stderr
+
+
+def test_yes_converts_once_and_the_result_answers_to_the_same_id(home: Path, answers: list[str]) -> None:
+    said: list[str] = []
+    answers.append("y")
+    folder = Path(opening.settle(options(), said.append))
+    assert folder == home / "models" / "org--dense-int4"
+    text = " ".join(said)
+    assert "instead of" in text and "of memory" in text and "of disk" in text and str(folder) in text
+    found = facts.local("x", folder)
+    assert found.quantization == "int4 g64" and not found.dense
+    assert opening.settle(options(), said.append) == str(folder)  # no key is left to press
+    assert (
+        opening.settle(options(model="org/dense@main"), said.append) == "org/dense@main"
+    )  # the upload itself
+
+
+def test_no_runs_it_as_it_is_and_does_not_ask_twice(home: Path, answers: list[str]) -> None:
+    answers += ["x", "n"]  # a key without a meaning is passed over
+    assert opening.settle(options(), lambda text: None) == "org/dense"
+    assert opening.settle(options(), lambda text: None) == "org/dense"
+    assert not (home / "models").exists() and not answers
+
+
+def test_always_is_kept_in_the_config_file(home: Path, answers: list[str]) -> None:
+    (home / "config.toml").write_text('temperature = 0.5\n[presets.a]\nmodel = "demo"\n')
+    answers.append("a")
+    opening.settle(options(), lambda text: None)
+    assert settings() == {"convert": "always", "temperature": 0.5}
+    put(home / "hub", "org/second", save)
+    assert opening.settle(options(model="org/second", convert="always"), lambda text: None).endswith(
+        "second-int4"
+    )
+
+
+def test_enter_means_yes_and_ctrl_d_nothing(home: Path, answers: list[str]) -> None:
+    answers.append("\x04")
+    with pytest.raises(KeyboardInterrupt):
+        opening.settle(options(), lambda text: None)
+    assert not (home / "models").exists()
+    answers.append("\r")
+    assert opening.settle(options(), lambda text: None).endswith("org--dense-int4")
+
+
+def test_an_interrupted_conversion_goes_on(
+    home: Path, answers: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tinychat_mlx.awq import stream
+
+    written: list[Path] = []
+    save_layer = stream.WorkFolder.shard
+
+    def shard(self: stream.WorkFolder, layer: int) -> Path:
+        written.append(save_layer(self, layer))
+        if len(written) == 6:  # in the middle of the layers, once
+            raise KeyboardInterrupt
+        return written[-1]
+
+    monkeypatch.setattr(stream.WorkFolder, "shard", shard)
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        opening.settle(options(convert="always"), said.append)
+    assert "stopped" in said[-1] and not (home / "models" / "org--dense-int4").exists()
+    left = home / "models" / ".org--dense-int4.converting"
+    assert list(left.glob("layer-*"))
+    assert opening.settle(options(convert="always"), said.append).endswith("org--dense-int4")
+    assert (
+        not left.exists() and facts.local("x", home / "models" / "org--dense-int4").quantization == "int4 g64"
+    )
+
+
+def test_what_does_not_fit_is_refused_with_the_way_out(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "available", lambda: 1000)
+    with pytest.raises(BackendError, match=r"too little.*--convert always"):
+        opening.settle(options(), lambda text: None)
+
+
+def test_a_conversion_that_has_no_room_is_not_offered(
+    home: Path, answers: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(fit, "available", lambda: 20 << 20)
+    assert opening.settle(options(), said.append) == "org/dense"
+    assert "needs more memory" in said[-1]
+
+
+def test_a_mixture_of_experts_is_run_as_it_is(home: Path) -> None:
+    found = facts.local("org/dense", home / "hub" / "models--org--dense" / "snapshots" / COMMIT)
+    assert opening._settings(found) is not None
+    config = json.loads((Path(str(found.folder)) / "config.json").read_text())
+    experts = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    assert opening._settings(replace(found, config=parse_config(config | experts))) is None
+
+
+def test_folders_and_the_demo_are_left_alone(home: Path, tmp_path: Path) -> None:
+    for name in ("demo", str(save(tmp_path / "mine")), "no such id"):
+        assert opening.settle(options(model=name), pytest.fail) == name
+
+
+def test_nonsense_in_generation_config_is_named(tmp_path: Path) -> None:
+    folder = save(tmp_path / "m")
+    (folder / "generation_config.json").write_text('{"temperature": "hot"}')
+    with pytest.raises(ConfigError, match="temperature"):
+        facts.local("m", folder).sampling()
