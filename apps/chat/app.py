@@ -49,6 +49,7 @@ class Chat:
         self.attached: list[attach.Attachment] = []
         self.hints = 0
         self.last: Answer | None = None
+        self.priming: threading.Thread | None = None
 
     def run(self) -> int:
         """Talk until the person leaves -> exit code."""
@@ -148,6 +149,7 @@ class Chat:
 
     def answer(self) -> None:
         """Let the model answer the last message."""
+        self._wait_primed()
         self.last = Answer(self.model, self.view, self.session, self.settings)
         try:
             self.last.run()
@@ -158,9 +160,17 @@ class Chat:
 
     def prime(self) -> None:
         """Fetch what was computed of a resumed conversation while the person reads and types."""
+        self._wait_primed()
         messages, template = self.session.for_model(), self.settings.template
         if messages:
-            threading.Thread(target=_prime, args=(self.model, messages, template), daemon=True).start()
+            args = (self.model, messages, template)
+            self.priming = threading.Thread(target=_prime, args=args, daemon=True)
+            self.priming.start()
+
+    def _wait_primed(self) -> None:
+        """One at a time, and none beside an answer: it would take the cache back to where it was."""
+        if self.priming is not None:
+            self.priming.join()
 
     # the prompt's furniture -------------------------------------------------------------------------
     def complete(self, before: str) -> Iterable[tuple[str, int, str]]:
