@@ -22,7 +22,7 @@ from tinychat_mlx.awq.stream import Conversion, Ids, Progress, Watch, WorkFolder
 from tinychat_mlx.backend import Backend
 from tinychat_mlx.checkpoint import Checkpoint
 from tinychat_mlx.config import ModelConfig, parse_config
-from tinychat_mlx.errors import UsageError
+from tinychat_mlx.errors import TinychatError, UsageError
 
 Calibrate = Callable[[ModelConfig, Checkpoint, Backend, Settings, int, Watch], Ids]
 
@@ -65,7 +65,12 @@ def convert(
     window = min(WINDOW, config.max_position_embeddings)
     device = backend() if settings.method != "rtn" else Backend()
     run = Conversion(source, config, settings, device, work, window)
-    layers = run.run(lambda w: calibrate(config, source, device, settings, window, w), watch)
+    try:
+        layers = run.run(lambda w: calibrate(config, source, device, settings, window, w), watch)
+    except TinychatError:
+        if not (work.path / "calibration.npy").exists() and not work.shard(0).exists():
+            work.remove()  # there is nothing to go on from
+        raise
     watch(Progress("finish", 1, 2, "writing"))
     out = _fresh(work)
     done = model_config(source.config, settings, config, source)
