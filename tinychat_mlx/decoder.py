@@ -161,7 +161,8 @@ class Decoder:
         loader = Loader(config, source, backend)
         total = config.num_hidden_layers + 2
         self.inputs = loader.inputs()
-        self.head = loader.head(self.inputs.tokens)  # early: a large matrix is in memory twice while it is packed
+        # early: a large matrix is in memory twice while it is packed
+        self.head = loader.head(self.inputs.tokens)
         progress(1, total)
         self.layers = []
         for layer in range(config.num_hidden_layers):
