@@ -73,23 +73,14 @@ class Lane:
         return kept | {
             "PYTHONPATH": os.pathsep.join(map(str, (*more, *self.packages))),
             "PYTHONDONTWRITEBYTECODE": "1",  # bytecode comes from `compile_all`: a Pi has it since the install
+            "PYTHONSAFEPATH": "1",  # nothing from the folder it is started in
             "PYTHONHASHSEED": "0",
             "OPENBLAS_NUM_THREADS": "1",
             "HOME": str(home),
         }
 
-    def command(self, cpu: str, *arguments: str | Path, plugin: str = "") -> list[str]:
-        counting = ["-plugin", plugin, "-d", "plugin"] if plugin else []
-        return [
-            "qemu-aarch64",
-            "-cpu",
-            cpu,
-            *counting,
-            "-L",
-            str(self.root),
-            str(self.python),
-            *map(str, arguments),
-        ]
+    def command(self, cpu: str, *arguments: str | Path) -> list[str]:
+        return ["qemu-aarch64", "-cpu", cpu, "-L", str(self.root), str(self.python), *map(str, arguments)]
 
     def run(self, cpu: str, *arguments: str | Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         """Python with these arguments on that processor, outside the checkout."""
