@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
-from tinychat_mlx.awq.layer import empty_moments, quantize_layer, round_layer
-from tinychat_mlx.awq.record import STEP_ROWS, LayerRun, Recorder, embedded_rows, steps
+from tinychat_mlx.awq.experts import LEAST, Mixture, add_experts, round_experts
+from tinychat_mlx.awq.layer import Moments, QuantizedLayer, empty_moments, quantize_layer, round_layer
+from tinychat_mlx.awq.record import STEP_ROWS, LayerRun, Recorder, Routing, embedded_rows, steps
 from tinychat_mlx.awq.selftext import RoundedSource, sampled
-from tinychat_mlx.awq.settings import WINDOW, Settings, default_tokens, open_dense
-from tinychat_mlx.awq.sites import LayerWeights, shapes, sites
+from tinychat_mlx.awq.settings import WINDOW, Settings, default_tokens, open_dense, quantised_shapes
+from tinychat_mlx.awq.sites import LayerWeights, experts, layer_shapes, mixture, routers, shapes, sites
 from tinychat_mlx.awq.stream import observe
 from tinychat_mlx.awq.tensors import rim_group, rim_names, rounded_rows
 from tinychat_mlx.backend import Backend, CacheShape, Segment
 from tinychat_mlx.checkpoint import Checkpoint
 from tinychat_mlx.config import ModelConfig
-from tinychat_mlx.decoder import Graph, Loader
-from tinychat_mlx.weight import Dense
+from tinychat_mlx.decoder import Graph, Layer, Loader
+from tinychat_mlx.weight import F32, Dense
 
 BASE_BYTES = 120 << 20  # Python, NumPy, the buffers of BLAS, the tokenizer
 WRITE_BYTES_S = 300e6  # a modest disk, with fsync
@@ -51,11 +53,20 @@ def estimate(source: Checkpoint, settings: Settings, backend: Make) -> Estimate:
     tokens = 0 if settings.method == "rtn" else settings.tokens or default_tokens(config)
     result = result_bytes(config, source, settings)
     seconds += 2 * result / WRITE_BYTES_S + _rim_seconds(config, source, settings)
-    seconds += config.num_hidden_layers * _layer_seconds(config, source, settings, backend, tokens)
+    for layer, count in kinds(config).items():
+        seconds += count * _layer_seconds(config, layer, source, settings, backend, tokens)
     if tokens and settings.calib == "self":
         seconds += _writing_seconds(config, source, backend(False), tokens)
     rows = 4 * tokens * config.hidden_size * 4  # of two layers
     return Estimate(seconds, peak_bytes(config, source, settings, tokens), 2 * result + rows, result, tokens)
+
+
+def kinds(config: ModelConfig) -> dict[int, int]:
+    """The first layer of each kind, dense or a mixture, and how many there are of it."""
+    found: dict[bool, list[int]] = {}
+    for layer in range(config.num_hidden_layers):
+        found.setdefault(mixture(config, layer) is not None, []).append(layer)
+    return {layers[0]: len(layers) for layers in found.values()}
 
 
 def window_of(config: ModelConfig) -> int:
@@ -63,16 +74,17 @@ def window_of(config: ModelConfig) -> int:
 
 
 def _layer_seconds(
-    config: ModelConfig, source: Checkpoint, settings: Settings, backend: Make, tokens: int
+    config: ModelConfig, layer: int, source: Checkpoint, settings: Settings, backend: Make, tokens: int
 ) -> float:
     """One layer: read, all steps of the forward pass (the faster of two, after one to warm up), quantise."""
     start = time.perf_counter()
-    weights = LayerWeights.read(config, 0, source)
+    weights = LayerWeights.read(config, layer, source)
     if not tokens:
         round_layer(weights, settings.form)
+        round_experts(weights, source, settings.form)
         return time.perf_counter() - start
     device, window = backend(True), window_of(config)
-    run = LayerRun(config, 0, weights, Recorder(device), window)
+    run = LayerRun(config, layer, weights, Recorder(device), window)
     fixed = time.perf_counter() - start
     one = next(steps(tokens, window))
     ids = np.random.default_rng(0).integers(0, config.vocab_size, one.stop).astype(np.int32)
@@ -85,12 +97,48 @@ def _layer_seconds(
         if streams == 2:
             run.forward(x)  # once more when the layer is quantised
         times.append(time.perf_counter() - start)
+    routed = run.routings[0] if run.routings else None
     del run
+    experts_s = 0.0
+    if routed is not None:
+        experts_s = _experts_seconds(
+            weights, source, settings, device, routed.h, moments.pop("mlp_in"), tokens
+        )
     start = time.perf_counter()
     quantize_layer(weights, moments, settings.form, settings.compare)
-    quantising = time.perf_counter() - start
+    quantising = time.perf_counter() - start + experts_s
     written = tokens * config.hidden_size * 4 / WRITE_BYTES_S
     return fixed + min(times[1:]) * tokens / len(x) + quantising + written
+
+
+def _experts_seconds(
+    weights: LayerWeights,
+    source: Checkpoint,
+    settings: Settings,
+    device: Backend,
+    h: F32,
+    moments: Moments,
+    tokens: int,
+) -> float:
+    """A layer's experts: one that sees its share of the tokens is done and timed, and the one that sees all."""
+    moe = mixture(weights.config, weights.layer)
+    assert moe is not None
+    each = {0: (moe.num_experts, tokens * moe.num_experts_per_tok // moe.num_experts)}
+    if moe.shared_expert_intermediate_size:
+        each[moe.num_experts] = (1, tokens)
+    seconds, streams = 0.0, 2 if settings.method == "awq+" else 1
+    for e, (count, sent) in each.items():
+        rows = np.resize(h, (max(sent, LEAST), h.shape[1]))
+        one = np.ones((len(rows), 1), np.float32)
+        routing = Routing(rows, np.full(one.shape, e, np.intp), one)
+        start = time.perf_counter()
+        mixed = Mixture(weights, source, Recorder(device), [routing] * streams, settings.form, (e,))
+        _, codes, _ = mixed.quantize(moments, settings.compare, np.zeros_like(rows))
+        if streams == 2:  # once more when the layer is quantised
+            first = replace(routing, choice=np.zeros_like(routing.choice))
+            add_experts(QuantizedLayer(weights, {}, (), codes), first, Recorder(device), np.zeros_like(rows))
+        seconds += count * (time.perf_counter() - start)
+    return seconds
 
 
 def _rim_seconds(config: ModelConfig, source: Checkpoint, settings: Settings) -> float:
@@ -111,37 +159,50 @@ def _sample(config: ModelConfig, source: Checkpoint) -> Dense:
 
 
 def _writing_seconds(config: ModelConfig, source: Checkpoint, device: Backend, tokens: int) -> float:
-    """The model's own text: one layer and a part of the head at 8 bits, timed for a token of every conversation."""
+    """The model's own text: a layer of each kind and a part of the head at 8 bits, timed for a token of every
+    conversation."""
     window, rounded = window_of(config), RoundedSource(source)
-    count, layers = -(-tokens // window), config.num_hidden_layers
-    start = time.perf_counter()
-    layer = LayerRun(config, 0, rounded, Recorder(device), window).layer
-    loading = (time.perf_counter() - start) * layers
-    graph, norm = Graph(config, device), Loader(config, rounded, device).final_norm()
+    count = -(-tokens // window)
+    graph, loader = Graph(config, device), Loader(config, rounded, device)
     sample = _sample(config, source)
-    head = device.pack(rounded_rows(sample, 8, rim_group(config, 128)))
+    norm, head = loader.final_norm(), device.pack(rounded_rows(sample, 8, rim_group(config, 128)))
     shape = CacheShape(1, config.num_key_value_heads, config.head_dim)
     caches = [device.new_cache(shape, window) for _ in range(count)]
     for cache in caches:
         cache.length = window // 2  # the mean
-    x = np.zeros((count, config.hidden_size), np.float32)
-    body, top = [], []
-    for _ in range(3):
-        step = device.step([Segment(cache, 1) for cache in caches])
+    x = np.random.default_rng(0).standard_normal((count, config.hidden_size)).astype(np.float32)
+    step = device.step([Segment(cache, 1) for cache in caches])
+
+    def fastest(work: Callable[[], object]) -> float:
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    def top() -> None:
+        sampled(device.to_host(graph.logits(device.put(x.copy()), norm, head)), np.random.default_rng(0))
+
+    def block(layer: Layer) -> None:
+        with np.errstate(all="ignore"):  # the caches hold whatever lay there
+            device.to_host(graph.block(device.put(x.copy()), layer, step))
+
+    seconds = window * fastest(top) * config.vocab_size / len(sample.w)
+    for number, layers in kinds(config).items():
         start = time.perf_counter()
-        y = device.to_host(graph.block(device.put(x.copy()), layer, step))
-        body.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        sampled(device.to_host(graph.logits(device.put(y), norm, head)), np.random.default_rng(0))
-        top.append(time.perf_counter() - start)
-    step_s = min(body) * layers + min(top) * config.vocab_size / len(sample.w)
-    return loading + window * step_s
+        loaded = loader.layer(number)
+        layer = replace(loaded, attention=replace(loaded.attention, layer=0))  # the caches hold one
+        loading = time.perf_counter() - start
+        seconds += layers * (loading + window * fastest(partial(block, layer)))
+    return seconds
 
 
 def result_bytes(config: ModelConfig, source: Checkpoint, settings: Settings) -> int:
     """Size of the converted weights: codes, a float16 scale and bias a group, all else in float16."""
-    body = config.num_hidden_layers * sum(n * k for n, k in shapes(config).values())
+    body = sum(n * k for _, n, k in quantised_shapes(config))
     total = body * (settings.w_bit / 8 + 4 / settings.group_size)
+    total += 2 * sum(n * k for layer in range(config.num_hidden_layers) for n, k in _kept(config, layer))
     matrices, _ = rim_names(config, source)
     for name in matrices:
         n, k = source.info(f"{name}.weight")[1]
@@ -150,24 +211,56 @@ def result_bytes(config: ModelConfig, source: Checkpoint, settings: Settings) ->
     return int(total)
 
 
+def _kept(config: ModelConfig, layer: int) -> list[tuple[int, int]]:
+    """(N, K) of a layer's routers."""
+    moe, sizes = mixture(config, layer), shapes(config, layer)
+    return [] if moe is None else [sizes[role] for role in routers(moe)]
+
+
 def peak_bytes(config: ModelConfig, source: Checkpoint, settings: Settings, tokens: int) -> int:
     """The most memory any phase holds."""
-    sizes = shapes(config)
-    layer = 4 * sum(n * k for n, k in sizes.values())
-    full = settings.method == "awq+"
-    rows = 4 * tokens * config.hidden_size * (2 if full else 1)
-    stacks = [(sum(sizes[r][0] for r in site.roles), sizes[site.roles[0]][1]) for site in sites(config)]
-    moments = sum(4 * k * (k + min(k, 2 * n) if full else settings.group_size) for n, k in stacks)
-    running = 2 * layer + moments + rows + 8 * STEP_ROWS * max(k for _, k in stacks) * 4
-    # Of a site: its matrix about seven times over, and of H the permuted mean and its factor with a copy.
-    site = max(7 * 4 * n * k + (3 * 4 * k * k if full else 0) for n, k in stacks)
-    quantising = layer + moments + rows + site
     vocabulary = config.vocab_size * config.hidden_size
-    rim = int(2 * vocabulary * settings.head_bits / 8)
-    phases = [running, quantising, rim] if tokens else [2 * layer, rim]
+    phases = [int(2 * vocabulary * settings.head_bits / 8)]
+    for layer in kinds(config):
+        phases += _layer_phases(config, layer, settings, tokens)
     if tokens and settings.calib == "self":
         matrices = len(rim_names(config, source)[0])
-        eight_bits = 1.04 * (layer / 4 * config.num_hidden_layers + matrices * vocabulary)
+        body = sum(n * k for _, n, k in quantised_shapes(config))
         kv = tokens * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-        phases.append(int(eight_bits + kv + vocabulary))
+        phases.append(int(1.04 * (body + matrices * vocabulary) + kv + vocabulary))
     return BASE_BYTES + max(phases)
+
+
+def _layer_phases(config: ModelConfig, layer: int, settings: Settings, tokens: int) -> list[int]:
+    """Bytes held while a layer runs and while it is quantised; then the same for the largest of its experts."""
+    full, moe = settings.method == "awq+", mixture(config, layer)
+    streams, row = 2 if full else 1, 4 * config.hidden_size
+    rows = tokens * row * streams
+    if moe is not None:  # what comes to the experts, and as much again while it is put together
+        rows += tokens * row * (streams + 1)
+    phases, held = [], 0
+    for part, sizes in enumerate(layer_shapes(config, layer)):
+        read = {role: 4 * n * k for role, (n, k) in sizes.items()}
+        weights = sum(read.values())
+        if part:  # codes of all experts, the stack that is being written
+            codes = sum(weights // 4 for _ in experts(config, layer))
+            held_now = held + int(codes * (settings.w_bit / 8 + 4 / settings.group_size) * 4 / 3)
+        else:
+            held_now = 0
+        if not tokens:
+            phases.append(2 * weights + held_now)
+            continue
+        own = [site for site in sites(config, layer) if site.roles[0] in sizes]
+        stacks = [(sum(sizes[r][0] for r in site.roles), sizes[site.roles[0]][1]) for site in own]
+        moments = sum(4 * k * (k + min(k, 2 * n) if full else settings.group_size) for n, k in stacks)
+        if part:  # one site's at a time
+            moments = max(4 * k * (k + min(k, 2 * n) if full else settings.group_size) for n, k in stacks)
+        elif moe is not None:
+            moments += row * (config.hidden_size if full else settings.group_size)
+            held = weights + moments
+        widest = max(k for _, k in stacks)
+        # Of a site: its matrix about seven times over, and of H the permuted mean and its factor with a copy.
+        site = max(7 * 4 * n * k + (3 * 4 * k * k if full else 0) for n, k in stacks)
+        running = 2 * weights + moments + 8 * STEP_ROWS * widest * 4
+        phases += [running + rows + held_now, weights + moments + site + rows + held_now]
+    return phases

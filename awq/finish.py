@@ -11,7 +11,7 @@ from typing import Any
 
 from tinychat_mlx import __version__
 from tinychat_mlx.awq.settings import Settings
-from tinychat_mlx.awq.tensors import quantization_block
+from tinychat_mlx.awq.tensors import quantization_block, router_names
 from tinychat_mlx.checkpoint import Checkpoint
 from tinychat_mlx.config import ModelConfig
 from tinychat_mlx.errors import TinychatError
@@ -65,7 +65,8 @@ def model_config(
     if not {"dtype", "torch_dtype"} & set(out):
         out["torch_dtype"] = "float16"
     if settings.format == "awq":
-        kept = [config.spec.name("head")] if source.has(config.spec.name("head")) else None
+        head = [config.spec.name("head")] if source.has(config.spec.name("head")) else []
+        kept = (head + router_names(config)) or None
         return out | {"quantization_config": awq_config(settings.group_size, kept)}
     block = quantization_block(config, source, settings.w_bit, settings.group_size, settings.head_bits)
     return out | {"quantization": block, "quantization_config": block}

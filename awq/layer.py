@@ -13,7 +13,7 @@ from tinychat_mlx.awq.moments import BlockMoments, FullMoments
 from tinychat_mlx.awq.quantizer import Quantized, round_to_nearest
 from tinychat_mlx.awq.search import clip, search_fed_scale, search_scale
 from tinychat_mlx.awq.sites import UNCLIPPED, LayerWeights, Site, fold, shared, sites
-from tinychat_mlx.weight import F32
+from tinychat_mlx.weight import F32, Packed
 
 METHODS = ("rtn", "awq", "awq+")
 JUDGED = 768  # rows of a site's matrix by which attempts are compared
@@ -41,83 +41,123 @@ class SiteReport:
     others: Mapping[str, float] = field(
         default_factory=dict
     )  # method -> error, where a comparison was asked for
+    note: str = ""
 
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """A layer's linears as codes, by part, and what folding made of the rest (in `weights`)."""
+    """A layer's linears as codes, by part, and what folding made of the rest (in `weights`).
+
+    experts: those of a mixture, each by part.
+    """
 
     weights: LayerWeights
     parts: dict[str, Quantized]
     reports: tuple[SiteReport, ...]
+    experts: tuple[dict[str, Packed], ...] = ()
 
     def dequantized(self) -> LayerWeights:
-        """The layer as it will run."""
+        """The layer as it will run, but for its experts; what is no code is stored in float16."""
         made = self.weights.copy()
-        made.linears = {role: part.to_float32() for role, part in self.parts.items()}
+        for role, w in made.linears.items():
+            made.linears[role] = self.parts[role].to_float32() if role in self.parts else _half(w)
+        made.biases = {role: _half(v) for role, v in made.biases.items()}
+        made.vectors = {name: _half(v) for name, v in made.vectors.items()}
         return made
+
+    def expert(self, e: int) -> LayerWeights:
+        """One expert as it will run."""
+        parts = self.experts[e].items()
+        linears = {role: part.to_float32() for role, part in parts}
+        biases = {role: part.bias for role, part in parts if part.bias is not None}
+        return LayerWeights(self.weights.config, self.weights.layer, linears, biases, {}, e)
+
+
+def _half(a: F32) -> F32:
+    return a.astype(np.float16).astype(np.float32)
 
 
 Moments = BlockMoments | FullMoments
 
 
 def empty_moments(method: str, weights: LayerWeights, group_size: int) -> dict[str, Moments]:
-    """What a method needs to know about the sites' inputs, by the sites' keys."""
-    out: dict[str, Moments] = {}
-    for site in sites(weights.config):
-        k = weights.linears[site.roles[0]].shape[1]
-        if method == "awq+":  # the rows of o and down feed the residual: no folding scales them
-            ends = site.roles in (("o",), ("down",))
-            out[site.key] = FullMoments.empty(k, weights.stacked(site) if ends else None)
-        else:
-            out[site.key] = BlockMoments.empty(k, group_size)
-    return out
+    """What a method needs to know about the inputs of a layer's sites, by their keys; experts' own are theirs."""
+    return {
+        site.key: site_moments(method, weights, site, group_size)
+        for site in sites(weights.config, weights.layer)
+        if not (site.experts and site.absorber == "up")
+    }
+
+
+def site_moments(method: str, weights: LayerWeights, site: Site, group_size: int) -> Moments:
+    known = [weights.linears[role] for role in (*site.roles, *site.kept) if role in weights.linears]
+    k = known[0].shape[1]
+    if method != "awq+":
+        return BlockMoments.empty(k, group_size)
+    if (
+        site.experts and weights.expert is None
+    ):  # for the choice of s alone: no linear's correction is asked for
+        return FullMoments.empty(k, np.empty((0, k), np.float32))
+    ends = site.roles in (("o",), ("down",))  # their rows feed the residual: no folding scales them
+    return FullMoments.empty(k, weights.stacked(site) if ends else None)
 
 
 def round_layer(weights: LayerWeights, form: Form) -> QuantizedLayer:
-    """Plain rounding: needs no tokens."""
-    parts = {role: round_to_nearest(w, form.w_bit, form.group_size) for role, w in weights.linears.items()}
+    """Plain rounding of a layer, its experts apart: needs no tokens."""
+    linears = {
+        role: weights.linears[role]
+        for site in sites(weights.config, weights.layer)
+        if not site.experts
+        for role in site.roles
+    }
+    parts = {role: round_to_nearest(w, form.w_bit, form.group_size) for role, w in linears.items()}
     return QuantizedLayer(weights, parts, ())
 
 
 def quantize_layer(
     weights: LayerWeights, moments: dict[str, Moments], form: Form, compare: bool = False
 ) -> QuantizedLayer:
-    """Scale, fold and quantise a layer whose sites' inputs have these moments.
+    """Scale, fold and quantise a layer, its experts apart, whose sites' inputs have these moments.
 
     From the last site to the first: a site's scales go into rows that an earlier site quantises.
     Takes each site's moments out of `moments`, for they are large.
     compare: with awq+, also measure what the published algorithm would have done.
     """
     weights, parts, reports = weights.copy(), {}, []
-    for site in reversed(sites(weights.config)):
-        m = moments.pop(site.key)
-        plain = _Attempt(weights, _rounded(weights, site, form), np.ones(1, np.float32), 0.0)
-        others = {}
-        if isinstance(m, FullMoments):
-            prepared = _Prepared.of(weights.stacked(site), m, form)
-            judge = _Judge(prepared.wanted, m)
-            if compare:
-                published = _published(weights, site, m.blocks(form.group_size), form)
-                others["awq"] = min(judge.error(published, site), judge.error(plain, site))
-                del published
-            tried = _plus(weights, site, m, prepared, form)
-            del prepared
-        else:
-            judge = _Judge(weights.stacked(site), m)
-            tried = _published(weights, site, m, form)
-        rtn, error = judge.error(plain, site), judge.error(tried, site)
-        kept = tried if error < rtn else plain
+    for site in reversed(sites(weights.config, weights.layer)):
+        if site.experts:
+            continue
+        kept, report = quantize_site(weights, site, moments.pop(site.key), form, compare)
         weights = kept.weights
         parts.update(kept.parts)
-        report = SiteReport(site.key, site.roles, rtn, min(rtn, error), kept.alpha, not error < rtn, others)
         reports.append(report)
-        del judge  # and with it this site's moments
     return QuantizedLayer(weights, parts, tuple(reversed(reports)))
 
 
+def quantize_site(
+    weights: LayerWeights, site: Site, m: Moments, form: Form, compare: bool
+) -> tuple[Attempt, SiteReport]:
+    """Scale, fold and quantise the linears of one site; plain rounding where that is no worse."""
+    plain, others = Attempt(weights, rounded(weights, site, form), np.ones(1, np.float32), 0.0), {}
+    if isinstance(m, FullMoments):
+        prepared = Prepared.of(weights.stacked(site), m, form)
+        judge = Judge(prepared.wanted, m)
+        if compare:
+            published = _published(weights, site, m.blocks(form.group_size), form)
+            others["awq"] = min(judge.error(published, site), judge.error(plain, site))
+            del published
+        tried = _plus(weights, site, m, prepared, form)
+    else:
+        judge = Judge(weights.stacked(site), m)
+        tried = _published(weights, site, m, form)
+    rtn, error = judge.error(plain, site), judge.error(tried, site)
+    kept = tried if error < rtn else plain
+    report = SiteReport(site.key, site.roles, rtn, min(rtn, error), kept.alpha, not error < rtn, others)
+    return kept, report
+
+
 @dataclass(frozen=True)
-class _Attempt:
+class Attempt:
     """The layer with a site's scales folded in, the site's codes, the scale of each input channel."""
 
     weights: LayerWeights
@@ -126,7 +166,7 @@ class _Attempt:
     alpha: float
 
 
-class _Judge:
+class Judge:
     """Measures attempts at one site by what its linears then give for the calibration tokens.
 
     At most JUDGED rows, spread evenly, are looked at: a product with H for all costs as much as quantising.
@@ -143,14 +183,14 @@ class _Judge:
             self.loss = lambda d: float(moments.loss(d).sum(dtype=np.float64))
         self.signal = max(self.loss(self.w), 1e-30)
 
-    def error(self, attempt: _Attempt, site: Site) -> float:
+    def error(self, attempt: Attempt, site: Site) -> float:
         w_hat = np.concatenate([attempt.parts[role].to_float32() for role in site.roles])[self.rows]
         w_hat /= attempt.s
         w_hat -= self.w
         return self.loss(w_hat) / self.signal
 
 
-def _rounded(weights: LayerWeights, site: Site, form: Form) -> dict[str, Quantized]:
+def rounded(weights: LayerWeights, site: Site, form: Form) -> dict[str, Quantized]:
     return {r: round_to_nearest(weights.linears[r], form.w_bit, form.group_size) for r in site.roles}
 
 
@@ -164,24 +204,31 @@ def _scaled(
     return copy, fold(copy, site, found[0], shared(site, weights.config)), found[1]
 
 
-def _published(weights: LayerWeights, site: Site, moments: BlockMoments, form: Form) -> _Attempt:
+def _published(weights: LayerWeights, site: Site, moments: BlockMoments, form: Form) -> Attempt:
     """Scale search, clip search, rounding (Lin et al. 2024)."""
     found = None
     if site.absorber is not None:
         at = shared(site, weights.config)
         found = search_scale(weights.stacked(site), moments, at, form.w_bit, form.group_size)
     scaled, s, alpha = _scaled(weights, site, found)
+    return Attempt(scaled, clipped(scaled, site, moments, s, form), s, alpha)
+
+
+def clipped(
+    scaled: LayerWeights, site: Site, moments: BlockMoments, s: F32, form: Form
+) -> dict[str, Quantized]:
+    """Clip search and rounding of linears whose columns carry s; moments: of the unscaled inputs."""
     moments, parts = moments.divided(s), {}
     for role in site.roles:
         w = scaled.linears[role]
         if role not in UNCLIPPED:
             w = clip(w, moments, form.w_bit, form.group_size)
         parts[role] = round_to_nearest(w, form.w_bit, form.group_size)
-    return _Attempt(scaled, parts, s, alpha)
+    return parts
 
 
 @dataclass
-class _Prepared:
+class Prepared:
     """A site made ready for error feedback. h and f are in the order of quantisation, wanted (N, K) is not.
 
     wanted: the weights that would give, from what the quantised layers feed this site, what the float model
@@ -195,10 +242,8 @@ class _Prepared:
     f: feedback.Factor
 
     @classmethod
-    def of(cls, w: F32, moments: FullMoments, form: Form) -> _Prepared:
-        order = feedback.by_importance(np.diagonal(moments.sums), form.group_size)
-        h = feedback.damped(moments.sums[np.ix_(order, order)], 1 / max(moments.tokens, 1))
-        f = feedback.factor(h)
+    def of(cls, w: F32, moments: FullMoments, form: Form) -> Prepared:
+        order, h, f = _factored(moments, form)
         correction = moments.correction(w)[order]
         solve(f.u, f.d, correction)
         wanted = w.copy()
@@ -206,22 +251,42 @@ class _Prepared:
         return cls(wanted, correction, order, h, f)
 
 
-def _plus(
-    weights: LayerWeights, site: Site, moments: FullMoments, prepared: _Prepared, form: Form
-) -> _Attempt:
-    """Scales by the error that feedback will leave, then feedback with joint clip, refit and descent.
+def _factored(moments: FullMoments, form: Form) -> tuple[feedback.Order, F32, feedback.Factor]:
+    """-> the order of quantisation, the damped mean of H in that order, its factors."""
+    order = feedback.by_importance(np.diagonal(moments.sums), form.group_size)
+    h = feedback.damped(moments.sums[np.ix_(order, order)], 1 / max(moments.tokens, 1))
+    return order, h, feedback.factor(h)
+
+
+def _stored_order(order: feedback.Order, d: F32) -> F32:
+    stored = np.empty_like(d)
+    stored[order] = d
+    return stored
+
+
+def feedback_weights(moments: FullMoments, form: Form) -> F32:
+    """-> D (K,) of inputs with these moments: how much the rounding of each column will count."""
+    order, _, f = _factored(moments, form)
+    return _stored_order(order, f.d)
+
+
+def _plus(weights: LayerWeights, site: Site, moments: FullMoments, prepared: Prepared, form: Form) -> Attempt:
+    """Scales by the error that feedback will leave, then feedback with joint clip, refit and descent."""
+    found = None
+    if site.absorber is not None:
+        at = shared(site, weights.config)
+        d = _stored_order(prepared.order, prepared.f.d)
+        found = search_fed_scale(prepared.wanted, moments.mean_abs, d, at, form.group_size)
+    scaled, s, alpha = _scaled(weights, site, found)
+    return Attempt(scaled, fed(scaled, site, prepared, s, form), s, alpha)
+
+
+def fed(scaled: LayerWeights, site: Site, prepared: Prepared, s: F32, form: Form) -> dict[str, Quantized]:
+    """Error feedback over linears whose columns carry s.
 
     Changes what is prepared: a copy of H for K = 8192 takes 268 MB.
     """
     order, h, f = prepared.order, prepared.h, prepared.f
-    found = None
-    if site.absorber is not None:
-        d = np.empty_like(f.d)
-        d[order] = f.d
-        at = shared(site, weights.config)
-        mean_abs = moments.magnitude / np.float32(max(moments.tokens, 1))
-        found = search_fed_scale(prepared.wanted, mean_abs, d, at, form.group_size)
-    scaled, s, alpha = _scaled(weights, site, found)
     # Dividing the inputs by s divides rows and columns of H: U and D follow without another factorisation.
     so = s[order, None]
     f.u[:] *= so.T
@@ -234,7 +299,7 @@ def _plus(
     codes = _fed_codes(
         wt, order, feedback.Factor(f.u, (f.d / np.square(so[:, 0])).astype(np.float32)), h, form
     )
-    return _Attempt(scaled, dict(scaled.unstack_codes(site, codes)), s, alpha)
+    return dict(scaled.unstack_codes(site, codes))
 
 
 def _fed_codes(wt: F32, order: feedback.Order, f: feedback.Factor, h: F32, form: Form) -> Quantized:

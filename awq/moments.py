@@ -90,6 +90,11 @@ class FullMoments:
             self.cross += missing.T @ x
         self.tokens += len(x)
 
+    @property
+    def mean_abs(self) -> F32:
+        mean: F32 = self.magnitude / np.float32(max(self.tokens, 1))
+        return mean
+
     def correction(self, w: F32) -> F32:
         """w (N, K) -> mean of w · missing · xᵀ, transposed (K, N): what H⁻¹ turns into a change of w."""
         per_token = np.float32(1 / max(self.tokens, 1))

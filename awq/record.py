@@ -5,15 +5,15 @@ The graph has no hooks; a backend that notes what it is asked to multiply needs 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tinychat_mlx.awq.sites import Site, sites
+from tinychat_mlx.awq.sites import LayerWeights, Site, sites
 from tinychat_mlx.backend import (
     Attention,
     Backend,
@@ -23,15 +23,17 @@ from tinychat_mlx.backend import (
     Handle,
     Memory,
     Mlp,
+    Moe,
     Norm,
     Rope,
     Segment,
     Step,
     Tensor,
+    route,
 )
 from tinychat_mlx.config import ModelConfig
 from tinychat_mlx.decoder import Graph, Layer, Loader, Source
-from tinychat_mlx.weight import F32, Weight, take_rows
+from tinychat_mlx.weight import F32, Weight, join, take_rows
 
 STEP_ROWS = 2048  # calibration rows in one step: what bounds the memory of a layer's intermediates
 
@@ -40,12 +42,38 @@ class Reached(Exception):
     """The input that was waited for has been seen: the rest of the layer need not run."""
 
 
+@dataclass(frozen=True)
+class Routing:
+    """What enters a mixture: rows h (T, C) behind the norm, each one's experts (T, k) and their weights (T, k)."""
+
+    h: F32
+    choice: npt.NDArray[np.intp]
+    share: F32
+
+    @classmethod
+    def joined(cls, steps: Sequence[Routing]) -> Routing:
+        """The rows of several steps as one."""
+        parts = ([getattr(step, field) for step in steps] for field in ("h", "choice", "share"))
+        h, choice, share = map(np.concatenate, parts)
+        return cls(h, choice, share)
+
+    def weight(self, expert: int) -> F32:
+        """-> (T,): each row's weight of one expert, 0 where it was not chosen."""
+        weight: F32 = np.where(self.choice == expert, self.share, np.float32(0)).sum(-1)
+        return weight
+
+
 class Recorder(Backend):
-    """Another backend, whose `linear` first shows its input. Composites run in their primitives."""
+    """Another backend, whose `linear` first shows its input. Composites run in their primitives.
+
+    Experts are neither read nor run: a mixture leaves its routing in `routed` and adds nothing to the residual.
+    Then all its rows are known, and the experts can be done one at a time (experts.py).
+    """
 
     def __init__(self, inner: Backend) -> None:
         self.inner, self.name = inner, inner.name
         self.seen: Callable[[str, Tensor], None] = lambda name, x: None
+        self.routed: Routing | None = None
 
     def linear(self, x: Tensor, w: Handle) -> Tensor:
         self.seen(w.name, x)
@@ -59,6 +87,16 @@ class Recorder(Backend):
 
     def pack(self, weight: Weight) -> Handle:
         return self.inner.pack(weight)
+
+    def pack_experts(self, act: str, experts: Iterable[tuple[Weight, Weight]]) -> Any:
+        return ()
+
+    def moe(self, x: Tensor, moe: Moe, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
+        assert norm is not None and residual is not None, "experts are added to the residual afterwards"
+        h = self.norm(x, norm)
+        choice, share = route(self.to_host(self.linear(h, moe.router)), moe)
+        self.routed = Routing(self.to_host(h), choice, share)
+        return residual
 
     def new_cache(self, shape: CacheShape, capacity: int) -> Cache:
         return self.inner.new_cache(shape, capacity)
@@ -104,7 +142,7 @@ class Recorder(Backend):
 
 
 class LayerRun:
-    """One layer on a device, ready to take the calibration rows piece by piece.
+    """One layer on a device, its experts apart, ready to take the calibration rows piece by piece.
 
     Windows of `window` consecutive rows are conversations of their own; a step takes several.
     """
@@ -116,18 +154,23 @@ class LayerRun:
         self.graph = Graph(config, backend)
         loaded = Loader(config, source, backend).layer(layer)
         self.layer = replace(loaded, attention=replace(loaded.attention, layer=0))  # a cache for one layer
-        self.keys = {name: site.key for site in sites(config) for name in self._names(loaded, site)}
+        self.sites = sites(config, layer)
+        self.keys = {name: site.key for site in self.sites for name in self._names(loaded, site)}
+        self.routings: list[Routing] = []  # of each pass, where the layer has experts
         self._caches: list[Cache] = []
 
     @staticmethod
     def _names(layer: Layer, site: Site) -> list[str]:
         """Names of the handles whose input is the site's, less those that would show it again."""
-        mlp = layer.mlp
-        assert isinstance(mlp, Mlp), "sites() refuses mixtures of experts"
-        mlp_first = mlp.gate_up or mlp.gate or mlp.up
-        assert mlp_first is not None
-        first = {"q": layer.qkv[0], "o": layer.o, "gate": mlp_first, "up": mlp_first, "down": mlp.down}
-        return [first[site.roles[0]].name]
+        mlp, first = layer.mlp, {"q": layer.qkv[0], "o": layer.o}
+        if isinstance(mlp, Mlp):
+            mlp_first = mlp.gate_up or mlp.gate or mlp.up
+            assert mlp_first is not None
+            first |= {"gate": mlp_first, "up": mlp_first, "down": mlp.down}
+        else:  # what the router reads is what the experts read; behind that each is on its own
+            first |= {"gate": mlp.router}
+        role = site.roles[0]
+        return [first[role].name] if role in first else []
 
     def inputs(self, x: F32, key: str) -> F32:
         """Rows x (T, C) of one step -> the input (T, K) of the site `key`."""
@@ -153,7 +196,7 @@ class LayerRun:
 
     def all_inputs(self, x: F32, seen: Callable[[str, F32], None]) -> None:
         """As `forward`, but no further than the input of the last site."""
-        last = sites(self.config)[-1].key
+        last = self.sites[-1].key
 
         def show(name: str, tensor: Tensor) -> None:
             if name in self.keys:
@@ -166,8 +209,11 @@ class LayerRun:
 
     def _run(self, x: F32, seen: Callable[[str, Tensor], None]) -> Tensor:
         step = self.backend.step(self._segments(len(x)))
-        self.backend.seen = seen
-        return self.graph.block(self.backend.put(x), self.layer, step)
+        self.backend.seen, self.backend.routed = seen, None
+        y = self.graph.block(self.backend.put(x), self.layer, step)
+        if self.backend.routed is not None:
+            self.routings.append(self.backend.routed)
+        return y
 
     def _segments(self, rows: int) -> list[Segment]:
         """Fresh caches for the windows of a step: storage is kept, lengths stay 0."""
@@ -177,6 +223,29 @@ class LayerRun:
             self._caches.append(self.backend.new_cache(shape, self.window))
         sizes = [min(self.window, rows - i * self.window) for i in range(n)]
         return [Segment(cache, size) for cache, size in zip(self._caches, sizes, strict=False)]
+
+
+class ExpertRun:
+    """One expert on a device."""
+
+    def __init__(self, weights: LayerWeights, backend: Recorder) -> None:
+        gate, up, down = (weights.weight(weights.name(m)) for m in weights.modules())
+        joined = join("gate_up", [gate, up])
+        assert joined is not None, "LayerWeights are float32"
+        self.backend = backend
+        self.mlp = Mlp(weights.config.act, backend.pack(down), gate_up=backend.pack(joined))
+
+    def forward(self, h: F32) -> tuple[F32, F32]:
+        """Rows h (T, C) -> the inputs of down (T, F), the expert's output (T, C)."""
+        got: list[F32] = []
+
+        def seen(name: str, tensor: Tensor) -> None:
+            if name == self.mlp.down.name:
+                got.append(self.backend.to_host(tensor))
+
+        self.backend.seen = seen
+        y = self.backend.to_host(self.backend.mlp(self.backend.put(h), self.mlp))
+        return got[0], y
 
 
 def steps(rows: int, window: int) -> Iterator[slice]:

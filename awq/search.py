@@ -7,7 +7,10 @@ the whole MLP; their own outputs order the candidates nearly alike and need no f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+import numpy.typing as npt
 
 from tinychat_mlx.awq.moments import BlockMoments
 from tinychat_mlx.awq.quantizer import grid_of, rounded
@@ -15,6 +18,7 @@ from tinychat_mlx.awq.rows import over_rows
 from tinychat_mlx.awq.sites import Index
 from tinychat_mlx.weight import F32
 
+F64 = npt.NDArray[np.float64]
 ALPHAS = [i / 20 for i in range(20)]  # 0 is no scaling: the result is never worse than rounding
 SHRINKS = [1 - i / 20 for i in range(10)]
 
@@ -45,19 +49,36 @@ def scaled_error(w: F32, s: F32, w_bit: int, group_size: int) -> F32:
     return out
 
 
+def candidates(mean_abs: F32, at: Index | None) -> list[F32]:
+    """Mean |x| of each channel -> the scales of each alpha, one per channel or tied."""
+    magnitude = tied_mean(mean_abs, at)
+    return [scale_of(magnitude, alpha) for alpha in ALPHAS]
+
+
+def losses(
+    w: F32, moments: BlockMoments, scales: Sequence[F32], at: Index | None, w_bit: int, group_size: int
+) -> F64:
+    """Linears of one input w (N, K), stacked -> mean squared output error of rounding with each of the scales."""
+
+    def loss(s: F32) -> float:
+        error = scaled_error(w, s if at is None else s[at], w_bit, group_size)
+        return float(moments.loss(error).sum(dtype=np.float64))
+
+    return np.array([loss(s) for s in scales])
+
+
+def best(found: F64, scales: Sequence[F32]) -> tuple[F32, float]:
+    """-> the scales whose loss is least (the smallest alpha of equals), their alpha."""
+    i = int(np.argmin(np.where(np.isnan(found), np.inf, found)))
+    return scales[i], ALPHAS[i]
+
+
 def search_scale(
     w: F32, moments: BlockMoments, at: Index | None, w_bit: int, group_size: int
 ) -> tuple[F32, float]:
     """Linears of one input w (N, K), stacked -> the best scales (one per channel or tied), their alpha."""
-    magnitude = tied_mean(moments.mean_abs, at)
-    best, chosen = np.inf, (np.ones_like(magnitude), 0.0)
-    for alpha in ALPHAS:
-        s = scale_of(magnitude, alpha)
-        full = s if at is None else s[at]
-        loss = float(moments.loss(scaled_error(w, full, w_bit, group_size)).sum(dtype=np.float64))
-        if loss < best:
-            best, chosen = loss, (s, alpha)
-    return chosen
+    scales = candidates(moments.mean_abs, at)
+    return best(losses(w, moments, scales, at, w_bit, group_size), scales)
 
 
 def clip(w: F32, moments: BlockMoments, w_bit: int, group_size: int) -> F32:
@@ -80,13 +101,12 @@ def clip(w: F32, moments: BlockMoments, w_bit: int, group_size: int) -> F32:
     return np.concatenate(over_rows(len(w), 4 * w.shape[1], piece))
 
 
-def search_fed_scale(w: F32, mean_abs: F32, d: F32, at: Index | None, group_size: int) -> tuple[F32, float]:
-    """As `search_scale`, for weights quantised with error feedback, which leaves Σ_j D_j · (rounding of column j)².
+def fed_losses(w: F32, d: F32, scales: Sequence[F32], at: Index | None, group_size: int) -> F64:
+    """As `losses`, for weights quantised with error feedback, which leaves Σ_j D_j · (rounding of column j)².
 
     A rounding's mean square goes with the square of its group's range, and scaling channel j by s divides D_j
     by s². So one pass for the ranges judges a candidate. d (K,): the D of the unscaled inputs.
     """
-    magnitude = tied_mean(mean_abs, at)
     groups = w.shape[1] // group_size
 
     def loss(s: F32) -> float:
@@ -99,9 +119,10 @@ def search_fed_scale(w: F32, mean_abs: F32, d: F32, at: Index | None, group_size
 
         return sum(over_rows(len(w), 4 * w.shape[1], piece))
 
-    best, chosen = np.inf, (np.ones_like(magnitude), 0.0)
-    for alpha in ALPHAS:
-        s = scale_of(magnitude, alpha)
-        if (found := loss(s if at is None else s[at])) < best:
-            best, chosen = found, (s, alpha)
-    return chosen
+    return np.array([loss(s if at is None else s[at]) for s in scales])
+
+
+def search_fed_scale(w: F32, mean_abs: F32, d: F32, at: Index | None, group_size: int) -> tuple[F32, float]:
+    """As `search_scale`, by `fed_losses`."""
+    scales = candidates(mean_abs, at)
+    return best(fed_losses(w, d, scales, at, group_size), scales)

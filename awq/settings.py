@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tinychat_mlx.awq.layer import METHODS, Form
-from tinychat_mlx.awq.sites import modules, shapes, sites
+from tinychat_mlx.awq.sites import experts, layer_shapes, mixture, module_name, modules, routers, shapes
 from tinychat_mlx.checkpoint import Checkpoint
 from tinychat_mlx.config import ModelConfig, parse_config
 from tinychat_mlx.decoder import Source
@@ -71,18 +72,27 @@ class Settings:
 
 def default_tokens(config: ModelConfig) -> int:
     """Calibration tokens: many where a forward pass is cheap; 8192 give every channel of a large model its due."""
-    size = sum(n * k for n, k in shapes(config).values()) * config.num_hidden_layers
-    return 32768 if size < 100e6 else 8192
+    layers = [active_size(config, layer) for layer in range(config.num_hidden_layers)]
+    if sum(layers) < 100e6:
+        return 32768
+    moe = config.moe  # an expert sees its share: 2048 tokens, where 32768 in all give it that many
+    return 8192 if moe is None else min(32768, max(8192, 2048 * moe.num_experts // moe.num_experts_per_tok))
+
+
+def active_size(config: ModelConfig, layer: int) -> int:
+    """Weights of a layer that one token meets."""
+    sizes = [sum(n * k for n, k in part.values()) for part in layer_shapes(config, layer)]
+    moe = mixture(config, layer)
+    if moe is None:
+        return sum(sizes)
+    routed = sizes[1 : 1 + moe.num_experts_per_tok]
+    return sizes[0] + sum(routed) + sum(sizes[1 + moe.num_experts :])
 
 
 def open_dense(source: Checkpoint, settings: Settings) -> ModelConfig:
     """Check a dense checkpoint against the settings -> its config. Raises ConfigError or FormatError."""
     config = parse_config(source.config)
-    sites(config)
-    for module in modules(config):
-        parts = [shapes(config)[part] for part in module.parts]
-        n, k = sum(p[0] for p in parts), parts[0][1]
-        name = config.spec.name(module.role, 0)
+    for name, n, k in quantised_shapes(config):
         if k % settings.group_size:
             fits = [str(g) for g in (128, 64, 32) if k % g == 0]
             hint = f"use --group-size {fits[0]}" if fits else "it cannot be stored in groups of 32, 64 or 128"
@@ -100,12 +110,27 @@ def open_dense(source: Checkpoint, settings: Settings) -> ModelConfig:
     return config
 
 
+def quantised_shapes(config: ModelConfig) -> Iterator[tuple[str, int, int]]:
+    """Name, outputs and inputs of every matrix that becomes codes, layer by layer."""
+    for layer in range(config.num_hidden_layers):
+        moe = mixture(config, layer)
+        kept = () if moe is None else routers(moe)
+        for expert in (None, *experts(config, layer)):
+            sizes = shapes(config, layer, expert)
+            for module in modules(config, layer, expert):
+                if module.role not in kept:
+                    n = sum(sizes[part][0] for part in module.parts)
+                    yield module_name(config, layer, module.role, expert), n, sizes[module.parts[0]][1]
+
+
 def check_complete(config: ModelConfig, source: Source) -> None:
     """Find every tensor the graph needs, without reading it. Raises FormatError naming the first missing."""
     spec = config.spec
     needed = [spec.name("embed"), f"{spec.name('final_norm')}.weight"]
     for layer in range(config.num_hidden_layers):
-        needed += [spec.name(module.role, layer) for module in modules(config)]
+        for expert in (None, *experts(config, layer)):
+            parts = modules(config, layer, expert)
+            needed += [module_name(config, layer, module.role, expert) for module in parts]
         needed += [f"{spec.name(role, layer)}.weight" for role in spec.norms]
     for name in needed:
         if not source.has(name):

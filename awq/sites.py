@@ -9,9 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tinychat_mlx.awq.quantizer import Quantized
-from tinychat_mlx.config import ModelConfig
+from tinychat_mlx.config import ModelConfig, MoeConfig
 from tinychat_mlx.decoder import Source, heads_to_blocks
-from tinychat_mlx.errors import ConfigError
 from tinychat_mlx.weight import F32, Dense, Weight
 
 Index = npt.NDArray[np.intp]
@@ -20,18 +19,27 @@ UNCLIPPED = ("q", "k")  # their errors meet in a product: one's own output says 
 
 @dataclass(frozen=True)
 class Site:
-    """An input of a layer, the linears that read it, and the norm or linear (a role) that absorbs 1/s."""
+    """An input of a layer, the linears that read it, and the norm or linear (a role) that absorbs 1/s.
+
+    kept: linears that read it too but stay as they are stored, the routers; their columns follow s as well.
+    experts: each expert of the layer's mixture has linears of these roles, and sees tokens of its own.
+    """
 
     key: str
     roles: tuple[str, ...]
     absorber: str | None
+    kept: tuple[str, ...] = ()
+    experts: bool = False
 
 
-def sites(config: ModelConfig) -> tuple[Site, ...]:
+def mixture(config: ModelConfig, layer: int) -> MoeConfig | None:
+    """A layer's mixture of experts; None where its MLP is dense."""
+    return config.moe if config.moe is not None and config.moe.layers[layer] else None
+
+
+def sites(config: ModelConfig, layer: int) -> tuple[Site, ...]:
     """The sites of one layer, in the order in which a forward pass reaches them."""
-    spec = config.spec
-    if config.moe is not None:
-        raise ConfigError("config.json: mixtures of experts run here but are not quantised by `convert` yet")
+    spec, moe = config.spec, mixture(config, layer)
     first = ("gate", "up") if spec.gated else ("up",)
     # act(gate) · up is linear in up, and ReLU(x / s) = ReLU(x) / s; behind GELU nothing can absorb.
     scalable = spec.gated or config.act == "relu"
@@ -40,7 +48,22 @@ def sites(config: ModelConfig) -> tuple[Site, ...]:
     if spec.parallel and before["pre_mlp"] is None:
         return Site("block_in", ("q", "k", "v", *first), before["pre_attn"]), o, down
     attn_in = Site("attn_in", ("q", "k", "v"), before["pre_attn"])
+    if (
+        moe is not None
+    ):  # one norm feeds all experts and the routers, so one s; down and up are an expert's own
+        mlp_in = Site("mlp_in", first, before["pre_mlp"], routers(moe), experts=True)
+        return attn_in, o, mlp_in, replace(down, experts=True)
     return attn_in, o, Site("mlp_in", first, before["pre_mlp"]), down
+
+
+def routers(moe: MoeConfig) -> tuple[str, ...]:
+    return ("router", "shared_router") if moe.shared_expert_intermediate_size else ("router",)
+
+
+def experts(config: ModelConfig, layer: int) -> range:
+    """The numbers of a layer's experts, the shared one last; none where the MLP is dense."""
+    moe = mixture(config, layer)
+    return range(0 if moe is None else moe.num_experts + bool(moe.shared_expert_intermediate_size))
 
 
 def shared(site: Site, config: ModelConfig) -> Index | None:
@@ -71,14 +94,18 @@ class Module:
         return np.argsort(heads_to_blocks(config)) if self.by_head else slice(None)
 
 
-def modules(config: ModelConfig) -> tuple[Module, ...]:
-    """The matrices of a layer as the checkpoint stores them."""
-    spec = config.spec
+def modules(config: ModelConfig, layer: int, expert: int | None = None) -> tuple[Module, ...]:
+    """The matrices of a layer without its experts, or of one expert, as the checkpoint stores them."""
+    spec, moe = config.spec, mixture(config, layer)
+    if expert is not None:
+        return tuple(Module(role, (role,)) for role in ("gate", "up", "down"))
     single = [Module("o", ("o",))]
     if spec.qkv:
         single.append(Module("qkv", ("q", "k", "v"), spec.qkv == "heads"))
     else:
         single += [Module(role, (role,)) for role in "qkv"]
+    if moe is not None:
+        return (*single, *(Module(role, (role,)) for role in routers(moe)))
     if spec.gated and spec.fused_gate_up:
         single.append(Module("gate_up", ("gate", "up")))
     else:
@@ -86,12 +113,22 @@ def modules(config: ModelConfig) -> tuple[Module, ...]:
     return (*single, Module("down", ("down",)))
 
 
+def module_name(config: ModelConfig, layer: int, role: str, expert: int | None = None) -> str:
+    """A module's name in the checkpoint."""
+    moe = mixture(config, layer)
+    if expert is None:
+        return config.spec.name(role, layer)
+    if moe is not None and expert == moe.num_experts:
+        return config.spec.name(f"shared_{role}", layer)
+    return config.spec.expert(role, layer, expert)
+
+
 @dataclass
 class LayerWeights:
-    """One decoder layer in float32, changed in place by folding; a Source for the graph's Loader.
+    """One decoder layer without its experts, or one expert; float32, changed in place by folding.
 
-    linears: part (q, k, v, o, gate, up, down) -> (N, K); biases: part -> (N,); vectors: full tensor name ->
-    values as stored.
+    linears: part (q, k, v, o, gate, up, down, routers) -> (N, K); biases: part -> (N,); vectors: full tensor
+    name -> values as stored. A Source for the graph's Loader.
     """
 
     config: ModelConfig
@@ -99,14 +136,15 @@ class LayerWeights:
     linears: dict[str, F32]
     biases: dict[str, F32]
     vectors: dict[str, F32]
+    expert: int | None = None
 
     @classmethod
-    def read(cls, config: ModelConfig, layer: int, source: Source) -> LayerWeights:
-        """Take a layer out of a source of dense weights."""
-        made, sizes = cls(config, layer, {}, {}, {}), shapes(config)
-        for module in modules(config):
+    def read(cls, config: ModelConfig, layer: int, source: Source, expert: int | None = None) -> LayerWeights:
+        """Take a layer, or one of its experts, out of a source of dense weights."""
+        made, sizes = cls(config, layer, {}, {}, {}, expert), shapes(config, layer, expert)
+        for module in made.modules():
             n, k = sum(sizes[part][0] for part in module.parts), sizes[module.parts[0]][1]
-            weight = source.weight(config.spec.name(module.role, layer), (n, k))
+            weight = source.weight(made.name(module), (n, k))
             rows = np.empty((n, k), np.float32)
             rows[module.stored_order(config)] = weight.to_float32()
             bias = None
@@ -119,7 +157,8 @@ class LayerWeights:
                 made.linears[part] = rows[own]
                 if bias is not None:
                     made.biases[part] = bias[own]
-        for role in (*config.spec.norms, *(("q_norm", "k_norm") if config.spec.qk_norm else ())):
+        norms = (*config.spec.norms, *(("q_norm", "k_norm") if config.spec.qk_norm else ()))
+        for role in norms if expert is None else ():
             for end in ("weight", "bias"):
                 name = f"{config.spec.name(role, layer)}.{end}"
                 if end == "weight" or source.has(name):
@@ -130,6 +169,12 @@ class LayerWeights:
         """A layer whose arrays may be replaced without changing this one's."""
         return replace(self, linears=dict(self.linears), biases=dict(self.biases), vectors=dict(self.vectors))
 
+    def modules(self) -> tuple[Module, ...]:
+        return modules(self.config, self.layer, self.expert)
+
+    def name(self, module: Module) -> str:
+        return module_name(self.config, self.layer, module.role, self.expert)
+
     def has(self, name: str) -> bool:
         return name in self.vectors
 
@@ -137,7 +182,7 @@ class LayerWeights:
         return self.vectors[name]
 
     def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
-        found = next(m for m in modules(self.config) if self.config.spec.name(m.role, self.layer) == module)
+        found = next(m for m in self.modules() if self.name(m) == module)
         order = found.stored_order(self.config)
         rows = np.concatenate([self.linears[part] for part in found.parts])[order]
         bias = [self.biases[part] for part in found.parts if part in self.biases]
@@ -156,18 +201,25 @@ class LayerWeights:
             yield role, Quantized(*parts, codes.w_bit, codes.group_size)
 
 
-def shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(N, K) of every linear of a layer, by role."""
-    c = config
-    q, kv, hidden, inner = (
-        c.num_attention_heads * c.head_dim,
-        c.num_key_value_heads * c.head_dim,
-        c.hidden_size,
-        c.intermediate_size,
-    )
+def shapes(config: ModelConfig, layer: int, expert: int | None = None) -> dict[str, tuple[int, int]]:
+    """(N, K) of every linear of a layer without its experts, or of one expert, by role."""
+    c, moe = config, mixture(config, layer)
+    q, kv, hidden = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.hidden_size
     table = {"q": (q, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, q)}
+    inner = c.intermediate_size
+    if moe is not None:
+        if expert is None:
+            sizes = {"router": moe.num_experts, "shared_router": 1}
+            return table | {role: (sizes[role], hidden) for role in routers(moe)}
+        is_shared = expert == moe.num_experts
+        table, inner = {}, moe.shared_expert_intermediate_size if is_shared else moe.moe_intermediate_size
     table |= {"gate": (inner, hidden)} if c.spec.gated else {}
     return table | {"up": (inner, hidden), "down": (hidden, inner)}
+
+
+def layer_shapes(config: ModelConfig, layer: int) -> list[dict[str, tuple[int, int]]]:
+    """`shapes` of a layer and of each of its experts."""
+    return [shapes(config, layer), *(shapes(config, layer, e) for e in experts(config, layer))]
 
 
 def fold(weights: LayerWeights, site: Site, s: F32, at: Index | None) -> F32:
@@ -184,8 +236,9 @@ def fold(weights: LayerWeights, site: Site, s: F32, at: Index | None) -> F32:
         if site.absorber in weights.biases:
             weights.biases[site.absorber] = weights.biases[site.absorber] / s
     per_channel = s if at is None else s[at]
-    for role in site.roles:
-        weights.linears[role] = weights.linears[role] * per_channel
+    for role in (*site.roles, *site.kept):
+        if role in weights.linears:  # experts are not: each is multiplied when its turn comes
+            weights.linears[role] = weights.linears[role] * per_channel
     return per_channel
 
 

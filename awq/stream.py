@@ -11,16 +11,24 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tinychat_mlx.awq.layer import Moments, SiteReport, empty_moments, quantize_layer, round_layer
+from tinychat_mlx.awq.experts import Mixture, add_experts, round_experts
+from tinychat_mlx.awq.layer import (
+    Moments,
+    QuantizedLayer,
+    SiteReport,
+    empty_moments,
+    quantize_layer,
+    round_layer,
+)
 from tinychat_mlx.awq.moments import FullMoments
-from tinychat_mlx.awq.record import LayerRun, Recorder, embedded_rows, steps
+from tinychat_mlx.awq.record import LayerRun, Recorder, Routing, embedded_rows, steps
 from tinychat_mlx.awq.settings import Settings, plan_text
 from tinychat_mlx.awq.sites import LayerWeights
 from tinychat_mlx.awq.tensors import layer_entries, rim_entries
@@ -109,6 +117,7 @@ def observe(run: LayerRun, moments: Mapping[str, Moments], x: F32) -> F32:
 
     x (1, T, C): the float model's rows, all that the published algorithm looks at. (2, T, C), for awq+: also what
     the quantised layers before this one make of them, so that this one makes good for those (GPTAQ, Li et al. 2025).
+    Where the layer has experts, what leaves it lacks them, and run.routings grows by one for each of the two.
     """
     if len(x) == 1:
         return run.forward(x[0], lambda key, a: moments[key].add(a))
@@ -146,16 +155,11 @@ class Conversion:
             watch(Progress("layers", i + 1, layers, "kept", report))
         for layer in range(done, layers):
             weights = LayerWeights.read(config, layer, self.source)
-            if x is None:
-                quantized = round_layer(weights, self.settings.form)
-            else:
-                moments = self._record(weights, x)
-                quantized = quantize_layer(weights, moments, self.settings.form, self.settings.compare)
-                del moments
-                if layer + 1 < layers:
-                    if len(x) == 2:
-                        self._through(quantized.dequantized(), x[1])
-                    self.work.save(self.work.rows(layer + 1), x)
+            quantized = self._rounded(weights) if x is None else self._quantized(weights, x)
+            if x is not None and layer + 1 < layers:
+                if len(x) == 2:
+                    self._through(quantized, x[1])
+                self.work.save(self.work.rows(layer + 1), x)
             report = quantized.reports
             write_json(self.work.report(layer), {"sites": [asdict(r) for r in report]})
             write(self.work.shard(layer), layer_entries(quantized, self.settings.format), {"format": "mlx"})
@@ -177,24 +181,49 @@ class Conversion:
         x = embedded_rows(self.config, self.source, self.backend, ids, self.window)
         return np.stack([x] * (2 if self.settings.method == "awq+" else 1))
 
-    def _record(self, weights: LayerWeights, x: F32) -> dict[str, Moments]:
-        """Run the rows through a float layer -> its sites' moments. x[0] leaves in its place, x[1] later."""
+    def _rounded(self, weights: LayerWeights) -> QuantizedLayer:
+        form = self.settings.form
+        return replace(round_layer(weights, form), experts=round_experts(weights, self.source, form))
+
+    def _quantized(self, weights: LayerWeights, x: F32) -> QuantizedLayer:
+        """Run the rows x (streams, T, C) through a float layer and quantise it. x[0] leaves it in its place."""
+        form, compare = self.settings.form, self.settings.compare
+        moments, routed = self._record(weights, x)
+        mixture = None
+        if routed:
+            experts = Mixture(weights, self.source, Recorder(self.backend), routed, form)
+            mixture = experts.quantize(moments.pop("mlp_in"), compare, x[0])
+            weights = mixture[0]
+            del experts, routed
+        if not np.isfinite(x[0]).all():
+            raise TinychatError(
+                f"layer {weights.layer}: its output is not finite on the calibration text: the weights overflow"
+            )
+        layer = quantize_layer(weights, moments, form, compare)
+        if mixture is None:
+            return layer
+        return replace(layer, experts=mixture[1], reports=layer.reports + mixture[2])
+
+    def _record(self, weights: LayerWeights, x: F32) -> tuple[dict[str, Moments], list[Routing]]:
+        """Run the rows through a float layer -> its sites' moments, and what comes to its experts from each stream.
+
+        x[0] leaves in its place (without the experts' share), x[1] later.
+        """
         moments = empty_moments(self.settings.method, weights, self.settings.group_size)
         run = LayerRun(self.config, weights.layer, weights, Recorder(self.backend), self.window)
         for rows in steps(x.shape[1], self.window):
-            y = observe(run, moments, x[:, rows])
-            if not np.isfinite(y).all():
-                raise TinychatError(
-                    f"layer {weights.layer}: its output is not finite on the calibration text: the weights overflow"
-                )
-            x[0, rows] = y
-        return moments
+            x[0, rows] = observe(run, moments, x[:, rows])
+        streams = len(x) if run.routings else 0
+        return moments, [Routing.joined(run.routings[i::streams]) for i in range(streams)]
 
-    def _through(self, weights: LayerWeights, x: F32) -> None:
-        """Run the rows x (T, C) through a layer, in their place."""
-        run = LayerRun(self.config, weights.layer, weights, Recorder(self.backend), self.window)
+    def _through(self, layer: QuantizedLayer, x: F32) -> None:
+        """Run the rows x (T, C) through a quantised layer, in their place."""
+        weights, device = layer.dequantized(), Recorder(self.backend)
+        run = LayerRun(self.config, weights.layer, weights, device, self.window)
         for rows in steps(len(x), self.window):
             x[rows] = run.forward(x[rows])
+        if run.routings:
+            add_experts(layer, Routing.joined(run.routings), device, x)
 
     def _rim(self, watch: Watch) -> None:
         path = self.work.path / "rim.safetensors"

@@ -8,11 +8,12 @@ import numpy as np
 
 from tinychat_mlx.awq.layer import QuantizedLayer
 from tinychat_mlx.awq.quantizer import Quantized, round_to_nearest
-from tinychat_mlx.awq.sites import Module, modules
+from tinychat_mlx.awq.sites import Module, mixture, module_name, routers
 from tinychat_mlx.config import ModelConfig
 from tinychat_mlx.decoder import Source
 from tinychat_mlx.formats.awq_gemm import awq_entries
 from tinychat_mlx.formats.mlx import float_entry, mlx_entries
+from tinychat_mlx.formats.stacked import stack
 from tinychat_mlx.tensorfile import Entry
 from tinychat_mlx.weight import Dense, Packed, Weight, to_float32
 
@@ -30,11 +31,28 @@ def weight_entries(weight: Weight, format: str) -> list[Entry]:
 
 def layer_entries(layer: QuantizedLayer, format: str) -> list[Entry]:
     """All tensors of a quantised layer, under the names the checkpoint had."""
-    weights, config = layer.weights, layer.weights.config
+    weights = layer.weights
     tensors: list[Entry] = []
-    for module in modules(config):
-        tensors += weight_entries(_stored(layer, module), format)
+    for module in weights.modules():
+        coded = all(part in layer.parts for part in module.parts)
+        stored = _stored(layer, module) if coded else weights.weight(weights.name(module))
+        tensors += weight_entries(stored, format)
+    tensors += _expert_entries(layer, format)
     return tensors + [float_entry(name, v, "F16") for name, v in weights.vectors.items()]
+
+
+def _expert_entries(layer: QuantizedLayer, format: str) -> list[Entry]:
+    """The experts one by one; for MLX those of the mixture stacked, as mlx-lm keeps them."""
+    moe = mixture(layer.weights.config, layer.weights.layer)
+    if moe is None:
+        return []
+    each = [[weight_entries(part, format) for part in expert.values()] for expert in layer.experts]
+    tensors: list[Entry] = []
+    if format == "mlx":
+        for parts in zip(*each[: moe.num_experts], strict=True):
+            tensors += [stack(same) for same in zip(*parts, strict=True)]
+        each = each[moe.num_experts :]
+    return tensors + [tensor for expert in each for part in expert for tensor in part]
 
 
 def _stored(layer: QuantizedLayer, module: Module) -> Packed:
@@ -46,8 +64,7 @@ def _stored(layer: QuantizedLayer, module: Module) -> Packed:
     )
     bias = [biases[part] for part in module.parts if part in biases]
     whole = Quantized(q, scales, zeros, parts[0].w_bit, parts[0].group_size)
-    name = config.spec.name(module.role, layer.weights.layer)
-    return whole.packed(name, np.concatenate(bias)[order] if bias else None)
+    return whole.packed(layer.weights.name(module), np.concatenate(bias)[order] if bias else None)
 
 
 def rim_names(config: ModelConfig, source: Source) -> tuple[list[str], list[str]]:
@@ -103,4 +120,10 @@ def quantization_block(
         if role == "head" and not source.has(name):
             continue
         block[name] = False if head_bits == 16 else {"group_size": group, "bits": head_bits}
-    return block
+    return block | dict.fromkeys(router_names(config), False)
+
+
+def router_names(config: ModelConfig) -> list[str]:
+    """The modules of the layers that stay in float16."""
+    layers = [(i, moe) for i in range(config.num_hidden_layers) if (moe := mixture(config, i)) is not None]
+    return [module_name(config, i, role) for i, moe in layers for role in routers(moe)]

@@ -99,16 +99,11 @@ def may_convert(ref: hub.Ref, found: Facts, options: Options) -> bool:
 
 def _settings(found: Facts) -> Settings | None:
     """The conversion that suits a model, None where there is none."""
-    from tinychat_mlx.awq.settings import Settings
-    from tinychat_mlx.awq.sites import shapes, sites
+    from tinychat_mlx.awq.settings import Settings, quantised_shapes
 
     if found.config is None or not found.dense:
         return None
-    try:
-        sites(found.config)
-    except ConfigError:  # a mixture of experts
-        return None
-    inputs = {k for _, k in shapes(found.config).values()}
+    inputs = {k for _, _, k in quantised_shapes(found.config)}
     group = next((g for g in (128, 64, 32) if not any(k % g for k in inputs)), None)
     head = "int8" if found.config.hidden_size % 32 == 0 else "fp16"
     return Settings(group_size=group, head=head) if group else None

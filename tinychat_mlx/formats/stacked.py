@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
+from tinychat_mlx.tensorfile import Entry
 from tinychat_mlx.weight import Array
 
 _STACK = re.compile(r"(.+)\.switch_mlp\.(gate_proj|up_proj|down_proj)\.(\w+)")
+_EXPERT = re.compile(r"(.+)\.experts\.\d+\.(\w+)\.(\w+)")
 _MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
 
@@ -56,3 +61,18 @@ def unstacked(files: dict[str, File]) -> Iterator[tuple[str, File]]:
         role = _MIXTRAL[role] if block.endswith("block_sparse_moe") else role
         for expert in range(shape[0]):
             yield f"{block}.experts.{expert}.{role}.{suffix}", ExpertFile(file, name, expert)
+
+
+def stack(experts: Sequence[Entry]) -> Entry:
+    """One tensor of every expert, in their order -> MLX's stacked tensor (E, …), made when it is written."""
+    first = experts[0]
+    match = _EXPERT.fullmatch(first.name)
+    assert match is not None, first.name
+    block, role, suffix = match.groups()
+    role = {theirs: ours for ours, theirs in _MIXTRAL.items()}.get(role, role)
+    shape = (len(experts), *first.shape)
+    return Entry(f"{block}.switch_mlp.{role}.{suffix}", first.dtype, shape, partial(_stacked, experts))
+
+
+def _stacked(experts: Sequence[Entry]) -> Array:
+    return np.stack([e.data() if callable(e.data) else e.data for e in experts])
