@@ -13,8 +13,9 @@ from tinychat_mlx.hub.http import PIECE
 
 # Pauses before trying again are milliseconds here; {more} changes what a test needs changed.
 PROGRAM = """
-import sys
+import signal, sys
 from tinychat_mlx.hub import http
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
 http.PAUSES = (0.01,) * 5
 {more}
 from tinychat_mlx.apps.cli import main
