@@ -270,7 +270,7 @@ class CpuBackend(Backend):
             assert isinstance(s.cache, CpuCache), "a cache of another backend"
             if s.cache.length + s.rows > s.cache.rows:
                 raise BackendError(
-                    f"cpu backend: {s.rows} more tokens overflow a cache of {s.cache.capacity}"
+                    f"cpu backend: {s.rows} more tokens overflow a cache of {s.cache.capacity} — give a larger --context"
                 )
             native[i] = s.cache.segment(layer, s.rows, first + 8 * i)
         return native, lengths

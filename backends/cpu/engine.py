@@ -28,7 +28,9 @@ class Engine:
         self._lib = open_library()
         here = instruction_sets()
         if isa and isa not in here:
-            raise BackendError(f"TINYCHAT_CPU_ISA: no {isa} on this processor — it has {', '.join(here)}")
+            raise BackendError(
+                f"TINYCHAT_CPU_ISA: no {isa} on this processor — it has {', '.join(here)}: set it to one of them"
+            )
         if threads < 1:
             raise BackendError(f"cpu backend: {threads} threads — ask for at least 1")
         self.isa, self.threads = isa or here[0], threads
@@ -47,7 +49,7 @@ class Engine:
     def _check(self, status: int) -> None:
         if status == _BAD_ID:
             raise BackendError(
-                "cpu backend: a token id lies outside the embedding table — the tokenizer is another model's"
+                "cpu backend: a token id lies outside the embedding table — take the model's own tokenizer"
             )
         if status == _NO_MEMORY:
             raise BackendError("cpu backend: out of memory — take a smaller model or a shorter context")

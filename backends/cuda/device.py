@@ -35,7 +35,7 @@ def find() -> torch.device:
             device = torch.device("cuda", int(asked or 0))
             if device.index >= torch.cuda.device_count():
                 raise BackendError(
-                    f"{ENVIRONMENT}={asked}: this machine has {torch.cuda.device_count()} CUDA device(s)"
+                    f"{ENVIRONMENT}={asked}: this machine has {torch.cuda.device_count()} CUDA device(s) — set it lower, or unset it"
                 )
             torch.cuda.set_device(device)
             torch.ones(1, device=device).add_(1).item()  # finds a torch without code for this GPU
