@@ -11,7 +11,7 @@ TINYCHAT_KV=int8 halves the cache.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from ctypes import pointer
 from typing import Any
@@ -28,6 +28,7 @@ from tinychat_mlx.backend import (
     Handle,
     Memory,
     Mlp,
+    Moe,
     Norm,
     Rope,
     Step,
@@ -37,6 +38,7 @@ from tinychat_mlx.backend import (
 from tinychat_mlx.backends.cpu import library as c
 from tinychat_mlx.backends.cpu.cores import default_threads, processor_name
 from tinychat_mlx.backends.cpu.engine import Engine
+from tinychat_mlx.backends.cpu.experts import Experts, Places
 from tinychat_mlx.backends.cpu.kvcache import CpuCache
 from tinychat_mlx.backends.cpu.memory import F32, Arena, Scratch, address
 from tinychat_mlx.backends.cpu.pack import CpuWeight, pack
@@ -98,6 +100,13 @@ class CpuBackend(Backend):
 
     def stored(self, name: str, shape: tuple[int, int]) -> Handle | None:
         return None if self._shelf is None else self._shelf.find(name, shape)
+
+    def pack_experts(self, act: str, experts: Iterable[tuple[Weight, Weight]]) -> Any:
+        pairs = [(_weight(self.pack(up)), _weight(self.pack(down))) for up, down in experts]
+        if all(up.shape[0] % 32 == 0 for up, _ in pairs):
+            return Experts(act, pairs)
+        self.captures_moe = False  # gate and up share a tile: the contract's way, on the host
+        return tuple(Mlp(act, down, gate_up=up) for up, down in pairs)
 
     def new_cache(self, shape: CacheShape, capacity: int) -> Cache:
         return CpuCache(shape, capacity, self._kv)
@@ -187,6 +196,32 @@ class CpuBackend(Backend):
         else:
             return super().mlp(x, mlp, norm, residual)
         return self._linear(h, mlp.down, residual=residual)
+
+    captures_moe = True
+
+    def moe(self, x: Tensor, moe: Moe, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
+        experts = moe.experts
+        if not isinstance(experts, Experts):
+            return super().moe(x, moe, norm, residual)
+        if norm is not None and x.shape[0] > 1:  # once, not again for each expert of a row
+            x, norm = self.norm(x, norm), None
+        logits = self._linear(x, moe.router, norm)
+        places = Places(x.shape[0], moe, self._new)
+        route = places.route(logits.shape[1], _at(logits))
+        self._run(route, (logits,), places.memory, None)
+        h = self._new(experts.inner_size(places))
+        op = experts.op(places, True, self.exact, _at(x), address(h))
+        op.x_stride = _stride(x, 0)
+        if norm is not None:
+            op.norm = pointer(self._norm(norm))
+        self._run(op, (x, places.memory), h, (experts, norm))
+        y = self._new(*x.shape)
+        op = experts.op(places, False, self.exact, address(h), address(y))
+        op.y_stride = _stride(y, 0)
+        if residual is not None:
+            op.residual, op.residual_stride = _at(residual), _stride(residual, 0)
+        read = (h, places.memory) if residual is None else (h, places.memory, residual)
+        return self._run(op, read, y, experts)
 
     # whole steps --------------------------------------------------------------------------------
     def capture(self, fn: StepFn) -> StepFn:

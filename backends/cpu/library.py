@@ -17,7 +17,7 @@ from tinychat_mlx.errors import BackendError
 _FILES = ("tinychat_cpu.so", "tinychat_cpu.dylib", "tinychat_cpu.dll")
 _BUILD = "install the package (pip install .), or in a checkout run: cmake -S backends/cpu -B build/dev && cmake --build build/dev"
 
-EMBED, LINEAR, NORM, ROPE, ATTENTION, MAP, PACK, PROBE = range(1, 9)
+EMBED, LINEAR, NORM, ROPE, ATTENTION, MAP, PACK, PROBE, ROUTE, EXPERTS = range(1, 11)
 INT4, INT8, F16, BF16, F32 = range(5)
 NORMS = {"rms": 1, "layer": 2}
 ACTS = {"": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "relu2": 5}
@@ -80,6 +80,49 @@ class LinearOp(Structure):
         ("gated", c_int32),
         ("exact", c_int32),
         ("pad", c_int32),
+        ("from_", c_void_p),
+        ("to", c_void_p),
+        ("share", c_void_p),
+    ]
+
+
+class RouteOp(Structure):
+    _fields_ = [
+        ("code", c_int32),
+        ("rows", c_int32),
+        ("experts", c_int32),
+        ("k", c_int32),
+        ("normalise", c_int32),
+        ("shared", c_int32),
+        ("logits", c_void_p),
+        ("stride", c_int64),
+        ("first", c_void_p),
+        ("row", c_void_p),
+        ("share", c_void_p),
+    ]
+
+
+class ExpertsOp(Structure):
+    _fields_ = [
+        ("code", c_int32),
+        ("rows", c_int32),
+        ("experts", c_int32),
+        ("each", c_int32),
+        ("up", c_int32),
+        ("act", c_int32),
+        ("exact", c_int32),
+        ("pad", c_int32),
+        ("w", POINTER(CWeight)),
+        ("first", c_void_p),
+        ("row", c_void_p),
+        ("share", c_void_p),
+        ("x", c_void_p),
+        ("x_stride", c_int64),
+        ("norm", POINTER(CNorm)),
+        ("y", c_void_p),
+        ("y_stride", c_int64),
+        ("residual", c_void_p),
+        ("residual_stride", c_int64),
     ]
 
 
@@ -184,7 +227,7 @@ class ProbeOp(Structure):
     ]
 
 
-Op = EmbedOp | LinearOp | NormOp | RopeOp | AttentionOp | MapOp | PackOp | ProbeOp
+Op = EmbedOp | LinearOp | NormOp | RopeOp | AttentionOp | MapOp | PackOp | ProbeOp | RouteOp | ExpertsOp
 _SIZES: dict[int, type[Structure]] = {
     EMBED: EmbedOp,
     LINEAR: LinearOp,
@@ -194,6 +237,8 @@ _SIZES: dict[int, type[Structure]] = {
     MAP: MapOp,
     PACK: PackOp,
     PROBE: ProbeOp,
+    ROUTE: RouteOp,
+    EXPERTS: ExpertsOp,
     0: CWeight,
     -1: CNorm,
     -2: CSegment,

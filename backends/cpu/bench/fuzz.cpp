@@ -1,4 +1,4 @@
-// Random linear layers and attentions against plain loops in double, for emulators and sanitizers.
+// Random linear layers, attentions and mixtures of experts against plain loops in double, for emulators and sanitizers.
 //
 //   fuzz ISA SEED COUNT [THREADS]       0: all within their bounds
 //
@@ -9,6 +9,7 @@
 #include <math.h>
 #include <stdio.h>
 
+#include <algorithm>
 #include <limits>
 
 #include "native.h"
@@ -124,13 +125,157 @@ static void try_attention(Engine* e, Random& r) {
   for (size_t i = q.size(); i < y.size(); i++) check(y[i] == 7.5f, "a write beyond the output", heads, dim, rows, 0);
 }
 
+// A product in double of a row as the kernels read it; *size: what its rounding errors are relative to.
+static double product(const Weight& w, int j, const float* row, bool exact, double* size) {
+  std::vector<double> whole((size_t)w.k), scale((size_t)w.k / 32 + 1);
+  const bool rounds = w.kind <= INT8 && !exact;
+  if (rounds) quantise(row, w.k, w.group, whole.data(), scale.data());
+  double sum = bias_of(w) ? bias_of(w)[j] : 0;
+  *size = fabs(sum);
+  for (int i = 0; i < w.k; i++) {
+    const double a = rounds ? whole[(size_t)i] * scale[(size_t)(i / w.group)] : row[i];
+    sum += a * number(w, j, i);
+    *size += fabs(a) * 4;  // as in try_linear
+  }
+  return sum;
+}
+
+struct Mixture {  // sorted rows, and each expert's weights
+  int experts, k, shared, hidden;
+  std::vector<std::unique_ptr<RandomWeight>> held;
+  std::vector<Weight> up, down;
+  std::vector<int32_t> first, row;
+  std::vector<float> share;
+
+  Mixture(Random& r, int rows) : experts(1 + r.below(9)), k(1 + r.below(experts)), shared(r.below(2)) {
+    const int kind = r.below(5), group = 32 * (1 + r.below(4));
+    hidden = kind <= INT8 ? group * (1 + r.below(3)) : 16 + r.below(90);
+    for (int e = 0; e < experts + shared; e++) {
+      const int inner = kind <= INT8 ? group * (1 + r.below(2)) : 16 * (1 + r.below(4));
+      held.emplace_back(new RandomWeight(kind, 2 * inner, hidden, group, r.below(2), r));
+      up.push_back(held.back()->w);
+      held.emplace_back(new RandomWeight(kind, hidden, inner, group, r.below(2), r));
+      down.push_back(held.back()->w);
+    }
+    first.resize(up.size() + 1), row.resize((size_t)rows * (size_t)(k + shared)), share.resize(row.size());
+  }
+
+  ExpertsOp op(int rows, const std::vector<Weight>& w) const {
+    ExpertsOp o = {};
+    o.code = EXPERTS, o.rows = rows, o.experts = (int)w.size(), o.each = k + shared, o.w = w.data();
+    o.first = first.data(), o.row = row.data(), o.share = share.data();
+    return o;
+  }
+};
+
+// Each row to its k best, sorted; shares as the softmax of the logits says.
+static void check_places(const Mixture& m, const std::vector<float>& logits, int rows, bool normalise) {
+  const int all = m.experts + m.shared, each = m.k + m.shared;
+  std::vector<int> seen((size_t)rows);
+  check(m.first[0] == 0 && m.first[(size_t)all] == rows * each, "places", all, rows, each, 0);
+  for (int e = 0; e < all; e++)
+    for (int p = m.first[(size_t)e]; p < m.first[(size_t)e + 1]; p++) {
+      const int t = m.row[(size_t)p];
+      const float* l = &logits[(size_t)t * all];
+      seen[(size_t)t]++;
+      double total = 0, better = 0, expected;
+      for (int i = 0; i < m.experts; i++) {
+        total += exp((double)l[i] - l[e]);
+        better += l[i] > l[e] || (l[i] == l[e] && i < e);
+      }
+      expected = 1 / total;
+      if (e == m.experts) {
+        expected = 1 / (1 + exp(-(double)l[e]));
+      } else {
+        check(better < m.k, "the best experts", e, m.k, m.experts, rows);
+        if (normalise) {
+          double chosen = 0;
+          for (int i = 0; i < m.experts; i++) {
+            int above = 0;
+            for (int o = 0; o < m.experts; o++) above += l[o] > l[i] || (l[o] == l[i] && o < i);
+            if (above < m.k) chosen += exp((double)l[i] - l[e]);
+          }
+          expected = 1 / chosen;
+        }
+      }
+      check(fabs(m.share[(size_t)p] - expected) <= EPS * 60 * expected, "a share", e, m.k, m.experts, rows);
+    }
+  for (int n : seen) check(n == each, "places of a row", n, each, rows, 0);
+}
+
+static void try_experts(Engine* e, Random& r) {
+  const int rows = r.below(3) ? 1 + r.below(30) : 1, exact = r.below(2), normalise = r.below(2);
+  Mixture m(r, rows);
+  const int all = (int)m.up.size(), each = m.k + m.shared, xs = m.hidden + 16, ys = m.hidden + 9;
+  std::vector<float> logits((size_t)rows * (size_t)all), x((size_t)(rows + 1) * (size_t)xs, NONE);
+  for (float& f : logits) f = r.below(3) ? 4 * r.unit() : (float)r.below(4);
+  for (int t = 0; t < rows; t++)
+    for (int i = 0; i < m.hidden; i++) x[(size_t)t * xs + i] = r.unit() * 3;
+  RouteOp route = {};
+  route.code = ROUTE, route.rows = rows, route.experts = m.experts, route.k = m.k, route.normalise = normalise;
+  route.shared = m.shared, route.logits = logits.data(), route.stride = all;
+  route.first = m.first.data(), route.row = m.row.data(), route.share = m.share.data();
+  run_one(e, &route);
+  check_places(m, logits, rows, normalise);
+
+  int64_t inner = 0;
+  for (int i = 0; i < all; i++) inner += (int64_t)(m.first[(size_t)i + 1] - m.first[(size_t)i]) * m.down[(size_t)i].k;
+  std::vector<float> h((size_t)inner, NONE), y((size_t)(rows + 1) * (size_t)ys, 7.5f), residual((size_t)rows * m.hidden);
+  for (float& f : residual) f = r.unit();
+  ExpertsOp op = m.op(rows, m.up);
+  op.up = 1, op.act = RELU, op.exact = exact, op.x = x.data(), op.x_stride = xs, op.y = h.data();
+  run_one(e, &op);
+  op = m.op(rows, m.down);
+  op.exact = exact, op.x = h.data(), op.y = y.data(), op.y_stride = ys;
+  if (r.below(2)) op.residual = residual.data(), op.residual_stride = m.hidden;
+  run_one(e, &op);
+
+  std::vector<double> sum(residual.size()), size(residual.size());
+  if (op.residual)
+    for (size_t i = 0; i < sum.size(); i++) sum[i] = residual[i], size[i] = fabs(residual[i]);
+  const float* at = h.data();
+  int terms = each;  // of an output, at most
+  for (const Weight& w : m.down) terms = std::max(terms, each + w.k);
+  for (int i = 0; i < all; i++)
+    for (int p = m.first[(size_t)i]; p < m.first[(size_t)i + 1]; p++) {
+      const Weight &up = m.up[(size_t)i], &down = m.down[(size_t)i];
+      const int t = m.row[(size_t)p], f = down.k;
+      for (int j = 0; j < f; j++) {
+        double gate_size, up_size;
+        const double gate = product(up, j, &x[(size_t)t * xs], exact, &gate_size);
+        const double value = product(up, f + j, &x[(size_t)t * xs], exact, &up_size);
+        const double off = EPS * (up.k + 8);  // of a product; relu's slope is 1
+        const double bound = off * (gate_size * (fabs(value) + off * up_size) + fabs(gate) * up_size);
+        check(fabs(at[j] - fmax(gate, 0) * value) <= bound + EPS * fabs(gate * value), "h kind, f, k, rows", up.kind, f,
+              up.k, rows);
+      }
+      for (int j = 0; j < m.hidden; j++) {  // from the h that there is: rounding to int8 may fall either way
+        double one;
+        sum[(size_t)t * m.hidden + j] += m.share[(size_t)p] * product(down, j, at, exact, &one);
+        size[(size_t)t * m.hidden + j] += m.share[(size_t)p] * one;
+      }
+      at += f;
+    }
+  for (int t = 0; t < rows; t++) {
+    for (int j = 0; j < m.hidden; j++) {
+      const size_t i = (size_t)t * m.hidden + j;
+      check(fabs(y[(size_t)t * ys + j] - sum[i]) <= EPS * (terms + 8) * size[i], "experts, rows, hidden", all, rows,
+            m.hidden, each);
+    }
+    for (int j = m.hidden; j < ys; j++) check(y[(size_t)t * ys + j] == 7.5f, "a write beyond a row", all, rows, 0, 0);
+  }
+}
+
 int main(int argc, char** argv) {
   if (argc < 4) return fprintf(stderr, "usage: fuzz ISA SEED COUNT [THREADS]\n"), 2;
   const int threads = argc > 4 ? atoi(argv[4]) : 2;
   Engine* e = tc_new(argv[1], threads);
   if (!e) return fprintf(stderr, "no such instruction set here; the best is %s\n", tc_isa(0)), 2;
   Random r{(uint32_t)atoi(argv[2]) * 2654435761u};
-  for (int i = 0; i < atoi(argv[3]) && failures < 10; i++) r.below(3) ? try_linear(e, r) : try_attention(e, r);
+  for (int i = 0; i < atoi(argv[3]) && failures < 10; i++) {
+    const int what = r.below(4);
+    what == 0 ? try_attention(e, r) : what == 1 ? try_experts(e, r) : try_linear(e, r);
+  }
   tc_free(e);
   printf("%s, %d threads: %s\n", argv[1], threads, failures ? "WRONG" : "right");
   return failures != 0;

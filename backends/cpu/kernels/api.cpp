@@ -78,6 +78,8 @@ API int32_t tc_sizeof(int32_t code) {
     case MAP: return sizeof(MapOp);
     case PACK: return sizeof(PackOp);
     case PROBE: return sizeof(ProbeOp);
+    case ROUTE: return sizeof(RouteOp);
+    case EXPERTS: return sizeof(ExpertsOp);
     case 0: return sizeof(Weight);
     case -1: return sizeof(NormArg);
     case -2: return sizeof(SegmentArg);

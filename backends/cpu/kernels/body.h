@@ -13,19 +13,17 @@
 #include "linear_int.h"
 #include "linear_float.h"
 #include "attention.h"
+#include "experts.h"
 #include "probe.h"
 // clang-format on
 
 namespace {
 
-inline bool in_floats(const LinearOp& op) {
-  return op.exact || op.w->kind > INT8;
-}
-
 // An op so small that one thread does it alone, and several in a row without a meeting.
 inline bool serial(const Op* op) {
   switch (op->code) {
-    case EMBED: return op->rows == 1;
+    case EMBED:
+    case ROUTE: return op->rows == 1;
     case NORM: return op->rows * ((const NormOp*)op)->heads * ((const NormOp*)op)->dim <= 8192;
     case ROPE: return op->rows * ((const RopeOp*)op)->heads * ((const RopeOp*)op)->half <= 4096;
     case MAP: return op->rows * ((const MapOp*)op)->cols <= 8192;
@@ -44,6 +42,8 @@ void run(const Op* op, const Worker& me) {
     case ROPE: return rope_op(*(const RopeOp*)op, me);
     case ATTENTION: return attention_op(*(const AttentionOp*)op, me);
     case MAP: return map_op(*(const MapOp*)op, me);
+    case ROUTE: return route_op(*(const RouteOp*)op, me);
+    case EXPERTS: return experts_op(*(const ExpertsOp*)op, me);
     case PROBE: return probe_op(*(const ProbeOp*)op, me);
     case PACK: return pack_op(*(const PackOp*)op, me);
   }
@@ -65,6 +65,8 @@ void walk(const Worker& me, const void* list, int n) {
 
 void need(const Op* op, size_t* scratch, size_t* shared) {
   if (op->code == ATTENTION) *scratch = attention_bytes(*(const AttentionOp*)op);
+  if (op->code == ROUTE) route_need(*(const RouteOp*)op, scratch, shared);
+  if (op->code == EXPERTS) experts_need(*(const ExpertsOp*)op, scratch, shared);
   if (op->code != LINEAR) return;
   const LinearOp& linear = *(const LinearOp*)op;
   const Weight& w = *linear.w;

@@ -11,6 +11,10 @@ struct Pair {
   int first, second;  // second < 0: the last of an odd number
 };
 
+inline bool in_floats(const LinearOp& op) {
+  return op.exact || op.w->kind > INT8;
+}
+
 inline int pairs_of(const LinearOp& op) {
   const int tiles = tiles_of(*op.w);
   return op.gated ? tiles / 2 : (tiles + 1) / 2;
@@ -22,8 +26,23 @@ inline Pair pair_at(const LinearOp& op, int item) {
   return {2 * item, 2 * item + 1 < tiles ? 2 * item + 1 : -1};
 }
 
+// Grows 16 outputs of row to[row] of y.
+inline void add_tile(const LinearOp& op, int row, int tile, const F* sum) {
+  float* y = op.y + op.to[row] * op.y_stride + tile * 16;
+  const F share = all(op.share[row]);
+  for (int v = 0; v < V; v++) {
+    const int room = op.w->n - tile * 16 - v * W;
+    if (room >= W) {
+      st(y + v * W, fma(share, sum[v], ld(y + v * W)));
+    } else if (room > 0) {
+      st_part(y + v * W, fma(share, sum[v], ld_part(y + v * W, room)), room);
+    }
+  }
+}
+
 // Sums of 16 outputs of one row -> y, from column `tile * 16` on.
 inline void finish_tile(const LinearOp& op, int row, int tile, F* sum) {
+  if (op.to) return add_tile(op, row, tile, sum);
   const int n = op.gated ? op.w->n / 2 : op.w->n, column = tile * 16;
   float* y = op.y + row * op.y_stride + column;
   const float* residual = op.residual ? op.residual + row * op.residual_stride + column : nullptr;

@@ -115,6 +115,24 @@ inline const float* float_input(const LinearOp& op, const Worker& me, float* roo
   return x;
 }
 
+// One pair of tiles, all rows. acc (2, FLOAT_SPAN, 16) and block are a thread's scratch.
+inline void float_pair(const LinearOp& op, Pair pair, const float* x, int64_t stride, float* acc, float* block) {
+  for (int row = 0; row < op.rows; row += FLOAT_SPAN) {
+    const int rows = lesser(FLOAT_SPAN, op.rows - row);
+    float *a = acc, *b = pair.second < 0 ? nullptr : acc + FLOAT_SPAN * 16;
+    float_tile(*op.w, pair.first, x + row * stride, stride, rows, block, a);
+    if (b) float_tile(*op.w, pair.second, x + row * stride, stride, rows, block, b);
+    for (int r = 0; r < rows; r++) {
+      F p[V], q[V];
+      for (int v = 0; v < V; v++) {
+        p[v] = ld(a + r * 16 + v * W);
+        if (b) q[v] = ld(b + r * 16 + v * W);
+      }
+      finish(op, row + r, pair, p, b ? q : nullptr);
+    }
+  }
+}
+
 void linear_float(const LinearOp& op, const Worker& me) {
   const Weight& w = *op.w;
   float *acc = (float*)me.scratch, *block = acc + FLOAT_SPAN * 2 * 16;
@@ -123,23 +141,7 @@ void linear_float(const LinearOp& op, const Worker& me) {
   const float* x = float_input(op, me, room, &stride);
   const int items = pairs_of(op), step = op.rows == 1 ? claim(items, me.threads) : 1;
   for (int at; (at = pool_take(me, step)) < items;)
-    for (int i = at; i < lesser(items, at + step); i++) {
-      const Pair pair = pair_at(op, i);
-      for (int row = 0; row < op.rows; row += FLOAT_SPAN) {
-        const int rows = lesser(FLOAT_SPAN, op.rows - row);
-        float *a = acc, *b = pair.second < 0 ? nullptr : acc + FLOAT_SPAN * 16;
-        float_tile(w, pair.first, x + row * stride, stride, rows, block, a);
-        if (b) float_tile(w, pair.second, x + row * stride, stride, rows, block, b);
-        for (int r = 0; r < rows; r++) {
-          F p[V], q[V];
-          for (int v = 0; v < V; v++) {
-            p[v] = ld(a + r * 16 + v * W);
-            if (b) q[v] = ld(b + r * 16 + v * W);
-          }
-          finish(op, row + r, pair, p, b ? q : nullptr);
-        }
-      }
-    }
+    for (int i = at; i < lesser(items, at + step); i++) float_pair(op, pair_at(op, i), x, stride, acc, block);
 }
 
 }  // namespace

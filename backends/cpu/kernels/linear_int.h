@@ -127,22 +127,27 @@ inline void pair_rows(const LinearOp& op, Pair pair, const Quantised& a, int row
 }
 
 template <bool WIDE>
+inline void few_pair(const LinearOp& op, Pair pair, const Quantised& a) {
+  int row = 0;
+  for (; row + 4 <= op.rows; row += 4) pair_rows<WIDE, 4>(op, pair, a, row);
+  for (; row + 2 <= op.rows; row += 2) pair_rows<WIDE, 2>(op, pair, a, row);
+  if (row < op.rows) pair_rows<WIDE, 1>(op, pair, a, row);
+}
+
+template <bool WIDE>
 void few_rows(const LinearOp& op, const Worker& me, const Quantised& a) {
   const int items = pairs_of(op), step = claim(items, me.threads);
   for (int at; (at = pool_take(me, step)) < items;)
-    for (int i = at; i < lesser(items, at + step); i++) {
-      const Pair pair = pair_at(op, i);
-      int row = 0;
-      for (; row + 4 <= op.rows; row += 4) pair_rows<WIDE, 4>(op, pair, a, row);
-      for (; row + 2 <= op.rows; row += 2) pair_rows<WIDE, 2>(op, pair, a, row);
-      if (row < op.rows) pair_rows<WIDE, 1>(op, pair, a, row);
-    }
+    for (int i = at; i < lesser(items, at + step); i++) few_pair<WIDE>(op, pair_at(op, i), a);
 }
 
 // Many rows -----------------------------------------------------------------------------------------------
 
 // A strip is what one step multiplies at once: the 16 rows of a tile, or with 16 lanes both tiles of a pair.
 constexpr int NV = W == 16 ? 2 : V, STRIPS = W == 16 ? 1 : 2, STRIP = NV * W;
+inline int panels_of(int rows) {
+  return (rows + PANEL - 1) / PANEL;
+}
 constexpr int PANELS = 516 / PANEL;  // panels whose sums of a pair stay in L2: 516 * 32 floats, 66 kB
 
 #if !defined(MATRIX)
@@ -245,24 +250,27 @@ inline void finish_panels(const LinearOp& op, Pair pair, int p0, int p1, const f
 }
 
 template <bool WIDE>
-void many_rows(const LinearOp& op, const Worker& me, const Quantised& a) {
-  const int items = pairs_of(op), panels = (op.rows + PANEL - 1) / PANEL;
-  const ManyRoom room{(float*)me.scratch, me.scratch + (size_t)PANELS * PANEL * 32 * 4};
-  for (int i; (i = pool_take(me, 1)) < items;) {
-    const Pair pair = pair_at(op, i);
-    for (int p0 = 0; p0 < panels; p0 += PANELS) {
-      const int p1 = lesser(panels, p0 + PANELS);
-      pair_panels<WIDE>(*op.w, pair, a, p0, p1, room);
-      finish_panels(op, pair, p0, p1, room.acc);
-    }
+inline void many_pair(const LinearOp& op, Pair pair, const Quantised& a, uint8_t* scratch) {
+  const int panels = panels_of(op.rows);
+  const ManyRoom room{(float*)scratch, scratch + (size_t)PANELS * PANEL * 32 * 4};
+  for (int p0 = 0; p0 < panels; p0 += PANELS) {
+    const int p1 = lesser(panels, p0 + PANELS);
+    pair_panels<WIDE>(*op.w, pair, a, p0, p1, room);
+    finish_panels(op, pair, p0, p1, room.acc);
   }
+}
+
+template <bool WIDE>
+void many_rows(const LinearOp& op, const Worker& me, const Quantised& a) {
+  const int items = pairs_of(op);
+  for (int i; (i = pool_take(me, 1)) < items;) many_pair<WIDE>(op, pair_at(op, i), a, me.scratch);
 }
 
 // Activations ---------------------------------------------------------------------------------------------
 
 // One row of op.x, normalised if the op says so, in float32: `room` (k) if it had to be made.
 inline const float* input_row(const LinearOp& op, int row, float* room) {
-  const float* x = op.x + row * op.x_stride;
+  const float* x = op.x + (op.from ? op.from[row] : row) * op.x_stride;
   if (!op.norm) return x;
   norm_row(x, room, op.w->k, *op.norm);
   return room;
@@ -290,6 +298,12 @@ inline void pack_panel(const LinearOp& op, int panel, const Quantised& a, uint8_
   }
 }
 
+inline void quantise_at(const LinearOp& op, int row, const Quantised& a, uint8_t* room) {
+  const Weight& w = *op.w;
+  const size_t i = (size_t)row, groups = (size_t)(w.k / w.group);
+  quantise_row(input_row(op, row, (float*)room), w.k, w.group, a.x + i * w.k, a.scale + groups * i, a.sum + groups * i);
+}
+
 inline size_t row_bytes(const Weight& w) {
   return (size_t)w.k * 5 + (size_t)(w.k / w.group) * 8 + 192;
 }
@@ -297,20 +311,17 @@ inline size_t row_bytes(const Weight& w) {
 // One row is quantised by every thread for itself: cheaper than to meet. More rows are shared out.
 inline Quantised quantise_input(const LinearOp& op, const Worker& me) {
   const Weight& w = *op.w;
-  const size_t groups = (size_t)(w.k / w.group);
   if (op.rows == 1) {
     const Quantised a = quantised_at(me.scratch, 1, w);
-    float* room = (float*)(me.scratch + up_to((int64_t)quantised_bytes(1, w), 64));
-    quantise_row(input_row(op, 0, room), w.k, w.group, a.x, a.scale, a.sum);
+    quantise_at(op, 0, a, me.scratch + up_to((int64_t)quantised_bytes(1, w), 64));
     return a;
   }
   const bool few = op.rows <= FEW;
-  const int items = few ? op.rows : (op.rows + PANEL - 1) / PANEL;
+  const int items = few ? op.rows : panels_of(op.rows);
   const Quantised a = quantised_at(me.shared, few ? op.rows : items * PANEL, w);
   for (int i; (i = pool_take(me, 1)) < items;) {
     if (few) {
-      const float* x = input_row(op, i, (float*)me.scratch);
-      quantise_row(x, w.k, w.group, a.x + (size_t)i * w.k, a.scale + groups * i, a.sum + groups * i);
+      quantise_at(op, i, a, me.scratch);
     } else {
       pack_panel(op, i, a, me.scratch);
     }

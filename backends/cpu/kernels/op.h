@@ -7,7 +7,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum Code : int32_t { EMBED = 1, LINEAR, NORM, ROPE, ATTENTION, MAP, PACK, PROBE };
+enum Code : int32_t { EMBED = 1, LINEAR, NORM, ROPE, ATTENTION, MAP, PACK, PROBE, ROUTE, EXPERTS };
 enum Kind : int32_t { INT4, INT8, F16, BF16, F32 };  // of a weight's numbers
 enum NormKind : int32_t { NO_NORM, RMS, LAYER };
 enum Act : int32_t { NO_ACT, SILU, GELU, GELU_TANH, RELU, RELU2 };
@@ -80,6 +80,39 @@ struct LinearOp {
   const float* residual;  // may be null, may be y
   int64_t residual_stride;
   int32_t act, gated, exact, pad;
+  const int32_t *from, *to;  // may be null: row r reads row from[r] of x; row to[r] of y grows by share[r] times
+  const float* share;        // what row r gives
+};
+
+// Sorts rows by the experts they go to: the k with the largest logits, the lower index where two are equal, and the
+// shared one, if there is one, as expert number `experts`. Each row has k + shared places in the sorted order: those of
+// expert e are first[e] .. first[e + 1], by ascending row; place p is for row[p] and counts share[p], the softmax over
+// the experts' logits (normalise: over those of the k), the shared one's the sigmoid of the last logit.
+struct RouteOp {
+  int32_t code, rows, experts, k, normalise, shared;
+  const float* logits;  // (rows, experts + shared)
+  int64_t stride;
+  int32_t *first, *row;  // (experts + shared + 1), (rows * (k + shared))
+  float* share;
+};
+
+// Half of the experts' MLPs, each expert's weight read once for all its rows.
+//   up    w holds gate rows, then up rows: for each place, act(gate) * up of row[p] of norm(x). Rows of h lie one after
+//         another in the sorted order, each as wide as its expert.
+//   down  x is that h: y = [residual +] the sum over a row's places of share * (w · h + bias), experts ascending.
+struct ExpertsOp {
+  int32_t code, rows, experts, each;  // each: places of a row, k + shared
+  int32_t up, act, exact, pad;
+  const Weight* w;  // (experts): forms and inner sizes may differ
+  const int32_t *first, *row;
+  const float* share;
+  const float* x;
+  int64_t x_stride;     // up alone
+  const NormArg* norm;  // up alone, may be null
+  float* y;
+  int64_t y_stride;       // down alone
+  const float* residual;  // down alone, may be null
+  int64_t residual_stride;
 };
 
 struct NormOp {
