@@ -279,12 +279,11 @@ class Backend:
             h = self.act(self.linear(h, mlp.up), mlp.act)
         return self.linear(h, mlp.down) if residual is None else self.linear_add(h, mlp.down, residual)
 
-    captures_moe = False  # whether `moe` stays on the device, so that a step with it can be captured
-
     def moe(self, x: Tensor, moe: Moe, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
         """[residual +] the weighted sum of each row's experts. x (T, C) -> (T, C).
 
-        This default routes on the host and runs one expert after the other.
+        This default routes on the host and runs one expert after the other: what is meant, and what a backend
+        falls back to for experts that it cannot multiply by index. A step with it must not be captured.
         """
         h = x if norm is None else self.norm(x, norm)
         choice, share = route(self.to_host(self.linear(h, moe.router)), moe)

@@ -170,8 +170,7 @@ class Decoder:
             progress(layer + 2, total)
         self.final_norm = loader.final_norm()
         progress(total, total)
-        one_row = backend.capture if config.moe is None or backend.captures_moe else lambda fn: fn
-        self._one_row: StepFn = one_row(lambda ids, step: self._logits(self._hidden(ids, step)))
+        self._one_row: StepFn = backend.capture(lambda ids, step: self._logits(self._hidden(ids, step)))
 
     def new_cache(self, capacity: int) -> Cache:
         return self.backend.new_cache(cache_shape(self.config), capacity)

@@ -70,8 +70,8 @@ class CpuBackend(Backend):
         self.tape: Tape | None = None  # of the step being recorded
         self._forced = bool(isa)
         self._arena, self._scratch = Arena(), Scratch()
+        self._routes_on_host = False  # experts that no op knows: such a step cannot be replayed
         self._shelf: Shelf | None = None  # while a model is loaded
-        self._caches = 0
         self._norms: dict[int, tuple[Norm, c.CNorm]] = {}
         self._ropes: dict[int, RopeTable] = {}
 
@@ -105,7 +105,7 @@ class CpuBackend(Backend):
         pairs = [(_weight(self.pack(up)), _weight(self.pack(down))) for up, down in experts]
         if all(up.shape[0] % 32 == 0 for up, _ in pairs):
             return Experts(act, pairs)
-        self.captures_moe = False  # gate and up share a tile: the contract's way, on the host
+        self._routes_on_host = True  # gate and up share a tile: the contract's way
         return tuple(Mlp(act, down, gate_up=up) for up, down in pairs)
 
     def new_cache(self, shape: CacheShape, capacity: int) -> Cache:
@@ -197,8 +197,6 @@ class CpuBackend(Backend):
             return super().mlp(x, mlp, norm, residual)
         return self._linear(h, mlp.down, residual=residual)
 
-    captures_moe = True
-
     def moe(self, x: Tensor, moe: Moe, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
         experts = moe.experts
         if not isinstance(experts, Experts):
@@ -225,7 +223,7 @@ class CpuBackend(Backend):
 
     # whole steps --------------------------------------------------------------------------------
     def capture(self, fn: StepFn) -> StepFn:
-        return Captured(fn, self)
+        return fn if self._routes_on_host else Captured(fn, self)
 
     def to_host(self, x: Tensor) -> F32:
         return np.array(x, np.float32)

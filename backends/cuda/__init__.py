@@ -15,9 +15,10 @@ except ImportError as e:
 
 import torch.nn.functional as F
 
-from tinychat_mlx.backend import Attention, Backend, Device, Mlp, Norm, Rope, Segment, Step, StepFn
+from tinychat_mlx.backend import Attention, Backend, Device, Mlp, Moe, Norm, Rope, Segment, Step, StepFn
 from tinychat_mlx.backends.cuda import device as devices
 from tinychat_mlx.backends.cuda import weights
+from tinychat_mlx.backends.cuda.experts import Experts, Mixture, route_rows
 from tinychat_mlx.backends.cuda.graph import Replay
 from tinychat_mlx.backends.cuda.kernels import Kernels, Turned, can_attend, can_glu
 from tinychat_mlx.backends.cuda.torch_ops import FEW, TorchBackend, guarded, own
@@ -60,7 +61,7 @@ class CudaBackend(TorchBackend):
         if device.type == "cuda":
             devices.fence(device)
         self.kernels = kernels
-        self._recordable = True  # until a one-row step has read a cache's length on the host
+        self._recordable = True  # until a one-row step has read a cache's length, or a choice, on the host
         if kernels is None and device.type == "cuda" and not exact and os.environ.get(PURE) != "0":
             self.kernels = self._own_kernels()
 
@@ -189,6 +190,20 @@ class CudaBackend(TorchBackend):
         assert isinstance(mlp.gate_up, TiledHandle)
         h = self.kernels.matvec_glu(h, mlp.gate_up, mlp.act)
         return self.linear(h, mlp.down) if residual is None else self.linear_add(h, mlp.down, residual)
+
+    @guarded
+    def moe(self, x: Any, moe: Moe, norm: Norm | None = None, residual: Any | None = None) -> torch.Tensor:
+        experts: Experts = moe.experts
+        if self.kernels is None or not experts.on_kernels(moe):
+            self._recordable = False  # who goes where is read on the host
+            return super().moe(x, moe, norm, residual)
+        h = self._rows(x if norm is None else self.norm(x, norm))
+        choice, share = route_rows(self.kernels, self.linear(h, moe.router).float().contiguous(), moe)
+        shared = experts.shared(moe)
+        other = None if shared is None else self.mlp(h, shared).float().contiguous()
+        added = None if residual is None else residual.float().contiguous()
+        mixture = Mixture(self.kernels, moe, choice, share, other, added)
+        return mixture.few(h) if h.shape[0] <= FEW else mixture.many(h)
 
     # whole steps ----------------------------------------------------------------------------------------
     def capture(self, fn: StepFn) -> StepFn:

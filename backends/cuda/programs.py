@@ -7,7 +7,8 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent / "kernels"
 HEADERS = {  # beside prelude.cuh
-    "matvec": ["tiles.cuh"],
+    "matvec": ["tiles.cuh", "product.cuh"],
+    "experts": ["tiles.cuh", "product.cuh"],
     "gemm": ["tiles.cuh"],
     "unpack": ["tiles.cuh"],
     "attention": ["turn.cuh"],

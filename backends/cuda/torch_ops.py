@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -17,11 +17,24 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from tinychat_mlx.backend import Attention, Backend, Cache, CacheShape, Memory, Norm, Rope, Step, Tensor
+from tinychat_mlx.backend import (
+    Attention,
+    Backend,
+    Cache,
+    CacheShape,
+    Memory,
+    Mlp,
+    Moe,
+    Norm,
+    Rope,
+    Step,
+    Tensor,
+)
 from tinychat_mlx.backends.cuda import device as devices
 from tinychat_mlx.backends.cuda import weights
 from tinychat_mlx.backends.cuda.attention import attend
 from tinychat_mlx.backends.cuda.cache import CudaCache, cache_nbytes
+from tinychat_mlx.backends.cuda.experts import Experts, apart
 from tinychat_mlx.backends.cuda.weights import CudaHandle, DenseHandle, TiledHandle
 from tinychat_mlx.errors import BackendError
 from tinychat_mlx.weight import F32, Dense, Packed, Weight
@@ -84,6 +97,10 @@ class TorchBackend(Backend):
             self.announce(f"groups of {weight.group_size} have no kernel: held as {self.dtype}")
             weight = Dense(weight.name, weight.to_float32(), weight.bias)
         return self._hold(weights.pack_dense(weight, self.device, self.dtype))
+
+    def pack_experts(self, act: str, experts: Iterable[tuple[Weight, Weight]]) -> Experts:
+        mlps = [Mlp(act, self.pack(down), gate_up=self.pack(up)) for up, down in experts]
+        return Experts(mlps, self.device)
 
     @guarded
     def new_cache(self, shape: CacheShape, capacity: int) -> CudaCache:
@@ -213,6 +230,11 @@ class TorchBackend(Backend):
     @guarded
     def softcap(self, x: torch.Tensor, cap: float) -> torch.Tensor:
         return torch.tanh(x / cap) * cap
+
+    def moe(self, x: Any, moe: Moe, norm: Norm | None = None, residual: Any | None = None) -> torch.Tensor:
+        h = x if norm is None else self.norm(x, norm)
+        y = apart(h, self.linear(h, moe.router), moe, self.mlp)
+        return y if residual is None else self.add(residual, y)
 
     # whole steps ----------------------------------------------------------------------------------
     def to_host(self, x: torch.Tensor) -> F32:

@@ -258,8 +258,6 @@ class MlxBackend(Backend):
             return super().mlp(x, mlp, norm, residual)
         return self.linear(h, mlp.down) if residual is None else self.linear_add(h, mlp.down, residual)
 
-    captures_moe = True
-
     def pack_experts(self, act: str, experts: Iterable[tuple[Weight, Weight]]) -> Any:
         handles = [(self.pack(up), self.pack(down)) for up, down in experts]
         with self._evaluating():

@@ -22,6 +22,7 @@ ARCHITECTURES = ("sm_75", "sm_87", "sm_90")
 # The variants that models use most, and those that need most of something.
 VARIANTS: list[tuple[str, dict[str, int]]] = [
     *(("matvec", {"BITS": bits, "GROUP": group}) for bits in (4, 8) for group in (32, 64, 128)),
+    *(("experts", {"BITS": bits, "GROUP": group}) for bits in (4, 8) for group in (32, 64, 128)),
     *(("gemm", {"BITS": bits, "GROUP": group}) for bits, group in ((4, 32), (4, 128), (8, 32), (8, 128))),
     ("unpack", {"BITS": 4, "GROUP": 128}),
     ("unpack", {"BITS": 8, "GROUP": 32}),

@@ -220,7 +220,8 @@ static void try_experts(Engine* e, Random& r) {
 
   int64_t inner = 0;
   for (int i = 0; i < all; i++) inner += (int64_t)(m.first[(size_t)i + 1] - m.first[(size_t)i]) * m.down[(size_t)i].k;
-  std::vector<float> h((size_t)inner, NONE), y((size_t)(rows + 1) * (size_t)ys, 7.5f), residual((size_t)rows * m.hidden);
+  std::vector<float> h((size_t)inner, NONE), y((size_t)(rows + 1) * (size_t)ys, 7.5f),
+      residual((size_t)rows * m.hidden);
   for (float& f : residual) f = r.unit();
   ExpertsOp op = m.op(rows, m.up);
   op.up = 1, op.act = RELU, op.exact = exact, op.x = x.data(), op.x_stride = xs, op.y = h.data();

@@ -13,15 +13,13 @@
 
 constexpr int STAGES = 3, ROWS = 128, OUTPUTS = 128, PLANE = ROWS * 4;  // in 16 bytes
 
-// Grid (ceil(N / 128), ceil(T / 128)), 256 threads. bias (N), residual (T, N) float may be null; exactly one of
-// y_half, y_float is not. K % 32 == 0; x is 16-byte aligned. N % 2 == 0 where y_half is used.
-KERNEL(256, 1)
-gemm(const uint4* codes, const uint2* scales, const u16* x, const float* bias, const float* residual, u16* y_half,
-     float* y_float, int N, int K, int T) {
-  __shared__ uint4 staged[STAGES][2][PLANE];
+// Rows first_row .. first_row + 127 below T. from: row r reads row from[r] of x; null: row r.
+DEVICE void multiply(uint4 (&staged)[STAGES][2][PLANE], const uint4* codes, const uint2* scales, const u16* x,
+                     const int* from, const float* bias, const float* residual, u16* y_half, float* y_float, int N,
+                     int K, int first_row, int T) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int tiles = (N + 15) / 16, units = (K + 127) / 128, steps = units * 2;
-  const int first_tile = blockIdx.x * (OUTPUTS / 16) + warp % 4 * 2, first_row = blockIdx.y * ROWS;
+  const int first_tile = blockIdx.x * (OUTPUTS / 16) + warp % 4 * 2;
   const int row_base = warp / 4 * 64;
   constexpr int HALF_LOADS = LOADS / 2;  // of 64 inputs
   constexpr int HALF_GROUPS = GROUP == 32 ? 2 : 1;
@@ -32,8 +30,8 @@ gemm(const uint4* codes, const uint2* scales, const u16* x, const float* bias, c
       for (int i = 0; i < 4; i++) {
         const int piece = threadIdx.x + 256 * i, row = piece / 8, part = piece % 8, k = step * 64 + part * 8;
         const bool full = first_row + row < T && k < K;
-        copy_async(&staged[step % STAGES][part / 4][row * 4 + part % 4], full ? x + size_t(first_row + row) * K + k : x,
-                   full);
+        const int row_of_x = full && from ? from[first_row + row] : first_row + row;
+        copy_async(&staged[step % STAGES][part / 4][row * 4 + part % 4], full ? x + size_t(row_of_x) * K + k : x, full);
       }
     copy_commit();
   };
@@ -115,4 +113,37 @@ gemm(const uint4* codes, const uint2* scales, const u16* x, const float* bias, c
         else
           y_float[at] = value;
       }
+}
+
+// Grid (ceil(N / 128), ceil(T / 128)), 256 threads. bias (N), residual (T, N) float may be null; exactly one of
+// y_half, y_float is not null. K % 32 == 0; x is 16-byte aligned. N % 2 == 0 where y_half is used.
+KERNEL(256, 1)
+gemm(const uint4* codes, const uint2* scales, const u16* x, const float* bias, const float* residual, u16* y_half,
+     float* y_float, int N, int K, int T) {
+  __shared__ uint4 staged[STAGES][2][PLANE];
+  multiply(staged, codes, scales, x, nullptr, bias, residual, y_half, y_float, N, K, blockIdx.y * ROWS, T);
+}
+
+// Rows sorted by expert: y (P, N) half, row p by expert e where first[e] <= p < first[e + 1]. from (P): row p reads row
+// from[p] of x; null: row p. weights: three addresses an expert, codes, scales, bias or 0. Block (., b) makes the b-th
+// piece of 128 rows, where expert e has pieces[e] .. pieces[e + 1]: how many there are only the device knows, so
+// the grid is (ceil(N / 128), P / 128 + experts) at most, and blocks beyond the last piece end at once.
+KERNEL(256, 1)
+gemm_experts(const u64* weights, const int* first, const int* pieces, const int* from, const u16* x, u16* y, int N,
+             int K, int experts) {
+  __shared__ uint4 staged[STAGES][2][PLANE];
+  const int at = blockIdx.y;
+  if (at >= pieces[experts]) return;
+  int e = 0, end = experts;  // the expert with pieces[e] <= at < pieces[e + 1]
+  while (end - e > 1) {
+    const int middle = (e + end) / 2;
+    if (pieces[middle] <= at)
+      e = middle;
+    else
+      end = middle;
+  }
+  const u64* w = weights + 3 * size_t(e);
+  multiply(staged, reinterpret_cast<const uint4*>(w[0]), reinterpret_cast<const uint2*>(w[1]), x, from,
+           reinterpret_cast<const float*>(w[2]), nullptr, y, nullptr, N, K, first[e] + (at - pieces[e]) * ROWS,
+           first[e + 1]);
 }

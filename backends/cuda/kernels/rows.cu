@@ -55,3 +55,60 @@ KERNEL(256, 2) glu_rows(const u16* x, u16* y, int F, int act) {
   const u16* in = x + size_t(blockIdx.y) * 2 * F;
   y[size_t(blockIdx.y) * F + f] = to_half(activation(from_half(in[f]), act) * from_half(in[F + f]));
 }
+
+// Each row's k best experts, the best first, the lower of two alike: choice (T, k), share (T, shares) the softmax over
+// the E logits; normalise: over those of the k. shares > k: the last is the sigmoid of logit E. Logits' rows are
+// `stride` apart, E <= 1024. Grid: T, 32 threads.
+KERNEL(32, 1)
+route_rows(const float* logits, int* choice, float* share, int E, int k, int shares, int stride, int normalise) {
+  const float* in = logits + size_t(blockIdx.x) * stride;
+  const int lane = threadIdx.x;
+  float top = -INFINITE, all = 0.f, sum = 0.f;
+  for (int e = lane; e < E; e += 32) top = fmaxf(top, in[e]);
+#pragma unroll
+  for (int o = 16; o; o /= 2) top = fmaxf(top, SHUFFLE_XOR(top, o));
+  for (int e = lane; e < E; e += 32) all += expf(in[e] - top);
+#pragma unroll
+  for (int o = 16; o; o /= 2) all += SHUFFLE_XOR(all, o);
+  float* out = share + size_t(blockIdx.x) * shares;
+  u32 taken = 0;
+  for (int i = 0; i < k; i++) {
+    float value = -INFINITE;
+    int best = E;  // of no expert: all lanes together always find one, also among NaN
+    for (int e = lane, bit = 0; e < E; e += 32, bit++) {
+      const float v = in[e] == in[e] ? in[e] : -INFINITE;
+      if (!(taken >> bit & 1) && (v > value || (v == value && e < best))) value = v, best = e;
+    }
+#pragma unroll
+    for (int o = 16; o; o /= 2) {
+      const float v = SHUFFLE_XOR(value, o);
+      const int e = SHUFFLE_XOR(best, o);
+      if (v > value || (v == value && e < best)) value = v, best = e;
+    }
+    if (best % 32 == lane) taken |= 1u << (best / 32);
+    const float p = expf(in[best] - top) / all;
+    sum += p;
+    if (lane == 0) choice[size_t(blockIdx.x) * k + i] = best, out[i] = p;
+  }
+  if (lane != 0) return;
+  if (normalise)
+    for (int i = 0; i < k; i++) out[i] /= sum;
+  if (shares > k) out[k] = 1.f / (1.f + expf(-in[E]));
+}
+
+// y (T, N) = [residual +] the sum over slots of share * z[place] [+ the last share * other (T, N)]; z (P, N) half,
+// place (T, slots) where a row's results lie. Grid: (ceil(N / 256), T), 256 threads.
+KERNEL(256, 2)
+combine_rows(const u16* z, const int* place, const float* share, const float* other, const float* residual, float* y,
+             int N, int slots, int shares) {
+  const int n = blockIdx.x * 256 + threadIdx.x, row = blockIdx.y;
+  if (n >= N) return;
+  const float* weight = share + size_t(row) * shares;
+  float sum = 0.f;
+  for (int s = 0; s < slots; s++)
+    sum = fmaf(weight[s], from_half(z[size_t(place[size_t(row) * slots + s]) * N + n]), sum);
+  const size_t at = size_t(row) * N + n;
+  if (other) sum = fmaf(weight[slots], other[at], sum);
+  if (residual) sum += residual[at];
+  y[at] = sum;
+}
