@@ -30,6 +30,24 @@ struct Times {
   }
 };
 
+// A matrix times the rows of a prompt.
+struct Product {
+  static constexpr int ROWS = 512;
+  RandomWeight w;
+  std::vector<float> x, y;
+  LinearOp op = {};
+  Product(int n, int k, Random& random)
+      : w(INT4, n, k, 128, false, random), x((size_t)ROWS * (size_t)k), y((size_t)ROWS * (size_t)n) {
+    for (float& v : x) v = random.unit();
+    op.code = LINEAR, op.rows = ROWS, op.x = x.data(), op.x_stride = k, op.w = &w.w, op.y = y.data(), op.y_stride = n;
+  }
+  double work() const { return 2.0 * ROWS * w.w.n * w.w.k; }
+  double seconds(Engine* e) const {
+    const Op* one = (const Op*)&op;
+    return ::seconds(e, &one, 1);
+  }
+};
+
 int main(int argc, char** argv) {
   const Shape* found = shape_named(argc > 1 ? argv[1] : "llama-3.2-1b");
   const int threads = argc > 2 ? atoi(argv[2]) : 1;
@@ -44,20 +62,17 @@ int main(int argc, char** argv) {
   memset(area.data, 1, area.size);
   ProbeOp read = {PROBE, 1, area.data, (int64_t)area.size, 0, nullptr, &sink},
           peak = {PROBE, 1, nullptr, 0, 200000, &dots, &sink};
-  const int rows = 512, n = 2 * found->intermediate, k = found->hidden;
   Random random{5};
-  RandomWeight w(INT4, n, k, 128, false, random);
-  std::vector<float> x((size_t)rows * k), y((size_t)rows * n);
-  for (float& v : x) v = random.unit();
-  LinearOp op = {};
-  op.code = LINEAR, op.rows = rows, op.x = x.data(), op.x_stride = k, op.w = &w.w, op.y = y.data(), op.y_stride = n;
-  const Op *r = (const Op*)&read, *p = (const Op*)&peak, *m = (const Op*)&op;
-  Times decode, plain, matmul, top;
+  const int inner = found->intermediate;
+  Product up(2 * inner, found->hidden, random), down(found->hidden, inner, random);
+  const Op *r = (const Op*)&read, *p = (const Op*)&peak;
+  Times decode, plain, ups, downs, top;
   for (int i = 0; i < 9; i++) {
     decode.add(seconds(e, t.list.data(), (int)t.list.size()));
     plain.add(seconds(e, &r, 1));
-    matmul.add(seconds(e, &m, 1));
+    ups.add(up.seconds(e));
     top.add(seconds(e, &p, 1));
+    downs.add(down.seconds(e));
   }
   const auto line = [](const char* what, double a, double b) {
     printf("%s: best %.1f of %.1f (%.0f %%)\n", what, a, b, 100 * a / b);
@@ -67,6 +82,7 @@ int main(int argc, char** argv) {
   line("decode GB/s, plain read, medians", (double)t.bytes / decode.median() / 1e9,
        (double)area.size / plain.median() / 1e9);
   printf("decode tokens/s: best %.1f, median %.1f\n", 1 / decode.best(), 1 / decode.median());
-  line("matmul GOP/s, int8 peak", 2.0 * rows * n * k / matmul.best() / 1e9,
-       (double)threads * (double)dots / top.best() / 1e9);
+  const double most = (double)threads * (double)dots / top.best() / 1e9;
+  line("gate and up GOP/s, int8 peak", up.work() / ups.best() / 1e9, most);
+  line("down GOP/s, int8 peak", down.work() / downs.best() / 1e9, most);
 }

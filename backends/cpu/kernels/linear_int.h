@@ -15,7 +15,7 @@ namespace {
 constexpr int FEW = 8;  // rows up to here are done four at a time, straight from the nibbles
 
 // int8 activations of some rows. Few: x[row][k], scale[row][g]. Many: panels of PANEL rows,
-// x[panel][k / DEPTH][PANEL][DEPTH], scale[panel][g][PANEL].
+// x[g][panel][k / DEPTH][PANEL][DEPTH], scale[g][panel][PANEL]: a group's products read one stretch of memory.
 struct Quantised {
   int8_t* x;
   float *scale, *sum;
@@ -148,7 +148,7 @@ constexpr int NV = W == 16 ? 2 : V, STRIPS = W == 16 ? 1 : 2, STRIP = NV * W;
 inline int panels_of(int rows) {
   return (rows + PANEL - 1) / PANEL;
 }
-constexpr int PANELS = 516 / PANEL;  // panels whose sums of a pair stay in L2: 516 * 32 floats, 66 kB
+constexpr int PANELS = 192 / PANEL;  // panels whose sums of a pair stay in L1: 192 * 32 floats, 25 kB
 
 #if !defined(MATRIX)
 constexpr int DEPTH = 4;  // inputs of a row that lie side by side in a panel
@@ -182,6 +182,7 @@ inline void micro(const uint8_t* u, int quadruples, const int8_t* x, const float
         Codes w[NV];
         repeat<NV>([&](auto v) ALWAYS { w[v.value] = codes(u + (int64_t)k * 4 * STRIP + 4 * W * v.value); });
         const Quads quad = quads(x + (int64_t)k * 4 * PANEL);
+        if constexpr (W >= 8) fetch((const uint8_t*)x + (int64_t)(k + quadruples) * 4 * PANEL);  // the next panel
         repeat<PANEL>([&](auto i) ALWAYS {
           repeat<NV>([&](auto v) ALWAYS { a[i.value][v.value].template add<i.value>(w[v.value], quad); });
         });
@@ -211,7 +212,7 @@ inline size_t many_bytes(const Weight& w) {
 
 // Panels p0..p1 of a pair of tiles, sums left in room.acc.
 template <bool WIDE>
-inline void pair_panels(const Weight& w, Pair pair, const Quantised& a, int p0, int p1, const ManyRoom& room) {
+inline void pair_panels(const Weight& w, Pair pair, const Quantised& a, int panels, int p0, int p1, const ManyRoom& room) {
   const int groups = w.k / w.group, steps = w.group / 4;
   const size_t block = block_bytes(w), tail = (size_t)w.group * (WIDE ? 16 : 8);
   const int tiles[2] = {pair.first, pair.second < 0 ? pair.first : pair.second};
@@ -227,7 +228,7 @@ inline void pair_panels(const Weight& w, Pair pair, const Quantised& a, int p0, 
         for (int v = 0; v < V; v++) scale[t * V + v] = ends.scale[v], bias[t * V + v] = ends.bias[v];
       }
       for (int p = p0; p < p1; p++) {
-        const size_t at = ((size_t)p * groups + g) * PANEL;
+        const size_t at = ((size_t)g * panels + p) * PANEL;
         micro<WIDE>(room.codes, steps, a.x + at * w.group, a.scale + at, a.sum + at, scale, bias,
                     acc + (size_t)(p - p0) * PANEL * STRIP);
       }
@@ -255,7 +256,7 @@ inline void many_pair(const LinearOp& op, Pair pair, const Quantised& a, uint8_t
   const ManyRoom room{(float*)scratch, scratch + (size_t)PANELS * PANEL * 32 * 4};
   for (int p0 = 0; p0 < panels; p0 += PANELS) {
     const int p1 = lesser(panels, p0 + PANELS);
-    pair_panels<WIDE>(*op.w, pair, a, p0, p1, room);
+    pair_panels<WIDE>(*op.w, pair, a, panels, p0, p1, room);
     finish_panels(op, pair, p0, p1, room.acc);
   }
 }
@@ -282,7 +283,7 @@ inline void pack_panel(const LinearOp& op, int panel, const Quantised& a, uint8_
   const int groups = w.k / w.group;
   float *room = (float*)scratch, *scale = room + w.k, *sum = scale + groups;
   int8_t* q = (int8_t*)(sum + groups);
-  int8_t* x = a.x + (size_t)panel * PANEL * w.k;
+  const int panels = panels_of(op.rows);
   for (int i = 0; i < PANEL; i++) {
     const int row = panel * PANEL + i;
     if (row < op.rows) {
@@ -290,10 +291,11 @@ inline void pack_panel(const LinearOp& op, int panel, const Quantised& a, uint8_
     } else {
       memset(scale, 0, sizeof(float) * (size_t)groups * 2 + (size_t)w.k);
     }
-    for (int k = 0; k < w.k; k += DEPTH) memcpy(x + (size_t)k * PANEL + (size_t)i * DEPTH, q + k, DEPTH);
     for (int g = 0; g < groups; g++) {
-      const size_t at = ((size_t)panel * groups + g) * PANEL + i;
-      a.scale[at] = scale[g], a.sum[at] = sum[g];
+      const size_t at = ((size_t)g * panels + panel) * PANEL;
+      a.scale[at + i] = scale[g], a.sum[at + i] = sum[g];
+      int8_t* x = a.x + at * w.group + i * DEPTH;
+      for (int k = 0; k < w.group; k += DEPTH) memcpy(x + (size_t)k * PANEL, q + g * w.group + k, DEPTH);
     }
   }
 }
