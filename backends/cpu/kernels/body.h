@@ -72,7 +72,10 @@ void need(const Op* op, size_t* scratch, size_t* shared) {
   const Weight& w = *linear.w;
   if (in_floats(linear)) {
     *scratch = float_bytes(w);
-    if (linear.norm && op->rows > 1) *shared = (size_t)op->rows * (size_t)w.k * 4;
+    if (op->rows > FEW)
+      *shared = float_panel_bytes(op->rows, w);
+    else if (linear.norm && op->rows > 1)
+      *shared = (size_t)op->rows * (size_t)w.k * 4;
     return;
   }
   *scratch = quantised_bytes(1, w) + row_bytes(w) + 64;

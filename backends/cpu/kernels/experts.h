@@ -79,14 +79,16 @@ inline bool in_floats(const ExpertsOp& op, const Weight& w) {
   return op.exact || w.kind > INT8;
 }
 
-// Bytes of a row as the products read it. h needs no copy in float32: it lies in order already.
+// Bytes of a row as the products read it.
 inline size_t input_row_bytes(const ExpertsOp& op, const Weight& w) {
-  if (in_floats(op, w)) return op.up ? sizeof(float) * (size_t)w.k : 0;
-  return (size_t)w.k + 8 * (size_t)(w.k / w.group);
+  return in_floats(op, w) ? sizeof(float) * (size_t)w.k : (size_t)w.k + 8 * (size_t)(w.k / w.group);
 }
 
+// Few rows of h need no copy in float32: they lie in order already.
 inline size_t input_bytes(const ExpertsOp& op, const Weight& w, int rows) {
-  const size_t size = in_floats(op, w) ? input_row_bytes(op, w) * (size_t)rows : quantised_bytes(rows, w);
+  size_t size = quantised_bytes(rows, w);
+  if (in_floats(op, w))
+    size = rows > FEW ? float_panel_bytes(rows, w) : op.up ? input_row_bytes(op, w) * (size_t)rows : 0;
   return (size_t)up_to((int64_t)size, 64);
 }
 
@@ -132,8 +134,9 @@ inline LinearOp product_of(const ExpertsOp& op, const Part& p) {
 
 // Rows, or for the many-row kernel panels, that have to be made ready for a part's products.
 inline int inputs_of(const ExpertsOp& op, const Part& p) {
-  if (in_floats(op, *p.w)) return op.up ? p.rows : 0;
-  return p.rows <= FEW ? p.rows : panels_of(p.rows);
+  const bool floats = in_floats(op, *p.w);
+  if (p.rows > FEW) return floats ? float_panels_of(p.rows) : panels_of(p.rows);
+  return floats && !op.up ? 0 : p.rows;
 }
 
 inline Quantised quantised_part(const Part& p, uint8_t* in) {
@@ -143,7 +146,9 @@ inline Quantised quantised_part(const Part& p, uint8_t* in) {
 // Makes one of them ready in `in`. scratch: row_bytes.
 inline void make_input(const ExpertsOp& op, const Part& p, int i, uint8_t* in, uint8_t* scratch) {
   const LinearOp l = product_of(op, p);
-  if (in_floats(op, *p.w)) {
+  if (in_floats(op, *p.w) && p.rows > FEW) {
+    pack_floats(l, i, (float*)in, (float*)scratch);
+  } else if (in_floats(op, *p.w)) {
     float* to = (float*)in + (size_t)i * p.w->k;
     const float* x = input_row(l, i, to);
     if (x != to) memcpy(to, x, sizeof(float) * (size_t)p.w->k);
@@ -159,8 +164,9 @@ inline void multiply(const ExpertsOp& op, const Part& p, int item, uint8_t* in, 
   const LinearOp l = product_of(op, p);
   const Pair pair = pair_at(l, item);
   if (in_floats(op, *p.w)) {
-    float* acc = (float*)scratch;
-    return float_pair(l, pair, op.up ? (float*)in : l.x, p.w->k, acc, acc + FLOAT_SPAN * 2 * 16);
+    float *acc = (float*)scratch, *block = acc + FLOAT_SPAN * 2 * 16;
+    if (p.rows > FEW) return many_floats(l, pair, (float*)in, acc, block);
+    return float_pair(l, pair, op.up ? (float*)in : l.x, p.w->k, acc, block);
   }
   const Quantised a = quantised_part(p, in);
   const bool wide = p.w->kind == INT8;
@@ -243,7 +249,8 @@ inline void experts_need(const ExpertsOp& op, size_t* scratch, size_t* shared) {
     }
   }
   const size_t rows = (size_t)op.rows, parts = (size_t)lesser(op.experts, op.rows * op.each);
-  const size_t inputs = rows * (largest + (size_t)(op.each - 1) * second) + parts * (PANEL * largest + 320);
+  const size_t inputs =
+      rows * (largest + (size_t)(op.each - 1) * second) + parts * (greater(PANEL, FLOAT_PANEL) * largest + 320);
   *scratch = work_bytes(op) + (op.rows == 1 ? inputs : 0) + 64;
   if (op.rows > 1) *shared = inputs;
 }

@@ -8,7 +8,7 @@
 namespace {
 
 constexpr int DENSE_BLOCK = 128;  // inputs widened at a time: 128 x 16 floats, 8 kB, half of a small L1
-constexpr int FLOAT_SPAN = 512;   // rows whose sums of a tile stay in L2
+constexpr int FLOAT_SPAN = 504;   // rows whose sums of a tile stay in L2; whole panels of any size in use
 
 inline F ld_dense(int kind, const uint8_t* p, size_t i) {
   switch (kind) {
@@ -18,11 +18,11 @@ inline F ld_dense(int kind, const uint8_t* p, size_t i) {
   }
 }
 
-// Inputs k0..k0 + n of a tile -> out (n, 16) float32.
-inline void widen(const Weight& w, const uint8_t* tile, int k0, int n, float* out) {
+// Inputs k0..k0 + n of a tile -> out (n, 16) float32, lines `stride` apart.
+inline void widen(const Weight& w, const uint8_t* tile, int k0, int n, float* out, int stride = 16) {
   if (w.kind > INT8) {
     for (int k = 0; k < n; k++)
-      for (int v = 0; v < V; v++) st(out + k * 16 + v * W, ld_dense(w.kind, tile, (size_t)(k0 + k) * 16 + v * W));
+      for (int v = 0; v < V; v++) st(out + k * stride + v * W, ld_dense(w.kind, tile, (size_t)(k0 + k) * 16 + v * W));
     return;
   }
   const int bits = w.kind == INT4 ? 4 : 8;
@@ -32,7 +32,7 @@ inline void widen(const Weight& w, const uint8_t* tile, int k0, int n, float* ou
     const int line = bits == 4 ? k / 8 : k / 4, shift = bits == 4 ? 8 * (k % 4) + (k & 4) : 8 * (k % 4);
     for (int v = 0; v < V; v++) {
       const F q = field(block + line * 64 + 4 * W * v, shift, bits == 4 ? 15 : 255);
-      st(out + k * 16 + v * W, fma(q, t.scale[v], t.bias[v]));
+      st(out + k * stride + v * W, fma(q, t.scale[v], t.bias[v]));
     }
   }
 }
@@ -98,9 +98,13 @@ inline void float_tile(const Weight& w, int index, const float* x, int64_t strid
   }
 }
 
+// Inputs widened at a time.
+inline int float_block(const Weight& w) {
+  return w.kind > INT8 ? DENSE_BLOCK : w.group;
+}
+
 inline size_t float_bytes(const Weight& w) {
-  const size_t block = w.kind > INT8 ? DENSE_BLOCK : (size_t)w.group;
-  return (FLOAT_SPAN * 2 * 16 + block * 16 + (size_t)w.k) * 4 + 192;
+  return (FLOAT_SPAN * 2 * 16 + (size_t)float_block(w) * 32 + (size_t)w.k) * 4 + 192;
 }
 
 // All rows, normalised where the op says so: x itself, this thread's scratch (one row) or the shared room.
@@ -133,10 +137,89 @@ inline void float_pair(const LinearOp& op, Pair pair, const float* x, int64_t st
   }
 }
 
+// Many rows -----------------------------------------------------------------------------------------------
+
+// Inputs lie as they are read, x[block of k][panel][k][FLOAT_PANEL]: rows of a matrix stand a power of two apart and
+// would fight for the same lines of the cache. Strips are those of linear_int.h.
+inline size_t float_panel_bytes(int rows, const Weight& w) {
+  return sizeof(float) * (size_t)up_to(rows, FLOAT_PANEL) * (size_t)w.k;
+}
+
+inline int float_panels_of(int rows) {
+  return (rows + FLOAT_PANEL - 1) / FLOAT_PANEL;
+}
+
+// Makes one panel ready; room is for a row.
+inline void pack_floats(const LinearOp& op, int panel, float* out, float* room) {
+  const int k = op.w->k, step = float_block(*op.w), panels = float_panels_of(op.rows);
+  for (int i = 0; i < FLOAT_PANEL; i++) {
+    const float* x = input_row(op, lesser(panel * FLOAT_PANEL + i, op.rows - 1), room);  // the last again, never stored
+    for (int k0 = 0; k0 < k; k0 += step) {
+      const int n = lesser(step, k - k0);
+      float* to = out + ((int64_t)k0 * panels + (int64_t)panel * n) * FLOAT_PANEL + i;
+      for (int j = 0; j < n; j++) to[j * FLOAT_PANEL] = x[k0 + j];
+    }
+  }
+}
+
+// acc (FLOAT_PANEL, STRIP) += x (n, FLOAT_PANEL)ᵀ * w (n, STRIP)
+inline void float_step(const float* w, int n, const float* x, float* acc) {
+  F a[FLOAT_PANEL][NV];
+  repeat<FLOAT_PANEL>([&](auto i) ALWAYS {
+    repeat<NV>([&](auto v) ALWAYS { a[i.value][v.value] = ld(acc + i.value * STRIP + v.value * W); });
+  });
+  for (int k = 0; k < n; k++, w += STRIP, x += FLOAT_PANEL) {
+    F line[NV];
+    repeat<NV>([&](auto v) ALWAYS { line[v.value] = ld(w + v.value * W); });
+    fetch((const uint8_t*)(x + n * FLOAT_PANEL));  // the next panel
+    repeat<FLOAT_PANEL>([&](auto i) ALWAYS {
+      const F b = all(x[i.value]);
+      repeat<NV>([&](auto v) ALWAYS { a[i.value][v.value] = fma(line[v.value], b, a[i.value][v.value]); });
+    });
+  }
+  repeat<FLOAT_PANEL>([&](auto i) ALWAYS {
+    repeat<NV>([&](auto v) ALWAYS { st(acc + i.value * STRIP + v.value * W, a[i.value][v.value]); });
+  });
+}
+
+// Panels p0..p1 of a pair of tiles -> acc [strip][panel][FLOAT_PANEL][STRIP].
+inline void float_panels(const Weight& w, Pair pair, const float* x, int panels, int p0, int p1, float* acc,
+                         float* block) {
+  const int tiles[2] = {pair.first, pair.second < 0 ? pair.first : pair.second};
+  const int step = float_block(w);
+  memset(acc, 0, sizeof(float) * FLOAT_SPAN * 32);
+  for (int strip = 0; strip < (pair.second < 0 ? 1 : STRIPS); strip++)
+    for (int k = 0; k < w.k; k += step) {
+      const int n = lesser(step, w.k - k);
+      for (int t = 0; t < NV / V; t++)
+        widen(w, w.data + tile_bytes(w) * (size_t)tiles[strip + t], k, n, block + 16 * t, STRIP);
+      for (int p = p0; p < p1; p++)
+        float_step(block, n, x + ((int64_t)k * panels + (int64_t)p * n) * FLOAT_PANEL,
+                   acc + (strip * (FLOAT_SPAN / FLOAT_PANEL) + p - p0) * FLOAT_PANEL * STRIP);
+    }
+}
+
+inline void many_floats(const LinearOp& op, Pair pair, const float* x, float* acc, float* block) {
+  constexpr int MOST = FLOAT_SPAN / FLOAT_PANEL;
+  const int panels = float_panels_of(op.rows);
+  for (int p0 = 0; p0 < panels; p0 += MOST) {
+    const int p1 = lesser(panels, p0 + MOST);
+    float_panels(*op.w, pair, x, panels, p0, p1, acc, block);
+    finish_panels<FLOAT_PANEL, MOST>(op, pair, p0, p1, acc);
+  }
+}
+
 void linear_float(const LinearOp& op, const Worker& me) {
   const Weight& w = *op.w;
   float *acc = (float*)me.scratch, *block = acc + FLOAT_SPAN * 2 * 16;
-  float* room = block + 16 * (w.kind > INT8 ? DENSE_BLOCK : w.group);
+  float* room = block + 32 * float_block(w);
+  if (op.rows > FEW) {
+    float* x = (float*)me.shared;
+    for (int p; (p = pool_take(me, 1)) < float_panels_of(op.rows);) pack_floats(op, p, x, room);
+    pool_barrier(me);
+    for (int i; (i = pool_take(me, 1)) < pairs_of(op);) many_floats(op, pair_at(op, i), x, acc, block);
+    return;
+  }
   int64_t stride;
   const float* x = float_input(op, me, room, &stride);
   const int items = pairs_of(op), step = op.rows == 1 ? claim(items, me.threads) : 1;

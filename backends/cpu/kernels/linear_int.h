@@ -212,7 +212,8 @@ inline size_t many_bytes(const Weight& w) {
 
 // Panels p0..p1 of a pair of tiles, sums left in room.acc.
 template <bool WIDE>
-inline void pair_panels(const Weight& w, Pair pair, const Quantised& a, int panels, int p0, int p1, const ManyRoom& room) {
+inline void pair_panels(const Weight& w, Pair pair, const Quantised& a, int panels, int p0, int p1,
+                        const ManyRoom& room) {
   const int groups = w.k / w.group, steps = w.group / 4;
   const size_t block = block_bytes(w), tail = (size_t)w.group * (WIDE ? 16 : 8);
   const int tiles[2] = {pair.first, pair.second < 0 ? pair.first : pair.second};
@@ -237,10 +238,12 @@ inline void pair_panels(const Weight& w, Pair pair, const Quantised& a, int pane
   }
 }
 
+// Sums of panels of P rows, acc [strip][MOST][P][STRIP] -> y.
+template <int P, int MOST>
 inline void finish_panels(const LinearOp& op, Pair pair, int p0, int p1, const float* acc) {
-  for (int row = p0 * PANEL; row < lesser(op.rows, p1 * PANEL); row++) {
-    const float* a = acc + (size_t)(row - p0 * PANEL) * STRIP;
-    const float* b = STRIPS == 1 ? a + 16 : a + (size_t)PANELS * PANEL * STRIP;
+  for (int row = p0 * P; row < lesser(op.rows, p1 * P); row++) {
+    const float* a = acc + (size_t)(row - p0 * P) * STRIP;
+    const float* b = STRIPS == 1 ? a + 16 : a + (size_t)MOST * P * STRIP;
     F x[V], y[V];
     for (int v = 0; v < V; v++) {
       x[v] = ld(a + v * W);
@@ -257,7 +260,7 @@ inline void many_pair(const LinearOp& op, Pair pair, const Quantised& a, uint8_t
   for (int p0 = 0; p0 < panels; p0 += PANELS) {
     const int p1 = lesser(panels, p0 + PANELS);
     pair_panels<WIDE>(*op.w, pair, a, panels, p0, p1, room);
-    finish_panels(op, pair, p0, p1, room.acc);
+    finish_panels<PANEL, PANELS>(op, pair, p0, p1, room.acc);
   }
 }
 

@@ -185,6 +185,6 @@ struct Acc<true> {
 constexpr int CHAINS = 1, PANEL = 4;
 #endif
 constexpr float WIDE_OFFSET = 0;
-constexpr int FLOAT_ROWS = 4;
+constexpr int FLOAT_ROWS = 4, FLOAT_PANEL = 6;
 
 }  // namespace

@@ -136,6 +136,6 @@ struct Acc {
   I sum() const { return (I)s; }
 };
 constexpr float WIDE_OFFSET = 0;
-constexpr int CHAINS = 4, PANEL = 12, FLOAT_ROWS = 8;
+constexpr int CHAINS = 4, PANEL = 12, FLOAT_ROWS = 8, FLOAT_PANEL = 12;
 
 }  // namespace

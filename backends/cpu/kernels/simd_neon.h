@@ -162,6 +162,6 @@ struct Acc {
 constexpr int CHAINS = 1, PANEL = 2;
 #endif
 constexpr float WIDE_OFFSET = 128;
-constexpr int FLOAT_ROWS = 4;
+constexpr int FLOAT_ROWS = 4, FLOAT_PANEL = 6;
 
 }  // namespace

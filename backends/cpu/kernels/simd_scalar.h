@@ -189,6 +189,7 @@ struct Acc {
 constexpr float WIDE_OFFSET = 0;  // what wide_codes took away from each code
 constexpr int CHAINS = 1;         // accumulators that hide the latency of one row's dot product
 constexpr int PANEL = 4;          // rows of activations a step of the many-row kernel
-constexpr int FLOAT_ROWS = 4;     // the same for float weights
+constexpr int FLOAT_ROWS = 4;     // the same for float weights, few rows
+constexpr int FLOAT_PANEL = 4;    // and many
 
 }  // namespace
