@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from tinychat_mlx.apps.doctor.finding import BROKEN, NOTE, OK, Finding, Section
-from tinychat_mlx.apps.doctor.probe import Child, ask
+from tinychat_mlx.apps.doctor.probe import LIBRARY, Child, ask
 from tinychat_mlx.errors import UsageError
 from tinychat_mlx.loading import BACKENDS, choose, has_nvidia
-
-LIBRARY = ("mlx", "cuda")  # whose libraries are not ours, and may crash
 
 
 class Backends:
@@ -60,7 +58,7 @@ class Backends:
             if remark := _remark(name):
                 words.append(remark)
             return Finding(name, answer | {"works": True}, "; ".join(words), OK)
-        what, do = lacks(name) or _split(answer.get("error", "it does not come up"))
+        what, do = lacks(name) or (answer.get("error", "it does not come up"), answer.get("do", ""))
         value = {"works": False, "error": what, "do": do}
         if name == self.chosen:
             return Finding(name, value, f"{name}: {what}", BROKEN, do or "take another: --backend cpu")
@@ -90,15 +88,4 @@ def lacks(name: str) -> tuple[str, str] | None:
 
 
 def _remark(name: str) -> str:
-    if name == "reference":
-        return "plain and slow: what the others are compared with"
-    return "for tests here" if name == "mlx" and sys.platform != "darwin" else ""
-
-
-def _split(error: str) -> tuple[str, str]:
-    """Our messages end with what to do, after a colon or a dash."""
-    for mark in (" — ", ": "):
-        what, found, do = error.rpartition(mark)
-        if found and any(word in do for word in ("install", "--", "use ", "update", "unset", "give")):
-            return what, do
-    return error, ""
+    return "plain and slow: what the others are compared with" if name == "reference" else ""

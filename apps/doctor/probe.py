@@ -11,6 +11,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
+LIBRARY = {"mlx": "mlx", "cuda": "torch"}  # not ours, and may crash
 PATIENCE_S = 60.0  # a first import of torch from a slow disk
 
 
@@ -40,7 +41,8 @@ class Child:
             code = self._process.returncode
             how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
             last = (err.strip().splitlines() or [""])[-1]
-            return {"error": f"its library ends the process {how}" + (f" ({last})" if last else "")}
+            do = f"install it anew: pip install --force-reinstall {LIBRARY[self.backend]}"
+            return {"error": f"its library ends the process {how}" + (f" ({last})" if last else ""), "do": do}
 
 
 def ask(backend: str, measure: bool) -> dict[str, Any]:

@@ -63,9 +63,11 @@ def _variables() -> list[Finding]:
     known = shown | {f"TINYCHAT_{name}" for name in CLOSED} | set(HUB_CLOSED)
     here = sorted(v for v in os.environ if v in known or v.startswith("TINYCHAT_"))
     found = {v: os.environ[v] if v in shown else None for v in here}
-    words = [v if value is None else f"{v}={value}" for v, value in found.items()]
+    words = {v: v if value is None else f"{v}={value}" for v, value in found.items()}
     strange = [v for v in here if v not in known]
-    rows = [Finding("environment", found, f"environment: {', '.join(words) or 'nothing of ours'}")]
+    everything, public = (", ".join(w for v, w in words.items() if v not in out) for out in ((), strange))
+    rows = [Finding("environment", found, f"environment: {everything or 'nothing of ours'}",
+                    shared=f"environment: {public or 'nothing of ours'}")]  # fmt: skip
     if strange:
         near = difflib.get_close_matches(strange[0], known, 1)
         do = f"did you mean {near[0]}? Unset it, or spell it so" if near else "unset it"
