@@ -177,7 +177,7 @@ class Judge:
         self.w = w[self.rows].copy()
         self.loss: Callable[[F32], float]
         if isinstance(moments, FullMoments):
-            sums = moments.sums  # not its mean: at K = 8192 a copy is 268 MB
+            sums = moments.whole()  # not its mean: at K = 8192 a copy is 268 MB
             self.loss = lambda d: float(np.einsum("nk,nk->", d @ sums, d, dtype=np.float64))
         else:
             self.loss = lambda d: float(moments.loss(d).sum(dtype=np.float64))
@@ -254,7 +254,7 @@ class Prepared:
 def _factored(moments: FullMoments, form: Form) -> tuple[feedback.Order, F32, feedback.Factor]:
     """-> the order of quantisation, the damped mean of H in that order, its factors."""
     order = feedback.by_importance(np.diagonal(moments.sums), form.group_size)
-    h = feedback.damped(moments.sums[np.ix_(order, order)], 1 / max(moments.tokens, 1))
+    h = feedback.damped(moments.whole()[np.ix_(order, order)], 1 / max(moments.tokens, 1))
     return order, h, feedback.factor(h)
 
 
@@ -304,8 +304,7 @@ def fed(scaled: LayerWeights, site: Site, prepared: Prepared, s: F32, form: Form
 
 def _fed_codes(wt: F32, order: feedback.Order, f: feedback.Factor, h: F32, form: Form) -> Quantized:
     """wt (K, N), in `order` as f and h are -> its codes, in the checkpoint's order."""
-    codes = feedback.feed_back(wt, f, form.w_bit, form.group_size)
-    feedback.refine(wt, codes, h, ROUNDS)
+    codes = feedback.quantised(wt, f, h, form.w_bit, form.group_size, ROUNDS)
     back = np.argsort(order)
     groups = np.argsort(order[:: form.group_size] // form.group_size)
     q = np.ascontiguousarray(codes.q[back].T.astype(np.uint8))

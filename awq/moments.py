@@ -9,6 +9,8 @@ import numpy as np
 from tinychat_mlx.awq.rows import over_rows
 from tinychat_mlx.weight import F32
 
+SLAB = 1024  # rows of H added to at once: whole groups
+
 
 @dataclass
 class BlockMoments:
@@ -66,7 +68,7 @@ class FullMoments:
     """
 
     magnitude: F32
-    sums: F32
+    sums: F32  # while tokens come in, only blocks on and above the diagonal: `whole` has all
     cross: F32
     w: F32 | None = None
     tokens: int = 0
@@ -82,7 +84,8 @@ class FullMoments:
     def add(self, x: F32, wanted: F32 | None = None) -> None:
         """Take in rows x (T, K), and the float model's inputs at the same places where they differ."""
         self.magnitude += np.abs(x).sum(0)
-        self.sums += x.T @ x  # NumPy sees the same matrix twice and does half the work
+        for at in range(0, len(self.sums), SLAB):  # NumPy's own x.T @ x copies half of K² number by number
+            self.sums[at : at + SLAB, at:] += x[:, at : at + SLAB].T @ x[:, at:]
         if wanted is not None:
             missing = wanted - x
             if self.w is not None:
@@ -94,6 +97,13 @@ class FullMoments:
     def mean_abs(self) -> F32:
         mean: F32 = self.magnitude / np.float32(max(self.tokens, 1))
         return mean
+
+    def whole(self) -> F32:
+        """The sums of x xᵀ, (K, K): what lies below the diagonal is filled in."""
+        for at in range(0, len(self.sums), SLAB):
+            end = at + SLAB
+            self.sums[end:, at:end] = self.sums[at:end, end:].T
+        return self.sums
 
     def correction(self, w: F32) -> F32:
         """w (N, K) -> mean of w · missing · xᵀ, transposed (K, N): what H⁻¹ turns into a change of w."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from tinychat_mlx.backend import Backend
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub for anything
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["TINYCHAT_WEIGHT_CACHE"] = "0"  # no test writes into the user's cache
+
+# A run that a script began with & ignores Ctrl-C, and so would every program it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

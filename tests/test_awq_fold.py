@@ -109,13 +109,15 @@ def test_scaling_every_site_leaves_the_layer_unchanged(variant: str, tiny_root: 
 @pytest.mark.parametrize("variant", MIXTURES)
 def test_routers_choose_as_before_when_the_norm_absorbs_scales(variant: str, tiny_root: Path) -> None:
     config, source = opened(variant, tiny_root)
+    assert config.moe is not None
+    layer = config.moe.layers.index(True)
     x = np.random.default_rng(4).normal(size=(24, config.hidden_size)).astype(np.float32)
-    weights, parts = read(config, 0, source)
-    site = next(site for site in sites(config, 0) if site.key == "mlp_in")
+    weights, parts = read(config, layer, source)
+    site = next(site for site in sites(config, layer) if site.key == "mlp_in")
     after, _ = folded(site, config, weights, parts)
     choices, shares = [], []
     for w in (weights, after):
-        run = LayerRun(config, 0, w, Recorder(ReferenceBackend()), window=24)
+        run = LayerRun(config, layer, w, Recorder(ReferenceBackend()), window=24)
         run.forward(x)
         choices.append(run.routings[0].choice)
         shares.append(run.routings[0].share)
