@@ -19,7 +19,7 @@ import click
 
 from tinychat_mlx import __version__
 from tinychat_mlx.apps.terminal import forgive_encodings
-from tinychat_mlx.errors import TinychatError, UsageError
+from tinychat_mlx.errors import TinychatError, UsageError, in_words
 
 # name -> module under tinychat_mlx, the click command in it, help. A row whose module is absent is not shown.
 COMMANDS = {
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(error: Exception) -> int:
     """One line on stderr -> exit code."""
     if isinstance(error, (TinychatError, OSError)):
-        text = str(error)
+        text = in_words(error)
     elif isinstance(error, MemoryError):
         text = "out of memory: close other programs, choose a smaller model or a smaller --context"
     else:

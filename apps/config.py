@@ -23,7 +23,7 @@ from typing import Any
 
 import click
 
-from tinychat_mlx.errors import ConfigError
+from tinychat_mlx.errors import SettingsError
 
 
 def config_path() -> Path:
@@ -36,20 +36,20 @@ def config_path() -> Path:
 
 
 def settings(preset: str | None = None) -> dict[str, Any]:
-    """What the file sets, the preset's settings over the others. Raises ConfigError naming file and key."""
+    """What the file sets, the preset's settings over the others. Raises SettingsError naming file and key."""
     path = config_path()
     if not path.is_file():
         if preset:
-            raise ConfigError(f"no preset {preset!r}: there is no {path}")
+            raise SettingsError(f"no preset {preset!r}: there is no {path}")
         return {}
     table = _read(path)
     presets = table.pop("presets", {})
     preset = preset or table.pop("preset", None)
     table.pop("preset", None)
     if not isinstance(presets, dict) or not all(isinstance(p, dict) for p in presets.values()):
-        raise ConfigError(f"{path}: presets are tables: [presets.NAME]")
+        raise SettingsError(f"{path}: presets are tables: [presets.NAME]")
     if preset and preset not in presets:
-        raise ConfigError(f"{path}: no preset {preset!r}; there are {', '.join(presets) or 'none'}")
+        raise SettingsError(f"{path}: no preset {preset!r}; there are {', '.join(presets) or 'none'}")
     made = _checked(path, table, "")
     for name, values in presets.items():
         checked = _checked(path, values, f"presets.{name}: ")
@@ -62,7 +62,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = toml.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:  # a TOML error is a ValueError and names line and column
-        raise ConfigError(f"{path}: {e}") from None
+        raise SettingsError(f"{path}: {e}") from None
     return found
 
 
@@ -74,12 +74,12 @@ def _checked(path: Path, table: dict[str, Any], where: str) -> dict[str, Any]:
         if name not in kinds:
             near = difflib.get_close_matches(name, [*kinds, "preset", "presets"], 1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(kinds)}"
-            raise ConfigError(f"{path}: {where}no setting {name!r}: {hint}")
+            raise SettingsError(f"{path}: {where}no setting {name!r}: {hint}")
         try:
             kinds[name](value)
         except (click.BadParameter, ValueError, TypeError) as e:
             reason = e.message if isinstance(e, click.BadParameter) else e
-            raise ConfigError(f"{path}: {where}{name}: {reason}") from None
+            raise SettingsError(f"{path}: {where}{name}: {reason}") from None
     return table
 
 

@@ -155,7 +155,7 @@ def free_on(backend: str) -> int:
     if backend == "mlx" and sys.platform != "darwin":
         raise BackendError("needs a Mac with Apple silicon")
     if backend == "cuda" and not has_nvidia():
-        raise BackendError("no NVIDIA GPU found")
+        raise BackendError("no NVIDIA GPU found (`tinychat doctor` says more)")
     if backend == "cuda" and find_spec("torch") is None:
         raise BackendError("needs torch: pip install tinychat-mlx[cuda]")
     memory = create(backend, False, None).memory()

@@ -45,7 +45,9 @@ def calibration_ids(
         raise UsageError(f"{origin}: {len(ids)} tokens, at least {LEAST} are needed: give more text")
     note = f"{len(ids)} tokens, {used} of {len(found)} documents of {origin}"
     if ids.max() >= config.vocab_size:
-        raise UsageError(f"{source.folder}: its tokenizer has tokens the model lacks ({int(ids.max())})")
+        raise UsageError(
+            f"{source.folder}: its tokenizer has tokens the model lacks ({int(ids.max())}) — download both again, they are of different models"
+        )
     watch(Progress("calibrate", 1, 1, note))
     return ids
 
@@ -161,7 +163,7 @@ def _read(path: Path) -> list[Document]:
         with path.open("rb") as file:
             return list(documents(str(path), file))
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise UsageError(f"{path}: cannot be read: {error.strerror or error} — check the path") from None
 
 
 def encoded(file: str, tokenizer: Tokenizer) -> list[int]:

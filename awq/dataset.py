@@ -36,7 +36,7 @@ def fetch(dataset: str, characters: int) -> tuple[list[Document], str]:
         sizes = {s.rfilename: s.size or 0 for s in info.siblings or ()}
         name = choose(repo, sizes, characters) if file is None else file
         if name not in sizes:
-            raise UsageError(f"dataset {repo} has no file {name}")
+            raise UsageError(f"dataset {repo} has no file {name}: choose one that its page lists")
         with HfFileSystem().open(f"datasets/{repo}@{info.sha}/{name}", "rb", block_size=BLOCK) as remote:
             found = enough(documents(name, remote, characters), characters)
     except GatedRepoError:

@@ -62,9 +62,11 @@ def _documents(name: str, file: IO[bytes], most: int) -> Iterator[Document]:
         else:
             yield text.read(most)
     except UnicodeDecodeError as error:
-        raise UsageError(f"{name}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+        raise UsageError(
+            f"{name}: not UTF-8 text: {error.reason} at byte {error.start}: convert it to UTF-8"
+        ) from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UsageError(f"{name}: damaged .gz: {error}") from None
+        raise UsageError(f"{name}: damaged .gz: {error} — make it again") from None
 
 
 def _json(name: str, text: io.TextIOWrapper, kind: str) -> Iterator[Document]:
@@ -79,7 +81,7 @@ def _json(name: str, text: io.TextIOWrapper, kind: str) -> Iterator[Document]:
             if kind == ".json" and number == 1:
                 yield from _whole(name, line + text.read(MAX_JSON))
                 return
-            raise UsageError(f"{where}: not JSON: {error}") from None
+            raise UsageError(f"{where}: not JSON: {error} — mend that line") from None
         if kind == ".json" and number == 1:
             yield from _records(name, value)
         else:
@@ -92,7 +94,7 @@ def _whole(name: str, text: str) -> Iterator[Document]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{name}: not JSON: {error}") from None
+        raise UsageError(f"{name}: not JSON: {error} — mend it, or give plain text as .txt") from None
     yield from _records(name, value)
 
 
@@ -112,7 +114,7 @@ def _table(name: str, text: io.TextIOWrapper, delimiter: str) -> Iterator[Docume
         for number, row in enumerate(rows, 1):
             yield document(row, f"{name}, row {number}")
     except csv.Error as error:
-        raise UsageError(f"{name}: not a table of the kind it says: {error}") from None
+        raise UsageError(f"{name}: not a table of the kind it says: {error} — convert it to .jsonl") from None
 
 
 def _parquet(name: str, file: IO[bytes]) -> Iterator[Document]:
@@ -132,7 +134,9 @@ def _parquet(name: str, file: IO[bytes]) -> Iterator[Document]:
                 number += 1
                 yield document(row, f"{name}, row {number}")
     except ArrowException as error:
-        raise UsageError(f"{name}: damaged or no parquet file: {str(error).splitlines()[0]}") from None
+        raise UsageError(
+            f"{name}: damaged or no parquet file: {str(error).splitlines()[0]} — make it again"
+        ) from None
 
 
 def _columns(names: Any) -> tuple[str, ...] | None:
@@ -154,7 +158,9 @@ def document(value: Any, where: str) -> Document:
     if isinstance(value, str):
         return value
     if not isinstance(value, Mapping):
-        raise UsageError(f"{where}: a {type(value).__name__}, neither a record nor a string")
+        raise UsageError(
+            f'{where}: a {type(value).__name__}, neither a record nor a string: make it {{"text": …}}'
+        )
     found = _columns(value)
     if found is None:
         raise _unknown(value, where)
@@ -164,7 +170,7 @@ def document(value: Any, where: str) -> Document:
     if found[0] in CHATS:
         return _chat(content, f'{where}: "{found[0]}"')
     if not isinstance(content, str):
-        raise UsageError(f'{where}: "{found[0]}" is no text but {type(content).__name__}')
+        raise UsageError(f'{where}: "{found[0]}" is no text but {type(content).__name__}: make it text')
     return content
 
 
@@ -172,7 +178,7 @@ def _chat(content: Any, where: str) -> Document:
     messages = content if isinstance(content, list) else []
     chat = [m if isinstance(m, dict) and "role" in m else _from_sharegpt(m) for m in messages]
     if not chat or any(m is None for m in chat):
-        raise UsageError(f"{where} is no list of messages with role and content each")
+        raise UsageError(f"{where} is no list of messages with role and content each: make it so")
     return [m for m in chat if m is not None]
 
 
@@ -185,6 +191,6 @@ def _from_sharegpt(message: Any) -> dict[str, Any] | None:
 def _pair(value: Mapping[str, Any], columns: tuple[str, ...], where: str) -> Document:
     question, answer, *more = (value[c] for c in columns)
     if not isinstance(question, str) or not isinstance(answer, str):
-        raise UsageError(f"{where}: {columns[0]} and {columns[1]} are not both text")
+        raise UsageError(f"{where}: {columns[0]} and {columns[1]} are not both text: make them so")
     asked = "\n\n".join([question, *(m for m in more if isinstance(m, str) and m.strip())])
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]

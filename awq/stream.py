@@ -197,7 +197,7 @@ class Conversion:
             del experts, routed
         if not np.isfinite(x[0]).all():
             raise TinychatError(
-                f"layer {weights.layer}: its output is not finite on the calibration text: the weights overflow"
+                f"layer {weights.layer}: its output is not finite on the calibration text: the weights overflow — take another upload of the model"
             )
         layer = quantize_layer(weights, moments, form, compare)
         if mixture is None:

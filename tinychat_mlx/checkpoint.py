@@ -54,7 +54,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
-            raise ModelNotFoundError(f"{folder}: no such folder")
+            raise ModelNotFoundError(f"{folder}: no such folder: check the path")
         self.folder = folder
         self.fingerprint = fingerprint(folder)  # before a file is opened
         self.config = read_json(folder / "config.json")

@@ -169,7 +169,9 @@ class Engine:
         if not prompt:
             raise UsageError("the prompt is empty: give at least one token")
         if any(not 0 <= t < vocabulary for t in prompt):
-            raise UsageError(f"the prompt holds a token outside the vocabulary of {vocabulary}")
+            raise UsageError(
+                f"the prompt holds a token outside the vocabulary of {vocabulary}: take the tokens from this model's own tokenizer"
+            )
         if len(prompt) >= self.context:
             raise ContextFullError(
                 f"the prompt has {len(prompt)} tokens, the context holds {self.context} and an answer needs room: "

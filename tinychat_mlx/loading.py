@@ -73,7 +73,7 @@ def load_foreign(folder: Path, exact: bool, threads: int | None, context: int | 
 def capacity_of(context: int | None, limit: int) -> int:
     """Tokens a cache shall hold, of at most limit. Raises UsageError."""
     if context is not None and not 1 < context <= limit:
-        raise UsageError(f"context {context} is outside this model's range, 2 to {limit}")
+        raise UsageError(f"context {context} is outside this model's range: give --context 2 to {limit}")
     return context or min(limit, DEFAULT_CONTEXT)
 
 

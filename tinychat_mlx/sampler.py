@@ -37,7 +37,7 @@ class SamplingParams:
         if self.max_tokens is not None:
             _check("max_tokens", self.max_tokens, 1, math.inf)
         if any(not s for s in self.stop):
-            raise UsageError("stop: an empty stop string would end every answer at once")
+            raise UsageError("stop: an empty stop string would end every answer at once: leave it out")
 
     def updated(self, **given: Any) -> SamplingParams:
         """A copy with those keywords that are not None put in their place."""

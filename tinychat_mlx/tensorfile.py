@@ -327,7 +327,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         os.replace(partial_path, path)
         sync_folder(path.parent)
     except OSError as error:
-        raise TinychatError(f"{path}: cannot be written: {error.strerror or error}") from None
+        raise TinychatError(
+            f"{path}: cannot be written: {error.strerror or error} — make room, or choose another folder"
+        ) from None
     finally:
         with suppress(OSError):
             partial_path.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,41 @@ class Packed:
         return (q * scales + self.biases.astype(np.float32)[..., None]).reshape(n, k)
 
 
+class Joined(Packed):
+    """Packed weights of one input, stacked along N: its arrays are made only where one is asked for.
+
+    A device that has a place for the whole takes the `parts` there, straight from where each lies.
+    """
+
+    def __init__(self, name: str, parts: tuple[Packed, ...], bias: F32 | None) -> None:
+        first = parts[0]
+        fields = {"name": name, "w_bit": first.w_bit, "group_size": first.group_size, "bias": bias}
+        for key, value in {**fields, "parts": parts}.items():
+            object.__setattr__(self, key, value)  # as a frozen dataclass's own __init__ does it
+
+    parts: tuple[Packed, ...]
+
+    @cached_property
+    def qweight(self) -> npt.NDArray[np.uint32]:  # type: ignore[override]
+        return np.concatenate([p.qweight for p in self.parts])
+
+    @cached_property
+    def scales(self) -> Array:  # type: ignore[override]
+        return np.concatenate([p.scales for p in self.parts])
+
+    @cached_property
+    def biases(self) -> Array:  # type: ignore[override]
+        return np.concatenate([p.biases for p in self.parts])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return sum(p.shape[0] for p in self.parts), self.parts[0].shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(p.nbytes for p in self.parts)
+
+
 Weight = Dense | Packed
 
 
@@ -121,7 +157,10 @@ def take_rows(name: str, weight: Weight, rows: npt.NDArray[np.intp]) -> Weight:
 
 
 def join(name: str, parts: list[Weight]) -> Weight | None:
-    """Stack weights of one input along N (q/k/v, gate/up), or None where their forms differ."""
+    """Stack weights of one input along N (q/k/v, gate/up), or None where their forms differ.
+
+    Packed ones come as `Joined`: nothing is copied yet.
+    """
     first = parts[0]
     if any(type(p) is not type(first) or p.shape[1] != first.shape[1] for p in parts):
         return None
@@ -138,5 +177,4 @@ def join(name: str, parts: list[Weight]) -> Weight | None:
     form = (first.w_bit, first.group_size, first.scales.dtype)
     if any((p.w_bit, p.group_size, p.scales.dtype) != form for p in packed):
         return None
-    stack = [np.concatenate([getattr(p, f) for p in packed]) for f in ("qweight", "scales", "biases")]
-    return Packed(name, stack[0], stack[1], stack[2], first.w_bit, first.group_size, bias)
+    return Joined(name, tuple(packed), bias)

@@ -36,16 +36,16 @@ def read(path: str) -> Attachment:
     at = Path(path).expanduser()
     try:
         if not at.is_file():
-            raise UsageError(f"{path}: no such file")
+            raise UsageError(f"{path}: no such file — check the path")
         if at.stat().st_size > MOST_BYTES:
             raise UsageError(
                 f"{path} has {size(at.stat().st_size)}: more than a model can read, take a part of it"
             )
         return Attachment(at.name, at.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
-        raise UsageError(f"{path} is no UTF-8 text: only text can be attached") from None
+        raise UsageError(f"{path} is no UTF-8 text: attach what is text") from None
     except OSError as e:
-        raise UsageError(f"{path} cannot be read: {e.strerror}") from None
+        raise UsageError(f"{path} cannot be read: {e.strerror} — give a file that you may read") from None
 
 
 def expand(text: str, attached: list[Attachment]) -> tuple[str, list[Attachment]]:

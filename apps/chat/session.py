@@ -199,7 +199,7 @@ def _records(path: Path) -> Iterator[tuple[int, Message]]:
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as e:
-        raise FormatError(f"{path}: cannot be read: {e.strerror}") from None
+        raise FormatError(f"{path}: cannot be read: {e.strerror} — remove it, or begin a new chat") from None
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line) if line.strip() else {}

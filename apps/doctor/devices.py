@@ -59,6 +59,7 @@ class Backends:
                 words.append(remark)
             return Finding(name, answer | {"works": True}, "; ".join(words), OK)
         what, do = lacks(name) or (answer.get("error", "it does not come up"), answer.get("do", ""))
+        what = what.removeprefix(f"{name} backend: ").removeprefix(f"backend {name}: ")
         value = {"works": False, "error": what, "do": do}
         if name == self.chosen:
             return Finding(name, value, f"{name}: {what}", BROKEN, do or "take another: --backend cpu")

@@ -52,9 +52,13 @@ def _expected(bandwidth: float, peak: float | None, free: int) -> Finding:
         rows.append({"model": name, "bytes_per_token": nbytes, "tok_s": bandwidth / nbytes,
                      "prompt_tok_s": prompt, "fits": nbytes < free})  # fmt: skip
     words = [
-        f"{r['model']} {r['tok_s']:.0f}"
-        + (f" (prompt {r['prompt_tok_s']:.0f})" if r["prompt_tok_s"] else "")
+        f"{r['model']} {_number(r['tok_s'])}"
+        + (f" (prompt {_number(r['prompt_tok_s'])})" if r["prompt_tok_s"] else "")
         + ("" if r["fits"] else " if it fitted")
         for r in rows
     ]
     return Finding("expected", rows, f"tokens/s at most: {', '.join(words)}; {COMPUTED}")
+
+
+def _number(n: float) -> str:
+    return f"{n:.0f}" if n >= 10 else f"{n:.1f}"

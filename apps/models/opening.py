@@ -87,7 +87,7 @@ def _fetch(ref: hub.Ref, options: Options, say: Say, freed: int) -> None:
     if not may_convert(ref, found, options):
         fit.check(str(ref), need, options["backend"], freed)
     if remote.missing > ASK_FROM and detect().interactive and _key("download it?", "Yn") == "n":
-        raise UsageError(f"{ref} was not downloaded")
+        raise UsageError(f"{ref} was not downloaded — say yes, or choose another model")
     download(remote)
 
 

@@ -48,7 +48,9 @@ def _delete(folder: Path) -> None:
     try:
         shutil.rmtree(folder)
     except OSError as error:
-        raise TinychatError(f"{error.filename}: cannot be removed: {error.strerror}") from None
+        raise TinychatError(
+            f"{error.filename}: cannot be removed: {error.strerror} — remove it as the one who owns it"
+        ) from None
     shutil.rmtree(hub.hub_cache() / ".locks" / folder.name, ignore_errors=True)
 
 

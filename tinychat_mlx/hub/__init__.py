@@ -46,5 +46,7 @@ def find(name: str, watch: Watch = lambda done, total: None, say: Say = lambda t
     """A hub id -> its folder, from the cache as it is, else fetched. Raises a TinychatError saying what to do."""
     ref = parse(name)
     if ref is None:
-        raise ModelNotFoundError(f"{name}: not a Hugging Face id (ORG/NAME or ORG/NAME@REVISION)")
+        raise ModelNotFoundError(
+            f"{name}: not a Hugging Face id (ORG/NAME or ORG/NAME@REVISION): check the name"
+        )
     return cached(ref) or fetch(look(ref, say), watch, say)

@@ -116,7 +116,7 @@ def explain(error: Exception, ref: Ref) -> TinychatError:
         return ModelNotFoundError(f"{ref} is gated: accept its terms on {page}{how}, and try again")
     if isinstance(error, errors.RevisionNotFoundError):
         return ModelNotFoundError(
-            f"{ref.repo} has no revision {ref.revision!r}: its branches and tags are on {page}"
+            f"{ref.repo} has no revision {ref.revision!r}: choose one of those on {page}"
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         return ModelNotFoundError(

@@ -21,7 +21,7 @@ def last_question(chat: Chat) -> int:
     """Index of the last thing the person said. Raises UsageError if there is none."""
     found = [i for i, m in enumerate(chat.session.messages) if m["role"] == "user"]
     if not found:
-        raise UsageError("nothing has been said yet")
+        raise UsageError("nothing has been said yet: say something first")
     return found[-1]
 
 
@@ -103,7 +103,7 @@ def compact(chat: Chat) -> None:
         text += event.text
         dropped = event.stats.dropped_messages if event.stats else dropped
     if not text.strip():
-        raise UsageError("the model gave no summary; the conversation is unchanged")
+        raise UsageError("the model gave no summary; the conversation is unchanged: try again, or /clear")
     session.sum_up(" ".join(text.split()), keep_from)
     unseen = f" (the oldest {dropped} no longer fitted and are not in it)" if dropped else ""
     chat.used = 0

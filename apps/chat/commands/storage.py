@@ -51,7 +51,7 @@ def save(chat: Chat, title: str) -> None:
     """Give the conversation a title; it is saved as it goes anyway."""
     _data(chat)
     if not chat.session.messages:
-        raise UsageError("nothing has been said yet")
+        raise UsageError("nothing has been said yet: say something first")
     if title:
         chat.session.set_title(title)
     chat.view.note(f"saved as {chat.session.ident}: {chat.session.name}")
@@ -109,7 +109,7 @@ def export(chat: Chat, name: str) -> None:
     """Write the conversation to a Markdown or JSON file."""
     session = chat.session
     if not session.messages:
-        raise UsageError("nothing has been said yet")
+        raise UsageError("nothing has been said yet: say something first")
     path = Path(name or f"{session.ident}.md").expanduser()
     if path.suffix not in (".md", ".json"):
         raise UsageError(f"{path}: the name must end in .md or .json")
@@ -157,12 +157,12 @@ def copy(chat: Chat, what: str) -> None:
     """Put the last answer, or its last code block, into the clipboard."""
     answers = [m["content"] for m in chat.session.messages if m["role"] == "assistant"]
     if not answers:
-        raise UsageError("there is no answer yet")
+        raise UsageError("there is no answer yet: ask something first")
     text = answers[-1]
     if what == "code":
         blocks = re.findall(r"^ *(`{3,}|~{3,})[^\n]*\n(.*?)^ *\1", text, re.DOTALL | re.MULTILINE)
         if not blocks:
-            raise UsageError("the last answer holds no code block")
+            raise UsageError("the last answer holds no code block: plain /copy takes all of it")
         text = blocks[-1][1]
     chat.view.note(f"copied {len(text):,} letters {_to_clipboard(chat, text)}")
 

@@ -53,7 +53,7 @@ def backend(chat: Chat, name: str) -> None:
 def switch(chat: Chat, loading: dict[str, Any]) -> None:
     """Load another model, or the same elsewhere; the conversation goes on. On failure the old one stays."""
     if chat.load is None:
-        raise UsageError("the model cannot be changed here")
+        raise UsageError("the model cannot be changed here: start `tinychat chat -m MODEL`")
     before, freed = chat.loading, chat.model.nbytes
     name = settle(
         loading, chat.view.note, freed
@@ -120,7 +120,7 @@ def set_(chat: Chat, text: str) -> None:
         try:
             chat.settings.sampling[name] = SAMPLING[name][0].convert(value, None, None)
         except click.BadParameter as e:
-            raise UsageError(f"{name}: {e.message}") from None
+            raise UsageError(f"/set {name}: {e.message.rstrip('.')}") from None
     chat.origins[name] = "/set"
     show(chat, name)
 
