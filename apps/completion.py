@@ -62,7 +62,7 @@ def prepare(command: click.Command) -> click.Command:
     return command
 
 
-class ModelName(click.ParamType):
+class ModelName(click.types.StringParamType):
     """Models at hand, else folders; recommended: models worth fetching."""
 
     name = "model"

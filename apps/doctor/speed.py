@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tinychat_mlx.apps.doctor.finding import NOTE, OK, Finding, Section
 from tinychat_mlx.apps.terminal import size
 
@@ -43,7 +45,7 @@ def _expected(bandwidth: float, peak: float | None, free: int) -> Finding:
     """tokens/s at most, of int4 models with an int8 head."""
     from tinychat_mlx.backends.mlx import cost  # computes on paper; imports no MLX
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in SIZES:
         shape = cost.SHAPES[name]
         nbytes = cost.bytes_per_token(shape, cost.OURS[8])
