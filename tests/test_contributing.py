@@ -1,0 +1,48 @@
+"""A family is added as CONTRIBUTING.md says: by the two lines that it shows, and everything then works for it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_awq_fold
+import test_convert_families
+import test_graph
+from tiny_models import VARIANTS
+
+from tinychat_mlx.arch import ARCHITECTURES
+from tinychat_mlx.archspec import ArchSpec
+
+PAGE = Path(__file__).resolve().parent.parent / "CONTRIBUTING.md"
+
+
+def shown(start: str) -> Any:
+    """The one line of code on the page that starts so, evaluated."""
+    (line,) = re.findall(rf"^ +({re.escape(start)}.*),$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    return eval(f"{{{line}}}" if start.startswith('"') else line, {"ArchSpec": ArchSpec})
+
+
+@pytest.fixture
+def added(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    spec = shown("ArchSpec(")
+    family: str = spec.model_type
+    assert family not in ARCHITECTURES, "the page must show a family that the table lacks"
+    (variant,) = shown(f'"{family}"').values()
+    monkeypatch.setitem(ARCHITECTURES, family, spec)
+    monkeypatch.setitem(VARIANTS, family, variant)
+    yield family
+
+
+@pytest.mark.parametrize("backend", test_graph.BACKENDS)
+def test_it_computes_what_transformers_does(added: str, backend: str, tiny_root: Path) -> None:
+    test_graph.test_logits_equal_transformers(added, backend, tiny_root)
+    test_graph.test_pieces_and_single_steps_equal_one_pass(added, backend, tiny_root)
+
+
+def test_awq_folds_and_converts_it(added: str, tiny_root: Path, tmp_path: Path) -> None:
+    test_awq_fold.test_scaling_every_site_leaves_the_layer_unchanged(added, tiny_root)
+    test_awq_fold.test_every_linear_belongs_to_one_site_and_every_norm_before_one_is_used(added, tiny_root)
+    test_convert_families.test_eight_bits_hardly_move_the_logits(added, tiny_root, tmp_path)
