@@ -77,7 +77,7 @@ def damped(sums: F32, per_token: float = 1.0, damping: float = DAMPING) -> F32:
 
 def factor(h: F32) -> Factor:
     """A damped H (K, K) -> its factors."""
-    r = np.ascontiguousarray(upper_factor(h))
+    r = upper_factor(h)
     root = np.diagonal(r).copy()
     r /= root
     return Factor(r, root * root)
@@ -130,8 +130,10 @@ def quantised(w: F32, f: Factor, h: F32, w_bit: int, group_size: int, rounds: in
     middle = w.shape[1] // 2
     with threadpool_limits(max(1, (os.cpu_count() or 1) // 2), "blas"), ThreadPoolExecutor(2, "awq") as pool:
         a, b = pool.map(half, (slice(middle), slice(middle, None)))
-    joined = (np.concatenate(pair, 1) for pair in ((a.q, b.q), (a.scales, b.scales), (a.zeros, b.zeros)))
-    return Codes(*joined, w_bit)
+    q, scales, zeros = (
+        np.concatenate(pair, 1) for pair in ((a.q, b.q), (a.scales, b.scales), (a.zeros, b.zeros))
+    )
+    return Codes(q, scales, zeros, w_bit)
 
 
 def feed_back(w: F32, f: Factor, w_bit: int, group_size: int) -> Codes:

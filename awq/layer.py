@@ -9,6 +9,7 @@ import numpy as np
 
 from tinychat_mlx.awq import feedback
 from tinychat_mlx.awq.cholesky import solve
+from tinychat_mlx.awq.heap import trim
 from tinychat_mlx.awq.moments import BlockMoments, FullMoments
 from tinychat_mlx.awq.quantizer import Quantized, round_to_nearest
 from tinychat_mlx.awq.search import clip, search_fed_scale, search_scale
@@ -127,6 +128,7 @@ def quantize_layer(
     for site in reversed(sites(weights.config, weights.layer)):
         if site.experts:
             continue
+        trim()
         kept, report = quantize_site(weights, site, moments.pop(site.key), form, compare)
         weights = kept.weights
         parts.update(kept.parts)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,10 @@ import pytest
 from tiny_models import tiny
 
 import tinychat_mlx
+from tinychat_mlx.backend import Backend
+from tinychat_mlx.checkpoint import Checkpoint
+from tinychat_mlx.config import parse_config
+from tinychat_mlx.decoder import Decoder
 from tinychat_mlx.errors import ContextFullError, UsageError
 from tinychat_mlx.generate import FIRST_ROWS, PREFILL_ROWS, Engine, Event
 from tinychat_mlx.sampler import SamplingParams
@@ -229,3 +235,17 @@ def test_logits_ignore_what_was_cached(model: tinychat_mlx.Model, tiny_root: Pat
     before = model.logits([5, 9, 33])
     answer(model.engine, [7, 7, 7])
     assert (model.logits([5, 9, 33]) == before).all()
+
+
+def test_a_dropped_decoder_gives_its_memory_back_at_once(backend: Backend, tiny_root: Path) -> None:
+    """Not when the garbage collector comes by: two models would be in memory for a while."""
+    source = Checkpoint.open(tiny("llama", tiny_root).folder)
+    gc.disable()
+    try:
+        decoder = Decoder(parse_config(source.config), source, backend)
+        decoder.forward([1], decoder.new_cache(4))
+        gone = weakref.ref(decoder)
+        del decoder
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -170,7 +171,10 @@ class Decoder:
             progress(layer + 2, total)
         self.final_norm = loader.final_norm()
         progress(total, total)
-        self._one_row: StepFn = backend.capture(lambda ids, step: self._logits(self._hidden(ids, step)))
+        me = weakref.proxy(
+            self
+        )  # a function holding its own decoder would keep the weights until the collector runs
+        self._one_row: StepFn = backend.capture(lambda ids, step: me._logits(me._hidden(ids, step)))
 
     def new_cache(self, capacity: int) -> Cache:
         return self.backend.new_cache(cache_shape(self.config), capacity)

@@ -75,10 +75,14 @@ class Arena:
         self.used -= size
 
 
+KEPT = 32 << 20  # bytes
+
+
 class Scratch:
     """Float32 arrays for results. Memory of an array that is no longer referenced serves the next one.
 
-    So a step touches few pages, again and again, and a recording of its calls stays small.
+    So a step touches few pages, again and again, and a recording of its calls stays small. What is larger than KEPT
+    goes back to the system.
     """
 
     def __init__(self) -> None:
@@ -89,6 +93,8 @@ class Scratch:
         """An array with arbitrary contents."""
         count = int(np.prod(shape, dtype=np.int64))
         size = max(4096, 1 << (4 * count - 1).bit_length()) if count else 4096
+        if size > KEPT:  # of a long prompt or of calibration; never recorded
+            return np.frombuffer(_anonymous(size), np.float32, count).reshape(shape)
         free = self._free[size]
         try:
             area = free.pop()
