@@ -16,7 +16,7 @@ from tinychat_mlx.apps.chat.session import Message, Session
 from tinychat_mlx.apps.chat.settings import Settings
 from tinychat_mlx.apps.chat.view import View, colour_of
 from tinychat_mlx.apps.terminal import size
-from tinychat_mlx.errors import ContextFullError, TinychatError
+from tinychat_mlx.errors import ContextFullError, TinychatError, in_words
 
 if TYPE_CHECKING:
     from tinychat_mlx.model import Model
@@ -92,7 +92,7 @@ class Chat:
         except BrokenPipeError:  # whoever read the answers has gone
             raise
         except (TinychatError, OSError) as e:
-            self.view.error(" ".join(str(e).split()))
+            self.view.error(in_words(e))
         return True
 
     def go_to(self, session: Session) -> None:
