@@ -13,10 +13,11 @@ from tinychat_mlx.errors import BackendError
 
 
 def model_cost(config: Mapping[str, Any], depth: int) -> list[dict[str, Any]]:
-    """Tokens a second that bytes and launches allow on each chip, computed: nothing is run."""
+    """Bytes and launches a token, and the tokens a second that they allow on each chip, computed: nothing is run."""
     from tinychat_mlx.backends.mlx import cost
 
-    return cost.table(cost.Shape.of(config), depth)
+    shape = cost.Shape.of(config)
+    return cost.reads(shape, depth) + cost.table(shape, depth)
 
 
 def kernels(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:

@@ -124,14 +124,17 @@ class MlxBackend(Backend):
     def pack(self, weight: Weight) -> Any:
         """Raises BackendError where the weights so far are more than this machine may hold."""
         self.enter()
+        self._check_fits(weight.name, weight.nbytes)
+        with self._evaluating():
+            return pack(weight, self.dtype, self.chip.metal)
+
+    def _check_fits(self, name: str, nbytes: int) -> None:
         used, limit = mx.get_active_memory(), self.chip.limit
-        if used + weight.nbytes + SCRATCH > limit:
+        if used + nbytes + SCRATCH > limit:
             raise BackendError(
-                f"the weights do not fit: {used / GB:.2f} GB are loaded at {weight.name}, and {self.chip.name} may "
+                f"the weights do not fit: {used / GB:.2f} GB are loaded at {name}, and {self.chip.name} may "
                 f"give {limit / GB:.2f} GB: convert the model to fewer bits, or use a smaller one"
             )
-        with self._evaluating():
-            return pack(weight, self.dtype)
 
     def new_cache(self, shape: CacheShape, capacity: int) -> MlxCache:
         """Raises BackendError where weights and cache together would not fit."""
@@ -259,9 +262,11 @@ class MlxBackend(Backend):
         return self.linear(h, mlp.down) if residual is None else self.linear_add(h, mlp.down, residual)
 
     def pack_experts(self, act: str, experts: Iterable[tuple[Weight, Weight]]) -> Any:
-        handles = [(self.pack(up), self.pack(down)) for up, down in experts]
+        self.enter()
+        pairs = list(experts)
+        self._check_fits(pairs[0][0].name, sum(w.nbytes for pair in pairs for w in pair))
         with self._evaluating():
-            made = pack_experts(act, handles)
+            made = pack_experts(pairs, act, self.dtype, self.chip.metal)
         self._routes_on_host |= not isinstance(made, Experts)
         return made
 

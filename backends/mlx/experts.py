@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tinychat_mlx.backend import Mlp, Moe
 from tinychat_mlx.backends.mlx.device import mx
-from tinychat_mlx.backends.mlx.weights import DenseHandle, MlxHandle, PackedHandle
+from tinychat_mlx.backends.mlx.weights import GROUPS, arrays_of, pack
+from tinychat_mlx.weight import Dense, Weight
 
 SORTED = 64  # products from which rows are put in the order of their experts, so that each is read once
 
@@ -32,27 +33,20 @@ class Stack:
         )  # fmt: skip
 
 
-def form_of(h: MlxHandle) -> tuple[Any, ...]:
-    """What two handles must share to be stacked."""
-    if h.bias is not None:
-        return (id(h),)
-    return (h.shape,) if isinstance(h, DenseHandle) else (h.shape, h.bits, h.group_size)
+def form_of(w: Weight) -> tuple[Any, ...]:
+    """What two weights must share to be stacked."""
+    if w.bias is not None:
+        return (id(w),)
+    return (w.shape,) if isinstance(w, Dense) else (w.shape, w.w_bit, w.group_size)
 
 
-def stacked(handles: list[MlxHandle]) -> Stack | None:
-    """Handles of one form -> a Stack, or None where the forms differ."""
-    first = handles[0]
-    if first.bias is not None or any(form_of(h) != form_of(first) for h in handles):
-        return None
-    packed = [h for h in handles if isinstance(h, PackedHandle)]
-    if not packed:
-        arrays = (mx.stack([h.w for h in handles]),)
-        mx.eval(arrays)
-        return Stack(arrays, 0, 0)
-    fields = ("w", "scales", "biases")
-    arrays = tuple(mx.stack([getattr(h, f) for h in packed]) for f in fields)
-    mx.eval(arrays)
-    return Stack(arrays, packed[0].bits, packed[0].group_size)
+def stack(weights: Sequence[Weight], dtype: Any, share: bool) -> Stack:
+    """Weights of one form -> a Stack, each byte brought to its place at once."""
+    first = weights[0]
+    arrays = (a.reshape(len(weights), first.shape[0], -1) for a in arrays_of(weights, dtype, share))
+    if isinstance(first, Dense):
+        return Stack(tuple(arrays), 0, 0)
+    return Stack(tuple(arrays), first.w_bit, min(first.group_size, GROUPS[-1]))
 
 
 @dataclass(frozen=True)
@@ -64,18 +58,25 @@ class Experts:
     shared: Mlp | None
 
 
-def pack_experts(act: str, handles: Iterable[tuple[MlxHandle, MlxHandle]]) -> Experts | tuple[Mlp, ...]:
+def pack_experts(
+    pairs: list[tuple[Weight, Weight]], act: str, dtype: Any, share: bool
+) -> Experts | tuple[Mlp, ...]:
     """(gate_up, down) of each expert, the shared one last -> Experts, or one by one where the forms differ.
 
     A shared expert of the routed ones' size cannot be told from them here: it is stacked, and found by index.
     """
-    pairs: list[tuple[Any, Any]] = list(handles)
-    odd = len(pairs) > 1 and [form_of(h)[0] for h in pairs[-1]] != [form_of(h)[0] for h in pairs[0]]
+
+    def alone(pair: tuple[Weight, Weight]) -> Mlp:
+        up, down = (pack(w, dtype, share) for w in pair)
+        return Mlp(act, down, gate_up=up)
+
+    odd = len(pairs) > 1 and [form_of(w)[0] for w in pairs[-1]] != [form_of(w)[0] for w in pairs[0]]
     routed = pairs[:-1] if odd else pairs
-    up, down = stacked([p[0] for p in routed]), stacked([p[1] for p in routed])
-    if up is None or down is None:
-        return tuple(Mlp(act, d, gate_up=u) for u, d in pairs)
-    return Experts(up, down, Mlp(act, pairs[-1][1], gate_up=pairs[-1][0]) if odd else None)
+    ups, downs = zip(*routed, strict=True)
+    if any(side[0].bias is not None or len({form_of(w) for w in side}) > 1 for side in (ups, downs)):
+        return tuple(alone(p) for p in pairs)
+    up, down = stack(ups, dtype, share), stack(downs, dtype, share)
+    return Experts(up, down, alone(pairs[-1]) if odd else None)
 
 
 def route(logits: Any, moe: Moe) -> tuple[Any, Any, Any]:

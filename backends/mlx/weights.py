@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from tinychat_mlx.backends.mlx.device import mx
+from tinychat_mlx.backends.mlx.transfer import stacked
 from tinychat_mlx.errors import BackendError
-from tinychat_mlx.weight import Dense, Packed, Weight
+from tinychat_mlx.weight import Array, Dense, Joined, Packed, Weight
 
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # what mx.quantized_matmul knows
 
@@ -61,35 +63,31 @@ class PackedHandle:
 MlxHandle = DenseHandle | PackedHandle
 
 
-def pack(weight: Weight, dtype: Any) -> MlxHandle:
-    """Copy a weight to the device, once, straight from where it lies. Raises BackendError."""
+def pack(weight: Weight, dtype: Any, share: bool = False) -> MlxHandle:
+    """Put a weight on the device, straight from where it lies. share: as in transfer.stacked. Raises BackendError."""
     bias = None if weight.bias is None else mx.array(weight.bias).astype(dtype)
-    if isinstance(weight, Dense):
-        handle: MlxHandle = DenseHandle(weight.name, weight.shape, floats(weight.w, dtype), bias)
-        mx.eval(handle.w)
-    else:
-        handle = _packed(weight, dtype, bias)
-        mx.eval(handle.w, handle.scales, handle.biases)
-    return handle
+    arrays = arrays_of([weight], dtype, share)
+    if isinstance(weight, Packed):
+        group = min(weight.group_size, GROUPS[-1])
+        return PackedHandle(weight.name, weight.shape, *arrays, weight.w_bit, group, bias)
+    return DenseHandle(weight.name, weight.shape, *arrays, bias)
 
 
-def _packed(weight: Packed, dtype: Any, bias: Any) -> PackedHandle:
-    group, scales, biases = weight.group_size, weight.scales, weight.biases
-    if group > 128 and group % 128 == 0:  # the same numbers, said once per 128 inputs
-        scales, biases = (np.repeat(a, group // 128, axis=1) for a in (scales, biases))
-        group = 128
-    if weight.w_bit not in BITS or group not in GROUPS:
+def arrays_of(weights: Sequence[Weight], dtype: Any, share: bool) -> tuple[Any, ...]:
+    """Weights of one form and one K, stacked along N -> (w,), or (w, scales, biases). Raises BackendError."""
+    first = weights[0]
+    if isinstance(first, Dense):
+        return (stacked([w.w for w in weights if isinstance(w, Dense)], dtype, share),)
+    packed = [w for w in weights if isinstance(w, Packed)]
+    group = min(first.group_size, GROUPS[-1])
+    if first.w_bit not in BITS or group not in GROUPS or first.group_size % group:
         raise BackendError(
-            f"{weight.name}: MLX cannot multiply {weight.w_bit}-bit weights in groups of {weight.group_size} "
+            f"{first.name}: MLX cannot multiply {first.w_bit}-bit weights in groups of {first.group_size} "
             f"(bits {BITS}, groups of 32, 64 or multiples of 128): use --backend cpu, or convert again"
         )
-    w = mx.array(weight.qweight)
-    return PackedHandle(
-        weight.name, weight.shape, w, floats(scales, dtype), floats(biases, dtype), weight.w_bit, group, bias
-    )
-
-
-def floats(a: Any, dtype: Any) -> Any:
-    """float16, float32 or bfloat16 bits (uint16) -> a device array of dtype."""
-    x = mx.array(a)
-    return (x.view(mx.bfloat16) if a.dtype == np.uint16 else x).astype(dtype)
+    parts = [part for w in packed for part in (w.parts if isinstance(w, Joined) else (w,))]
+    sides: list[list[Array]] = [[p.scales for p in parts], [p.biases for p in parts]]
+    if times := first.group_size // group - 1:  # the same numbers, said once per 128 inputs
+        sides = [[np.repeat(a, times + 1, axis=1) for a in side] for side in sides]
+    w = stacked([p.qweight for p in parts], mx.uint32, share)
+    return w, *(stacked(side, dtype, share) for side in sides)

@@ -211,7 +211,13 @@ def test_a_token_reads_fewer_bytes_than_with_mlx_lm(name: str) -> None:
     assert cost.bytes_per_token(shape, cost.OURS[4]) < cost.bytes_per_token(shape, cost.MLX_LM)
     rows = {row["chip"]: row for row in cost.table(shape, 2048)}
     assert len(rows) >= 10 and all(r[cost.OURS[4].name] < r["ceiling"] for r in rows.values())
-    assert all(r[cost.OURS[4].name] > r["mlx-lm"] for r in rows.values())
+    for bits in (4, 8):  # like beside like, in the table as well
+        ours, theirs = cost.OURS[bits], cost.MLX_LMS[bits]
+        assert cost.bytes_per_token(shape, ours) < cost.bytes_per_token(shape, theirs)
+        assert all(r[ours.name] > r[theirs.name] for r in rows.values())
+    megabytes, launches = cost.reads(shape)
+    assert megabytes.keys() == launches.keys() == rows["M1"].keys()
+    assert megabytes[cost.OURS[8].name] == round(cost.bytes_per_token(shape, cost.OURS[8]) / 1e6, 1)
 
 
 def test_bytes_are_those_of_the_packed_arrays() -> None:
