@@ -380,6 +380,20 @@ def test_no_save_writes_nothing(chats: Chats, tmp_path: Path) -> None:
     assert not (tmp_path / "data").exists()
 
 
+def test_ctrl_c_at_save_loses_nothing(chats: Chats, tmp_path: Path) -> None:
+    chat = chats(answers=["A", "B"])
+    chat.say("one")
+    for title in ("first", "second", "third"):
+        chat.type(f"/save {title}" + ENTER + CTRL_C)
+        chat.prompt()
+    chat.say("two")
+    leave(chat)
+    (file,) = (tmp_path / "data" / "sessions").iterdir()
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    said = [line["content"] for line in lines if "content" in line]
+    assert said == ["one", "A", "two", "B"]
+
+
 def test_ctrl_c_while_another_model_loads_keeps_the_old_one(chats: Chats) -> None:
     chat = chats(load=1.5)
     chat.say("one")
