@@ -13,6 +13,7 @@ from functools import partial
 
 import numpy as np
 
+from tinychat_mlx.awq import head
 from tinychat_mlx.awq.experts import LEAST, Mixture, add_experts, round_experts
 from tinychat_mlx.awq.layer import Moments, QuantizedLayer, empty_moments, quantize_layer, round_layer
 from tinychat_mlx.awq.record import STEP_ROWS, LayerRun, Recorder, Routing, embedded_rows, steps
@@ -57,6 +58,8 @@ def estimate(source: Checkpoint, settings: Settings, backend: Make) -> Estimate:
         seconds += count * _layer_seconds(config, layer, source, settings, backend, tokens)
     if tokens and settings.calib == "self":
         seconds += _writing_seconds(config, source, backend(False), tokens)
+    if head.is_site(config, source, settings):
+        seconds += _head_seconds(config, source, settings, backend(True), tokens)
     rows = 4 * tokens * config.hidden_size * 4  # of two layers
     return Estimate(seconds, peak_bytes(config, source, settings, tokens), 2 * result + rows, result, tokens)
 
@@ -149,7 +152,26 @@ def _rim_seconds(config: ModelConfig, source: Checkpoint, settings: Settings) ->
     start = time.perf_counter()
     rounded_rows(sample, settings.head_bits, rim_group(config, settings.group_size))
     seconds = time.perf_counter() - start
-    return seconds * rows / len(sample.w) * len(rim_names(config, source)[0])
+    matrices = len(rim_names(config, source)[0]) - head.is_site(config, source, settings)
+    return seconds * rows / len(sample.w) * matrices
+
+
+def _head_seconds(
+    config: ModelConfig, source: Checkpoint, settings: Settings, device: Backend, tokens: int
+) -> float:
+    """A head that is more than rounded: one step of rows, the search, and one stripe are done and timed."""
+    form = head.head_form(config, settings)
+    x = np.random.default_rng(0).standard_normal((STEP_ROWS, config.hidden_size)).astype(np.float32)
+    start = time.perf_counter()
+    moments = head.head_moments(config, source, device, x, form, settings.method)
+    shown = time.perf_counter() - start
+    start = time.perf_counter()
+    made = head.Head.chosen_by(config, source, moments, form, settings.compare)
+    chosen = time.perf_counter() - start
+    start = time.perf_counter()
+    rows = len(next(made.stripes()).q)
+    coded = time.perf_counter() - start
+    return shown * tokens / STEP_ROWS + chosen + coded * config.vocab_size / rows
 
 
 def _sample(config: ModelConfig, source: Checkpoint) -> Dense:
@@ -223,12 +245,24 @@ def peak_bytes(config: ModelConfig, source: Checkpoint, settings: Settings, toke
     phases = [int(2 * vocabulary * settings.head_bits / 8)]
     for layer in kinds(config):
         phases += _layer_phases(config, layer, settings, tokens)
+    if head.is_site(config, source, settings):
+        phases.append(_head_phase(config, settings, tokens))
     if tokens and settings.calib == "self":
         matrices = len(rim_names(config, source)[0])
         body = sum(n * k for _, n, k in quantised_shapes(config))
         kv = tokens * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
         phases.append(int(1.04 * (body + matrices * vocabulary) + kv + vocabulary))
     return BASE_BYTES + max(phases)
+
+
+def _head_phase(config: ModelConfig, settings: Settings, tokens: int) -> int:
+    """Bytes held while the head is quantised: rows and moments, a stripe about seven times over, the rows by which
+    scales were chosen with theirs scaled, codes and the whole that they are put together into."""
+    full, c, form = settings.method == "awq+", config.hidden_size, head.head_form(config, settings)
+    stripe = 4 * c * min(head.ROWS, config.vocab_size)
+    moments = 4 * c * (2 * c + 3 * c if full else form.group_size)
+    codes = int(config.vocab_size * c * (form.w_bit / 8 + 4 / form.group_size))
+    return (1 + full) * tokens * 4 * c + moments + 9 * stripe + 2 * codes
 
 
 def _layer_phases(config: ModelConfig, layer: int, settings: Settings, tokens: int) -> list[int]:

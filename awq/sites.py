@@ -125,10 +125,11 @@ def module_name(config: ModelConfig, layer: int, role: str, expert: int | None =
 
 @dataclass
 class LayerWeights:
-    """One decoder layer without its experts, or one expert; float32, changed in place by folding.
+    """One decoder layer without its experts, or one expert, or (see head.py) rows of the head; float32, changed
+    in place by folding.
 
-    linears: part (q, k, v, o, gate, up, down, routers) -> (N, K); biases: part -> (N,); vectors: full tensor
-    name -> values as stored. A Source for the graph's Loader.
+    linears: part (q, k, v, o, gate, up, down, routers, head) -> (N, K); biases: part -> (N,); vectors: full
+    tensor name -> values as stored. A Source for the graph's Loader.
     """
 
     config: ModelConfig
@@ -229,7 +230,7 @@ def fold(weights: LayerWeights, site: Site, s: F32, at: Index | None) -> F32:
     the float16 numbers that will be stored, and s follows it exactly. -> the scale of every input channel.
     """
     assert site.absorber is not None
-    if site.absorber in weights.config.spec.norms:
+    if site.absorber in (*weights.config.spec.norms, "final_norm"):
         s = _fold_norm(weights, site.absorber, s)
     else:
         weights.linears[site.absorber] = weights.linears[site.absorber] / s[:, None]
@@ -243,7 +244,9 @@ def fold(weights: LayerWeights, site: Site, s: F32, at: Index | None) -> F32:
 
 
 def _fold_norm(weights: LayerWeights, role: str, s: F32) -> F32:
-    name, offset = weights.config.spec.name(role, weights.layer), np.float32(weights.config.spec.norm_offset)
+    spec = weights.config.spec
+    name = spec.name(role, None if role == "final_norm" else weights.layer)
+    offset = np.float32(spec.norm_offset)
     old = weights.vectors[f"{name}.weight"]
     new = ((old + offset) / s - offset).astype(np.float16).astype(np.float32)
     exact = np.divide(old + offset, new + offset, out=np.ones_like(s), where=(new + offset) != 0)

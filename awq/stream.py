@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinychat_mlx.awq.experts import Mixture, add_experts, round_experts
+from tinychat_mlx.awq.head import Head, head_form, head_moments, is_site
 from tinychat_mlx.awq.layer import (
     Moments,
     QuantizedLayer,
@@ -37,7 +38,7 @@ from tinychat_mlx.checkpoint import Checkpoint
 from tinychat_mlx.config import ModelConfig
 from tinychat_mlx.errors import TinychatError, UsageError
 from tinychat_mlx.shards import write_json
-from tinychat_mlx.tensorfile import replacing, write
+from tinychat_mlx.tensorfile import Entry, replacing, write
 from tinychat_mlx.weight import F32
 
 Ids = npt.NDArray[np.int32]
@@ -99,12 +100,12 @@ class WorkFolder:
         array: npt.NDArray[Any] = np.load(path, allow_pickle=False)
         return array
 
-    def finished(self, layers: int, with_rows: bool) -> int:
-        """-> how many layers need not be done again."""
-        done = 0
-        while done < layers and self.shard(done).exists() and self.report(done).exists():
+    def finished(self, layers: int, with_rows: bool, with_head: bool) -> int:
+        """-> how many layers need not be done again; the head's number follows theirs."""
+        steps, done = layers + with_head, 0
+        while done < steps and self.shard(done).exists() and self.report(done).exists():
             done += 1
-        while with_rows and 0 < done < layers and not self.rows(done).exists():
+        while with_rows and 0 < done < steps and not self.rows(done).exists():
             done -= 1
         return done
 
@@ -145,30 +146,49 @@ class Conversion:
     window: int
 
     def run(self, calibration: Callable[[Watch], Ids], watch: Watch) -> list[tuple[SiteReport, ...]]:
-        """Quantise all layers into the work folder -> what was measured, layer by layer."""
+        """Quantise all layers into the work folder -> what was measured, layer by layer, the head's last."""
         config, layers = self.config, self.config.num_hidden_layers
-        needs_rows = self.settings.method != "rtn"
-        done = self.work.finished(layers, needs_rows)
-        x = self._first_rows(calibration, watch, done) if needs_rows and done < layers else None
+        needs_rows, head = self.settings.method != "rtn", is_site(self.config, self.source, self.settings)
+        steps = layers + head
+        done = self.work.finished(layers, needs_rows, head)
+        x = self._first_rows(calibration, watch, done) if needs_rows and done < steps else None
         reports = [_read_report(self.work.report(i)) for i in range(done)]
         for i, report in enumerate(reports):
-            watch(Progress("layers", i + 1, layers, "kept", report))
+            watch(Progress("layers", min(i + 1, layers), layers, "kept", report))
         for layer in range(done, layers):
             weights = LayerWeights.read(config, layer, self.source)
             quantized = self._rounded(weights) if x is None else self._quantized(weights, x)
-            if x is not None and layer + 1 < layers:
-                if len(x) == 2:
+            if x is not None and layer + 1 < steps:
+                if layer + 1 == layers:
+                    x = x[:1]  # the head looks at the float model's rows alone
+                elif len(x) == 2:
                     self._through(quantized, x[1])
                 self.work.save(self.work.rows(layer + 1), x)
-            report = quantized.reports
-            write_json(self.work.report(layer), {"sites": [asdict(r) for r in report]})
-            write(self.work.shard(layer), layer_entries(quantized, self.settings.format), {"format": "mlx"})
-            self.work.rows(layer).unlink(missing_ok=True)
+            self._keep(layer, quantized.reports, layer_entries(quantized, self.settings.format))
+            reports.append(quantized.reports)
             del weights, quantized
-            reports.append(report)
-            watch(Progress("layers", layer + 1, layers, "", report))
-        self._rim(watch)
+            watch(Progress("layers", layer + 1, layers, "", reports[-1]))
+        if head and done < steps:
+            assert x is not None
+            reports.append(self._head(x[0], watch))
+            watch(Progress("layers", layers, layers, "", reports[-1]))
+        self._rim(watch, head)
         return reports
+
+    def _keep(self, step: int, report: tuple[SiteReport, ...], tensors: Iterable[Entry]) -> None:
+        """What a layer, or the head, has become; the rows that entered it go."""
+        write_json(self.work.report(step), {"sites": [asdict(r) for r in report]})
+        write(self.work.shard(step), tensors, {"format": "mlx"})
+        self.work.rows(step).unlink(missing_ok=True)
+
+    def _head(self, x: F32, watch: Watch) -> tuple[SiteReport, ...]:
+        """Quantise a head of its own, and the final norm with it, by the rows x (T, C) that reach them."""
+        config, source, form = self.config, self.source, head_form(self.config, self.settings)
+        moments = head_moments(config, source, self.backend, x, form, self.settings.method)
+        head = Head.chosen_by(config, source, moments, form, self.settings.compare)
+        tensors = head.entries(lambda done, total: watch(Progress("head", done, total)))
+        self._keep(config.num_hidden_layers, (head.report,), tensors)
+        return (head.report,)
 
     def _first_rows(self, calibration: Callable[[Watch], Ids], watch: Watch, done: int) -> F32:
         """The rows (streams, T, C) that enter the first unfinished layer; see `_record`."""
@@ -225,12 +245,13 @@ class Conversion:
         if run.routings:
             add_experts(layer, Routing.joined(run.routings), device, x)
 
-    def _rim(self, watch: Watch) -> None:
+    def _rim(self, watch: Watch, head_done: bool) -> None:
         path = self.work.path / "rim.safetensors"
         if not path.exists():
             watch(Progress("finish", 0, 2, "embedding and head"))
             bits, size = self.settings.head_bits, self.settings.group_size
-            write(path, rim_entries(self.config, self.source, bits, size), {"format": "mlx"})
+            tensors = rim_entries(self.config, self.source, bits, size, not head_done)
+            write(path, tensors, {"format": "mlx"})
 
 
 def _read_report(path: Path) -> tuple[SiteReport, ...]:
@@ -257,3 +278,5 @@ def shards(work: WorkFolder, layers: int) -> Iterator[Path]:
     yield work.path / "rim.safetensors"
     for layer in range(layers):
         yield work.shard(layer)
+    if work.shard(layers).exists():  # the head, where it was more than rounded
+        yield work.shard(layers)

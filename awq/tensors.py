@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -80,9 +81,18 @@ def rim_names(config: ModelConfig, source: Source) -> tuple[list[str], list[str]
     return matrices, vectors
 
 
-def rim_entries(config: ModelConfig, source: Source, bits: int, group_size: int) -> Iterator[Entry]:
-    """Embedding and head at `bits` (16: float16), positions and norms in float16; one matrix in memory."""
+def rim_entries(
+    config: ModelConfig, source: Source, bits: int, group_size: int, head: bool = True
+) -> Iterator[Entry]:
+    """Embedding and head at `bits` (16: float16), positions and norms in float16; one matrix in memory.
+
+    head: False leaves out the head and the final norm, which head.py makes together.
+    """
     matrices, vectors = rim_names(config, source)
+    if not head:
+        norm = f"{config.spec.name('final_norm')}."
+        matrices.remove(config.spec.name("head"))
+        vectors = [name for name in vectors if not name.startswith(norm)]
     for name in matrices:
         weight = source.weight(name)
         assert isinstance(weight, Dense)
@@ -101,12 +111,16 @@ def rim_group(config: ModelConfig, group_size: int) -> int:
 
 def rounded_rows(weight: Dense, bits: int, group_size: int) -> Packed:
     """Round a matrix piece by piece, so that it is never whole in float32."""
-    pieces = [
-        round_to_nearest(to_float32(weight.w[at : at + ROWS]), bits, group_size).packed(weight.name, None)
-        for at in range(0, len(weight.w), ROWS)
-    ]
-    stack = [np.concatenate([getattr(p, f) for p in pieces]) for f in ("qweight", "scales", "biases")]
-    return Packed(weight.name, stack[0], stack[1], stack[2], bits, group_size, weight.bias)
+    starts = range(0, len(weight.w), ROWS)
+    pieces = (round_to_nearest(to_float32(weight.w[at : at + ROWS]), bits, group_size) for at in starts)
+    return joined_rows(weight, pieces)
+
+
+def joined_rows(weight: Dense, pieces: Iterable[Quantized]) -> Packed:
+    """The codes of a matrix's rows, piece after piece -> the matrix; only packed codes are kept."""
+    packed = [piece.packed(weight.name, weight.bias) for piece in pieces]
+    stack = [np.concatenate([getattr(p, f) for p in packed]) for f in ("qweight", "scales", "biases")]
+    return replace(packed[0], qweight=stack[0], scales=stack[1], biases=stack[2])
 
 
 def quantization_block(
