@@ -89,15 +89,15 @@ class Joined(Packed):
     parts: tuple[Packed, ...]
 
     @cached_property
-    def qweight(self) -> npt.NDArray[np.uint32]:  # type: ignore[override]
+    def qweight(self) -> npt.NDArray[np.uint32]:
         return np.concatenate([p.qweight for p in self.parts])
 
     @cached_property
-    def scales(self) -> Array:  # type: ignore[override]
+    def scales(self) -> Array:
         return np.concatenate([p.scales for p in self.parts])
 
     @cached_property
-    def biases(self) -> Array:  # type: ignore[override]
+    def biases(self) -> Array:
         return np.concatenate([p.biases for p in self.parts])
 
     @property

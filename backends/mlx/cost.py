@@ -141,7 +141,7 @@ def reads(shape: Shape, context: int = 0) -> list[dict[str, Any]]:
     """What the table's rows follow from, in its columns: megabytes read and kernels launched for one token."""
     megabytes = {f.name: round(bytes_per_token(shape, f, context) / 1e6, 1) for f in FORMS}
     launches = {f.name: launches_per_token(shape, f) for f in FORMS}
-    heads = {"MB read a token": megabytes, "launches a token": launches}
+    heads: dict[str, dict[str, Any]] = {"MB read a token": megabytes, "launches a token": launches}
     return [{"chip": what, "gb_s": "", **row, "ceiling": ""} for what, row in heads.items()]
 
 

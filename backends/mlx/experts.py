@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from tinychat_mlx.backend import Mlp, Moe
+from tinychat_mlx.backend import Handle, Mlp, Moe
 from tinychat_mlx.backends.mlx.device import mx
 from tinychat_mlx.backends.mlx.weights import GROUPS, arrays_of, pack
 from tinychat_mlx.weight import Dense, Weight
@@ -67,7 +67,7 @@ def pack_experts(
     """
 
     def alone(pair: tuple[Weight, Weight]) -> Mlp:
-        up, down = (pack(w, dtype, share) for w in pair)
+        up, down = (cast(Handle, pack(w, dtype, share)) for w in pair)
         return Mlp(act, down, gate_up=up)
 
     odd = len(pairs) > 1 and [form_of(w)[0] for w in pairs[-1]] != [form_of(w)[0] for w in pairs[0]]

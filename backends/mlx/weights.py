@@ -68,9 +68,10 @@ def pack(weight: Weight, dtype: Any, share: bool = False) -> MlxHandle:
     bias = None if weight.bias is None else mx.array(weight.bias).astype(dtype)
     arrays = arrays_of([weight], dtype, share)
     if isinstance(weight, Packed):
+        w, scales, biases = arrays
         group = min(weight.group_size, GROUPS[-1])
-        return PackedHandle(weight.name, weight.shape, *arrays, weight.w_bit, group, bias)
-    return DenseHandle(weight.name, weight.shape, *arrays, bias)
+        return PackedHandle(weight.name, weight.shape, w, scales, biases, weight.w_bit, group, bias)
+    return DenseHandle(weight.name, weight.shape, arrays[0], bias)
 
 
 def arrays_of(weights: Sequence[Weight], dtype: Any, share: bool) -> tuple[Any, ...]:
