@@ -186,7 +186,7 @@ def test_packed_caches_are_smaller_and_refuse_what_they_cannot_hold(
         MlxBackend(exact=True)
 
 
-@pytest.mark.parametrize("bits, group", [(4, 32), (4, 64), (4, 128), (8, 64)])
+@pytest.mark.parametrize("bits, group", [(bits, group) for bits in (4, 8) for group in (32, 64, 128)])
 def test_folders_of_mlx_lm_give_its_tokens(
     bits: int, group: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
