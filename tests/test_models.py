@@ -345,12 +345,13 @@ def test_a_conversion_that_has_no_room_is_not_offered(
     assert "needs more memory" in said[-1]
 
 
-def test_a_mixture_of_experts_is_run_as_it_is(home: Path) -> None:
+def test_a_mixture_of_experts_is_offered_as_well(home: Path) -> None:
     found = facts.local("org/dense", home / "hub" / "models--org--dense" / "snapshots" / COMMIT)
     assert opening._settings(found) is not None
     config = json.loads((Path(str(found.folder)) / "config.json").read_text())
     experts = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
-    assert opening._settings(replace(found, config=parse_config(config | experts))) is None
+    settings = opening._settings(replace(found, config=parse_config(config | experts)))
+    assert settings is not None and settings.method == "awq+"
 
 
 def test_folders_and_the_demo_are_left_alone(home: Path, tmp_path: Path) -> None:

@@ -29,10 +29,10 @@ def fingerprint(folder: Path) -> str:
             numbers = info.st_size, info.st_ino, info.st_mtime_ns, info.st_ctime_ns
             digest.update(repr((path.name, numbers)).encode())
             with path.open("rb") as file:
-                length = MAX_HEADER
+                length = info.st_size
                 if path.suffix == ".safetensors":
-                    length = min(int.from_bytes(file.read(8), "little"), MAX_HEADER)
-                digest.update(file.read(length))
+                    length = int.from_bytes(file.read(8), "little")
+                digest.update(file.read(min(length, info.st_size, MAX_HEADER)))  # asked for more, Python allots more
     except (OSError, UnicodeEncodeError):
         return ""
     return digest.hexdigest()

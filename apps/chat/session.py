@@ -69,7 +69,7 @@ class Session:
     @classmethod
     def new(cls, folder: Path | None, model: str = "", system: str = "") -> Session:
         """A session whose file appears with its first message."""
-        ident = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        ident = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
         return cls(folder / "sessions" / f"{ident}.jsonl" if folder else None, model, system)
 
     @classmethod
