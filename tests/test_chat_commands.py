@@ -147,6 +147,14 @@ def test_model_and_backend_switch_and_the_conversation_goes_on(chats: Chats, tmp
     assert texts(asked(tmp_path)) == ["one", "one", "two"]
 
 
+def test_a_model_that_does_not_load_leaves_the_meter_as_it_was(chats: Chats) -> None:
+    chat = chats()
+    chat.say("one")
+    assert "3 / 2,048" in chat.say("/context")
+    chat.say("/model missing")
+    assert "3 / 2,048" in chat.say("/context").rpartition("/context")[2]
+
+
 def test_a_model_too_large_for_memory_is_refused_before_it_is_loaded(chats: Chats, tmp_path: Path) -> None:
     huge = tmp_path / "huge"
     huge.mkdir()

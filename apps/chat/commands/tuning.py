@@ -73,9 +73,9 @@ def switch(chat: Chat, loading: dict[str, Any]) -> None:
     except (TinychatError, OSError, KeyboardInterrupt):
         if not both:
             chat.model = chat.load(before, 0)
+        chat.used = chat.model.context_used
         raise
-    finally:
-        chat.used = 0
+    chat.used = 0
     chat.view.header(chat.model)
     chat.prime()
 
