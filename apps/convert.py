@@ -97,10 +97,7 @@ def _convert(source: Checkpoint, target: Path, settings: Settings, options: dict
     try:
         with screen.bar:
             result = run(
-                source, target, settings, lambda: _backend(options, exact=True),
-                lambda config, src, _, s, window, watch: calibration_ids(
-                    config, src, lambda: _backend(options, exact=False), s, window, watch
-                ),
+                source, target, settings, lambda exact: _backend(options, exact), calibration_ids,
                 screen.show, options["resume"], options["force"],
             )  # fmt: skip
     except KeyboardInterrupt:

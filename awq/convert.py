@@ -24,7 +24,7 @@ from tinychat_mlx.checkpoint import Checkpoint
 from tinychat_mlx.config import ModelConfig, parse_config
 from tinychat_mlx.errors import TinychatError, UsageError
 
-Calibrate = Callable[[ModelConfig, Checkpoint, Backend, Settings, int, Watch], Ids]
+Calibrate = Callable[[ModelConfig, Checkpoint, Callable[[], Backend], Settings, int, Watch], Ids]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def convert(
     source: Checkpoint,
     target: Path,
     settings: Settings,
-    backend: Callable[[], Backend],
+    backend: Callable[[bool], Backend],
     calibrate: Calibrate,
     watch: Watch = lambda p: None,
     resume: bool = False,
@@ -48,7 +48,7 @@ def convert(
 ) -> Result:
     """Write `target`. Everything is checked first; until the last rename nothing is there.
 
-    backend: made only if the method runs the model. Raises a TinychatError that says what to do.
+    backend: exact? -> a device; made only if the method runs the model. Raises a TinychatError that says what to do.
     """
     work = WorkFolder(target)
     if resume and target.exists() and (work.path / RENAMING).exists() and not (work.path / "out").exists():
@@ -63,10 +63,11 @@ def convert(
     config = open_dense(source, settings)
     work.begin(settings.fingerprint(source), resume, force)
     window = min(WINDOW, config.max_position_embeddings)
-    device = backend() if settings.method != "rtn" else Backend()
-    run = Conversion(source, config, settings, device, work, window)
+    run = Conversion(source, config, settings, backend, work, window)
     try:
-        layers = run.run(lambda w: calibrate(config, source, device, settings, window, w), watch)
+        layers = run.run(
+            lambda w: calibrate(config, source, lambda: backend(False), settings, window, w), watch
+        )
     except TinychatError:
         if not (work.path / "calibration.npy").exists() and not work.shard(0).exists():
             work.remove()  # there is nothing to go on from

@@ -79,7 +79,7 @@ def window_of(config: ModelConfig) -> int:
 def _layer_seconds(
     config: ModelConfig, layer: int, source: Checkpoint, settings: Settings, backend: Make, tokens: int
 ) -> float:
-    """One layer: read, all steps of the forward pass (the faster of two, after one to warm up), quantise."""
+    """One layer: read, all steps of the forward pass (the fastest of three), quantise."""
     start = time.perf_counter()
     weights = LayerWeights.read(config, layer, source)
     if not tokens:
@@ -93,13 +93,8 @@ def _layer_seconds(
     ids = np.random.default_rng(0).integers(0, config.vocab_size, one.stop).astype(np.int32)
     x = embedded_rows(config, source, device, ids, window)
     moments = empty_moments(settings.method, weights, settings.group_size)
-    times, streams = [], 2 if settings.method == "awq+" else 1
-    for _ in range(3):
-        start = time.perf_counter()
-        observe(run, moments, np.stack([x] * streams))
-        if streams == 2:
-            run.forward(x)  # once more when the layer is quantised
-        times.append(time.perf_counter() - start)
+    streams = 2 if settings.method == "awq+" else 1
+    running = fastest(lambda: observe(run, moments, np.stack([x] * streams)))
     routed = run.routings[0] if run.routings else None
     del run
     experts_s = 0.0
@@ -108,10 +103,24 @@ def _layer_seconds(
             weights, source, settings, device, routed.h, moments.pop("mlp_in"), tokens
         )
     start = time.perf_counter()
-    quantize_layer(weights, moments, settings.form, settings.compare)
-    quantising = time.perf_counter() - start + experts_s
-    written = tokens * config.hidden_size * 4 / WRITE_BYTES_S
-    return fixed + min(times[1:]) * tokens / len(x) + quantising + written
+    layer = quantize_layer(weights, moments, settings.form, settings.compare)
+    fixed += time.perf_counter() - start + experts_s
+    if streams == 2:  # once more as codes
+        start = time.perf_counter()
+        run = LayerRun(config, weights.layer, layer, Recorder(backend(False)), window)
+        fixed += time.perf_counter() - start
+        running += fastest(lambda: run.forward(x))
+    return fixed + running * tokens / len(x) + tokens * config.hidden_size * 4 / WRITE_BYTES_S
+
+
+def fastest(work: Callable[[], object]) -> float:
+    """-> seconds of the fastest of three runs."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def _experts_seconds(
@@ -194,14 +203,6 @@ def _writing_seconds(config: ModelConfig, source: Checkpoint, device: Backend, t
         cache.length = window // 2  # the mean
     x = np.random.default_rng(0).standard_normal((count, config.hidden_size)).astype(np.float32)
     step = device.step([Segment(cache, 1) for cache in caches])
-
-    def fastest(work: Callable[[], object]) -> float:
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - start)
-        return min(times)
 
     def top() -> None:
         sampled(device.to_host(graph.logits(device.put(x.copy()), norm, head)), np.random.default_rng(0))

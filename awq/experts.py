@@ -54,8 +54,9 @@ def round_experts(weights: LayerWeights, source: Source, form: Form) -> Codes:
 
 def add_experts(layer: QuantizedLayer, routing: Routing, backend: Recorder, y: F32) -> None:
     """Add what the quantised experts make of the rows routed to them to y (T, C), in place."""
-    for e in range(len(layer.experts)):
-        run, share = ExpertRun(layer.expert(e), backend), routing.weight(e)
+    for e, codes in enumerate(layer.experts):
+        parts = codes["gate"], codes["up"], codes["down"]
+        run, share = ExpertRun(layer.weights.config.act, *parts, backend), routing.weight(e)
         for rows in _pieces(np.flatnonzero(share)):
             y[rows] += share[rows, None] * run.forward(routing.h[rows])[1]
 
@@ -120,7 +121,7 @@ class Mixture:
     def _run(self, e: int, w: LayerWeights, y: F32) -> Moments:
         """Run a float expert: its share is added to y -> the moments of its down projection's input."""
         moments = site_moments(self.method, w, self.down, self.form.group_size)
-        run, share = ExpertRun(w, self.backend), self.wanted.weight(e)
+        run, share = ExpertRun.of(w, self.backend), self.wanted.weight(e)
         learnt = np.zeros(len(y), bool)
         learnt[self.rows[e]] = True
         for rows in _pieces(np.flatnonzero(learnt | (share != 0))):

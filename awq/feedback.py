@@ -29,7 +29,7 @@ Order = npt.NDArray[np.intp]
 DAMPING = 0.01  # of the mean of H's diagonal, added to it: what the calibration tokens did not show
 SHRINKS = [1 - i / 20 for i in range(9)]  # of a group's range: the joint clip
 PIECE = 32  # columns fed back by one product inside a group
-STRIPE = 1024  # rows of the weight handled at once where a product per group would be large
+STRIPE = 512  # rows of the weight handled at once where a product per group would be large
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def quantised(w: F32, f: Factor, h: F32, w_bit: int, group_size: int, rounds: in
     """
 
     def half(rows: slice) -> Codes:
-        part = np.ascontiguousarray(w[:, rows])
+        part = w[:, rows]
         codes = feed_back(part, f, w_bit, group_size)
         refine(part, codes, h, rounds)
         return codes
@@ -174,7 +174,8 @@ def refine(w: F32, codes: Codes, h: F32, rounds: int) -> None:
 
 def descend(w: F32, codes: Codes, h: F32) -> None:
     """Give each column in turn the codes that minimise e H eᵀ while all others stay (coordinate descent)."""
-    size, e = codes.group_size, w - codes.values()
+    size, e = codes.group_size, codes.values()
+    np.subtract(w, e, out=e)
     curvature = np.diagonal(h)
     for g in range(len(codes.scales)):
         at = slice(g * size, (g + 1) * size)

@@ -14,10 +14,10 @@ from tinychat_mlx.awq.moments import BlockMoments, FullMoments
 from tinychat_mlx.awq.quantizer import Quantized, round_to_nearest
 from tinychat_mlx.awq.search import clip, search_fed_scale, search_scale
 from tinychat_mlx.awq.sites import UNCLIPPED, LayerWeights, Site, fold, shared, sites
-from tinychat_mlx.weight import F32, Packed
+from tinychat_mlx.weight import F32, Dense, Packed, Weight
 
 METHODS = ("rtn", "awq", "awq+")
-JUDGED = 768  # rows of a site's matrix by which attempts are compared
+JUDGED = 384  # rows of a site's matrix by which attempts are compared
 ROUNDS = 1  # of coordinate descent: 5 % less KL at 4 bits; a second gives nothing
 
 
@@ -47,7 +47,8 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """A layer's linears as codes, by part, and what folding made of the rest (in `weights`).
+    """A layer's linears as codes, by part, and what folding made of the rest (in `weights`): a Source for the
+    graph's Loader, which gives the layer as it is stored, so as it will run.
 
     experts: those of a mixture, each by part.
     """
@@ -57,21 +58,28 @@ class QuantizedLayer:
     reports: tuple[SiteReport, ...]
     experts: tuple[dict[str, Packed], ...] = ()
 
-    def dequantized(self) -> LayerWeights:
-        """The layer as it will run, but for its experts; what is no code is stored in float16."""
-        made = self.weights.copy()
-        for role, w in made.linears.items():
-            made.linears[role] = self.parts[role].to_float32() if role in self.parts else _half(w)
-        made.biases = {role: _half(v) for role, v in made.biases.items()}
-        made.vectors = {name: _half(v) for name, v in made.vectors.items()}
-        return made
+    def has(self, name: str) -> bool:
+        return self.weights.has(name)
 
-    def expert(self, e: int) -> LayerWeights:
-        """One expert as it will run."""
-        parts = self.experts[e].items()
-        linears = {role: part.to_float32() for role, part in parts}
-        biases = {role: part.bias for role, part in parts if part.bias is not None}
-        return LayerWeights(self.weights.config, self.weights.layer, linears, biases, {}, e)
+    def vector(self, name: str) -> F32:
+        return _half(self.weights.vector(name))
+
+    def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
+        """A module: its parts' codes one below the other, or its floats in float16; rows as the checkpoint has them."""
+        found = self.weights.module(module)
+        if not all(part in self.parts for part in found.parts):
+            plain = self.weights.weight(module)
+            assert isinstance(plain, Dense)
+            return Dense(
+                module, plain.w.astype(np.float16), None if plain.bias is None else _half(plain.bias)
+            )
+        order, parts = found.stored_order(self.weights.config), [self.parts[part] for part in found.parts]
+        q, scales, zeros = (
+            np.concatenate([getattr(p, f) for p in parts])[order] for f in ("q", "scales", "zeros")
+        )
+        bias = self.weights.bias(found)
+        whole = Quantized(q, scales, zeros, parts[0].w_bit, parts[0].group_size)
+        return whole.packed(module, None if bias is None else _half(bias))
 
 
 def _half(a: F32) -> F32:
@@ -175,18 +183,23 @@ class Judge:
     """
 
     def __init__(self, w: F32, moments: Moments) -> None:
-        self.rows = slice(0, None, -(-len(w) // JUDGED))
-        self.w = w[self.rows].copy()
+        self.rows = np.arange(0, len(w), -(-len(w) // JUDGED))
+        self.w = w[self.rows]
         self.loss: Callable[[F32], float]
         if isinstance(moments, FullMoments):
             sums = moments.whole()  # not its mean: at K = 8192 a copy is 268 MB
-            self.loss = lambda d: float(np.einsum("nk,nk->", d @ sums, d, dtype=np.float64))
+            self.loss = lambda d: float(np.einsum("nk,nk->n", d @ sums, d).sum(dtype=np.float64))
         else:
             self.loss = lambda d: float(moments.loss(d).sum(dtype=np.float64))
         self.signal = max(self.loss(self.w), 1e-30)
 
     def error(self, attempt: Attempt, site: Site) -> float:
-        w_hat = np.concatenate([attempt.parts[role].to_float32() for role in site.roles])[self.rows]
+        pieces, at = [], 0
+        for part in (attempt.parts[role] for role in site.roles):
+            end = at + len(part.q)
+            pieces.append(part.take(self.rows[(self.rows >= at) & (self.rows < end)] - at).to_float32())
+            at = end
+        w_hat = np.concatenate(pieces)
         w_hat /= attempt.s
         w_hat -= self.w
         return self.loss(w_hat) / self.signal
@@ -296,8 +309,9 @@ def fed(scaled: LayerWeights, site: Site, prepared: Prepared, s: F32, form: Form
     f.u[:] /= so
     h /= so.T
     h /= so
-    wt = np.ascontiguousarray(scaled.stacked(site).T[order])
-    wt += prepared.correction * so
+    wt = prepared.correction
+    wt *= so
+    wt += scaled.stacked(site).T[order]
     del prepared.wanted, prepared.correction
     codes = fed_codes(
         wt, order, feedback.Factor(f.u, (f.d / np.square(so[:, 0])).astype(np.float32)), h, form

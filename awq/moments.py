@@ -106,10 +106,13 @@ class FullMoments:
         return self.sums
 
     def correction(self, w: F32) -> F32:
-        """w (N, K) -> mean of w · missing · xᵀ, transposed (K, N): what H⁻¹ turns into a change of w."""
-        per_token = np.float32(1 / max(self.tokens, 1))
+        """w (N, K) -> mean of w · missing · xᵀ, transposed (K, N): what H⁻¹ turns into a change of w.
+
+        `cross` is let go, for it is large and has nothing more to say.
+        """
         through = self.cross.T if self.w is not None else self.cross.T @ w.T
-        out: F32 = through * per_token
+        self.cross = np.empty((0, self.cross.shape[1]), np.float32)
+        out: F32 = np.multiply(through, np.float32(1 / max(self.tokens, 1)), order="C")
         return out
 
     def blocks(self, group_size: int) -> BlockMoments:

@@ -58,6 +58,9 @@ class Quantized:
         w *= self.scales[..., None]
         return w.reshape(n, k)
 
+    def take(self, rows: npt.NDArray[np.intp]) -> Quantized:
+        return Quantized(self.q[rows], self.scales[rows], self.zeros[rows], self.w_bit, self.group_size)
+
     def packed(self, name: str, bias: F32 | None) -> Packed:
         """-> the canonical weight. At 3 and 4 bits -zero · scale is exact in float16, at 8 bits rounded."""
         biases = (-self.zeros * self.scales).astype(np.float16)

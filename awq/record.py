@@ -228,12 +228,16 @@ class LayerRun:
 class ExpertRun:
     """One expert on a device."""
 
-    def __init__(self, weights: LayerWeights, backend: Recorder) -> None:
-        gate, up, down = (weights.weight(weights.name(m)) for m in weights.modules())
+    def __init__(self, act: str, gate: Weight, up: Weight, down: Weight, backend: Recorder) -> None:
         joined = join("gate_up", [gate, up])
-        assert joined is not None, "LayerWeights are float32"
+        assert joined is not None, "an expert's gate and up have one form"
         self.backend = backend
-        self.mlp = Mlp(weights.config.act, backend.pack(down), gate_up=backend.pack(joined))
+        self.mlp = Mlp(act, backend.pack(down), gate_up=backend.pack(joined))
+
+    @classmethod
+    def of(cls, weights: LayerWeights, backend: Recorder) -> ExpertRun:
+        """A float expert."""
+        return cls(weights.config.act, *(weights.weight(weights.name(m)) for m in weights.modules()), backend)
 
     def forward(self, h: F32) -> tuple[F32, F32]:
         """Rows h (T, C) -> the inputs of down (T, F), the expert's output (T, C)."""

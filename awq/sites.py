@@ -183,15 +183,22 @@ class LayerWeights:
         return self.vectors[name]
 
     def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
-        found = next(m for m in self.modules() if self.name(m) == module)
-        order = found.stored_order(self.config)
-        rows = np.concatenate([self.linears[part] for part in found.parts])[order]
-        bias = [self.biases[part] for part in found.parts if part in self.biases]
-        return Dense(module, rows, np.concatenate(bias)[order] if bias else None)
+        found = self.module(module)
+        rows = np.concatenate([self.linears[part] for part in found.parts])[found.stored_order(self.config)]
+        return Dense(module, rows, self.bias(found))
+
+    def module(self, name: str) -> Module:
+        return next(m for m in self.modules() if self.name(m) == name)
+
+    def bias(self, module: Module) -> F32 | None:
+        """A module's bias, rows as the checkpoint has them."""
+        parts = [self.biases[part] for part in module.parts if part in self.biases]
+        return np.concatenate(parts)[module.stored_order(self.config)] if parts else None
 
     def stacked(self, site: Site) -> F32:
-        """The linears of a site one below the other, (sum of N, K)."""
-        return np.concatenate([self.linears[role] for role in site.roles])
+        """The linears of a site one below the other, (sum of N, K); not a copy where there is one."""
+        first = self.linears[site.roles[0]]
+        return first if len(site.roles) == 1 else np.concatenate([self.linears[role] for role in site.roles])
 
     def unstack_codes(self, site: Site, codes: Quantized) -> Iterator[tuple[str, Quantized]]:
         """The codes of stacked linears, role by role."""

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -141,9 +142,19 @@ class Conversion:
     source: Checkpoint
     config: ModelConfig
     settings: Settings
-    backend: Backend
+    make: Callable[[bool], Backend]  # exact? -> a device
     work: WorkFolder
     window: int
+
+    @cached_property
+    def backend(self) -> Backend:
+        """Runs the float model."""
+        return self.make(True)
+
+    @cached_property
+    def running(self) -> Backend:
+        """Runs what has become codes, as it will run."""
+        return self.make(False)
 
     def run(self, calibration: Callable[[Watch], Ids], watch: Watch) -> list[tuple[SiteReport, ...]]:
         """Quantise all layers into the work folder -> what was measured, layer by layer, the head's last."""
@@ -238,8 +249,8 @@ class Conversion:
 
     def _through(self, layer: QuantizedLayer, x: F32) -> None:
         """Run the rows x (T, C) through a quantised layer, in their place."""
-        weights, device = layer.dequantized(), Recorder(self.backend)
-        run = LayerRun(self.config, weights.layer, weights, device, self.window)
+        device = Recorder(self.running)
+        run = LayerRun(self.config, layer.weights.layer, layer, device, self.window)
         for rows in steps(len(x), self.window):
             x[rows] = run.forward(x[rows])
         if run.routings:

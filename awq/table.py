@@ -66,7 +66,7 @@ class Laboratory:
         self.source = Checkpoint.open(args.model)
         self.config = parse_config(self.source.config)
         self.backend, self.threads = choose(args.backend)[0], args.threads
-        self.device = self.make(exact=True)
+        self.device, self.running = self.make(exact=True), self.make(exact=False)
         self.window = min(WINDOW, self.config.max_position_embeddings)
         self.ids = encoded(args.text, Tokenizer.load(self.source.folder))[: args.max_tokens]
         self.dense = self.scores(self.source)
@@ -74,6 +74,9 @@ class Laboratory:
 
     def make(self, exact: bool) -> Backend:
         return create(self.backend, exact, self.threads)
+
+    def made(self, exact: bool) -> Backend:
+        return self.device if exact else self.running
 
     def scores(self, checkpoint: Checkpoint) -> Scores:
         config = parse_config(checkpoint.config)
@@ -85,7 +88,7 @@ class Laboratory:
         if key not in self.texts:
             start = time.perf_counter()
             ids = calibration_ids(
-                self.config, self.source, lambda: self.make(exact=False), settings, window, lambda p: None
+                self.config, self.source, lambda: self.running, settings, window, lambda p: None
             )
             making = time.perf_counter() - start
             self.texts[key] = ids, making, forward_seconds(self.config, self.source, self.device, ids, window)
@@ -103,7 +106,7 @@ class Laboratory:
             self.text(settings, self.window)  # outside the clock: its own time is added
         with tempfile.TemporaryDirectory() as folder:
             target, start = Path(folder) / "model", time.perf_counter()
-            convert(self.source, target, settings, lambda: self.device, calibrate)
+            convert(self.source, target, settings, self.made, calibrate)
             seconds = time.perf_counter() - start + made[0]
             quality = evaluate(self.ids, self.scores(Checkpoint.open(target)), self.dense, self.window)
         return Run(quality, seconds, seconds / made[1])

@@ -9,7 +9,7 @@ import numpy as np
 
 from tinychat_mlx.awq.layer import QuantizedLayer
 from tinychat_mlx.awq.quantizer import Quantized, round_to_nearest
-from tinychat_mlx.awq.sites import Module, mixture, module_name, routers
+from tinychat_mlx.awq.sites import mixture, module_name, routers
 from tinychat_mlx.config import ModelConfig
 from tinychat_mlx.decoder import Source
 from tinychat_mlx.formats.awq_gemm import awq_entries
@@ -35,9 +35,7 @@ def layer_entries(layer: QuantizedLayer, format: str) -> list[Entry]:
     weights = layer.weights
     tensors: list[Entry] = []
     for module in weights.modules():
-        coded = all(part in layer.parts for part in module.parts)
-        stored = _stored(layer, module) if coded else weights.weight(weights.name(module))
-        tensors += weight_entries(stored, format)
+        tensors += weight_entries(layer.weight(weights.name(module)), format)
     tensors += _expert_entries(layer, format)
     return tensors + [float_entry(name, v, "F16") for name, v in weights.vectors.items()]
 
@@ -54,18 +52,6 @@ def _expert_entries(layer: QuantizedLayer, format: str) -> list[Entry]:
             tensors += [stack(same) for same in zip(*parts, strict=True)]
         each = each[moe.num_experts :]
     return tensors + [tensor for expert in each for part in expert for tensor in part]
-
-
-def _stored(layer: QuantizedLayer, module: Module) -> Packed:
-    """A module's parts one below the other, rows as the checkpoint has them."""
-    config, biases = layer.weights.config, layer.weights.biases
-    order, parts = module.stored_order(config), [layer.parts[part] for part in module.parts]
-    q, scales, zeros = (
-        np.concatenate([getattr(p, f) for p in parts])[order] for f in ("q", "scales", "zeros")
-    )
-    bias = [biases[part] for part in module.parts if part in biases]
-    whole = Quantized(q, scales, zeros, parts[0].w_bit, parts[0].group_size)
-    return whole.packed(layer.weights.name(module), np.concatenate(bias)[order] if bias else None)
 
 
 def rim_names(config: ModelConfig, source: Source) -> tuple[list[str], list[str]]:

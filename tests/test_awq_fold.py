@@ -138,7 +138,7 @@ def test_a_layer_taken_apart_and_put_together_is_the_layer(variant: str, tiny_ro
         apart = run.forward(x)
         for part in parts:
             share = run.routings[0].weight(part.expert)[:, None]
-            apart = apart + share * ExpertRun(part, recorder).forward(run.routings[0].h)[1]
+            apart = apart + share * ExpertRun.of(part, recorder).forward(run.routings[0].h)[1]
         backend = ReferenceBackend()
         loaded = Loader(config, source, backend).layer(layer)
         loaded = replace(loaded, attention=replace(loaded.attention, layer=0))

@@ -95,12 +95,11 @@ class Kept:
     """The weights that a quantised layer says it will run with."""
 
     def __init__(self, layer: QuantizedLayer) -> None:
-        parts = (layer.dequantized(), *(layer.expert(e) for e in range(len(layer.experts))))
-        self.of = {w.name(module): w for w in parts for module in w.modules()}
-        self.has, self.vector = parts[0].has, parts[0].vector
+        self.layer, self.has, self.vector = layer, layer.has, layer.vector
+        self.experts = {part.name: part for expert in layer.experts for part in expert.values()}
 
     def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
-        return self.of[module].weight(module, shape)
+        return self.experts[module] if module in self.experts else self.layer.weight(module, shape)
 
 
 @pytest.mark.parametrize("variant", ["mixtral", "qwen2_moe"])

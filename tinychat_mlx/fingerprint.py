@@ -32,7 +32,8 @@ def fingerprint(folder: Path) -> str:
                 length = info.st_size
                 if path.suffix == ".safetensors":
                     length = int.from_bytes(file.read(8), "little")
-                digest.update(file.read(min(length, info.st_size, MAX_HEADER)))  # asked for more, Python allots more
+                # Asked for more than there is, Python would allot it.
+                digest.update(file.read(min(length, info.st_size, MAX_HEADER)))
     except (OSError, UnicodeEncodeError):
         return ""
     return digest.hexdigest()

@@ -198,10 +198,7 @@ def _convert(ref: hub.Ref, folder: Path, settings: Settings, options: Options, s
     try:
         with screen.bar:
             made = convert(
-                Checkpoint.open(folder), target, settings, lambda: _backend(options, True),
-                lambda config, source, _, s, window, watch: calibration_ids(
-                    config, source, lambda: _backend(options, False), s, window, watch
-                ),
+                Checkpoint.open(folder), target, settings, lambda exact: _backend(options, exact), calibration_ids,
                 lambda p: screen.show(replace(p, layer=(), note="")), resume=True,
             )  # fmt: skip
     except KeyboardInterrupt:
