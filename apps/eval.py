@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def evaluate(model: str, text: Path, against: str | None, **options: Any) -> None:
     """Measure what quantising lost."""
+    from tinychat_mlx.apps.models.download import folder_of
     from tinychat_mlx.awq.calibrate import encoded
     from tinychat_mlx.awq.evaluate import evaluate as measure
     from tinychat_mlx.awq.evaluate import scores
@@ -41,6 +42,7 @@ def evaluate(model: str, text: Path, against: str | None, **options: Any) -> Non
     def opened(name: str, exact: bool) -> Model:
         import tinychat_mlx
 
+        folder_of(name)  # with a bar, if it has to be downloaded
         return tinychat_mlx.load(name, backend=options["backend"], exact=exact, threads=options["threads"])
 
     first = opened(model, options["exact"])

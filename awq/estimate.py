@@ -17,7 +17,7 @@ from tinychat_mlx.awq import head
 from tinychat_mlx.awq.experts import LEAST, Mixture, add_experts, round_experts
 from tinychat_mlx.awq.layer import Moments, QuantizedLayer, empty_moments, quantize_layer, round_layer
 from tinychat_mlx.awq.record import STEP_ROWS, LayerRun, Recorder, Routing, embedded_rows, steps
-from tinychat_mlx.awq.selftext import RoundedSource, sampled
+from tinychat_mlx.awq.selftext import LENGTH, RoundedSource, sampled
 from tinychat_mlx.awq.settings import WINDOW, Settings, default_tokens, open_dense, quantised_shapes
 from tinychat_mlx.awq.sites import LayerWeights, experts, layer_shapes, mixture, routers, shapes, sites
 from tinychat_mlx.awq.stream import observe
@@ -192,15 +192,15 @@ def _sample(config: ModelConfig, source: Checkpoint) -> Dense:
 def _writing_seconds(config: ModelConfig, source: Checkpoint, device: Backend, tokens: int) -> float:
     """The model's own text: a layer of each kind and a part of the head at 8 bits, timed for a token of every
     conversation."""
-    window, rounded = window_of(config), RoundedSource(source)
-    count = -(-tokens // window)
+    length, rounded = min(LENGTH, window_of(config)), RoundedSource(source)
+    count = -(-tokens // length)
     graph, loader = Graph(config, device), Loader(config, rounded, device)
     sample = _sample(config, source)
     norm, head = loader.final_norm(), device.pack(rounded_rows(sample, 8, rim_group(config, 128)))
     shape = CacheShape(1, config.num_key_value_heads, config.head_dim)
-    caches = [device.new_cache(shape, window) for _ in range(count)]
+    caches = [device.new_cache(shape, length) for _ in range(count)]
     for cache in caches:
-        cache.length = window // 2  # the mean
+        cache.length = length // 2  # the mean
     x = np.random.default_rng(0).standard_normal((count, config.hidden_size)).astype(np.float32)
     step = device.step([Segment(cache, 1) for cache in caches])
 
@@ -211,13 +211,13 @@ def _writing_seconds(config: ModelConfig, source: Checkpoint, device: Backend, t
         with np.errstate(all="ignore"):  # the caches hold whatever lay there
             device.to_host(graph.block(device.put(x.copy()), layer, step))
 
-    seconds = window * fastest(top) * config.vocab_size / len(sample.w)
+    seconds = length * fastest(top) * config.vocab_size / len(sample.w)
     for number, layers in kinds(config).items():
         start = time.perf_counter()
         loaded = loader.layer(number)
         layer = replace(loaded, attention=replace(loaded.attention, layer=0))  # the caches hold one
         loading = time.perf_counter() - start
-        seconds += layers * (loading + window * fastest(partial(block, layer)))
+        seconds += layers * (loading + length * fastest(partial(block, layer)))
     return seconds
 
 

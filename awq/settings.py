@@ -103,8 +103,6 @@ def open_dense(source: Checkpoint, settings: Settings) -> ModelConfig:
             raise FormatError(
                 f"{name}: {n} outputs are no multiple of 8, which AutoAWQ needs: use --format mlx"
             )
-    if settings.head_bits < 16 and config.hidden_size % 32:
-        raise FormatError(f"hidden_size {config.hidden_size} is no multiple of 32: use --head fp16")
     check_complete(config, source)
     check_finite(source)
     return config

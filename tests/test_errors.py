@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,27 +20,35 @@ import numpy as np
 import pytest
 from raise_sites import NOTES, ROOT, Site, noting, sites
 
-from tinychat_mlx import errors, foreign, hub, loading, tensorfile
+from tinychat_mlx import errors, foreign, hub, loading, rope, template, tensorfile
 from tinychat_mlx.apps import config, fit
+from tinychat_mlx.apps.bench.ours import Subject
 from tinychat_mlx.apps.bench.shapes import SHAPES
 from tinychat_mlx.apps.chat import attach, session
 from tinychat_mlx.apps.chat.cli import keep_prefixes
 from tinychat_mlx.apps.chat.commands import conversation, storage, tuning
 from tinychat_mlx.apps.doctor import report
-from tinychat_mlx.apps.models import facts, remove
+from tinychat_mlx.apps.models import facts, opening, remove
 from tinychat_mlx.apps.models.pull import pull
-from tinychat_mlx.awq import calibrate, dataset, documents, finish, reformat, selftext
-from tinychat_mlx.awq.settings import Settings, refuse_quantised
+from tinychat_mlx.awq import calibrate, dataset, documents, finish, reformat, selftext, stream
+from tinychat_mlx.awq.convert import convert
+from tinychat_mlx.awq.settings import Settings, open_dense, refuse_quantised
+from tinychat_mlx.backend import CacheShape, Segment
 from tinychat_mlx.backends.cpu import CpuBackend, _cache_kind, _threads
 from tinychat_mlx.backends.cpu import library as native
 from tinychat_mlx.backends.cpu.engine import Engine
 from tinychat_mlx.backends.cpu.pack import _packed_header
+from tinychat_mlx.backends.reference import ReferenceBackend
 from tinychat_mlx.checkpoint import Checkpoint
 from tinychat_mlx.config import parse_config
+from tinychat_mlx.decoder import Loader
 from tinychat_mlx.errors import TinychatError, in_words
+from tinychat_mlx.formats.stored import Stored
+from tinychat_mlx.generate import _Run
 from tinychat_mlx.hub import ask, http
 from tinychat_mlx.loading import find_folder
 from tinychat_mlx.tensorfile import TensorFile
+from tinychat_mlx.weight import Dense
 
 REF = hub.Ref("org/model")
 
@@ -158,6 +167,68 @@ def put_in_place(tmp: Path, patch: pytest.MonkeyPatch) -> Any:
     return finish.put_in_place(tmp / "out", tmp / "target", tmp / "work")
 
 
+def refusing(*_: Any, **__: Any) -> Any:
+    raise AssertionError("not to be called")
+
+
+def no_words(*_: Any, **__: Any) -> Any:
+    raise errors.TokenizerError("it encodes nothing")
+
+
+def large_download_refused(tmp: Path, patch: pytest.MonkeyPatch) -> Any:
+    remote, found = (
+        SimpleNamespace(missing=10**10),
+        SimpleNamespace(trouble="", nbytes=1, quantization="int4", dense=False),
+    )
+    for name, value in {"hub.look": remote, "hub.check_room": None, "detect": SimpleNamespace(interactive=True),
+                        "fit.describe": "", "fit.check": None, "_key": "n"}.items():  # fmt: skip
+        patch.setattr(f"tinychat_mlx.apps.models.opening.{name}", lambda *a, value=value: value)
+    patch.setattr(facts, "remote", lambda *a: found)
+    return opening._fetch(REF, {"backend": "cpu"}, print, 0)
+
+
+def past_its_end(backend: CpuBackend) -> Any:
+    cache = backend.new_cache(CacheShape(1, 1, 16), 16)
+    cache.length = 1000
+    return backend._segments(0, backend.step([Segment(cache, 1)]))
+
+
+def unlike_experts(tmp: Path, patch: pytest.MonkeyPatch) -> Any:
+    """Gate in float16, up in float32."""
+    shape = parse_config(SHAPES["tiny"] | {
+        "model_type": "qwen3_moe", "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 64, "head_dim": 64,
+    })  # fmt: skip
+    forms = {"gate": np.float16, "up": np.float32}
+    of = lambda name, _: Dense(name, np.zeros((64, 256), forms["gate" if "gate" in name else "up"]))
+    return list(Loader(shape, SimpleNamespace(weight=of), ReferenceBackend()).experts(0))
+
+
+def nan_ahead() -> Any:
+    """A run whose device has drawn what it draws from logits that are no numbers."""
+    decoder = SimpleNamespace(backend=SimpleNamespace(to_host=lambda token: [-1]))
+    return SimpleNamespace(
+        engine=SimpleNamespace(decoder=decoder), logits=0, completion=0, params=SimpleNamespace(max_tokens=1)
+    )
+
+
+def odd_sizes(inner: int, tmp: Path) -> Any:
+    return SimpleNamespace(config=SHAPES["tiny"] | {"intermediate_size": inner}, folder=tmp)
+
+
+def other_tokenizer(tmp: Path, patch: pytest.MonkeyPatch) -> Any:
+    """Calibration text in more tokens than the model has."""
+    demo = Checkpoint.open(loading.DEMO)
+    small, text = replace(parse_config(demo.config), vocab_size=8), wrote(tmp / "c.txt", "What is AWQ? " * 99)
+    return calibrate.calibration_ids(small, demo, refusing, Settings(calib=str(text)), 64, print)
+
+
+def overflow(tmp: Path, patch: pytest.MonkeyPatch) -> Any:
+    """A float layer whose output is infinite."""
+    patch.setattr(stream.Conversion, "_record", lambda *_: ({}, []))
+    run = stream.Conversion(None, None, Settings(), refusing, None, 64)
+    return run._quantized(SimpleNamespace(layer=3), np.full((1, 2, 2), np.inf, np.float32))
+
+
 # In order: a plain call with (tmp_path, monkeypatch). Where it ends says which site it provoked.
 PROVOKE: list[Callable[[Path, pytest.MonkeyPatch], Any]] = [
     # the chat's commands
@@ -180,6 +251,10 @@ PROVOKE: list[Callable[[Path, pytest.MonkeyPatch], Any]] = [
     lambda tmp, patch: (patch.setattr(storage, "CLIPBOARDS", ()), storage.copy(chat("hi", "ho"), "")),
     lambda tmp, patch: conversation.last_question(chat()),
     lambda tmp, patch: conversation.compact(chat("hi", "ho")),
+    lambda tmp, patch: conversation.compact(chat(
+        session=said("hi", "ho", "hm"), settings=SimpleNamespace(think=None),
+        view=SimpleNamespace(note=print, glyphs=SimpleNamespace(ellipsis="")),
+        model=SimpleNamespace(context=99, chat=lambda *a, **k: [SimpleNamespace(text=" ", stats=None)]))),
     lambda tmp, patch: tuning.backend(chat(), "gpu"),
     lambda tmp, patch: tuning.switch(chat(), {}),
     lambda tmp, patch: tuning.system(chat(), f"@{tmp / 'absent'}"),
@@ -205,6 +280,8 @@ PROVOKE: list[Callable[[Path, pytest.MonkeyPatch], Any]] = [
     lambda tmp, patch: remove._agreed("x", False),
     lambda tmp, patch: (patch.setattr("shutil.rmtree", broken_move), remove._delete(tmp)),
     lambda tmp, patch: (patch.setenv("HF_HUB_CACHE", str(tmp)), remove._folder("org/none", REF)),
+    lambda tmp, patch: (patch.setenv("HF_HUB_CACHE", str(tmp)), remove._remove_revision(hub.Ref("org/none", "v1"), True)),
+    large_download_refused,
     lambda tmp, patch: find_folder(wrote(tmp / "file", "")),
     lambda tmp, patch: hub.find("not an id"),
     lambda tmp, patch: refusal("GatedRepoError", 403),
@@ -235,6 +312,7 @@ PROVOKE: list[Callable[[Path, pytest.MonkeyPatch], Any]] = [
                                "original_max_position_embeddings": 64}),
     model_config(model_type="phi3", original_max_position_embeddings=64,
                  rope_scaling={"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}),
+    lambda tmp, patch: rope.rope_table({}, 64, None),
     lambda tmp, patch: foreign.read(wrote(tmp / "x.json", "{")),
     lambda tmp, patch: foreign.read(wrote(tmp / "x.json", "[]")),
     # weights
@@ -243,7 +321,20 @@ PROVOKE: list[Callable[[Path, pytest.MonkeyPatch], Any]] = [
     lambda tmp, patch: TensorFile(Path("a\0b")),
     lambda tmp, patch: (weights(tmp), patch.setattr("mmap.mmap", broken_move), TensorFile(tmp / "w.safetensors")),
     lambda tmp, patch: (patch.setattr("os.replace", broken_move), weights(tmp)),
+    lambda tmp, patch: Loader.vector(SimpleNamespace(source=SimpleNamespace(vector=lambda name: np.zeros(2))), "norm", 3),
+    unlike_experts,
+    lambda tmp, patch: Stored(SimpleNamespace(where=str), "a").packed(*[None] * 3, 4, 48),
+    # running
+    lambda tmp, patch: Subject(backend="reference", pp=2000, tg=1, depth=0, shape="tiny"),
+    lambda tmp, patch: list(_Run.tokens_ahead(nan_ahead(), SimpleNamespace(length=1, capacity=1), lambda logits: logits)),
+    lambda tmp, patch: template._open_final_message([{"content": "x"}], "content", "{{ nothing }}"),
     # quantising
+    lambda tmp, patch: selftext.turns(SimpleNamespace(render=lambda *a, **k: "", encode=no_words), np.random.default_rng(0)),
+    lambda tmp, patch: convert(stored(4, "mlx"), tmp / "no" / "x", Settings(), refusing, refusing),
+    lambda tmp, patch: open_dense(odd_sizes(100, tmp), Settings(group_size=32)),
+    lambda tmp, patch: open_dense(odd_sizes(100, tmp), Settings(group_size=32, format="awq")),
+    other_tokenizer,
+    overflow,
     lambda tmp, patch: Settings(method="magic"),
     put_in_place,
     lambda tmp, patch: selftext.sampled(np.full((1, 4), np.nan, np.float32), np.random.default_rng(0)),
@@ -268,6 +359,7 @@ PROVOKE: list[Callable[[Path, pytest.MonkeyPatch], Any]] = [
     lambda tmp, patch: Engine(None, 0),
     lambda tmp, patch: CpuBackend(threads=1).engine._check(1),
     lambda tmp, patch: CpuBackend(threads=1).engine._check(2),
+    lambda tmp, patch: past_its_end(CpuBackend(threads=1)),
     no_library,
     bad_library,
     other_library,
@@ -285,22 +377,6 @@ NOT_HERE = {
     "backends/cpu/engine.py:Engine.__init__: cpu backend out of": "the allocator would have to fail",
     "awq/documents.py:_parquet: {} damaged": "needs pyarrow: test_calibration_text.py where that is installed",
     "apps/doctor/settings.py:_model:": "is caught where it is raised, and becomes a finding: test_doctor.py",
-    "apps/models/opening.py:_fetch: {} was not": "asks at a terminal about a download of more than a gigabyte",
-    # Left over: these can be provoked, and nothing does so yet.
-    "apps/bench/ours.py:": "a prompt longer than a model's context",
-    "apps/chat/commands/conversation.py:compact: the model": "a model that gives an empty summary",
-    "apps/models/remove.py:_remove_revision:": "a revision that is not in the cache",
-    "awq/calibrate.py:calibration_ids: {} its": "a tokenizer of another model",
-    "awq/convert.py:convert: {} is no folder": "a target in a folder that is not there",
-    "awq/selftext.py:turns:": "a template that changes its messages",
-    "awq/settings.py:open_dense:": "a model of odd sizes",
-    "awq/stream.py:Conversion._quantized:": "weights that overflow in float32",
-    "backends/cpu/__init__.py:CpuBackend._segments:": "a step past the end of a cache, which the engine refuses first",
-    "tinychat_mlx/decoder.py:Loader.": "weights of mixed forms and shapes",
-    "tinychat_mlx/formats/stored.py:Stored.packed:": "groups of an odd size",
-    "tinychat_mlx/generate.py:_Run.tokens_ahead:": "NaN logits on a device that samples by itself",
-    "tinychat_mlx/rope.py:table_of: config.json rope_theta": "a family without a default",
-    "tinychat_mlx/template.py:_open_final_message:": "a template that shows no content",
 }
 
 

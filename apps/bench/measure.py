@@ -51,11 +51,11 @@ class Plan:
     def config(self) -> Config:
         if self.shape is not None:
             return shapes.find(self.shape)
+        from tinychat_mlx.apps.models.download import folder_of
         from tinychat_mlx.checkpoint import read_json
-        from tinychat_mlx.loading import find_folder
 
         assert self.model is not None
-        return read_json(find_folder(self.model) / "config.json")
+        return read_json(folder_of(self.model) / "config.json")
 
 
 @dataclass
