@@ -103,11 +103,11 @@ def _layer_seconds(
             weights, source, settings, device, routed.h, moments.pop("mlp_in"), tokens
         )
     start = time.perf_counter()
-    layer = quantize_layer(weights, moments, settings.form, settings.compare)
+    made = quantize_layer(weights, moments, settings.form, settings.compare)
     fixed += time.perf_counter() - start + experts_s
     if streams == 2:  # once more as codes
         start = time.perf_counter()
-        run = LayerRun(config, weights.layer, layer, Recorder(backend(False)), window)
+        run = LayerRun(config, layer, made, Recorder(backend(False)), window)
         fixed += time.perf_counter() - start
         running += fastest(lambda: run.forward(x))
     return fixed + running * tokens / len(x) + tokens * config.hidden_size * 4 / WRITE_BYTES_S

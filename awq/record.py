@@ -237,7 +237,8 @@ class ExpertRun:
     @classmethod
     def of(cls, weights: LayerWeights, backend: Recorder) -> ExpertRun:
         """A float expert."""
-        return cls(weights.config.act, *(weights.weight(weights.name(m)) for m in weights.modules()), backend)
+        gate, up, down = (weights.weight(weights.name(m)) for m in weights.modules())
+        return cls(weights.config.act, gate, up, down, backend)
 
     def forward(self, h: F32) -> tuple[F32, F32]:
         """Rows h (T, C) -> the inputs of down (T, F), the expert's output (T, C)."""

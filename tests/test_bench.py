@@ -55,13 +55,13 @@ def bench(*args: str) -> tuple[dict[str, Any], str]:
     return json.loads(done.stdout), done.stderr
 
 
-def tiny_bytes(head_bits: float, tg: int, depth: int, itemsize: int = 2) -> float:
-    """By the definition of the format: int4 codes, a float16 scale and offset a group of 128, float32 norms."""
+def tiny_bytes(head_bits: float, tg: int, depth: int, itemsize: int = 2, ends: int = 32) -> float:
+    """By the definition of the format: int4 codes, `ends` bits of scale and offset a group of 128, float32 norms."""
     c = shapes.SHAPES["tiny"]
     hidden, inner, layers = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"]
     kv = hidden * c["num_key_value_heads"] // c["num_attention_heads"]
     products = layers * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner)
-    weights = products * (4 + 32 / 128) / 8 + c["vocab_size"] * hidden * head_bits / 8
+    weights = products * (4 + ends / 128) / 8 + c["vocab_size"] * hidden * head_bits / 8
     norms = 4 * hidden * (2 * layers + 1)
     tokens = depth + sum(range(1, tg + 1)) / tg  # in the cache, the token itself among them
     return weights + norms + 2 * layers * kv * itemsize * tokens
@@ -72,7 +72,7 @@ def test_a_run_prints_the_keys_programs_rely_on_and_they_agree() -> None:
     made, progress = bench(*SMALL, "--depth", "8")
     assert set(KEYS) <= set(made)
     assert (made["shape"], made["threads"], made["peers"]) == ("tiny", 1, [])
-    assert made["bytes_per_token"] == round(tiny_bytes(8 + 32 / 128, tg=4, depth=8))
+    assert made["bytes_per_token"] == round(tiny_bytes(8 + 32 / 128, tg=4, depth=8, ends=16))
     for name in ("pp_tok_s", "tg_tok_s", "bandwidth_gb_s"):
         runs = made["spread"][name]["runs"]
         assert len(runs) == 5 and made[name] == sorted(runs)[2] > 0

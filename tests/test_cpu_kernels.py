@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tinychat_mlx.awq.quantizer import round_to_nearest
 from tinychat_mlx.backend import Attention, CacheShape, Handle, Mlp, Norm, Rope, Segment, Step
 from tinychat_mlx.backends.cpu import CpuBackend
 from tinychat_mlx.backends.cpu import library as c
@@ -16,6 +19,7 @@ from tinychat_mlx.weight import Dense, Packed, Weight, pack_codes
 
 EPS = 2.0**-24  # half a unit in the last place of float32: the most one rounding adds, relatively
 ISAS = c.instruction_sets()
+pack_module = import_module("tinychat_mlx.backends.cpu.pack")  # `pack` is also a function there
 RNG = np.random.default_rng(7)
 
 
@@ -34,6 +38,11 @@ def packed(n: int, k: int, w_bit: int, group: int, form: Any = np.float16, bias:
     scales = RNG.uniform(0.005, 0.02, (n, k // group)).astype(form)
     biases = (-scales.astype(np.float32) * RNG.uniform(0, 2**w_bit, scales.shape)).astype(form)
     return Packed("w", pack_codes(q, w_bit), scales, biases, w_bit, group, randn(n) if bias else None)
+
+
+def quantised(n: int, k: int, w_bit: int, group: int) -> Packed:
+    """As `convert` leaves weights: scale and zero point fit 16 bits."""
+    return round_to_nearest(0.05 * randn(n, k), w_bit, group).packed("w", randn(n))
 
 
 def rounded(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
@@ -71,6 +80,8 @@ WEIGHTS = [
     packed(67, 320, 4, 64, np.float32),
     packed(33, 480, 4, 160),
     packed(50, 256, 3, 32),
+    quantised(67, 384, 4, 128),
+    quantised(33, 192, 3, 32),
     packed(31, 256, 8, 128),
     packed(48, 192, 8, 32, np.float32),
     Dense("w", randn(35, 100), randn(35)),
@@ -82,6 +93,35 @@ WEIGHTS = [
 def name(w: Weight) -> str:
     form = f"int{w.w_bit}g{w.group_size}" if isinstance(w, Packed) else str(w.w.dtype)
     return f"{form}-{w.shape[0]}x{w.shape[1]}"
+
+
+@pytest.mark.parametrize("w_bit", [4, 3])
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_zero_points_take_half_the_room_and_change_no_bit(
+    w_bit: int, rows: int, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w, x, made = quantised(80, 512, w_bit, 128), randn(rows, 512), []
+    for find in (pack_module.zeros_of, lambda w: None):
+        monkeypatch.setattr(pack_module, "zeros_of", find)
+        backend = CpuBackend()
+        handle: Any = backend.pack(w)
+        made.append(
+            (handle.header.ends, handle.data.size, backend.to_host(backend.linear(backend.put(x), handle)))
+        )
+    (ends, small, y), (old_ends, large, old) = made
+    assert (ends, old_ends) == (c.ZEROS, c.HALVES) and large - small == 80 * 4 * 2
+    assert np.array_equal(y, old)
+
+
+def test_other_scales_and_offsets_keep_all_their_bits() -> None:
+    fits, one = quantised(16, 128, 4, 128), np.ones((16, 1), np.float16)
+    assert pack_module.zeros_of(fits) is not None
+    for scales, biases in [
+        (np.nextafter(fits.scales, np.float16(1)), fits.biases),  # more than seven bits
+        (-fits.scales, -fits.biases), (0 * one, 0 * one), (one, -16 * one), (one, one), (one, -one / 2),
+        (one, np.nan * one), (one.astype(np.float32), -one.astype(np.float32)),
+    ]:  # fmt: skip
+        assert pack_module.zeros_of(replace(fits, scales=scales, biases=biases)) is None
 
 
 @pytest.mark.parametrize("exact", [False, True], ids=["int8", "exact"])

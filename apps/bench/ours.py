@@ -11,7 +11,7 @@ from tinychat_mlx.apps.bench.shapes import find
 from tinychat_mlx.apps.bench.synthetic import RandomSource
 from tinychat_mlx.backend import Cache, Handle, Mlp
 from tinychat_mlx.config import ModelConfig, parse_config
-from tinychat_mlx.decoder import Decoder, cache_shape
+from tinychat_mlx.decoder import Decoder, Layer, cache_shape
 from tinychat_mlx.errors import UsageError
 from tinychat_mlx.generate import PREFILL_ROWS
 
@@ -42,6 +42,7 @@ class Subject:
         else:
             assert shape is not None
             made = self._invent(shape, head, backend, exact, threads)
+        self._weigh()
         self.load_s = time.perf_counter() - start - made
         self.exact, config = exact, self.decoder.config
         longest = config.max_position_embeddings
@@ -71,6 +72,22 @@ class Subject:
             layer = moe.layers.index(True)
             one = sum(checkpoint.weight(spec.expert(r, layer, 0)).nbytes for r in ("gate", "up", "down"))
             self.idle_bytes = one * (moe.num_experts - moe.num_experts_per_tok) * sum(moe.layers)
+
+    def _weigh(self) -> None:
+        """Where the device keeps weights in a form of its own, that is what it reads."""
+        outer = [self.decoder.inputs.tokens, self.decoder.head]
+        held = {id(h): h for layer in self.decoder.layers for h in matrices(layer)} | {
+            id(h): h for h in outer
+        }
+        own = {i: a.nbytes for i, h in held.items() if isinstance(a := getattr(h, "data", None), np.ndarray)}
+        if self.idle_bytes == 0 and len(own) == len(held):
+            norms = [
+                self.decoder.final_norm,
+                *(n for layer in self.decoder.layers for n in layer.norms.values()),
+            ]
+            vectors = sum(a.nbytes for n in norms for a in (n.weight, n.bias) if a is not None)
+            self.weight_bytes = sum(own.values()) + vectors
+            self.embed_bytes = 0 if outer[0] is outer[1] else own[id(outer[0])]
 
     def _invent(self, shape: str, head: str, backend: str, exact: bool, threads: int | None) -> float:
         """A model of random weights -> the seconds that making them took."""
@@ -157,15 +174,20 @@ class Subject:
             return None  # what a lazy device does not compute cannot be timed one by one
         weights, size = [], 0
         for layer in self.decoder.layers:
-            mlp = layer.mlp
-            if not isinstance(mlp, Mlp) or size > COLD:
+            if not isinstance(layer.mlp, Mlp) or size > COLD:
                 break
-            handles = [*layer.qkv, layer.o, mlp.gate_up, mlp.gate, mlp.up, mlp.down]
-            weights += [h for h in handles if h is not None]
+            weights += matrices(layer)
             size = sum(h.shape[0] * h.shape[1] // 2 for h in weights)
         if not weights:
             return None
         return {"ops_per_s": rate(backend, weights, rows)}
+
+
+def matrices(layer: Layer) -> list[Handle]:
+    """A layer's weights but for its experts."""
+    mlp = layer.mlp
+    first = [mlp.gate_up, mlp.gate, mlp.up, mlp.down] if isinstance(mlp, Mlp) else [mlp.router]
+    return [h for h in (*layer.qkv, layer.o, *first) if h is not None]
 
 
 def rate(backend: Any, weights: list[Handle], rows: int) -> float:

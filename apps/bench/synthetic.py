@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from tinychat_mlx.awq.quantizer import storable
 from tinychat_mlx.weight import F32, Dense, Packed, Weight
 
 HEADS = ("int4", "int8", "fp16")
@@ -68,7 +69,8 @@ class RandomSource:
         words = self._random.integers(0, 1 << 32, (n, k * w_bit // 32), np.uint32)
         # Codes 0 … m spread by m / sqrt(12): this scale makes weights of deviation 1 / sqrt(k).
         step = math.sqrt(12 / k) / ((1 << w_bit) - 1)
-        scales = (step * self._random.uniform(0.8, 1.2, (n, k // group))).astype(np.float16)
+        wanted = (step * self._random.uniform(0.8, 1.2, (n, k // group))).astype(np.float32)
+        scales = storable(wanted, w_bit).astype(np.float16)  # as `convert` leaves them
         zeros = (1 << (w_bit - 1)) - self._random.integers(0, 2, (n, k // group))
         return Packed(name, words, scales, (-zeros * scales).astype(np.float16), w_bit, group, bias)
 

@@ -19,6 +19,7 @@ _BUILD = "install the package (pip install .), or in a checkout run: cmake -S ba
 
 EMBED, LINEAR, NORM, ROPE, ATTENTION, MAP, PACK, PROBE, ROUTE, EXPERTS = range(1, 11)
 INT4, INT8, F16, BF16, F32 = range(5)
+HALVES, FLOATS, ZEROS = range(3)
 NORMS = {"rms": 1, "layer": 2}
 ACTS = {"": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "relu2": 5}
 MAP_ACT, MAP_GLU, MAP_ADD, MAP_SCALE, MAP_SOFTCAP = range(5)
@@ -30,7 +31,7 @@ class CWeight(Structure):
         ("n", c_int32),
         ("k", c_int32),
         ("group", c_int32),
-        ("wide_scales", c_int32),
+        ("ends", c_int32),
         ("has_bias", c_int32),
         ("data", c_void_p),
     ]

@@ -19,8 +19,9 @@ from tinychat_mlx.errors import BackendError
 from tinychat_mlx.weight import Dense, Packed, Weight, pack_codes, to_float32
 
 Run = Callable[[c.Op], None]
+Zeros = npt.NDArray[np.uint16]
 
-LAYOUT = 1  # of the tiles: to be raised when files with tiles written before must not be read any more
+LAYOUT = 2  # of the tiles: to be raised when files with tiles written before must not be read any more
 STRIPE = 16 << 20  # bytes of float32 weights converted at a time
 KINDS = {c.INT4: "int4", c.INT8: "int8", c.F16: "float16", c.BF16: "bfloat16", c.F32: "float32"}
 
@@ -48,12 +49,13 @@ def pack(weight: Weight, arena: Arena, run: Run, exact: bool) -> CpuWeight:
 
     exact keeps float32 matrices in float32; otherwise they are rounded to float16.
     """
-    header = _packed_header(weight) if isinstance(weight, Packed) else _dense_header(weight, exact)
+    zeros = zeros_of(weight) if isinstance(weight, Packed) else None
+    header = _dense_header(weight, exact) if isinstance(weight, Dense) else _packed_header(weight, zeros)
     header.has_bias = weight.bias is not None
     data = arena.take(int(c.open_library().tc_weight_bytes(byref(header))))
     handle = CpuWeight(weight.name, header, data)
     if isinstance(weight, Packed):
-        _pack_codes(weight, header, run)
+        _pack_codes(weight, header, zeros, run)
     else:
         _pack_dense(weight, header, run)
     if weight.bias is not None:
@@ -62,7 +64,7 @@ def pack(weight: Weight, arena: Arena, run: Run, exact: bool) -> CpuWeight:
     return handle
 
 
-def _packed_header(w: Packed) -> c.CWeight:
+def _packed_header(w: Packed, zeros: Zeros | None = None) -> c.CWeight:
     n, k = w.shape
     if w.w_bit not in (3, 4, 8):
         raise BackendError(f"cpu backend: {w.name} has {w.w_bit} bits a weight — use 3, 4 or 8")
@@ -70,8 +72,31 @@ def _packed_header(w: Packed) -> c.CWeight:
         raise BackendError(
             f"cpu backend: {w.name} has groups of {w.group_size} of {k} inputs — use multiples of 32"
         )
-    wide = not (_fits_half(w.scales) and _fits_half(w.biases))
-    return c.CWeight(c.INT8 if w.w_bit == 8 else c.INT4, n, k, w.group_size, wide)
+    ends = c.ZEROS
+    if zeros is None:
+        ends = c.HALVES if _fits_half(w.scales) and _fits_half(w.biases) else c.FLOATS
+    return c.CWeight(c.INT8 if w.w_bit == 8 else c.INT4, n, k, w.group_size, ends)
+
+
+def zeros_of(w: Packed) -> Zeros | None:
+    """The zero points (N, K/G) of an int4 weight whose scales leave room for them; None where that is not so.
+
+    So it is with what this program quantises (awq/quantizer.py): 3 % fewer bytes a token, of the same weights.
+    """
+    scales, biases = w.scales, w.biases
+    if (
+        w.w_bit == 8
+        or scales.dtype != np.float16
+        or biases.dtype != np.float16
+        or (scales.view(np.uint16) & 0x800F).any()
+    ):
+        return None
+    with np.errstate(all="ignore"):
+        zeros = np.rint(-biases.astype(np.float32) / scales.astype(np.float32))
+        if not (zeros >= 0).all() or (zeros > 15).any():  # not a number: neither
+            return None
+        exact = np.array_equal(zeros * scales.astype(np.float32), -biases.astype(np.float32))
+    return zeros.astype(np.uint16) if exact else None
 
 
 def _fits_half(a: npt.NDArray[Any]) -> bool:
@@ -82,18 +107,16 @@ def _fits_half(a: npt.NDArray[Any]) -> bool:
         return bool(np.array_equal(a.astype(np.float16).astype(np.float32), a))
 
 
-def _pack_codes(w: Packed, header: c.CWeight, run: Run) -> None:
+def _pack_codes(w: Packed, header: c.CWeight, zeros: Zeros | None, run: Run) -> None:
     words = w.qweight
     if w.w_bit == 3:  # the three bits of a code take four here: speed, not size, is what tiles are for
         words = pack_codes(w.codes(), 4)
     words = np.ascontiguousarray(words, "<u4")
-    form = np.float32 if header.wide_scales else np.float16
+    form = np.float32 if header.ends == c.FLOATS else np.float16
     scales, biases = (np.ascontiguousarray(a, form) for a in (w.scales, w.biases))
-    run(
-        c.PackOp(
-            c.PACK, header.n, 0, 0, ctypes.pointer(header), address(words), address(scales), address(biases)
-        )
-    )
+    ends: npt.NDArray[Any] = scales if zeros is None else scales.view(np.uint16) | zeros
+    places = address(words), address(ends), address(biases)
+    run(c.PackOp(c.PACK, header.n, 0, 0, ctypes.pointer(header), *places))
 
 
 def _dense_header(w: Dense, exact: bool) -> c.CWeight:

@@ -216,13 +216,13 @@ def read_index(file: BinaryIO) -> tuple[dict[str, Any], bool]:
 
 
 def _check(name: str, entry: Any, end: int) -> None:
-    """A weight's entry: kind, n, k, group, wide_scales, has_bias, offset. Raises Damaged."""
+    """A weight's entry: kind, n, k, group, ends, has_bias, offset. Raises Damaged."""
     if type(entry) is not list or len(entry) != 7 or not all(type(v) is int and v >= 0 for v in entry):
         raise Damaged(f"{name[:80]!r} is not described by seven numbers")
-    kind, n, k, group, wide, biased, offset = entry
+    kind, n, k, group, ends, biased, offset = entry
     grouped = kind in (c.INT4, c.INT8)
-    ok = kind in KINDS and 0 < n < 1 << 31 and 0 < k < 1 << 31 and wide < 2 and biased < 2
-    ok = ok and (0 < group <= k and group % 32 == 0 and k % group == 0 if grouped else group == wide == 0)
+    ok = kind in KINDS and 0 < n < 1 << 31 and 0 < k < 1 << 31 and ends <= c.ZEROS and biased < 2
+    ok = ok and (0 < group <= k and group % 32 == 0 and k % group == 0 if grouped else group == ends == 0)
     if not ok or offset % ALIGN or offset + _size(c.CWeight(*entry[:6])) > end:
         raise Damaged(f"{name[:80]!r} cannot lie in it as it is described")
 
@@ -243,7 +243,7 @@ def save(path: Path, digest: str, weights: Iterable[CpuWeight], most: int | None
         if w.wait is not None:
             w.wait()
         h = w.header
-        offsets[w.name] = [h.kind, h.n, h.k, h.group, h.wide_scales, h.has_bias, end]
+        offsets[w.name] = [h.kind, h.n, h.k, h.group, h.ends, h.has_bias, end]
         end += -(-w.data.size // ALIGN) * ALIGN
     boot = _boot()
     text = json.dumps({"digest": digest, "boot": boot, "weights": offsets}).encode()

@@ -8,7 +8,8 @@
 
 static int linear(Engine* e, char** a) {
   Random random{7};
-  RandomWeight w(atoi(a[0]) == 4 ? INT4 : INT8, atoi(a[2]), atoi(a[3]), atoi(a[4]), false, random);
+  const bool small = atoi(a[0]) == 4;
+  RandomWeight w(small ? INT4 : INT8, atoi(a[2]), atoi(a[3]), atoi(a[4]), false, random, small ? ZEROS : HALVES);
   const int rows = atoi(a[1]);
   std::vector<float> x((size_t)(rows * w.w.k)), y((size_t)(rows * w.w.n));
   for (float& v : x) v = random.unit();

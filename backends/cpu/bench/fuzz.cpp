@@ -39,7 +39,8 @@ static void try_linear(Engine* e, Random& r) {
   const int kind = r.below(5), group = kind <= INT8 ? 32 * (1 + r.below(5)) : 0;
   const int k = kind <= INT8 ? group * (1 + r.below(5)) : 1 + r.below(300), n = 1 + r.below(100);
   const int rows = r.below(4) ? 1 + r.below(20) : 1 + r.below(600), exact = r.below(2);
-  RandomWeight w(kind, n, k, group, r.below(2), r);
+  const int32_t ends = kind == INT4 && r.below(2) ? ZEROS : HALVES;
+  RandomWeight w(kind, n, k, group, r.below(2), r, ends);
   const int xs = k + 16, ys = n + 9, check_every = rows > 40 ? 37 : 1;
   std::vector<float> x((size_t)(rows + 1) * (size_t)xs, NONE), y((size_t)(rows + 1) * (size_t)ys, 7.5f);
   std::vector<float> residual((size_t)rows * (size_t)n);
@@ -64,7 +65,8 @@ static void try_linear(Engine* e, Random& r) {
         size += fabs(a) * 4;  // parts of a weight, code * scale and bias, reach 4 in RandomWeight
       }
       if (op.residual) sum += residual[(size_t)t * n + j], size += 1;
-      check(fabs(y[(size_t)t * ys + j] - sum) <= EPS * (k + 8) * size, "linear kind, n, k, rows", kind, n, k, rows);
+      check(fabs(y[(size_t)t * ys + j] - sum) <= EPS * (k + 8) * size, "linear kind, n, k, rows", kind + 10 * ends, n,
+            k, rows);
     }
     for (int j = n; j < ys; j++) check(y[(size_t)t * ys + j] == 7.5f, "a write beyond a row", kind, n, k, rows);
   }

@@ -57,12 +57,14 @@ struct Area {
   ~Area() { free(data); }
 };
 
-// A weight with random codes and plausible scales, straight in tiles: scale 1/128.., bias = -8 (or -128) scales.
+// A weight with random codes and plausible scales, straight in tiles: scale 1/128.., bias = -7.5 (or -127) scales,
+// or -8, which int4 keeps as a zero point.
 struct RandomWeight {
   Weight w;
   Area room;
 
-  RandomWeight(int kind, int n, int k, int group, bool bias, Random& random) : w{kind, n, k, group, 0, bias, nullptr} {
+  RandomWeight(int kind, int n, int k, int group, bool bias, Random& random, int32_t ends = HALVES)
+      : w{kind, n, k, group, ends, bias, nullptr} {
     const size_t size = (size_t)tc_weight_bytes(&w);
     room.take(size);
     uint8_t* p = room.data;
@@ -95,6 +97,10 @@ struct RandomWeight {
       for (int r = 0; r < 16; r++) {
         uint16_t* ends = (uint16_t*)(p + block * (size_t)g + tail);
         ends[r] = half_of(0.01f + 0.005f * random.unit());
+        if (w.ends == ZEROS) {
+          ends[r] = (uint16_t)((ends[r] & 0xfff0) | random.below(16));
+          continue;
+        }
         ends[16 + r] = (uint16_t)(0x8000 | half_of(float_of(ends[r]) * (w.kind == INT4 ? 7.5f : 127.f)));
       }
   }
@@ -119,6 +125,7 @@ inline double number(const Weight& w, int n, int k) {
   const int i = k % w.group;
   int q = w.kind == INT4 ? block[i / 8 * 64 + 4 * r + i % 4] : block[i / 4 * 64 + 4 * r + i % 4];
   if (w.kind == INT4) q = i & 4 ? q >> 4 : q & 15;
+  if (w.ends == ZEROS) return (q - (ends[r] & 15)) * (double)float_of(ends[r] & 0xfff0);
   return q * (double)float_of(ends[r]) + float_of(ends[16 + r]);
 }
 

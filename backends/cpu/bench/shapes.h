@@ -60,7 +60,7 @@ struct Token {
     return t;
   }
   const Weight* weight(int kind, int n, int k, int group, bool bias, Random& random) {
-    weights.emplace_back(new RandomWeight(kind, n, k, group, bias, random));
+    weights.emplace_back(new RandomWeight(kind, n, k, group, bias, random, kind == INT4 ? ZEROS : HALVES));
     bytes += (size_t)tc_weight_bytes(&weights.back()->w);
     return &weights.back()->w;
   }

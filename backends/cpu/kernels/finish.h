@@ -4,8 +4,6 @@
 
 namespace {
 
-constexpr int V = 16 / W;  // vectors a line of 16 rows
-
 // An item of work is a pair of tiles: two neighbours, or a gate tile and its up tile.
 struct Pair {
   int first, second;  // second < 0: the last of an odd number

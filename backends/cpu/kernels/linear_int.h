@@ -3,6 +3,7 @@
 //
 // One row and few rows read the packed nibbles; many rows unpack a pair of tiles once and use it for all.
 #pragma once
+#include "ends.h"
 #include "finish.h"
 #include "pool.h"
 #include "quantise.h"
@@ -30,21 +31,6 @@ inline Quantised quantised_at(uint8_t* room, int rows, const Weight& w) {
 inline size_t quantised_bytes(int rows, const Weight& w) {
   const size_t n = (size_t)up_to(rows, PANEL), groups = (size_t)(w.k / w.group);
   return n * (size_t)w.k + 2 * (n * groups * 4 + 64) + 64;  // 64: the last panel's vector load may reach beyond it
-}
-
-struct Tail {  // a block's scales and biases, 16 rows
-  F scale[V], bias[V];
-};
-
-template <bool WIDE>
-inline Tail tail_of(const Weight& w, const uint8_t* p) {
-  Tail t;
-  for (int v = 0; v < V; v++) {
-    t.scale[v] = w.wide_scales ? ld((const float*)p + v * W) : ldh((const uint16_t*)p + v * W);
-    t.bias[v] = w.wide_scales ? ld((const float*)p + 16 + v * W) : ldh((const uint16_t*)p + 16 + v * W);
-    if (WIDE && WIDE_OFFSET != 0) t.bias[v] = fma(t.scale[v], all(WIDE_OFFSET), t.bias[v]);
-  }
-  return t;
 }
 
 // Sixteen inputs of a tile times R rows. q: 2 lines of nibbles or 4 of bytes; fetches `ahead`.

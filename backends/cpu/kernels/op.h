@@ -9,6 +9,7 @@
 
 enum Code : int32_t { EMBED = 1, LINEAR, NORM, ROPE, ATTENTION, MAP, PACK, PROBE, ROUTE, EXPERTS };
 enum Kind : int32_t { INT4, INT8, F16, BF16, F32 };  // of a weight's numbers
+enum Ends : int32_t { HALVES, FLOATS, ZEROS };       // of a block; ZEROS for INT4 alone
 enum NormKind : int32_t { NO_NORM, RMS, LAYER };
 enum Act : int32_t { NO_ACT, SILU, GELU, GELU_TANH, RELU, RELU2 };
 enum MapKind : int32_t { MAP_ACT, MAP_GLU, MAP_ADD, MAP_SCALE, MAP_SOFTCAP };
@@ -16,16 +17,17 @@ enum MapKind : int32_t { MAP_ACT, MAP_GLU, MAP_ADD, MAP_SCALE, MAP_SOFTCAP };
 // A weight matrix (n, k) in tiles of 16 rows; rows beyond n are zero. A tile is a run of blocks, one for each
 // `group` of inputs (dense kinds: one block for all k inputs):
 //
-//   INT4   group/8 lines of 64 bytes, then 16 scales, 16 biases.   line s, byte 4*r + j:
+//   INT4   group/8 lines of 64 bytes, then ends.   line s, byte 4*r + j:
 //          low nibble = row r, input 8*s + j;  high nibble = row r, input 8*s + 4 + j      (j = 0..3)
-//   INT8   group/4 lines of 64 bytes, then 16 scales, 16 biases.   line s, byte 4*r + j = row r, input 4*s + j
+//   INT8   group/4 lines of 64 bytes, then ends.   line s, byte 4*r + j = row r, input 4*s + j
 //   dense  k lines of 16 numbers: line i = input i of the 16 rows
 //
 // So one vector load feeds a dot product with the rows in its 32-bit lanes, on every instruction set.
-// Scales and biases are fp16, or fp32 where wide_scales is set. w = q * scale + bias.
+// Ends: 16 scales and 16 biases, w = q * scale + bias. ZEROS holds both in 16 bits: an fp16 scale whose lowest four
+// bits are nought, and in their place the zero point z, bias = -z * scale: 4.125 bits a weight in groups of 128.
 // `data` is aligned to 64 bytes and followed by the layer's own bias (tiles * 16 floats) if has_bias is set.
 struct Weight {
-  int32_t kind, n, k, group, wide_scales, has_bias;
+  int32_t kind, n, k, group, ends, has_bias;
   const uint8_t* data;
 };
 
@@ -34,7 +36,7 @@ static inline int tiles_of(const Weight& w) {
 }
 
 static inline size_t block_bytes(const Weight& w) {
-  const size_t tail = w.wide_scales ? 128 : 64;
+  const size_t tail = w.ends == FLOATS ? 128 : w.ends == HALVES ? 64 : 32;
   switch (w.kind) {
     case INT4: return (size_t)w.group * 8 + tail;
     case INT8: return (size_t)w.group * 16 + tail;

@@ -13,17 +13,14 @@ static uint32_t pair_up(uint32_t w) {
   return spread(low) | spread(high) << 4;
 }
 
-static uint16_t half_at(const void* p, int64_t i) {
-  return p ? ((const uint16_t*)p)[i] : 0;
-}
-
 static void pack_tail(const PackOp& op, int row, int g, int r, uint8_t* tail) {
   const int64_t at = (int64_t)row * (op.w->k / op.w->group) + g;
-  if (!op.w->wide_scales) {
-    ((uint16_t*)tail)[r] = half_at(op.scales, at), ((uint16_t*)tail)[16 + r] = half_at(op.biases, at);
+  if (op.w->ends == FLOATS) {
+    ((float*)tail)[r] = ((const float*)op.scales)[at], ((float*)tail)[16 + r] = ((const float*)op.biases)[at];
     return;
   }
-  ((float*)tail)[r] = ((const float*)op.scales)[at], ((float*)tail)[16 + r] = ((const float*)op.biases)[at];
+  ((uint16_t*)tail)[r] = ((const uint16_t*)op.scales)[at];
+  if (op.w->ends == HALVES) ((uint16_t*)tail)[16 + r] = ((const uint16_t*)op.biases)[at];
 }
 
 static void pack_int(const PackOp& op, int tile, uint8_t* out) {

@@ -1,5 +1,6 @@
 // Ops that work row by row: embed, norm, rope, and the elementwise ones.
 #pragma once
+#include "ends.h"
 #include "pool.h"
 #include "words.h"
 
@@ -96,21 +97,16 @@ inline float half_number(const uint8_t* p) {
   return f[0];
 }
 
-inline float tail_number(const Weight& w, const uint8_t* tail, int i) {
-  float f;
-  if (!w.wide_scales) return half_number(tail + 2 * i);
-  memcpy(&f, tail + 4 * i, 4);
-  return f;
-}
-
 inline void embed_int(const Weight& w, const uint8_t* tile, int r, float* y) {
   const size_t block = block_bytes(w), tail = (size_t)w.group * (w.kind == INT4 ? 8 : 16);
   for (int g = 0; g < w.k / w.group; g++, tile += block, y += w.group) {
-    const float scale = tail_number(w, tile + tail, r), bias = tail_number(w, tile + tail, 16 + r);
+    const Tail t = tail_of<false>(w, tile + tail);
+    float scale[W], bias[W];
+    st(scale, t.scale[r / W]), st(bias, t.bias[r / W]);
     for (int i = 0; i < w.group; i++) {
       const int line = w.kind == INT4 ? i / 8 : i / 4, byte = tile[line * 64 + 4 * r + i % 4];
       const int q = w.kind == INT8 ? byte : i & 4 ? byte >> 4 : byte & 15;
-      y[i] = (float)q * scale + bias;
+      y[i] = (float)q * scale[r % W] + bias[r % W];
     }
   }
 }

@@ -19,6 +19,11 @@ inline F ld(const float* p) {
 inline F ldh(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 }
+inline void ldz(const uint16_t* p, F& half, F& whole) {
+  const __m128i u = _mm_loadu_si128((const __m128i*)p), low = _mm_set1_epi16(15);
+  half = _mm256_cvtph_ps(_mm_andnot_si128(low, u));
+  whole = _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(_mm_and_si128(low, u)));
+}
 inline F ldb(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }

@@ -19,6 +19,12 @@ inline F ld(const float* p) {
 inline F ldh(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }
+// 16-bit numbers of two parts: an fp16 whose lowest four bits are nought, and a whole number in their place.
+inline void ldz(const uint16_t* p, F& half, F& whole) {
+  const __m256i u = _mm256_loadu_si256((const __m256i*)p), low = _mm256_set1_epi16(15);
+  half = _mm512_cvtph_ps(_mm256_andnot_si256(low, u));
+  whole = _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(_mm256_and_si256(low, u)));
+}
 inline F ldb(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }

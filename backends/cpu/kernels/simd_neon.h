@@ -20,6 +20,11 @@ inline F ld(const float* p) {
 inline F ldh(const uint16_t* p) {
   return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
 }
+inline void ldz(const uint16_t* p, F& half, F& whole) {
+  const uint16x4_t u = vld1_u16(p), low = vdup_n_u16(15);
+  half = vcvt_f32_f16(vreinterpret_f16_u16(vbic_u16(u, low)));
+  whole = vcvtq_f32_u32(vmovl_u16(vand_u16(u, low)));
+}
 inline F ldb(const uint16_t* p) {
   return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
 }

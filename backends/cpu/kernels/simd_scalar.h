@@ -64,6 +64,11 @@ inline F ld(const float* p) {
 inline F ldh(const uint16_t* p) {
   return each([&](int i) { return half_to_float(p[i]); });
 }
+// 16-bit numbers of two parts: an fp16 whose lowest four bits are nought, and a whole number in their place.
+inline void ldz(const uint16_t* p, F& half, F& whole) {
+  half = each([=](int i) { return half_to_float((uint16_t)(p[i] & 0xfff0)); });
+  whole = each([=](int i) { return (float)(p[i] & 15); });
+}
 inline F ldb(const uint16_t* p) {
   return each([&](int i) {
     const uint32_t bits = (uint32_t)p[i] << 16;

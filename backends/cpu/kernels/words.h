@@ -11,6 +11,8 @@
 
 namespace {
 
+constexpr int V = 16 / W;  // vectors a line of 16 rows
+
 template <int N>
 struct Int {
   static constexpr int value = N;
