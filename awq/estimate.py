@@ -17,7 +17,7 @@ from tinychat_mlx.awq import head
 from tinychat_mlx.awq.experts import LEAST, Mixture, add_experts, round_experts
 from tinychat_mlx.awq.layer import Moments, QuantizedLayer, empty_moments, quantize_layer, round_layer
 from tinychat_mlx.awq.record import STEP_ROWS, LayerRun, Recorder, Routing, embedded_rows, steps
-from tinychat_mlx.awq.selftext import LENGTH, RoundedSource, sampled
+from tinychat_mlx.awq.selftext import RoundedSource, conversations, sampled
 from tinychat_mlx.awq.settings import WINDOW, Settings, default_tokens, open_dense, quantised_shapes
 from tinychat_mlx.awq.sites import LayerWeights, experts, layer_shapes, mixture, routers, shapes, sites
 from tinychat_mlx.awq.stream import observe
@@ -192,8 +192,7 @@ def _sample(config: ModelConfig, source: Checkpoint) -> Dense:
 def _writing_seconds(config: ModelConfig, source: Checkpoint, device: Backend, tokens: int) -> float:
     """The model's own text: a layer of each kind and a part of the head at 8 bits, timed for a token of every
     conversation."""
-    length, rounded = min(LENGTH, window_of(config)), RoundedSource(source)
-    count = -(-tokens // length)
+    rounded, (count, length) = RoundedSource(source), conversations(tokens, window_of(config))
     graph, loader = Graph(config, device), Loader(config, rounded, device)
     sample = _sample(config, source)
     norm, head = loader.final_norm(), device.pack(rounded_rows(sample, 8, rim_group(config, 128)))

@@ -29,7 +29,8 @@ OPENINGS = (
 )  # fmt: skip
 # At 1 a small model derails now and then: KL of the demo at 4 bits 0.0032, at 0.9 0.0029, with real text 0.0028.
 TEMPERATURE = 0.9
-LENGTH = 256  # of a conversation: many short ones decode in half the time of half as many
+AT_ONCE = 32  # conversations, if that leaves them SHORTEST tokens: 32 rows decode in hardly more time than 16
+SHORTEST = 256
 STRETCH = 512  # tokens of the vocabulary whose probabilities are summed as one
 MARKS = ("AWQFIRSTMARK", "AWQSECONDMARK", "AWQTHIRDMARK")
 
@@ -63,10 +64,9 @@ def write_text(
     seed: Sequence[int],
     watch: Watch,
 ) -> Ids:
-    """Sample about `wanted` tokens in conversations of LENGTH, at most `window` -> tokens (T,), one after another."""
-    length = min(LENGTH, window)
+    """Sample about `wanted` tokens in conversations of at most `window` -> tokens (T,), one after another."""
     decoder = Decoder(config, RoundedSource(source), backend)
-    count = -(-wanted // length)
+    count, length = conversations(wanted, window)
     rng = np.random.default_rng(seed)
     writers = [_Writer(*turns(tokenizer, rng), stops) for _ in range(count)]
     caches = [decoder.new_cache(length) for _ in writers]
@@ -84,6 +84,12 @@ def write_text(
         logits = backend.to_host(decoder.graph.logits(x, decoder.final_norm, decoder.head))
         watch(Progress("calibrate", at + 1, length, f"the model writes {count} conversations"))
     return ids.reshape(-1)
+
+
+def conversations(wanted: int, window: int) -> tuple[int, int]:
+    """-> how many there will be, tokens of each."""
+    length = min(window, max(SHORTEST, -(-wanted // AT_ONCE)))
+    return -(-wanted // length), length
 
 
 def sampled(logits: F32, rng: np.random.Generator) -> list[int]:

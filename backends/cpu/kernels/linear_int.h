@@ -58,8 +58,8 @@ inline void sixteen(const uint8_t* q, const Quads* x, A (*acc)[V][C]) {
   });
 }
 
-// A whole tile times R rows of activations -> sum[R][V]. Nothing is fetched ahead: processors do, and by hand a Zen 4 was
-// 10 % slower on one thread.
+// A whole tile times R rows of activations -> sum[R][V]. Nothing is fetched ahead: processors do, and by hand a Zen 4
+// was 10 % slower on one thread.
 template <bool WIDE, int R>
 inline void tile_rows(const Weight& w, const uint8_t* tile, const Quantised& a, int row, F (*sum)[V]) {
   constexpr int C = R == 1 ? CHAINS : CHAINS / R > 1 ? CHAINS / R : 1;
