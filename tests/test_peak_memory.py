@@ -80,5 +80,7 @@ def test_the_peak_is_stated_before_loading(folder: Path, tmp_path: Path) -> None
         assert int(peak) < 1.15 * packed + found.kv_bytes() * TOKENS + fit.base(found)
         assert packed <= int(used) < 1.15 * packed  # with scratch
         (kept,) = tmp_path.rglob("*.tiles")
-        assert abs(kept.stat().st_size - packed) < packed / 100
+        # Scale and zero point of a group share 16 bits in the layers' tiles: 4.125 bits a weight of the file's 4.25.
+        layers = next(p.nbytes for p in found.parts if p.name == "layers")
+        assert abs(kept.stat().st_size - (packed - layers / 34)) < packed / 500
     assert len(logits) == 1

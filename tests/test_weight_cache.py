@@ -371,6 +371,7 @@ def test_packed_bytes_are_those_of_this_layout_version() -> None:
     r = np.random.default_rng(0)
     words = [r.integers(0, 1 << 32, (20, 128 * bits // 32), np.uint32) for bits in (4, 8)]
     halves = r.standard_normal((20, 2)).astype(np.float16)
+    short = (r.integers(0x1000, 0x1800, (20, 2)) & ~15).astype(np.uint16).view(np.float16)  # ends: room for z
     bias = r.standard_normal(20).astype(np.float32)
     backend, digest = CpuBackend(threads=2), hashlib.sha256()
     for weight in (
@@ -379,9 +380,10 @@ def test_packed_bytes_are_those_of_this_layout_version() -> None:
         Packed("c", words[0], halves.astype(np.float32) / 3, halves, 4, 64),
         Dense("d", r.standard_normal((20, 32)).astype(np.float16)),
         Dense("e", r.standard_normal((20, 32)).astype(np.float32) * 1e5),
+        Packed("f", words[0], short, -7 * short, 4, 64),
     ):
         digest.update(backend.pack(weight).data.tobytes())  # type: ignore[attr-defined]
-    assert (LAYOUT, digest.hexdigest()[:16]) == (1, "86fbace10ed199c1")
+    assert (LAYOUT, digest.hexdigest()[:16]) == (2, "856a5e582ee1dea9")
 
 
 def test_memory_counts_what_came_from_disk(home: Path) -> None:
