@@ -72,7 +72,8 @@ def test_a_run_prints_the_keys_programs_rely_on_and_they_agree() -> None:
     made, progress = bench(*SMALL, "--depth", "8")
     assert set(KEYS) <= set(made)
     assert (made["shape"], made["threads"], made["peers"]) == ("tiny", 1, [])
-    assert made["bytes_per_token"] == round(tiny_bytes(8 + 32 / 128, tg=4, depth=8, ends=16))
+    whole, half = (tiny_bytes(bits + 32 / 128, tg=4, depth=8, ends=16) for bits in (8, 4))
+    assert half < made["bytes_per_token"] < whole  # the head at half its width, and some of it whole
     for name in ("pp_tok_s", "tg_tok_s", "bandwidth_gb_s"):
         runs = made["spread"][name]["runs"]
         assert len(runs) == 5 and made[name] == sorted(runs)[2] > 0
@@ -197,7 +198,13 @@ def recorded(
     plan = Plan(None, "tiny", "cpu", "int4", pp=100, tg=10, repeat=len(pp))
     mine = Scripted(
         "ours",
-        {"prefill": [99.0, *pp], "decode": [99.0, *tg], "products": [{"ops_per_s": 4e9}], "peak_rss": [9]},
+        {
+            "prefill": [99.0, *pp],
+            "decode": [99.0, *tg],
+            "products": [{"ops_per_s": 4e9}],
+            "peak_rss": [9],
+            "bytes_per_token": [10**9],
+        },
         log,
     )
     theirs = Scripted(
@@ -210,7 +217,7 @@ def recorded(
     for number in range(-1, plan.repeat):
         rounds.one(number)
     said = {"name": "tiny", "backend": "cpu", "device": "x", "detail": "y", "load_s": 0.2, "weight_bytes": 7}
-    said |= {"bytes_per_token": 10**9, "ops_per_token": 10**7, "kv_bytes": 3}
+    said |= {"ops_per_token": 10**7, "kv_bytes": 3}
     ours = _result(plan, said, 1, rounds)
     return ours, _peer_result(peer, ours, rounds, plan)
 
@@ -236,6 +243,16 @@ def test_subjects_take_turns_and_ratios_are_formed_round_by_round() -> None:
 def test_bytes_per_token_are_what_the_weights_hold(head: str, bits: float) -> None:
     made = Subject(backend="reference", shape="tiny", head=head, pp=4, tg=3, depth=5)
     assert made.bytes_per_token() == round(tiny_bytes(bits, tg=3, depth=5, itemsize=4))
+
+
+def test_of_a_head_that_is_read_at_half_its_width_the_rest_is_what_tiles_were_read_whole() -> None:
+    made = Subject(backend="cpu", shape="tiny", pp=4, tg=3, depth=5, threads=1)
+    whole, choice = tiny_bytes(8.25, tg=3, depth=5, ends=16), made.decoder.backend.choice  # type: ignore[attr-defined]
+    assert made.bytes_per_token() == round(whole)
+    made.decode(), made.decode()
+    assert 6 <= choice.tiles < 6 * 64
+    tile = 16 * 256 * 8.25 / 8
+    assert made.bytes_per_token() == round(whole - 1024 * 256 / 2 + choice.tiles / 6 * tile)
 
 
 def test_of_an_untied_embedding_one_row_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

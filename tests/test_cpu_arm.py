@@ -78,6 +78,16 @@ def test_instructions_a_weight_stay_as_in_the_table(build: Path, isa: str, bits:
 
 
 @pytest.mark.parametrize("isa", ARM)
+def test_a_head_of_which_the_largest_logit_is_wanted_costs_little_more_than_int4(
+    build: Path, isa: str
+) -> None:
+    """Its upper halves are read as int4 codes are; tiles that may hold the largest, as flat as these are, once more."""
+    n, k = 8192, 1024
+    each = instructions(build, isa, "linear", "head", "1", str(n), str(k), "128") / (n * k)
+    assert each <= TABLE[isa]["head_g128"] * 1.03 <= 1.2 * 1.03 * TABLE[isa]["int4_g128"]
+
+
+@pytest.mark.parametrize("isa", ARM)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_many_rows_share_the_work(build: Path, isa: str, bits: int) -> None:
     """96 rows: a whole number of panels of every kernel."""

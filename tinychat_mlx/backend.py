@@ -128,14 +128,28 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Step:
-    """Which rows of a pass belong to which cache. Only `rope` and `attention` look at it.
+class Choice:
+    """How a token will be chosen from a row of logits: the largest (temperature 0), or drawn.
 
-    positions (T,) int32 is on the device: each segment counts up from its cache's length.
+    So a head may be read coarsely where that cannot matter: tokens that have a probability of at most `tail` together
+    may have coarse logits, and those that cannot be the largest.
+    """
+
+    temperature: float = 0.0
+    tail: float = 0.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """Which rows of a pass belong to which cache. Only `rope`, `attention` and, for its choice, `head` look at it.
+
+    positions (T,) int32 is on the device: each segment counts up from its cache's length. choice None: every logit
+    counts.
     """
 
     segments: tuple[Segment, ...]
     positions: Tensor
+    choice: Choice | None = None
 
     @property
     def rows(self) -> int:
@@ -261,6 +275,10 @@ class Backend:
     # composites: a fast backend overrides these ---------------------------------------------------
     def norm_linear(self, x: Tensor, norm: Norm, w: Handle) -> Tensor:
         return self.linear(self.norm(x, norm), w)
+
+    def head(self, x: Tensor, norm: Norm, w: Handle, choice: Choice | None = None) -> Tensor:
+        """norm_linear to logits (T, V), from each row of which one token will be chosen so (None: all of them count)."""
+        return self.norm_linear(x, norm, w)
 
     def linear_add(self, x: Tensor, w: Handle, residual: Tensor) -> Tensor:
         """residual + linear(x, w); leaves residual as it is, for parallel blocks read it again."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +15,7 @@ from tinychat_mlx.backend import (
     Backend,
     Cache,
     CacheShape,
+    Choice,
     Handle,
     Mlp,
     Moe,
@@ -78,12 +79,22 @@ class Graph:
             x = b.add(x, b.embed(inputs.positions, step.positions))
         return x if inputs.norm is None else b.norm(x, inputs.norm)
 
-    def logits(self, x: Tensor, norm: Norm, head: Handle) -> Tensor:
-        """The last layer's output (T, C) -> (T, V)."""
-        y = self.backend.norm_linear(x, norm, head)
+    def logits(self, x: Tensor, norm: Norm, head: Handle, choice: Choice | None = None) -> Tensor:
+        """The last layer's output (T, C) -> (T, V); choice as `before_scaling` has it."""
+        y = self.backend.head(x, norm, head, choice)
         if self.config.logit_scale != 1:
             y = self.backend.scale(y, self.config.logit_scale)
         return self.backend.softcap(y, self.config.final_softcap) if self.config.final_softcap else y
+
+    def before_scaling(self, choice: Choice | None) -> Choice | None:
+        """The same choice, among what the head gives before it is scaled and capped; None where there is none."""
+        if choice is None or self.config.logit_scale <= 0:
+            return None
+        if choice.temperature == 0 or self.config.logit_scale == 1 and not self.config.final_softcap:
+            return choice
+        if self.config.final_softcap:  # it moves apart what it moves together
+            return None
+        return replace(choice, temperature=choice.temperature / self.config.logit_scale)
 
     def block(self, x: Tensor, layer: Layer, step: Step) -> Tensor:
         """One decoder layer: x (T, C) -> (T, C)."""
@@ -174,23 +185,31 @@ class Decoder:
         me = weakref.proxy(
             self
         )  # a function holding its own decoder would keep the weights until the collector runs
-        self._one_row: StepFn = backend.capture(lambda ids, step: me._logits(me._hidden(ids, step)))
+        self._one_row: StepFn = backend.capture(
+            lambda ids, step: me._logits(me._hidden(ids, step), step.choice)
+        )
 
     def new_cache(self, capacity: int) -> Cache:
         return self.backend.new_cache(cache_shape(self.config), capacity)
 
-    def forward(self, ids: Sequence[int], cache: Cache, last_only: bool = True) -> Tensor:
-        """ids (T,) continue what cache holds -> logits (1, V) of the last, or (T, V) of all."""
+    def forward(
+        self, ids: Sequence[int], cache: Cache, last_only: bool = True, choice: Choice | None = None
+    ) -> Tensor:
+        """ids (T,) continue what cache holds -> logits (1, V) of the last, or (T, V) of all.
+
+        choice: how the next token will be chosen from the last's logits, if that is all they are for.
+        """
         on_device = self.backend.ids(ids)
         if len(ids) == 1:
-            return self.advance(on_device, cache)
+            return self.advance(on_device, cache, choice)
         x = self._hidden(on_device, self.backend.step((Segment(cache, len(ids)),)))
         cache.length += len(ids)
-        return self._logits(x[len(ids) - 1 :] if last_only else x)
+        return self._logits(x[len(ids) - 1 :] if last_only else x, self.graph.before_scaling(choice))
 
-    def advance(self, token: Tensor, cache: Cache) -> Tensor:
+    def advance(self, token: Tensor, cache: Cache, choice: Choice | None = None) -> Tensor:
         """forward of one token (1,) that is still on the device -> logits (1, V)."""
-        logits = self._one_row(token, self.backend.step((Segment(cache, 1),)))
+        step = self.backend.step((Segment(cache, 1),))
+        logits = self._one_row(token, replace(step, choice=self.graph.before_scaling(choice)))
         cache.length += 1
         return logits
 
@@ -200,8 +219,8 @@ class Decoder:
             x = self.graph.block(x, layer, step)
         return x
 
-    def _logits(self, x: Tensor) -> Tensor:
-        return self.graph.logits(x, self.final_norm, self.head)
+    def _logits(self, x: Tensor, choice: Choice | None = None) -> Tensor:
+        return self.graph.logits(x, self.final_norm, self.head, choice)
 
 
 def cache_shape(config: ModelConfig) -> CacheShape:

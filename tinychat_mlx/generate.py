@@ -13,7 +13,7 @@ from tinychat_mlx.backend import Cache, Tensor
 from tinychat_mlx.decoder import Decoder
 from tinychat_mlx.errors import ConfigError, ContextFullError, UsageError
 from tinychat_mlx.prefix import PART, PrefixStore
-from tinychat_mlx.sampler import Sampler, SamplingParams
+from tinychat_mlx.sampler import Sampler, SamplingParams, choice_of
 from tinychat_mlx.weight import Array
 
 PREFILL_ROWS = 512  # most tokens a prefill step takes: many enough to be bound by arithmetic
@@ -197,6 +197,7 @@ class _Run:
         self.first = 0.0  # when the first token was known
         self.cached = engine.reuse(prompt)
         self.completion = 0
+        self.choice = choice_of(params)
 
     def prefill(self) -> Iterator[Event]:
         """Compute the prompt's new tokens in pieces; leaves the last one's logits."""
@@ -206,7 +207,7 @@ class _Run:
         while at < total:
             start = time.perf_counter()
             piece = self.prompt[at : at + engine.rows]
-            self.logits = engine.decoder.forward(piece, engine.cache)
+            self.logits = engine.decoder.forward(piece, engine.cache, choice=self.choice)
             at += len(piece)
             if at < total:
                 engine.decoder.backend.to_host(self.logits)  # waits: else a device's queue would look fast
@@ -261,7 +262,7 @@ class _Run:
             token = sampler(decoder.backend.to_host(self.logits)[-1], engine.ids)
             yield token
             engine.ids.append(token)
-            self.logits = decoder.forward((token,), cache)
+            self.logits = decoder.forward((token,), cache, choice=self.choice)
 
     def tokens_ahead(self, cache: Cache, draw: Callable[[Tensor], Tensor]) -> Iterator[int]:
         """Draw on the device, with one step in flight: the next is begun before a token is read."""
@@ -270,7 +271,7 @@ class _Run:
         while True:
             following = None
             if cache.length < cache.capacity and self.completion + 1 != self.params.max_tokens:
-                following = draw(decoder.advance(token, cache))
+                following = draw(decoder.advance(token, cache, self.choice))
             value = int(decoder.backend.to_host(token)[0])
             if value < 0:
                 raise ConfigError("the model's logits are not finite: its weights are damaged or overflow")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tinychat_mlx.backend import Choice
 from tinychat_mlx.errors import ConfigError, UsageError
 from tinychat_mlx.weight import F32
 
@@ -72,6 +73,16 @@ def from_generation_config(config: Mapping[str, Any]) -> SamplingParams:
         return SamplingParams().updated(**given)
     except UsageError as e:
         raise ConfigError(f"generation_config.json: {e}") from None
+
+
+TAIL = 0.001  # of the probability may lie on coarse logits: far less than what int4 weights have moved
+
+
+def choice_of(p: SamplingParams) -> Choice | None:
+    """What the sampler will look at: with top_p, half of what it cuts off may be coarse. None: at every logit."""
+    if p.repetition_penalty != 1:  # may lift any token
+        return None
+    return Choice(p.temperature, max(TAIL, (1 - p.top_p) / 2))
 
 
 class Sampler:

@@ -248,12 +248,13 @@ def _result(plan: Plan, about: dict[str, Any], threads: int, rounds: _Rounds) ->
     result: dict[str, Any] = {"shape": about["name"], "backend": about["backend"], "threads": threads}
     result |= {"device": about["device"], "detail": about["detail"], "exact": plan.exact}
     result |= {"head": plan.head if plan.shape else None, "pp": plan.pp, "tg": plan.tg, "depth": plan.depth}
-    result |= {"pp_tok_s": pp.median, "tg_tok_s": tg.median, "bytes_per_token": about["bytes_per_token"]}
+    read_bytes = rounds.ours.call("bytes_per_token")
+    result |= {"pp_tok_s": pp.median, "tg_tok_s": tg.median, "bytes_per_token": read_bytes}
     result |= {"bandwidth_gb_s": None, "mbu": None}
     if rounds.bandwidth:
         spread["bandwidth_gb_s"] = read = Sample.of([b / 1e9 for b in rounds.bandwidth])
         result["bandwidth_gb_s"] = read.median
-        result["mbu"] = about["bytes_per_token"] * tg.median / (read.median * 1e9)
+        result["mbu"] = read_bytes * tg.median / (read.median * 1e9)
     result |= {"prefill_gop_s": about["ops_per_token"] * pp.median / 1e9}
     result |= {"matmul_gop_s": None, "int8_peak_gop_s": None}
     for key, values in (("matmul_gop_s", rounds.products), ("int8_peak_gop_s", rounds.peak)):

@@ -9,12 +9,13 @@ import numpy as np
 
 from tinychat_mlx.apps.bench.shapes import find
 from tinychat_mlx.apps.bench.synthetic import RandomSource
-from tinychat_mlx.backend import Cache, Handle, Mlp
+from tinychat_mlx.backend import Cache, Choice, Handle, Mlp
 from tinychat_mlx.config import ModelConfig, parse_config
 from tinychat_mlx.decoder import Decoder, Layer, cache_shape
 from tinychat_mlx.errors import UsageError
 from tinychat_mlx.generate import PREFILL_ROWS
 
+GREEDY = Choice()
 COLD = 256 << 20  # bytes of weights that a round of products reads: more than caches hold
 
 
@@ -53,6 +54,7 @@ class Subject:
         self.ids = np.random.default_rng(0).integers(0, config.vocab_size, max(pp, depth + tg)).tolist()
         self._prompt = self.decoder.new_cache(pp)
         self._talk = self.decoder.new_cache(depth + tg)
+        self._steps = self._tiles = 0
         self._fill(self._talk, self.ids[:depth])
 
     def _load(self, model: str, backend: str, exact: bool, threads: int | None) -> None:
@@ -113,7 +115,6 @@ class Subject:
             "load_s": self.load_s,
             "weight_bytes": self.weight_bytes,
             "kv_bytes": round(sum(self._kv_bytes(c.capacity) for c in (self._talk, self._prompt))),
-            "bytes_per_token": self.bytes_per_token(),
             "ops_per_token": 2 * layer_weights(config),
         }
 
@@ -121,7 +122,15 @@ class Subject:
         """Read for one decoded token: weights (of an embedding one row), and keys and values of what came before."""
         rows = self.embed_bytes // self.decoder.config.vocab_size
         weights = self.weight_bytes - self.embed_bytes + rows - self.idle_bytes
-        return round(weights + self._kv_bytes(self.depth + (self.tg + 1) / 2))
+        return round(weights - self._head_left_out() + self._kv_bytes(self.depth + (self.tg + 1) / 2))
+
+    def _head_left_out(self) -> float:
+        """Bytes of the head that a decoded token did not read: the cpu backend takes its lower halves where it must."""
+        head = self.decoder.head
+        if not self._tiles:
+            return 0.0
+        tiles, lower = -(-head.shape[0] // 16), head.shape[0] * head.shape[1] / 2
+        return float(lower - self._tiles / self._steps / tiles * head.data.nbytes)  # type: ignore[attr-defined]
 
     def _kv_bytes(self, tokens: float) -> float:
         """Of a cache as each layer sees it, its window no further."""
@@ -143,15 +152,17 @@ class Subject:
         return time.perf_counter() - start
 
     def decode(self) -> float:
-        """Seconds for tg tokens, one by one, as an answer is made: known tokens, each one's logits looked at."""
+        """Seconds for tg tokens, one by one, as an answer is made: known tokens, the largest logit of each looked for."""
         cache, decoder = self._talk, self.decoder
         backend = decoder.backend
         cache.rewind(self.depth)
         draw = backend.sampler(0.0, 0, 1.0, 0.0, None)
+        read = getattr(backend, "choice", None)
+        before = 0 if read is None else read.tiles
         start = time.perf_counter()
         if draw is None:
             for token in self.ids[self.depth : self.depth + self.tg]:
-                backend.to_host(decoder.forward((token,), cache))
+                backend.to_host(decoder.forward((token,), cache, choice=GREEDY)).argmax()
         else:  # the device draws, one step ahead of the host: generate.tokens_ahead
             token = backend.ids(self.ids[:1])
             for _ in range(self.tg):
@@ -159,7 +170,10 @@ class Subject:
                 backend.to_host(token)
                 token = following
             backend.to_host(token)
-        return time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self._steps += self.tg
+        self._tiles += 0 if read is None else read.tiles - before
+        return seconds
 
     def _fill(self, cache: Cache, ids: list[int]) -> None:
         for at in range(0, len(ids), PREFILL_ROWS):

@@ -24,6 +24,7 @@ from tinychat_mlx.backend import (
     Backend,
     Cache,
     CacheShape,
+    Choice,
     Device,
     Handle,
     Memory,
@@ -68,6 +69,7 @@ class CpuBackend(Backend):
         isa = os.environ.get("TINYCHAT_CPU_ISA")
         self.engine = Engine(isa or None, _threads(threads))
         self.tape: Tape | None = None  # of the step being recorded
+        self.choice = c.CChoice()  # of the step at hand; counts tiles of heads read whole
         self._forced = bool(isa)
         self._arena, self._scratch = Arena(), Scratch()
         self._routes_on_host = False  # experts that no op knows: such a step cannot be replayed
@@ -185,6 +187,10 @@ class CpuBackend(Backend):
     def norm_linear(self, x: Tensor, norm: Norm, w: Handle) -> Tensor:
         return self._linear(x, w, norm)
 
+    def head(self, x: Tensor, norm: Norm, w: Handle, choice: Choice | None = None) -> Tensor:
+        self.choice.set(choice)
+        return self._linear(x, w, norm, choice=self.choice)
+
     def linear_add(self, x: Tensor, w: Handle, residual: Tensor) -> Tensor:
         return self._linear(x, w, residual=residual)
 
@@ -266,6 +272,7 @@ class CpuBackend(Backend):
         residual: Tensor | None = None,
         act: str = "",
         gated: bool = False,
+        choice: c.CChoice | None = None,
     ) -> Tensor:
         """[residual +] act(w · norm(x) + bias), or with the gate and up rows of w: act(gate) · up."""
         w = _weight(handle)
@@ -279,7 +286,9 @@ class CpuBackend(Backend):
         if residual is not None:
             op.residual, op.residual_stride = _at(residual), _stride(residual, 0)
         op.act, op.gated, op.exact = c.ACTS[act], gated, self.exact
-        return self._run(op, (x,) if residual is None else (x, residual), y, (w, norm))
+        if choice is not None:
+            op.choice = pointer(choice)
+        return self._run(op, (x,) if residual is None else (x, residual), y, (w, norm, choice))
 
     def _map(
         self, kind: int, y: Tensor, a: Tensor, b: Tensor | None = None, factor: float = 1.0, act: str = ""

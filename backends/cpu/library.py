@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import tinychat_mlx
+from tinychat_mlx.backend import Choice
 from tinychat_mlx.errors import BackendError
 
 _FILES = ("tinychat_cpu.so", "tinychat_cpu.dylib", "tinychat_cpu.dll")
@@ -39,6 +40,15 @@ class CWeight(Structure):
 
 class CNorm(Structure):
     _fields_ = [("kind", c_int32), ("eps", c_float), ("weight", c_void_p), ("bias", c_void_p)]
+
+
+class CChoice(Structure):
+    _fields_ = [("on", c_int32), ("temperature", c_float), ("tail", c_float), ("tiles", c_int32)]
+
+    def set(self, choice: Choice | None) -> None:
+        self.on = choice is not None
+        if choice is not None:
+            self.temperature, self.tail = choice.temperature, choice.tail
 
 
 class CSegment(Structure):
@@ -84,6 +94,7 @@ class LinearOp(Structure):
         ("from_", c_void_p),
         ("to", c_void_p),
         ("share", c_void_p),
+        ("choice", POINTER(CChoice)),
     ]
 
 
@@ -243,6 +254,7 @@ _SIZES: dict[int, type[Structure]] = {
     0: CWeight,
     -1: CNorm,
     -2: CSegment,
+    -3: CChoice,
 }
 
 

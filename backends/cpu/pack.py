@@ -21,7 +21,7 @@ from tinychat_mlx.weight import Dense, Packed, Weight, pack_codes, to_float32
 Run = Callable[[c.Op], None]
 Zeros = npt.NDArray[np.uint16]
 
-LAYOUT = 2  # of the tiles: to be raised when files with tiles written before must not be read any more
+LAYOUT = 3  # of the tiles: to be raised when files with tiles written before must not be read any more
 STRIPE = 16 << 20  # bytes of float32 weights converted at a time
 KINDS = {c.INT4: "int4", c.INT8: "int8", c.F16: "float16", c.BF16: "bfloat16", c.F32: "float32"}
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tinychat_mlx.backend import Cache, Segment, Step, StepFn, Tensor
+from tinychat_mlx.backend import Cache, Step, StepFn, Tensor
 from tinychat_mlx.backends.cpu.engine import OpList
 from tinychat_mlx.backends.cpu.library import Op
 from tinychat_mlx.backends.cpu.memory import Scratch
@@ -83,17 +84,18 @@ class Captured:
             tape = Tape()
         tape.ids[0], tape.positions[0], tape.length[0] = ids[0], step.positions[0], cache.length
         if new:
-            self._record(tape, cache)
+            self._record(tape, cache, step)
             self._tapes[cache] = tape
             return tape.result
         for table in tape.tables:
             table.reach(int(step.positions[0]) + 1)
+        self._backend.choice.set(step.choice)
         self._backend.engine.run(tape.list)
         return tape.result
 
-    def _record(self, tape: Tape, cache: Cache) -> None:
+    def _record(self, tape: Tape, cache: Cache, step: Step) -> None:
         self._backend.tape = tape
         try:
-            tape.finish(self._fn(tape.ids, Step((Segment(cache, 1),), tape.positions)))
+            tape.finish(self._fn(tape.ids, replace(step, positions=tape.positions)))
         finally:
             self._backend.tape = None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinychat_mlx.backend import Cache, CacheShape, Tensor
+from tinychat_mlx.backend import Cache, CacheShape, Choice, Tensor
 from tinychat_mlx.backends.mlx.backend import MlxBackend
 from tinychat_mlx.backends.mlx.device import mx
 from tinychat_mlx.errors import BackendError, FormatError
@@ -81,11 +81,13 @@ class MlxLmDecoder:
     def new_cache(self, capacity: int) -> ForeignCache:
         return ForeignCache(self.model, capacity)
 
-    def forward(self, ids: Sequence[int], cache: Cache, last_only: bool = True) -> Tensor:
-        """ids (T,) continue what cache holds -> logits (1, V) of the last, or (T, V) of all."""
+    def forward(
+        self, ids: Sequence[int], cache: Cache, last_only: bool = True, choice: Choice | None = None
+    ) -> Tensor:
+        """ids (T,) continue what cache holds -> logits (1, V) of the last, or (T, V) of all, each of them exact."""
         return self._continue(self.backend.ids(ids), cache, last_only)
 
-    def advance(self, token: Tensor, cache: Cache) -> Tensor:
+    def advance(self, token: Tensor, cache: Cache, choice: Choice | None = None) -> Tensor:
         """forward of one token (1,) that is still on the device -> logits (1, V)."""
         return self._continue(token, cache, True)
 

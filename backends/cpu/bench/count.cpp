@@ -1,6 +1,6 @@
 // Something to count instructions in (tests/arm/icount.c): a linear layer, or a whole token.
 //
-//   count ISA linear KIND ROWS N K GROUP REPEAT    KIND: 4, 8 (bits); ROWS of activations
+//   count ISA linear KIND ROWS N K GROUP REPEAT    KIND: 4, 8 (bits), head (8, for the largest); ROWS of activations
 //   count ISA token SHAPE LAYERS REPEAT            the first LAYERS layers, all int4, 32 tokens of context
 //
 // Count a run with REPEAT 0 as well: the difference is what the kernels did.
@@ -13,7 +13,9 @@ static int linear(Engine* e, char** a) {
   const int rows = atoi(a[1]);
   std::vector<float> x((size_t)(rows * w.w.k)), y((size_t)(rows * w.w.n));
   for (float& v : x) v = random.unit();
+  Choice largest = {1, 0, 0, 0};
   LinearOp op = {};
+  if (!strcmp(a[0], "head")) op.choice = &largest;
   op.code = LINEAR, op.rows = rows, op.x = x.data(), op.w = &w.w, op.y = y.data();
   op.x_stride = w.w.k, op.y_stride = w.w.n;
   for (int i = 0; i < atoi(a[5]); i++) run_one(e, &op);

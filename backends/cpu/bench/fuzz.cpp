@@ -1,4 +1,5 @@
-// Random linear layers, attentions and mixtures of experts against plain loops in double, for emulators and sanitizers.
+// Random linear layers, heads, attentions and mixtures of experts against plain loops in double, for emulators and
+// sanitizers.
 //
 //   fuzz ISA SEED COUNT [THREADS]       0: all within their bounds
 //
@@ -70,6 +71,26 @@ static void try_linear(Engine* e, Random& r) {
     }
     for (int j = n; j < ys; j++) check(y[(size_t)t * ys + j] == 7.5f, "a write beyond a row", kind, n, k, rows);
   }
+}
+
+// A head with and without a choice: the same token, whose tile has the same bits, and nothing beyond the row.
+static void try_choice(Engine* e, Random& r) {
+  const int group = 32 * (1 + r.below(4)), k = group * (1 + r.below(4)), n = 1 + r.below(700);
+  RandomWeight w(INT8, n, k, group, false, r);
+  std::vector<float> x((size_t)k + 32, NONE), whole((size_t)n + 16, 7.5f), y(whole);
+  for (int i = 0; i < k; i++) x[(size_t)i] = r.unit() * 3;
+  Choice choice = {1, r.below(2) ? 0 : 0.1f + r.below(3), 0.001f, 0};
+  LinearOp op = {};
+  op.code = LINEAR, op.rows = 1, op.x = x.data(), op.x_stride = k, op.w = &w.w, op.y = whole.data(), op.y_stride = n;
+  run_one(e, &op);
+  op.y = y.data(), op.choice = &choice;
+  run_one(e, &op);
+  const auto best = std::max_element(whole.begin(), whole.begin() + n) - whole.begin();
+  check(best == std::max_element(y.begin(), y.begin() + n) - y.begin(), "a choice", n, k, group, choice.tiles);
+  for (auto i = best / 16 * 16; i < n && i < best / 16 * 16 + 16; i++)
+    check(y[(size_t)i] == whole[(size_t)i], "a tile read whole", n, k, group, choice.tiles);
+  check(choice.tiles >= 1 && choice.tiles <= tiles_of(w.w), "tiles read whole", n, k, group, choice.tiles);
+  for (size_t i = (size_t)n; i < y.size(); i++) check(y[i] == 7.5f, "a write beyond a row", n, k, group, 0);
 }
 
 static void try_attention(Engine* e, Random& r) {
@@ -276,8 +297,8 @@ int main(int argc, char** argv) {
   if (!e) return fprintf(stderr, "no such instruction set here; the best is %s\n", tc_isa(0)), 2;
   Random r{(uint32_t)atoi(argv[2]) * 2654435761u};
   for (int i = 0; i < atoi(argv[3]) && failures < 10; i++) {
-    const int what = r.below(4);
-    what == 0 ? try_attention(e, r) : what == 1 ? try_experts(e, r) : try_linear(e, r);
+    const int what = r.below(5);
+    what == 0 ? try_attention(e, r) : what == 1 ? try_experts(e, r) : what == 2 ? try_choice(e, r) : try_linear(e, r);
   }
   tc_free(e);
   printf("%s, %d threads: %s\n", argv[1], threads, failures ? "WRONG" : "right");

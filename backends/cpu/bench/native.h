@@ -92,7 +92,7 @@ struct RandomWeight {
       }
       return;
     }
-    const size_t block = block_bytes(w), tail = (size_t)w.group * (w.kind == INT4 ? 8 : 16);
+    const size_t block = block_bytes(w), tail = (size_t)w.group * 8;
     for (int g = 0; g < w.k / w.group; g++)
       for (int r = 0; r < 16; r++) {
         uint16_t* ends = (uint16_t*)(p + block * (size_t)g + tail);
@@ -121,10 +121,10 @@ inline double number(const Weight& w, int n, int k) {
     return f;
   }
   const uint8_t* block = tile + block_bytes(w) * (size_t)(k / w.group);
-  const uint16_t* ends = (const uint16_t*)(block + (size_t)w.group * (w.kind == INT4 ? 8 : 16));
-  const int i = k % w.group;
-  int q = w.kind == INT4 ? block[i / 8 * 64 + 4 * r + i % 4] : block[i / 4 * 64 + 4 * r + i % 4];
-  if (w.kind == INT4) q = i & 4 ? q >> 4 : q & 15;
+  const uint16_t* ends = (const uint16_t*)(block + (size_t)w.group * 8);
+  const int i = k % w.group, at = i / 8 * 64 + 4 * r + i % 4, shift = i & 4;
+  int q = block[at] >> shift & 15;
+  if (w.kind == INT8) q = q * 16 + (lower_of(w, n / 16)[(size_t)(k - i) * 8 + (size_t)at] >> shift & 15);
   if (w.ends == ZEROS) return (q - (ends[r] & 15)) * (double)float_of(ends[r] & 0xfff0);
   return q * (double)float_of(ends[r]) + float_of(ends[16 + r]);
 }

@@ -64,10 +64,11 @@ API int32_t tc_run(Engine* e, const Op* const* ops, int n) {
 
 // Bytes of a weight's buffer: its tiles and its bias.
 API int64_t tc_weight_bytes(const Weight* w) {
-  return (int64_t)(tile_bytes(*w) * (size_t)tiles_of(*w)) + (w->has_bias ? (int64_t)tiles_of(*w) * 64 : 0);
+  return (int64_t)codes_bytes(*w) + (w->has_bias ? (int64_t)tiles_of(*w) * 64 : 0);
 }
 
-// Size of an op's struct here, for ctypes to compare with its own; code 0: a weight, -1: a norm, -2: a segment.
+// Size of an op's struct here, for ctypes to compare with its own; code 0: a weight, -1: a norm, -2: a segment, -3: a
+// choice.
 API int32_t tc_sizeof(int32_t code) {
   switch (code) {
     case EMBED: return sizeof(EmbedOp);
@@ -83,6 +84,7 @@ API int32_t tc_sizeof(int32_t code) {
     case 0: return sizeof(Weight);
     case -1: return sizeof(NormArg);
     case -2: return sizeof(SegmentArg);
+    case -3: return sizeof(Choice);
     default: return -1;
   }
 }

@@ -11,6 +11,7 @@
 // clang-format off
 #include "rows.h"
 #include "linear_int.h"
+#include "shortlist.h"
 #include "linear_float.h"
 #include "attention.h"
 #include "experts.h"
@@ -36,7 +37,8 @@ void run(const Op* op, const Worker& me) {
     case EMBED: return embed_op(*(const EmbedOp*)op, me);
     case LINEAR: {
       const LinearOp& linear = *(const LinearOp*)op;
-      return in_floats(linear) ? linear_float(linear, me) : linear_int(linear, me);
+      if (in_floats(linear)) return linear_float(linear, me);
+      return shortens(linear) ? shortlist(linear, me) : linear_int(linear, me);
     }
     case NORM: return norm_op(*(const NormOp*)op, me);
     case ROPE: return rope_op(*(const RopeOp*)op, me);
@@ -79,6 +81,7 @@ void need(const Op* op, size_t* scratch, size_t* shared) {
     return;
   }
   *scratch = quantised_bytes(1, w) + row_bytes(w) + 64;
+  if (shortens(linear)) *shared = estimates_bytes(w);
   if (op->rows == 1) return;
   *shared = quantised_bytes(op->rows, w);
   if (op->rows > FEW && many_bytes(w) > *scratch) *scratch = many_bytes(w);

@@ -9,7 +9,7 @@ struct Tail {
 };
 
 template <bool WIDE>
-inline Tail tail_of(const Weight& w, const uint8_t* p) {
+ALWAYS inline Tail tail_of(const Weight& w, const uint8_t* p) {
   Tail t;
   if (!WIDE && w.ends == ZEROS) {
     for (int v = 0; v < V; v++) {

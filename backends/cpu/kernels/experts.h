@@ -170,8 +170,8 @@ inline void multiply(const ExpertsOp& op, const Part& p, int item, uint8_t* in, 
   }
   const Quantised a = quantised_part(p, in);
   const bool wide = p.w->kind == INT8;
-  if (p.rows <= FEW) return wide ? few_pair<true>(l, pair, a) : few_pair<false>(l, pair, a);
-  wide ? many_pair<true>(l, pair, a, scratch) : many_pair<false>(l, pair, a, scratch);
+  if (p.rows <= FEW) return wide ? few_pair<WIDE>(l, pair, a) : few_pair<NARROW>(l, pair, a);
+  wide ? many_pair<WIDE>(l, pair, a, scratch) : many_pair<NARROW>(l, pair, a, scratch);
 }
 
 inline size_t work_bytes(const ExpertsOp& op) {

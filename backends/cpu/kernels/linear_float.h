@@ -19,19 +19,21 @@ inline F ld_dense(int kind, const uint8_t* p, size_t i) {
 }
 
 // Inputs k0..k0 + n of a tile -> out (n, 16) float32, lines `stride` apart.
-inline void widen(const Weight& w, const uint8_t* tile, int k0, int n, float* out, int stride = 16) {
+inline void widen(const Weight& w, int index, int k0, int n, float* out, int stride = 16) {
+  const uint8_t* tile = tile_at(w, index);
   if (w.kind > INT8) {
     for (int k = 0; k < n; k++)
       for (int v = 0; v < V; v++) st(out + k * stride + v * W, ld_dense(w.kind, tile, (size_t)(k0 + k) * 16 + v * W));
     return;
   }
-  const int bits = w.kind == INT4 ? 4 : 8;
-  const uint8_t* block = tile + block_bytes(w) * (size_t)(k0 / w.group);
-  const Tail t = tail_of<false>(w, block + (size_t)w.group * 2 * bits);
+  const uint8_t *block = tile + block_bytes(w) * (size_t)(k0 / w.group), *lower = lower_of(w, index) + (size_t)k0 * 8;
+  const Tail t = tail_of<false>(w, block + (size_t)w.group * 8);
   for (int k = 0; k < n; k++) {
-    const int line = bits == 4 ? k / 8 : k / 4, shift = bits == 4 ? 8 * (k % 4) + (k & 4) : 8 * (k % 4);
+    const int shift = 8 * (k % 4) + (k & 4);
     for (int v = 0; v < V; v++) {
-      const F q = field(block + line * 64 + 4 * W * v, shift, bits == 4 ? 15 : 255);
+      const int at = k / 8 * 64 + 4 * W * v;
+      F q = field(block + at, shift, 15);
+      if (w.kind == INT8) q = fma(q, all(16), field(lower + at, shift, 15));
       st(out + k * stride + v * W, fma(q, t.scale[v], t.bias[v]));
     }
   }
@@ -77,7 +79,7 @@ inline void float_micro(Load weight, int n, const float* x, int64_t stride, floa
 
 // Rows x (rows, k) times one tile -> acc (rows, 16).
 inline void float_tile(const Weight& w, int index, const float* x, int64_t stride, int rows, float* block, float* acc) {
-  const uint8_t* tile = w.data + tile_bytes(w) * (size_t)index;
+  const uint8_t* tile = tile_at(w, index);
   memset(acc, 0, sizeof(float) * 16 * (size_t)rows);
   if (rows == 1 && w.kind > INT8) {
     const int kind = w.kind;
@@ -90,7 +92,7 @@ inline void float_tile(const Weight& w, int index, const float* x, int64_t strid
   const auto load = [=](int k, int v) { return ld(block + k * 16 + v * W); };
   for (int k = 0; k < w.k; k += step) {
     const int n = lesser(step, w.k - k);
-    widen(w, tile, k, n, block);
+    widen(w, index, k, n, block);
     int row = 0;
     for (; row + FLOAT_ROWS <= rows; row += FLOAT_ROWS)
       float_micro<FLOAT_ROWS>(load, n, x + row * stride + k, stride, acc + row * 16);
@@ -191,8 +193,7 @@ inline void float_panels(const Weight& w, Pair pair, const float* x, int panels,
   for (int strip = 0; strip < (pair.second < 0 ? 1 : STRIPS); strip++)
     for (int k = 0; k < w.k; k += step) {
       const int n = lesser(step, w.k - k);
-      for (int t = 0; t < NV / V; t++)
-        widen(w, w.data + tile_bytes(w) * (size_t)tiles[strip + t], k, n, block + 16 * t, STRIP);
+      for (int t = 0; t < NV / V; t++) widen(w, tiles[strip + t], k, n, block + 16 * t, STRIP);
       for (int p = p0; p < p1; p++)
         float_step(block, n, x + ((int64_t)k * panels + (int64_t)p * n) * FLOAT_PANEL,
                    acc + (strip * (FLOAT_SPAN / FLOAT_PANEL) + p - p0) * FLOAT_PANEL * STRIP);

@@ -7,6 +7,15 @@
 #include "finish.h"
 #include "pool.h"
 #include "quantise.h"
+
+namespace {
+
+// What a pass over a tile reads: int4 codes, the upper halves of int8 ones, or both, q = 16 * upper + lower. The upper
+// halves alone, with 7.5 for each lower one, are already the product but for what the lower ones vary about their mean.
+enum Pass { NARROW, UPPER, WIDE };
+
+}  // namespace
+
 #if defined(MATRIX)
 #include MATRIX
 #endif
@@ -33,19 +42,29 @@ inline size_t quantised_bytes(int rows, const Weight& w) {
   return n * (size_t)w.k + 2 * (n * groups * 4 + 64) + 64;  // 64: the last panel's vector load may reach beyond it
 }
 
-// Sixteen inputs of a tile times R rows. q: 2 lines of nibbles or 4 of bytes.
-template <bool WIDE, int R, int C, class A>
-inline void sixteen(const uint8_t* q, const Quads* x, A (*acc)[V][C]) {
+template <Pass P>
+inline Tail tail_of_pass(const Weight& w, const uint8_t* ends) {
+  Tail t = tail_of<P == WIDE>(w, ends);
+  if constexpr (P == UPPER)
+    for (int v = 0; v < V; v++)
+      t.bias[v] = fma(t.scale[v], all(7.5f), t.bias[v]), t.scale[v] = mul(t.scale[v], all(16));
+  return t;
+}
+
+// Sixteen inputs of a tile times R rows: 2 lines at q, and with wide codes their lower halves.
+template <Pass P, int R, int C, class A>
+inline void sixteen(const uint8_t* q, const uint8_t* lower, const Quads* x, A (*acc)[V][C]) {
   constexpr bool TIGHT = A::ROOM < 4 / C;
   repeat<V>([&](auto vector) ALWAYS {
     constexpr int v = decltype(vector)::value;
     repeat<2>([&](auto part) ALWAYS {
       constexpr int h = decltype(part)::value, L = 2 * h;
+      const Codes c = codes(q + 64 * h + 4 * W * v);
       Codes a, b;
-      if constexpr (WIDE) {
-        a = wide_codes(q + 128 * h + 4 * W * v), b = wide_codes(q + 128 * h + 64 + 4 * W * v);
+      if constexpr (P == WIDE) {
+        const Codes l = codes(lower + 64 * h + 4 * W * v);
+        a = wide_low(c, l), b = wide_high(c, l);
       } else {
-        const Codes c = codes(q + 64 * h + 4 * W * v);
         a = low(c), b = high(c);
       }
       repeat<R>([&](auto row) ALWAYS {
@@ -60,15 +79,16 @@ inline void sixteen(const uint8_t* q, const Quads* x, A (*acc)[V][C]) {
 
 // A whole tile times R rows of activations -> sum[R][V]. Nothing is fetched ahead: processors do, and by hand a Zen 4
 // was 10 % slower on one thread.
-template <bool WIDE, int R>
-inline void tile_rows(const Weight& w, const uint8_t* tile, const Quantised& a, int row, F (*sum)[V]) {
+template <Pass P, int R>
+inline void tile_rows(const Weight& w, int index, const Quantised& a, int row, F (*sum)[V]) {
   constexpr int C = R == 1 ? CHAINS : CHAINS / R > 1 ? CHAINS / R : 1;
-  using A = Acc<WIDE>;
-  constexpr int STEPS = A::ROOM * C / 4 > 1 ? A::ROOM * C / 4 : 1, LINES = WIDE ? 256 : 128;  // bytes a step
+  using A = Acc<P == WIDE>;
+  constexpr int STEPS = A::ROOM * C / 4 > 1 ? A::ROOM * C / 4 : 1;
   const int groups = w.k / w.group, steps = w.group / 16;
   const size_t block = block_bytes(w);
-  for (int r = 0; r < R; r++)
-    for (int v = 0; v < V; v++) sum[r][v] = all(0);
+  const uint8_t *tile = tile_at(w, index), *lower = P == WIDE ? lower_of(w, index) : nullptr;
+  F total[R][V];  // not sum itself, which may not live in registers
+  repeat<R>([&](auto r) ALWAYS { repeat<V>([&](auto v) ALWAYS { total[r.value][v.value] = all(0); }); });
   for (int g = 0; g < groups; g++, tile += block) {
     A acc[R][V][C];
     repeat<R>([&](auto r) ALWAYS {
@@ -80,7 +100,7 @@ inline void tile_rows(const Weight& w, const uint8_t* tile, const Quantised& a, 
         [&](int s) ALWAYS {
           Quads quad[R];
           repeat<R>([&](auto r) ALWAYS { quad[r.value] = quads(x + (int64_t)r.value * w.k + 16 * s); });
-          sixteen<WIDE, R, C>(tile + s * LINES, quad, acc);
+          sixteen<P, R, C>(tile + s * 128, P == WIDE ? lower + (g * steps + s) * 128 : nullptr, quad, acc);
         },
         [&]() ALWAYS {
           repeat<R>([&](auto r) ALWAYS {
@@ -88,7 +108,7 @@ inline void tile_rows(const Weight& w, const uint8_t* tile, const Quantised& a, 
                           ALWAYS { repeat<C>([&](auto c) ALWAYS { acc[r.value][v.value][c.value].flush(); }); });
           });
         });
-    const Tail t = tail_of<WIDE>(w, tile + steps * LINES);
+    const Tail t = tail_of_pass<P>(w, tile + steps * 128);
     repeat<R>([&](auto r) ALWAYS {
       const int64_t at = (int64_t)(row + r.value) * groups + g;
       const F xs = all(a.scale[at]), xsum = all(a.sum[at]);
@@ -96,35 +116,35 @@ inline void tile_rows(const Weight& w, const uint8_t* tile, const Quantised& a, 
         F d = to_float(acc[r.value][v.value][0].sum());
         if constexpr (C > 1)
           repeat<C - 1>([&](auto c) ALWAYS { d = add(d, to_float(acc[r.value][v.value][c.value + 1].sum())); });
-        F& y = sum[r.value][v.value];
+        F& y = total[r.value][v.value];
         y = fma(d, mul(t.scale[v.value], xs), fma(t.bias[v.value], xsum, y));
       });
     });
   }
+  repeat<R>([&](auto r) ALWAYS { repeat<V>([&](auto v) ALWAYS { sum[r.value][v.value] = total[r.value][v.value]; }); });
 }
 
-template <bool WIDE, int R>
+template <Pass P, int R>
 inline void pair_rows(const LinearOp& op, Pair pair, const Quantised& a, int row) {
-  const Weight& w = *op.w;
   F sum[2][R][V];
-  tile_rows<WIDE, R>(w, w.data + tile_bytes(w) * (size_t)pair.first, a, row, sum[0]);
-  if (pair.second >= 0) tile_rows<WIDE, R>(w, w.data + tile_bytes(w) * (size_t)pair.second, a, row, sum[1]);
+  tile_rows<P, R>(*op.w, pair.first, a, row, sum[0]);
+  if (pair.second >= 0) tile_rows<P, R>(*op.w, pair.second, a, row, sum[1]);
   for (int r = 0; r < R; r++) finish(op, row + r, pair, sum[0][r], pair.second >= 0 ? sum[1][r] : nullptr);
 }
 
-template <bool WIDE>
+template <Pass P>
 inline void few_pair(const LinearOp& op, Pair pair, const Quantised& a) {
   int row = 0;
-  for (; row + 4 <= op.rows; row += 4) pair_rows<WIDE, 4>(op, pair, a, row);
-  for (; row + 2 <= op.rows; row += 2) pair_rows<WIDE, 2>(op, pair, a, row);
-  if (row < op.rows) pair_rows<WIDE, 1>(op, pair, a, row);
+  for (; row + 4 <= op.rows; row += 4) pair_rows<P, 4>(op, pair, a, row);
+  for (; row + 2 <= op.rows; row += 2) pair_rows<P, 2>(op, pair, a, row);
+  if (row < op.rows) pair_rows<P, 1>(op, pair, a, row);
 }
 
-template <bool WIDE>
+template <Pass P>
 void few_rows(const LinearOp& op, const Worker& me, const Quantised& a) {
   const int items = pairs_of(op), step = claim(items, me.threads);
   for (int at; (at = pool_take(me, step)) < items;)
-    for (int i = at; i < lesser(items, at + step); i++) few_pair<WIDE>(op, pair_at(op, i), a);
+    for (int i = at; i < lesser(items, at + step); i++) few_pair<P>(op, pair_at(op, i), a);
 }
 
 // Many rows -----------------------------------------------------------------------------------------------
@@ -140,26 +160,22 @@ constexpr int PANELS = 192 / PANEL;  // panels whose sums of a pair stay in L1: 
 constexpr int DEPTH = 4;  // inputs of a row that lie side by side in a panel
 using Peak = Acc<false>;
 
-template <bool WIDE>
-inline void unpack(const uint8_t* q, int group, int line_bytes, uint8_t* out) {
-  for (int s = 0; s < group / (WIDE ? 4 : 8); s++, q += 64)
+template <Pass P>
+inline void unpack(const uint8_t* q, const uint8_t* lower, int group, int line_bytes, uint8_t* out) {
+  for (int s = 0; s < group / 8; s++, q += 64, lower += 64)
     for (int v = 0; v < V; v++) {
-      const Codes c = WIDE ? wide_codes(q + 4 * W * v) : codes(q + 4 * W * v);
-      uint8_t* o = out + 4 * W * v;
-      if (WIDE) {
-        put_codes(o + (size_t)s * line_bytes, c);
-      } else {
-        put_codes(o + (size_t)(2 * s) * line_bytes, low(c));
-        put_codes(o + (size_t)(2 * s + 1) * line_bytes, high(c));
-      }
+      const Codes c = codes(q + 4 * W * v), l = codes(lower + 4 * W * v);
+      uint8_t* o = out + (size_t)(2 * s) * line_bytes + 4 * W * v;
+      put_codes(o, P == WIDE ? wide_low(c, l) : low(c));
+      put_codes(o + line_bytes, P == WIDE ? wide_high(c, l) : high(c));
     }
 }
 
 // A group of one strip times one panel: acc (PANEL, STRIP) += ...
-template <bool WIDE>
+template <Pass P>
 inline void micro(const uint8_t* u, int quadruples, const int8_t* x, const float* xs, const float* xsum, const F* scale,
                   const F* bias, float* acc) {
-  using A = Acc<WIDE>;
+  using A = Acc<P == WIDE>;
   A a[PANEL][NV];
   repeat<PANEL>([&](auto i) ALWAYS { repeat<NV>([&](auto v) ALWAYS { a[i.value][v.value].clear(); }); });
   in_runs<A::ROOM>(
@@ -196,11 +212,11 @@ inline size_t many_bytes(const Weight& w) {
 }
 
 // Panels p0..p1 of a pair of tiles, sums left in room.acc.
-template <bool WIDE>
+template <Pass P>
 inline void pair_panels(const Weight& w, Pair pair, const Quantised& a, int panels, int p0, int p1,
                         const ManyRoom& room) {
   const int groups = w.k / w.group, steps = w.group / 4;
-  const size_t block = block_bytes(w), tail = (size_t)w.group * (WIDE ? 16 : 8);
+  const size_t block = block_bytes(w), codes_size = (size_t)w.group * 8;
   const int tiles[2] = {pair.first, pair.second < 0 ? pair.first : pair.second};
   for (int strip = 0; strip < STRIPS; strip++) {
     float* acc = room.acc + (size_t)strip * PANELS * PANEL * STRIP;
@@ -208,15 +224,16 @@ inline void pair_panels(const Weight& w, Pair pair, const Quantised& a, int pane
     for (int g = 0; g < groups; g++) {
       F scale[NV], bias[NV];
       for (int t = 0; t < NV / V; t++) {  // the tiles of a strip: one, or two side by side
-        const uint8_t* b = w.data + tile_bytes(w) * (size_t)tiles[strip + t] + block * (size_t)g;
-        unpack<WIDE>(b, w.group, 4 * STRIP, room.codes + 64 * t);
-        const Tail ends = tail_of<WIDE>(w, b + tail);
+        const uint8_t* b = tile_at(w, tiles[strip + t]) + block * (size_t)g;
+        const uint8_t* lower = P == WIDE ? lower_of(w, tiles[strip + t]) + codes_size * (size_t)g : b;
+        unpack<P>(b, lower, w.group, 4 * STRIP, room.codes + 64 * t);
+        const Tail ends = tail_of<P == WIDE>(w, b + codes_size);
         for (int v = 0; v < V; v++) scale[t * V + v] = ends.scale[v], bias[t * V + v] = ends.bias[v];
       }
       for (int p = p0; p < p1; p++) {
         const size_t at = ((size_t)g * panels + p) * PANEL;
-        micro<WIDE>(room.codes, steps, a.x + at * w.group, a.scale + at, a.sum + at, scale, bias,
-                    acc + (size_t)(p - p0) * PANEL * STRIP);
+        micro<P>(room.codes, steps, a.x + at * w.group, a.scale + at, a.sum + at, scale, bias,
+                 acc + (size_t)(p - p0) * PANEL * STRIP);
       }
     }
     if (pair.second < 0) break;
@@ -238,21 +255,21 @@ inline void finish_panels(const LinearOp& op, Pair pair, int p0, int p1, const f
   }
 }
 
-template <bool WIDE>
+template <Pass P>
 inline void many_pair(const LinearOp& op, Pair pair, const Quantised& a, uint8_t* scratch) {
   const int panels = panels_of(op.rows);
   const ManyRoom room{(float*)scratch, scratch + (size_t)PANELS * PANEL * 32 * 4};
   for (int p0 = 0; p0 < panels; p0 += PANELS) {
     const int p1 = lesser(panels, p0 + PANELS);
-    pair_panels<WIDE>(*op.w, pair, a, panels, p0, p1, room);
+    pair_panels<P>(*op.w, pair, a, panels, p0, p1, room);
     finish_panels<PANEL, PANELS>(op, pair, p0, p1, room.acc);
   }
 }
 
-template <bool WIDE>
+template <Pass P>
 void many_rows(const LinearOp& op, const Worker& me, const Quantised& a) {
   const int items = pairs_of(op);
-  for (int i; (i = pool_take(me, 1)) < items;) many_pair<WIDE>(op, pair_at(op, i), a, me.scratch);
+  for (int i; (i = pool_take(me, 1)) < items;) many_pair<P>(op, pair_at(op, i), a, me.scratch);
 }
 
 // Activations ---------------------------------------------------------------------------------------------
@@ -323,8 +340,8 @@ inline Quantised quantise_input(const LinearOp& op, const Worker& me) {
 void linear_int(const LinearOp& op, const Worker& me) {
   const Quantised a = quantise_input(op, me);
   const bool wide = op.w->kind == INT8;
-  if (op.rows <= FEW) return wide ? few_rows<true>(op, me, a) : few_rows<false>(op, me, a);
-  return wide ? many_rows<true>(op, me, a) : many_rows<false>(op, me, a);
+  if (op.rows <= FEW) return wide ? few_rows<WIDE>(op, me, a) : few_rows<NARROW>(op, me, a);
+  return wide ? many_rows<WIDE>(op, me, a) : many_rows<NARROW>(op, me, a);
 }
 
 }  // namespace

@@ -22,20 +22,20 @@ struct Peak {  // the sums of 2 rows of activations by 2 of weights
 };
 
 // A tile's 8 inputs lie as 4 rows by 4 inputs, twice: their words interleaved are 2 rows by 8 inputs, twice.
-template <bool WIDE>
-inline void unpack(const uint8_t* q, int group, int, uint8_t* out) {
-  for (int s = 0; s < group / 8; s++, q += WIDE ? 128 : 64)
+template <Pass P>
+inline void unpack(const uint8_t* q, const uint8_t* lower, int group, int, uint8_t* out) {
+  for (int s = 0; s < group / 8; s++, q += 64, lower += 64)
     for (int v = 0; v < V; v++, out += 32) {
-      const Codes c = WIDE ? wide_codes(q + 16 * v) : codes(q + 16 * v);
-      const I a = vreinterpretq_s32_s8(WIDE ? c : low(c));
-      const I b = vreinterpretq_s32_s8(WIDE ? wide_codes(q + 64 + 16 * v) : high(c));
+      const Codes c = codes(q + 16 * v), l = codes(lower + 16 * v);
+      const I a = vreinterpretq_s32_s8(P == WIDE ? wide_low(c, l) : low(c));
+      const I b = vreinterpretq_s32_s8(P == WIDE ? wide_high(c, l) : high(c));
       put_codes(out, vreinterpretq_s8_s32(vzip1q_s32(a, b)));
       put_codes(out + 16, vreinterpretq_s8_s32(vzip2q_s32(a, b)));
     }
 }
 
 // A group of one strip times one panel: acc (PANEL, 16) += ...
-template <bool WIDE>
+template <Pass P>
 inline void micro(const uint8_t* u, int quadruples, const int8_t* x, const float* xs, const float* xsum, const F* scale,
                   const F* bias, float* acc) {
   Peak a[PANEL / 2][2 * V];

@@ -19,7 +19,8 @@ enum MapKind : int32_t { MAP_ACT, MAP_GLU, MAP_ADD, MAP_SCALE, MAP_SOFTCAP };
 //
 //   INT4   group/8 lines of 64 bytes, then ends.   line s, byte 4*r + j:
 //          low nibble = row r, input 8*s + j;  high nibble = row r, input 8*s + 4 + j      (j = 0..3)
-//   INT8   group/4 lines of 64 bytes, then ends.   line s, byte 4*r + j = row r, input 4*s + j
+//   INT8   two planes of lines as INT4 has them: all tiles' upper halves, with ends, then all tiles' lower halves,
+//          without. So a head can be read at half its width where that shows which rows matter (shortlist.h).
 //   dense  k lines of 16 numbers: line i = input i of the 16 rows
 //
 // So one vector load feeds a dot product with the rows in its 32-bit lanes, on every instruction set.
@@ -38,8 +39,8 @@ static inline int tiles_of(const Weight& w) {
 static inline size_t block_bytes(const Weight& w) {
   const size_t tail = w.ends == FLOATS ? 128 : w.ends == HALVES ? 64 : 32;
   switch (w.kind) {
-    case INT4: return (size_t)w.group * 8 + tail;
-    case INT8: return (size_t)w.group * 16 + tail;
+    case INT4:
+    case INT8: return (size_t)w.group * 8 + tail;
     case F32: return (size_t)w.k * 64;
     default: return (size_t)w.k * 32;
   }
@@ -49,8 +50,21 @@ static inline size_t tile_bytes(const Weight& w) {
   return w.kind <= INT8 ? block_bytes(w) * (size_t)(w.k / w.group) : block_bytes(w);
 }
 
+static inline const uint8_t* tile_at(const Weight& w, int tile) {
+  return w.data + tile_bytes(w) * (size_t)tile;
+}
+
+// The lower halves of a tile's codes, INT8 alone.
+static inline const uint8_t* lower_of(const Weight& w, int tile) {
+  return w.data + tile_bytes(w) * (size_t)tiles_of(w) + (size_t)w.k * 8 * (size_t)tile;
+}
+
+static inline size_t codes_bytes(const Weight& w) {
+  return (tile_bytes(w) + (w.kind == INT8 ? (size_t)w.k * 8 : 0)) * (size_t)tiles_of(w);
+}
+
 static inline const float* bias_of(const Weight& w) {
-  return w.has_bias ? (const float*)(w.data + tile_bytes(w) * (size_t)tiles_of(w)) : nullptr;
+  return w.has_bias ? (const float*)(w.data + codes_bytes(w)) : nullptr;
 }
 
 struct NormArg {
@@ -70,6 +84,14 @@ struct EmbedOp {
   float* y;
 };
 
+// How one token will be chosen from a row of logits (shortlist.h): the largest if temperature is 0, else drawn, and
+// tokens that have a probability of at most `tail` together may be off. tiles grows by those read at their whole width.
+struct Choice {
+  int32_t on;
+  float temperature, tail;
+  int32_t tiles;
+};
+
 // y = [residual +] act(w · norm(x) + bias); gated: w holds gate rows, then up rows, and y = act(gate) * up.
 struct LinearOp {
   int32_t code, rows;
@@ -84,6 +106,7 @@ struct LinearOp {
   int32_t act, gated, exact, pad;
   const int32_t *from, *to;  // may be null: row r reads row from[r] of x; row to[r] of y grows by share[r] times
   const float* share;        // what row r gives
+  Choice* choice;            // of a head alone, may be null
 };
 
 // Sorts rows by the experts they go to: the k with the largest logits, the lower index where two are equal, and the

@@ -23,20 +23,32 @@ static void pack_tail(const PackOp& op, int row, int g, int r, uint8_t* tail) {
   if (op.w->ends == HALVES) ((uint16_t*)tail)[16 + r] = ((const uint16_t*)op.biases)[at];
 }
 
-static void pack_int(const PackOp& op, int tile, uint8_t* out) {
+// Two words of 4 bytes, inputs 8s.. and 8s + 4.. -> their upper halves as a line has them, and their lower ones.
+static void part(const uint32_t* q, uint32_t* upper, uint32_t* lower) {
+  *upper = (q[0] >> 4 & 0x0f0f0f0f) | (q[1] & 0xf0f0f0f0);
+  *lower = (q[0] & 0x0f0f0f0f) | (q[1] & 0x0f0f0f0f) << 4;
+}
+
+static void pack_int(const PackOp& op, int tile, uint8_t* out, uint8_t* lower) {
   const Weight& w = *op.w;
-  const int words = w.group / (w.kind == INT4 ? 8 : 4), groups = w.k / w.group;
+  const int lines = w.group / 8, groups = w.k / w.group, words = w.kind == INT4 ? 1 : 2;
   const size_t block = block_bytes(w);
-  for (int g = 0; g < groups; g++, out += block)
+  for (int g = 0; g < groups; g++, out += block, lower += lines * 64)
     for (int r = 0; r < 16; r++) {
       const int row = tile * 16 + r;
       if (row >= op.rows) break;
-      const uint32_t* q = (const uint32_t*)op.source + ((int64_t)row * groups + g) * words;
-      for (int s = 0; s < words; s++) {
-        const uint32_t word = w.kind == INT4 ? pair_up(q[s]) : q[s];
+      const uint32_t* q = (const uint32_t*)op.source + ((int64_t)row * groups + g) * lines * words;
+      for (int s = 0; s < lines; s++) {
+        uint32_t word, rest;
+        if (w.kind == INT4) {
+          word = pair_up(q[s]);
+        } else {
+          part(q + 2 * s, &word, &rest);
+          memcpy(lower + s * 64 + 4 * r, &rest, 4);
+        }
         memcpy(out + s * 64 + 4 * r, &word, 4);
       }
-      pack_tail(op, row, g, r, out + words * 64);
+      pack_tail(op, row, g, r, out + lines * 64);
     }
 }
 
@@ -52,10 +64,14 @@ static void pack_dense(const PackOp& op, int tile, uint8_t* out) {
 void pack_op(const PackOp& op, const Worker& me) {
   const int tiles = (op.rows + 15) / 16;
   for (int t; (t = pool_take(me, 1)) < tiles;) {
-    uint8_t* out = (uint8_t*)op.w->data + tile_bytes(*op.w) * (size_t)(op.row / 16 + t);
-    if (op.rows - t * 16 < 16) memset(out, 0, tile_bytes(*op.w));
+    const int tile = op.row / 16 + t;
+    uint8_t *out = (uint8_t*)tile_at(*op.w, tile), *lower = (uint8_t*)lower_of(*op.w, tile);
+    if (op.rows - t * 16 < 16) {
+      memset(out, 0, tile_bytes(*op.w));
+      if (op.w->kind == INT8) memset(lower, 0, (size_t)op.w->k * 8);
+    }
     if (op.w->kind <= INT8) {
-      pack_int(op, t, out);
+      pack_int(op, t, out, lower);
     } else if (op.w->kind == F32) {
       pack_dense<uint32_t>(op, t, out);
     } else {

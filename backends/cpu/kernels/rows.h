@@ -97,21 +97,24 @@ inline float half_number(const uint8_t* p) {
   return f[0];
 }
 
-inline void embed_int(const Weight& w, const uint8_t* tile, int r, float* y) {
-  const size_t block = block_bytes(w), tail = (size_t)w.group * (w.kind == INT4 ? 8 : 16);
-  for (int g = 0; g < w.k / w.group; g++, tile += block, y += w.group) {
-    const Tail t = tail_of<false>(w, tile + tail);
+inline void embed_int(const Weight& w, int id, float* y) {
+  const int r = id % 16;
+  const uint8_t *block = tile_at(w, id / 16), *lower = lower_of(w, id / 16);
+  for (int g = 0; g < w.k / w.group; g++, block += block_bytes(w), lower += w.group * 8, y += w.group) {
+    const Tail t = tail_of<false>(w, block + w.group * 8);
     float scale[W], bias[W];
     st(scale, t.scale[r / W]), st(bias, t.bias[r / W]);
     for (int i = 0; i < w.group; i++) {
-      const int line = w.kind == INT4 ? i / 8 : i / 4, byte = tile[line * 64 + 4 * r + i % 4];
-      const int q = w.kind == INT8 ? byte : i & 4 ? byte >> 4 : byte & 15;
-      y[i] = (float)q * scale[r % W] + bias[r % W];
+      const int at = i / 8 * 64 + 4 * r + i % 4, shift = i & 4;
+      const int q = block[at] >> shift & 15;
+      y[i] = (float)(w.kind == INT4 ? q : q * 16 + (lower[at] >> shift & 15)) * scale[r % W] + bias[r % W];
     }
   }
 }
 
-inline void embed_dense(const Weight& w, const uint8_t* tile, int r, float* y) {
+inline void embed_dense(const Weight& w, int id, float* y) {
+  const uint8_t* tile = tile_at(w, id / 16);
+  const int r = id % 16;
   for (int i = 0; i < w.k; i++) {
     if (w.kind == F16) {
       y[i] = half_number(tile + ((size_t)i * 16 + (size_t)r) * 2);
@@ -129,9 +132,7 @@ inline void embed_dense(const Weight& w, const uint8_t* tile, int r, float* y) {
 void embed_op(const EmbedOp& op, const Worker& me) {
   const Weight& w = *op.table;
   for (int row; (row = pool_take(me, 1)) < op.rows;) {
-    const int id = op.ids[row];
-    const uint8_t* tile = w.data + tile_bytes(w) * (size_t)(id / 16);
-    (w.kind <= INT8 ? embed_int : embed_dense)(w, tile, id % 16, op.y + (int64_t)row * w.k);
+    (w.kind <= INT8 ? embed_int : embed_dense)(w, op.ids[row], op.y + (int64_t)row * w.k);
   }
 }
 

@@ -93,14 +93,17 @@ using Codes = __m256i;
 inline Codes codes(const uint8_t* p) {
   return _mm256_loadu_si256((const I*)p);
 }
-inline Codes wide_codes(const uint8_t* p) {
-  return codes(p);
-}
 inline Codes low(Codes c) {
   return _mm256_and_si256(c, _mm256_set1_epi8(15));
 }
 inline Codes high(Codes c) {
   return _mm256_and_si256(_mm256_srli_epi16(c, 4), _mm256_set1_epi8(15));
+}
+inline Codes wide_low(Codes upper, Codes lower) {
+  return _mm256_or_si256(_mm256_slli_epi16(low(upper), 4), low(lower));
+}
+inline Codes wide_high(Codes upper, Codes lower) {
+  return _mm256_or_si256(_mm256_andnot_si256(_mm256_set1_epi8(15), upper), high(lower));
 }
 inline void put_codes(uint8_t* p, Codes c) {
   _mm256_storeu_si256((I*)p, c);

@@ -88,14 +88,17 @@ using Codes = __m512i;
 inline Codes codes(const uint8_t* p) {
   return _mm512_loadu_si512(p);
 }
-inline Codes wide_codes(const uint8_t* p) {
-  return codes(p);
-}
 inline Codes low(Codes c) {
   return _mm512_and_si512(c, _mm512_set1_epi8(15));
 }
 inline Codes high(Codes c) {
   return _mm512_and_si512(_mm512_srli_epi16(c, 4), _mm512_set1_epi8(15));
+}
+inline Codes wide_low(Codes upper, Codes lower) {  // where the mask has ones, the second, else the first
+  return _mm512_ternarylogic_epi32(_mm512_slli_epi16(upper, 4), lower, _mm512_set1_epi8(15), 0xd8);
+}
+inline Codes wide_high(Codes upper, Codes lower) {
+  return _mm512_ternarylogic_epi32(upper, _mm512_srli_epi16(lower, 4), _mm512_set1_epi8(15), 0xd8);
 }
 inline void put_codes(uint8_t* p, Codes c) {
   _mm512_storeu_si512(p, c);

@@ -93,15 +93,19 @@ using Codes = int8x16_t;
 inline Codes codes(const uint8_t* p) {
   return vreinterpretq_s8_u8(vld1q_u8(p));
 }
-// Wide codes become signed: 128 less, which WIDE_OFFSET gives back.
-inline Codes wide_codes(const uint8_t* p) {
-  return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(p), vdupq_n_u8(128)));
-}
 inline Codes low(Codes c) {
   return vandq_s8(c, vdupq_n_s8(15));
 }
 inline Codes high(Codes c) {
   return vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(c), 4));
+}
+// Wide codes become signed: 128 less, which WIDE_OFFSET gives back.
+inline Codes wide_low(Codes upper, Codes lower) {
+  return veorq_s8(vsliq_n_s8(lower, upper, 4), vdupq_n_s8(-128));
+}
+inline Codes wide_high(Codes upper, Codes lower) {
+  const uint8x16_t both = vsriq_n_u8(vreinterpretq_u8_s8(upper), vreinterpretq_u8_s8(lower), 4);
+  return veorq_s8(vreinterpretq_s8_u8(both), vdupq_n_s8(-128));
 }
 inline void put_codes(uint8_t* p, Codes c) {
   vst1q_u8(p, vreinterpretq_u8_s8(c));

@@ -146,9 +146,6 @@ inline Codes codes(const uint8_t* p) {
   memcpy(c.v, p, sizeof c.v);
   return c;
 }
-inline Codes wide_codes(const uint8_t* p) {
-  return codes(p);
-}
 inline Codes low(Codes c) {
   for (auto& b : c.v) b &= 15;
   return c;
@@ -156,6 +153,14 @@ inline Codes low(Codes c) {
 inline Codes high(Codes c) {
   for (auto& b : c.v) b >>= 4;
   return c;
+}
+inline Codes wide_low(Codes upper, Codes lower) {  // codes of 8 bits: the low nibbles of their halves
+  for (int i = 0; i < 4 * W; i++) lower.v[i] = (uint8_t)(upper.v[i] << 4 | (lower.v[i] & 15));
+  return lower;
+}
+inline Codes wide_high(Codes upper, Codes lower) {
+  for (int i = 0; i < 4 * W; i++) lower.v[i] = (uint8_t)((upper.v[i] & 240) | lower.v[i] >> 4);
+  return lower;
 }
 inline void put_codes(uint8_t* p, Codes c) {
   memcpy(p, c.v, sizeof c.v);
@@ -191,7 +196,7 @@ struct Acc {
   void flush() {}
   I sum() const { return s; }
 };
-constexpr float WIDE_OFFSET = 0;  // what wide_codes took away from each code
+constexpr float WIDE_OFFSET = 0;  // what wide_low and wide_high took away from each code
 constexpr int CHAINS = 1;         // accumulators that hide the latency of one row's dot product
 constexpr int PANEL = 4;          // rows of activations a step of the many-row kernel
 constexpr int FLOAT_ROWS = 4;     // the same for float weights, few rows
