@@ -75,7 +75,13 @@ class Arena:
         self.used -= size
 
 
-KEPT = 32 << 20  # bytes
+KEPT = 40 << 20  # bytes
+
+
+def size_class(size: int) -> int:
+    """Bytes to take for `size`: eight steps from one power of two to the next, so that few sizes are kept apart."""
+    step = max(4096, (1 << size.bit_length()) >> 4)
+    return max(-(-size // step), 1) * step
 
 
 class Scratch:
@@ -92,7 +98,7 @@ class Scratch:
     def new(self, *shape: int) -> F32:
         """An array with arbitrary contents."""
         count = int(np.prod(shape, dtype=np.int64))
-        size = max(4096, 1 << (4 * count - 1).bit_length()) if count else 4096
+        size = size_class(4 * count)
         if size > KEPT:  # of a long prompt or of calibration; never recorded
             return np.frombuffer(_anonymous(size), np.float32, count).reshape(shape)
         free = self._free[size]
