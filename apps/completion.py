@@ -1,28 +1,77 @@
 """`tinychat completion SHELL`, and what is offered when the Tab key is pressed: commands, options, models, files.
 
-The scripts and the talking are click's; here is what it cannot know. It runs at every Tab: nothing heavy is imported,
-and no model is opened.
+Each script asks this program, by its full path, with the line as typed up to the cursor. What may follow is click's
+to know; the scripts are ours: click's asks for bash 4.4, and a Mac has 3.2. This runs at every Tab: nothing heavy is
+imported, and no model is opened.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
+import sys
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
 import click
-from click.shell_completion import CompletionItem, get_completion_class, shell_complete
+from click.shell_completion import CompletionItem, ShellComplete, split_arg_string
 
-VARIABLE = "_TINYCHAT_COMPLETE"  # set by the scripts: bash_complete, …
+VARIABLE = "_TINYCHAT_COMPLETE"  # the shell that asks
 INSTALL = {
-    "bash": """ eval "$(tinychat completion bash)" """.strip()
-    + "      # at the end of ~/.bashrc; bash 4.4 or newer",
-    "zsh": """ eval "$(tinychat completion zsh)" """.strip()
-    + "       # at the end of ~/.zshrc, after compinit",
+    "bash": 'eval "$(tinychat completion bash)"      # at the end of ~/.bashrc',
+    "zsh": 'eval "$(tinychat completion zsh)"       # at the end of ~/.zshrc',
     "fish": "tinychat completion fish > ~/.config/fish/completions/tinychat.fish",
 }
+# PROGRAM becomes the words that start this program. Nothing that bash 3.2 lacks. An answer without a line leaves the
+# word to the shell itself, which knows files and folders; zsh and fish are told which of them (below: LEFT).
+SCRIPTS = {
+    "bash": """\
+_tinychat() {
+    local IFS=$'\\n'
+    COMPREPLY=($(_TINYCHAT_COMPLETE=bash COMP_LINE="${COMP_LINE:0:$COMP_POINT}" COMP_WORD="$2" PROGRAM 2>/dev/null))
+}
+complete -o default -F _tinychat tinychat
+""",
+    "zsh": """\
+#compdef tinychat
+_tinychat() {
+    local -a found
+    local line="${(j: :)words[1,CURRENT-1]} $IPREFIX$PREFIX"
+    found=("${(@f)$(_TINYCHAT_COMPLETE=zsh COMP_LINE="$line" PROGRAM 2>/dev/null)}")
+    case $found[1] in
+        //dirs) compset -P '--*='; _path_files -/ ;;
+        //files) compset -P '--*='; _files ;;
+        ?*) _describe -V tinychat found -U ;;
+    esac
+}
+if [[ $zsh_eval_context[-1] == loadautofunc ]]; then
+    _tinychat "$@"
+else
+    (( $+functions[compdef] )) || { autoload -Uz compinit && compinit -i }
+    compdef _tinychat tinychat
+fi
+""",
+    "fish": """\
+function _tinychat
+    set -lx COMP_LINE (commandline -cp)
+    set -l found (_TINYCHAT_COMPLETE=fish PROGRAM 2>/dev/null)
+    set -l option (string match -r '^--[^=]+=' -- (commandline -ct))
+    set -l typed (string replace -r '^--[^=]+=' '' -- (commandline -ct))
+    switch "$found[1]"
+        case //dirs
+            __fish_complete_directories "$typed" '' | string replace -r -- '^' "$option"
+        case //files
+            __fish_complete_path "$typed" | string replace -r -- '^' "$option"
+        case '*'
+            printf '%s\\n' $found
+    end
+end
+complete -c tinychat -f -a '(_tinychat)'
+""",
+}
+LEFT = {"dir": "//dirs", "file": "//files"}
 
 
 @click.command(
@@ -30,19 +79,55 @@ INSTALL = {
 )
 @click.argument("shell", type=click.Choice(list(INSTALL)))
 def completion(shell: str) -> None:
-    """Print the script that lets a shell complete commands, options and models with Tab."""
-    from tinychat_mlx.apps.cli import cli
+    """Print the script that lets a shell complete commands, options and models with Tab.
 
-    found = get_completion_class(shell)
-    assert found is not None, shell
-    click.echo(found(cli, {}, "tinychat", VARIABLE).source())
+    It holds this program's full path, so it works wherever `tinychat` is installed.
+    """
+    quote = quoted_for_fish if shell == "fish" else shlex.quote
+    click.echo(SCRIPTS[shell].replace("PROGRAM", " ".join(map(quote, program()))), nl=False)
+
+
+def program() -> list[str]:
+    """The words that start this program from any folder."""
+    path = Path(os.path.abspath(sys.argv[0]))
+    if path.suffix == ".py" or not path.is_file():  # python -m tinychat_mlx
+        return [sys.executable, "-m", "tinychat_mlx"]
+    return [str(path)]
+
+
+def quoted_for_fish(word: str) -> str:
+    escaped = word.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def answer() -> int:
-    """Print what a shell's Tab asks for -> exit code."""
+    """Print what may stand where the Tab key was pressed, a line each -> exit code."""
     from tinychat_mlx.apps.cli import cli
 
-    return shell_complete(cli, {}, "tinychat", VARIABLE, os.environ[VARIABLE])
+    shell, line = os.environ[VARIABLE], os.environ.get("COMP_LINE", "")
+    *words, last = split_arg_string(f"{line}x")  # the x, taken off again, is a word of its own after a space
+    last = last[:-1]
+    found = ShellComplete(cli, {}, "tinychat", VARIABLE).get_completions(words[1:], last)
+    option = f"{last.partition('=')[0]}=" if last.startswith("-") and "=" in last else ""
+    for item in found:
+        if item.type in LEFT:
+            sys.stdout.write(f"{LEFT[item.type]}\n" if shell != "bash" else "")
+        else:
+            sys.stdout.write(f"{_format(shell, option, item, last)}\n")
+    return 0
+
+
+def _format(shell: str, option: str, item: CompletionItem, last: str) -> str:
+    """A whole word, and what it means where the shell shows that."""
+    word, meaning = f"{option}{item.value}", " ".join((item.help or "").split())
+    if shell == "zsh":
+        word = word.replace("\\", "\\\\").replace(":", "\\:")
+        return f"{word}:{meaning}" if meaning else word
+    if shell == "fish":
+        return f"{word}\t{meaning}" if meaning else word
+    # bash replaces no more than what stands behind its last break: in --model=a what follows the =.
+    here = os.environ.get("COMP_WORD", "").lstrip("=")
+    return word[len(last) - len(here) :] if last.endswith(here) else word
 
 
 def prepare(command: click.Command) -> click.Command:
@@ -81,11 +166,7 @@ class ModelName(click.types.StringParamType):
 def _here() -> Iterator[str]:
     """The demo, the models of the hub's cache, and those we converted."""
     yield "demo"
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    cache = Path(
-        os.environ.get("HF_HUB_CACHE") or Path(home) / "hub"
-    ).expanduser()  # as hub.hub_cache, without NumPy
-    for folder in sorted(cache.glob("models--*--*")):
+    for folder in sorted(_hub_cache().glob("models--*--*")):
         if any(folder.glob("snapshots/*/config.json")):
             yield "/".join(folder.name.split("--")[1:])
     from platformdirs import user_data_path
@@ -93,6 +174,13 @@ def _here() -> Iterator[str]:
     ours = user_data_path("tinychat-mlx", appauthor=False) / "models"  # as apps.models.opening.home
     for folder in sorted(ours.glob("*--*-int4")):
         yield folder.name.removesuffix("-int4").replace("--", "/", 1)
+
+
+def _hub_cache() -> Path:
+    """As tinychat_mlx.hub.hub_cache, whose package takes long to import."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    named = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    return Path(named or Path(home) / "hub").expanduser()
 
 
 def _recommended() -> list[str]:

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import click
+import click.shell_completion
 import pytest
+from emulators import absent
+
+from tinychat_mlx.apps.completion import SCRIPTS
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="bash, zsh and fish are not there")
@@ -19,32 +26,40 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="bash, zsh and f
 
 @pytest.fixture
 def env(tmp_path: Path) -> dict[str, str]:
-    """A shell's, with `tinychat` in the PATH, a model in the hub's cache and a folder of models."""
-    bin_ = tmp_path / "bin"
-    bin_.mkdir()
-    (bin_ / "tinychat").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m tinychat_mlx "$@"\n')
-    (bin_ / "tinychat").chmod(0o755)
+    """A shell's, with a model in the hub's cache and a folder of models, and `tinychat` as pip installs it, in no PATH."""
+    program = tmp_path / PROGRAM
+    program.parent.mkdir()
+    program.write_text(
+        f"#!{sys.executable}\nfrom tinychat_mlx.apps.cli import main\nraise SystemExit(main())\n"
+    )
+    program.chmod(0o755)
     snapshot = tmp_path / "hf" / "hub" / "models--Org--Cool-Model" / "snapshots" / "c0"
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
     (tmp_path / "modelfolder").mkdir()
     (tmp_path / "modelfile").write_text("")
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("TINYCHAT_", "HF_", "XDG_"))}
-    return kept | {"PATH": f"{bin_}:{kept['PATH']}", "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "hf"),
+    kept = {
+        k: v for k, v in os.environ.items() if not k.startswith(("TINYCHAT_", "HF_", "HUGGINGFACE_", "XDG_"))
+    }
+    elsewhere = [p for p in kept["PATH"].split(os.pathsep) if not Path(p, "tinychat").exists()]
+    return kept | {"PATH": os.pathsep.join(elsewhere), "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "hf"),
                    "HOME": str(tmp_path), "ZDOTDIR": str(tmp_path), "TERM": "dumb"}  # fmt: skip
+
+
+PROGRAM = "a folder's/tinychat"  # a name that has to be quoted
+SOURCE = {  # what a shell's start file holds
+    "bash": f'eval "$("./{PROGRAM}" completion bash)"',
+    "zsh": f'eval "$("./{PROGRAM}" completion zsh)"',
+    "fish": f'"./{PROGRAM}" completion fish | source',
+}
+START = {"bash": ["--norc", "--noprofile"], "zsh": ["-f"], "fish": ["--no-config"]}
 
 
 def run(shell: str, script: str, env: dict[str, str], cwd: Path) -> list[str]:
     if shutil.which(shell) is None:
-        pytest.skip(f"{shell} is not here")
-    start = {
-        "bash": ["bash", "--norc", "-c"],
-        "zsh": ["zsh", "-f", "-c"],
-        "fish": ["fish", "--no-config", "-c"],
-    }
-    done = subprocess.run(
-        [*start[shell], script], capture_output=True, text=True, env=env, cwd=cwd, check=False, timeout=60
-    )
+        absent(f"{shell} is not here")
+    command = [shell, *START[shell], "-c", f"{SOURCE[shell]}\ncd modelfolder/..\n{script}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout.split("\n")
 
@@ -62,23 +77,16 @@ CASES = [
 ]
 
 
-def bash(line: str) -> str:
-    """What bash does at Tab: ask which function completes, set its variables, call it."""
-    return f"""
-eval "$(tinychat completion bash)"
-complete -p tinychat >&2
-COMP_LINE='{line}'; COMP_WORDS=({line}{"''" if line.endswith(" ") else ""}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
-function compopt {{ echo "compopt $*"; }}
-f=$(complete -p tinychat | sed 's/.*-F \\([^ ]*\\).*/\\1/')
-$f tinychat "${{COMP_WORDS[COMP_CWORD]}}" "" ; printf '%s\\n' "${{COMPREPLY[@]}}"
-"""
-
-
 @pytest.mark.parametrize(("line", "offered", "absent"), CASES)
 def test_bash_completes(
     line: str, offered: list[str], absent: str, env: dict[str, str], tmp_path: Path
 ) -> None:
-    found = run("bash", bash(line), env, tmp_path)
+    """What bash does at Tab: it sets its variables and calls the function."""
+    word = line.rpartition(" ")[2]
+    script = (
+        f"COMP_LINE={shlex.quote(line)}; COMP_POINT=${{#COMP_LINE}}; _tinychat tinychat {shlex.quote(word)} x"
+    )
+    found = run("bash", f"{script}; printf '%s\\n' \"${{COMPREPLY[@]}}\"", env, tmp_path)
     assert set(offered) <= set(found) and absent not in found, found
 
 
@@ -86,46 +94,85 @@ def test_bash_completes(
 def test_fish_completes(
     line: str, offered: list[str], absent: str, env: dict[str, str], tmp_path: Path
 ) -> None:
-    lines = run("fish", f"tinychat completion fish | source; complete -C '{line}'", env, tmp_path)
-    found = [each.partition("\t")[0] for each in lines]
+    found = [row.partition("\t")[0] for row in run("fish", f"complete -C '{line}'", env, tmp_path)]
     assert set(offered) <= set(found) and absent not in found, found
 
 
-def test_zsh_completes(env: dict[str, str], tmp_path: Path) -> None:
-    """In a pseudo-terminal, as zsh completes nowhere else: the script is loaded, Tab is pressed."""
-    if shutil.which("zsh") is None:
-        pytest.skip("zsh is not here")
-    pexpect = pytest.importorskip("pexpect")
-    child = pexpect.spawn("zsh", ["-f", "-i"], env=env, cwd=str(tmp_path), encoding="utf-8", timeout=30)
+# What is typed before Tab -> the line after it; a model that is no name is a folder, a FILE any file.
+TABS = {
+    "tinychat models sh": "tinychat models show",
+    "tinychat models show Org": "tinychat models show Org/Cool-Model",
+    "tinychat chat --model=Org": "tinychat chat --model=Org/Cool-Model",
+    "tinychat chat --model org": "tinychat chat --model Org/Cool-Model",
+    "echo; A=1 tinychat chat -m ./modelfo": "echo; A=1 tinychat chat -m ./modelfolder/",
+    "tinychat doctor --report modelfi": "tinychat doctor --report modelfile",
+    "tinychat doctor --report=modelfi": "tinychat doctor --report=modelfile",
+}
+
+
+@pytest.mark.parametrize("shell", START)
+def test_tab_completes_what_is_typed(shell: str, env: dict[str, str], tmp_path: Path) -> None:
+    """A person at a terminal: the start file's line, then each of TABS, from another folder than the program's."""
+    if shutil.which(shell) is None:
+        absent(f"{shell} is not here")
+    pexpect, pyte = pytest.importorskip("pexpect"), pytest.importorskip("pyte")
+    screen = pyte.Screen(100, 50)
+    stream = pyte.ByteStream(screen)
+    arguments = {"args": [*START[shell], "-i"], "dimensions": (50, 100), "timeout": 30}
+    child = pexpect.spawn(shell, env=env | {"TERM": "xterm", "PS1": "> "}, cwd=str(tmp_path), **arguments)
+
+    def wait(wanted: str) -> None:
+        end = time.monotonic() + 30
+        while not any(row.rstrip().endswith(wanted) for row in screen.display):
+            assert time.monotonic() < end, f"no {wanted!r} in\n" + "\n".join(screen.display).rstrip()
+            with suppress(pexpect.TIMEOUT):
+                stream.feed(child.read_nonblocking(65536, timeout=0.1))
+
     try:
-        child.sendline(
-            "PS1='> '; autoload -U compinit; compinit -u; eval \"$(tinychat completion zsh)\"; echo rea''dy"
-        )
-        child.expect("ready")
-        child.send("echo tinychat; tinychat models sh\t")
-        child.expect("models show")
-        child.send("Org\t")
-        child.expect("Org/Cool-Model")
+        child.send(f"{SOURCE[shell]}; cd modelfolder/..; echo rea''dy\r")
+        wait("ready")
+        for typed, wanted in TABS.items():
+            child.send(f"\x15{typed}\t")  # Ctrl-U: an empty line
+            wait(wanted)
     finally:
         child.close(force=True)
 
 
-def test_folders_are_left_to_the_shell(env: dict[str, str], tmp_path: Path) -> None:
-    """For a model that is no name, bash is told to complete folders; for a FILE, files."""
-    assert any("dirnames" in row for row in run("bash", bash("tinychat chat -m ./mod"), env, tmp_path))
-    found = run("bash", bash("tinychat doctor --report mod"), env, tmp_path)
-    assert any("default" in row or "filenames" in row for row in found), found
-    words = run(
-        "fish", "tinychat completion fish | source; complete -C 'tinychat chat -m ./mod'", env, tmp_path
-    )
-    assert "./modelfolder/" in [w.partition("\t")[0] for w in words]
+# What bash learned after 3.2, a Mac's, as an extended regular expression and an example of each.
+AFTER_BASH_3_2 = {
+    r"\b(declare|local|typeset)\s+-\w*[Aglnu]": "local -A map",
+    r"\b(mapfile|readarray|coproc|compopt)\b": "mapfile -t rows",
+    r"-o\s+nosort|\bcomplete\s+-\w*[DEI]\b": "complete -o nosort -F f tinychat",
+    r"\$\{!?\w+(\[[^]]*\])?(,|\^|@[A-Za-z])": "echo ${x,,}",
+    r"\$\{\w+\[-|\$\{\w+:[^}:]*:\s*-": "echo ${rows[-1]}",
+    r"&>>|\|&|;;?&|\{\w+\}[<>]": "echo a &>> log",
+    r"\[\[?\s+-[vR]\s": "[[ -v name ]]",
+    r"\{\w+\.\.\w+\.\.": "echo {1..9..2}",
+    r"%\([^)]*\)T|\$'[^']*\\[uU]": "printf '%(%F)T'",
+    r"\b(BASHPID|COMP_TYPE|COMP_KEY|EPOCH\w+|globstar|lastpipe|wait\s+-n|read\s+-\w*[iN])\b": "echo $BASHPID",
+}
+
+
+def newer_than_3_2(script: str) -> list[str]:
+    return [found[0] for pattern in AFTER_BASH_3_2 if (found := re.search(pattern, script))]
+
+
+def test_the_script_for_bash_has_nothing_that_a_macs_lacks() -> None:
+    for example in AFTER_BASH_3_2.values():
+        assert newer_than_3_2(example), example
+    assert newer_than_3_2(click.shell_completion.BashComplete.source_template)
+    assert newer_than_3_2(SCRIPTS["bash"]) == []
+    for shell in SCRIPTS:  # each shell's own check of the syntax
+        if shutil.which(shell) is None:
+            absent(f"{shell} is not here")
+        subprocess.run([shell, *START[shell], "-n", "-c", SCRIPTS[shell]], check=True)
 
 
 def test_tab_takes_at_most_200_ms_and_imports_nothing_heavy(env: dict[str, str]) -> None:
     """CPU time, best of five, of the dearest: model names."""
     import resource
 
-    asked = {"_TINYCHAT_COMPLETE": "bash_complete", "COMP_WORDS": "tinychat chat -m ", "COMP_CWORD": "3"}
+    asked = {"_TINYCHAT_COMPLETE": "bash", "COMP_LINE": "tinychat chat -m "}
     costs = []
     for _ in range(5):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -149,9 +196,9 @@ def test_the_names_offered_are_those_that_models_list_knows(
     from tinychat_mlx.apps import completion
     from tinychat_mlx.apps.models import opening
 
-    for variables in ({"HF_HUB_CACHE": str(tmp_path / "x")}, {"HF_HOME": str(tmp_path / "y")},
-                      {"XDG_CACHE_HOME": str(tmp_path / "z")}):  # fmt: skip
-        for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+    places = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
+    for variables in ({name: str(tmp_path / name)} for name in places):
+        for name in places:
             monkeypatch.delenv(name, raising=False)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
