@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ import pytest
 from arm import lane as arm
 from emulators import absent
 
-from tinychat_mlx.apps.doctor import devices, disk, machine, report, settings, software
+from tinychat_mlx.apps.doctor import devices, disk, machine, probe, report, settings, software, speed
 from tinychat_mlx.apps.doctor.examine import examine
 from tinychat_mlx.apps.doctor.finding import BROKEN, Finding, Section, problems
+from tinychat_mlx.backends.cpu import cores
 
 ROOT = Path(__file__).resolve().parent.parent
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux's own tools")
@@ -93,8 +95,9 @@ def told(home: Path) -> dict[str, Any]:
 @LINUX
 def test_processor_and_cores_are_lscpus(told: dict[str, Any]) -> None:
     rows = [r.split(",") for r in output("lscpu", "-p=CPU,CORE,SOCKET").splitlines() if not r.startswith("#")]
-    assert told["threads"]["logical_cpus"] == int(output("nproc", "--all"))
-    assert told["threads"]["usable_cpus"] == int(output("nproc"))
+    nproc = ("env", "-u", "OMP_NUM_THREADS", "-u", "OMP_THREAD_LIMIT", "nproc")  # which obeys them
+    assert told["threads"]["logical_cpus"] == int(output(*nproc, "--all"))
+    assert told["threads"]["usable_cpus"] == int(output(*nproc))
     assert told["threads"]["physical_cores"] == len({(core, socket) for _, core, socket in rows})
     model = re.search(r"^Model name:\s*(.+)$", output("lscpu"), re.MULTILINE)
     if platform.machine() == "x86_64" and model:
@@ -148,22 +151,52 @@ def test_cache_sizes_are_finds(told: dict[str, Any], home: Path) -> None:
     assert abs(told["disk"]["free_bytes"] - free) < 2e9
 
 
-def test_speed_is_measured_and_what_follows_from_it_computed(told: dict[str, Any]) -> None:
-    """NumPy's sum reads the same memory on one thread: a factor of 20 either way is no measurement at all."""
-    data = np.ones(1 << 25, np.float32)
+def threaded_read(threads: int) -> float:
+    """Bytes a second that NumPy's max reads on so many threads together (it lets the others run), the best of seven."""
+    parts = np.array_split(np.ones(1 << 26, np.float32), threads)
     times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        data.sum()
-        times.append(time.perf_counter() - start)
-    speed = told["speed"]
-    assert 1 / 20 < speed["read_bytes_s"] / (data.nbytes / min(times)) < 20
-    assert speed["int8_ops_s"] > 1e8
-    row = next(r for r in speed["expected"] if r["model"] == "llama-3.2-1b")
-    # 16 layers of 60.8 million weights at 4.25 bits, 128256 x 2048 of the head at 8.25
-    nbytes = (16 * 60_817_408 * 4.25 + 128256 * 2048 * 8.25) / 8
-    assert row["bytes_per_token"] == pytest.approx(nbytes, rel=1e-3)
-    assert row["tok_s"] == pytest.approx(speed["read_bytes_s"] / nbytes, rel=1e-3)
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(7):
+            start = time.perf_counter()
+            list(pool.map(np.max, parts))
+            times.append(time.perf_counter() - start)
+    return (1 << 28) / min(times)
+
+
+def test_speed_is_measured_and_what_follows_from_it_computed(told: dict[str, Any], home: Path) -> None:
+    """Two programs' reads of one memory agree within a factor of 3, or do so when a neighbour is done with it."""
+    if told["backends"]["chosen"]["name"] != "cpu":
+        pytest.skip("NumPy reads the memory of the CPU")
+    measured, ratios = told["speed"], []
+    while len(ratios) < 3 and not any(1 / 3 < r < 3 for r in ratios):
+        again = (
+            measured if not ratios else json.loads(doctor("--json", env=environment(home)).stdout)["speed"]
+        )
+        ratios.append(again["read_bytes_s"] / threaded_read(told["threads"]["threads"]))
+    assert any(1 / 3 < r < 3 for r in ratios), ratios
+    assert measured["int8_ops_s"] > 1e8
+    row = next(r for r in measured["expected"] if r["model"] == "llama-3.2-1b")
+    # 16 layers of 60.8 million weights at 4.125 bits, 128256 x 2048 of the head at 8.25
+    nbytes = (16 * 60_817_408 * 4.125 + 128256 * 2048 * 8.25) / 8
+    assert row["bytes_per_token"] == pytest.approx(nbytes, rel=1e-6)
+    assert row["tok_s"] == pytest.approx(measured["read_bytes_s"] / nbytes, rel=1e-3)
+
+
+def test_a_backend_is_expected_to_read_what_it_packs() -> None:
+    """4.125 bits a weight in the cpu backend's tiles, 4.25 in a file's groups of 128: 16 bits more a group."""
+    from tinychat_mlx.awq.quantizer import round_to_nearest
+    from tinychat_mlx.backends.cpu import CpuBackend
+
+    def rows(backend: str) -> dict[str, float]:
+        found = speed._expected(backend, 1e9, None, 0)
+        return {r["model"]: r["bytes_per_token"] for r in found.value}
+
+    weights = 16 * 60_817_408
+    n, k = 512, 2048
+    made = round_to_nearest(np.random.default_rng(0).standard_normal((n, k), np.float32), 4, 128)
+    tiles = CpuBackend(threads=1).pack(made.packed("w", None)).data.nbytes * 8 / (n * k)
+    saved = (rows("mlx")["llama-3.2-1b"] - rows("cpu")["llama-3.2-1b"]) * 8 / weights
+    assert tiles == pytest.approx(4.25 - saved, rel=1e-3)
 
 
 def test_the_chosen_backend_is_the_one_that_chats(told: dict[str, Any], home: Path) -> None:
@@ -221,6 +254,65 @@ def test_a_containers_limits_are_read(
     assert section["limit_bytes"] == 7000 and section["free_bytes"] == 6500
 
 
+@LINUX
+@pytest.mark.parametrize(("n", "allowed"), [(2, 1.0), (2, 2.0), (1, 1.0), (4, 2.5)])
+def test_threads_and_a_containers_quota_do_not_contradict(
+    n: int, allowed: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TINYCHAT_THREADS", raising=False)
+    monkeypatch.setattr(machine, "default_threads", lambda: n)
+    monkeypatch.setattr(machine, "quota", lambda: allowed)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    found = {f.key: f for f in machine.threads().findings}
+    assert ("wait for each other" in found["threads"].line) == (n > allowed) == bool(found["threads"].do)
+    share = "1 CPU's time" if allowed == 1 else f"{allowed:g} CPUs' time"
+    assert share in found["cpu_quota"].line and share in found["threads"].line
+
+
+ARM_CPUINFO = (
+    "processor\t: 0\nFeatures\t: fp asimd\nCPU implementer\t: {}\nCPU architecture: 8\nCPU part\t: {}\n"
+)
+
+
+@LINUX
+def test_arm_cores_are_named_as_lscpu_names_them(tmp_path: Path) -> None:
+    """lscpu reads a machine from a folder: one for each core of our table."""
+    cpu = tmp_path / "sys/devices/system/cpu"
+    for name, text in (("online", "0"), ("possible", "0"), ("cpu0/topology/thread_siblings", "1")):
+        (cpu / name).parent.mkdir(parents=True, exist_ok=True)
+        (cpu / name).write_text(text)
+    (tmp_path / "proc").mkdir()
+    known = 0
+    for core, name in cores.ARM_CORES.items():
+        (tmp_path / "proc/cpuinfo").write_text(ARM_CPUINFO.format(*core.split()))
+        said = re.search(r"^Model name:\s*(.+)$", output("lscpu", "-s", str(tmp_path)), re.MULTILINE)
+        if said and said[1] != "-":  # this lscpu knows it
+            assert said[1] == name, core
+            known += 1
+    assert known > 20
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "arch", "name"),
+    [
+        (ARM_CPUINFO.format("0x41", "0xd0b") + ARM_CPUINFO.format("0x41", "0xd05") * 2, "aarch64", "Cortex-A76 and Cortex-A55"),
+        (ARM_CPUINFO.format("0x99", "0x001"), "aarch64", "Arm processor (implementer, part: 0x99 0x001)"),
+        ("vendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC\n", "x86_64", "AMD EPYC"),
+        ("vendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC\n", "aarch64", "an Arm processor, emulated on AMD EPYC"),
+    ],
+    ids=["two kinds", "unknown", "a PC", "qemu"],
+)  # fmt: skip
+def test_a_processor_is_called_what_cpuinfo_tells(
+    cpuinfo: str, arch: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text(cpuinfo)
+    monkeypatch.setattr(cores, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(cores, "_BOARD", tmp_path / "absent")
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(platform, "machine", lambda: arch)
+    assert cores.processor_name.__wrapped__() == name
+
+
 # what is broken ----------------------------------------------------------------------------------------
 STUBS = {
     "raises": ("raise RuntimeError('half installed')", "half installed"),
@@ -271,6 +363,49 @@ def test_what_a_backend_lacks_comes_with_how_to_get_it(monkeypatch: pytest.Monke
     assert devices.lacks("cpu") is None
 
 
+def test_cuda_tells_the_driver_and_why_it_does_without_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU without NVRTC: played by torch's CPU tensors, as no GPU is here."""
+    torch = pytest.importorskip("torch")
+    from tinychat_mlx.backends import cuda
+    from tinychat_mlx.backends.cuda import nvrtc
+
+    def no_nvrtc(version: str | None) -> None:
+        raise OSError("libnvrtc.so.12 is not found")
+
+    def start(self: Any, exact: bool = False, threads: int | None = None) -> None:
+        cuda.TorchBackend.__init__(self, torch.device("cpu"), torch.float32, False)
+        self.kernels = self._own_kernels()
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 7))
+    monkeypatch.setattr(nvrtc, "find_nvrtc", no_nvrtc)
+    monkeypatch.setattr(cuda.CudaBackend, "__init__", start)
+    answer = probe.ask("cuda", False)
+    assert len(answer["remarks"]) == 1 and "libnvrtc.so.12 is not found" in answer["remarks"][0]
+
+    (tmp_path / "version").write_text("580.65.06\n")
+    monkeypatch.setattr(devices, "has_nvidia", lambda: True)
+    monkeypatch.setattr(devices, "DRIVER", tmp_path / "version")
+    monkeypatch.setenv("TINYCHAT_CUDA_KERNELS", "0")
+    found = devices.Backends("cpu", False)
+    found.answers = {"cuda": answer}
+    told = found._backend("cuda")
+    assert told.value["driver"] == "580.65.06" and "NVIDIA driver 580.65.06" in told.line
+    assert "pure torch is used" in told.line and "TINYCHAT_CUDA_KERNELS=0 asks" in told.line
+    found.answers = {"cuda": {"error": "the NVIDIA driver is too old for torch 2.9"}}
+    assert "580.65.06" in found._backend("cuda").line
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 570.1\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(devices, "DRIVER", tmp_path / "absent")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    if sys.platform != "win32":
+        assert devices._driver("cuda") == {"driver": "570.1"}
+    monkeypatch.setenv("PATH", "")
+    assert devices._driver("cuda") == devices._driver("cpu") == {}
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "where"),
     [
@@ -308,6 +443,8 @@ def distribution(folder: Path, name: str, version: str, *files: str) -> None:
 def test_who_owns_our_files_and_what_is_there_twice(tmp_path: Path) -> None:
     distribution(tmp_path / "a", "torch", "1.0", "torch/__init__.py")
     distribution(tmp_path / "b", "torch", "2.0", "torch/__init__.py")
+    distribution(tmp_path / "a", "numpy", "1.0", "numpy/__init__.py")  # a record that was left behind
+    distribution(tmp_path / "a", "numpy", "9.0", "numpy/__init__.py")
     distribution(tmp_path / "a", "tinychat_fork", "3.0", "tinychat_mlx/__init__.py")
     distribution(tmp_path / "a", "autoawq", "0.2.9", "awq/__init__.py")
     distribution(tmp_path / "a", "mlx", "0.10.0", "mlx/core.so")
@@ -315,6 +452,9 @@ def test_who_owns_our_files_and_what_is_there_twice(tmp_path: Path) -> None:
     rows = {p["where"]: p for p in found["problems"]}
     assert rows["software.claim_tinychat-fork"]["state"] == "broken"
     assert "1.0" in rows["software.twice_torch"]["what"] and "2.0" in rows["software.twice_torch"]["what"]
+    assert (
+        "3 times" in rows["software.twice_numpy"]["what"] and "9.0 in" in rows["software.twice_numpy"]["what"]
+    )
     assert "0.10.0" in rows["software.mlx"]["what"] and "0.32" in rows["software.mlx"]["do"]
     assert {"torch", "tinychat-fork"} <= set(found["software"]["conflicts"])
     assert found["software"]["awq_owner"] == "autoawq" and "software.awq_owner" not in rows
@@ -385,6 +525,18 @@ def test_a_report_holds_nothing_private(tmp_path: Path) -> None:
     for model_name in ("secretorg/secretname", "nobody/secret"):  # of the hub
         env["TINYCHAT_MODEL"] = model_name
         assert "secret" not in doctor("--quick", "--report", "-", env=env).stdout.lower()
+
+
+def test_a_report_of_a_checkout_names_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("no checkout of git's")
+    commit = output("git", "-C", str(ROOT), "rev-parse", "HEAD")[:12]
+    changed = output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no").strip()
+    text = doctor("--quick", "--report", "-", env=environment(tmp_path)).stdout
+    assert f"(checkout of {commit}{'-dirty' if changed else ''})" in text
+    assert software._commit(tmp_path) is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert software._commit(ROOT) is None
 
 
 @pytest.mark.parametrize(
@@ -462,5 +614,6 @@ def test_a_pi_is_told_apart(lane: arm.Lane, isa: str) -> None:
     assert found["backends"]["chosen"]["name"] == "cpu" and not found["backends"]["mlx"]["works"]
     if "vendor_id" in Path("/proc/cpuinfo").read_text():
         row = next(p for p in found["problems"] if p["where"] == "machine.processor")
-        assert "emulator" in row["what"]
+        assert "an Arm processor, emulated on" in row["what"]
+        assert found["backends"]["cpu"]["device"]["name"] == found["machine"]["processor"]
     assert disk.disk_bytes(lane.packages[0] / "tinychat_mlx" / "tinychat_cpu.so") > 0

@@ -13,10 +13,10 @@ and a section each, null standing for unknown or absent:
     memory            total_bytes, free_bytes (within the limits), swap_bytes, limit_bytes
     threads           threads, threads_why, logical_cpus, usable_cpus, physical_cores, cpu_quota
     native            library, instruction_sets (best first), used
-    software          tinychat {version, kind}, libraries {name: version}, conflicts [distribution, …], and by its
+    software          tinychat {version, kind, commit of a checkout}, libraries {name: version}, conflicts [distribution, …], and by its
                       name what of these is to be looked at
     backends          chosen {name, why, wanted}; mlx, cuda, cpu, reference: {works, and device {backend, name, detail,
-                      why, features}[, bandwidth], or error, do}
+                      why, features}, remarks [what it does without, and why][, bandwidth], or error, do[, driver: NVIDIA's]}
     speed             read_bytes_s, int8_ops_s, expected [{model, bytes_per_token, tok_s, prompt_tok_s, fits}], the last
                       computed from the others; absent with --quick
     disk              models, conversions, weights, prefixes, cubins, winners, sessions, history: {path, exists, bytes, delete};

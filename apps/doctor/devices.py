@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import sys
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from tinychat_mlx.apps.doctor.finding import BROKEN, NOTE, OK, Finding, Section
 from tinychat_mlx.apps.doctor.probe import LIBRARY, Child, ask
 from tinychat_mlx.errors import UsageError
 from tinychat_mlx.loading import BACKENDS, choose, has_nvidia
+
+DRIVER = Path("/sys/module/nvidia/version")
 
 
 class Backends:
@@ -55,12 +59,12 @@ class Backends:
         answer = self.answers.get(name, {})
         if device := answer.get("device"):
             words = [f"{name}: {device['name']}, {device['detail']}", *device["features"][: name == "mlx"]]
-            if remark := _remark(name):
-                words.append(remark)
-            return Finding(name, answer | {"works": True}, "; ".join(words), OK)
+            words += [*answer.get("remarks", ()), *_remarks(name)]
+            return Finding(name, answer | {"works": True} | _driver(name), "; ".join(words), OK)
         what, do = lacks(name) or (answer.get("error", "it does not come up"), answer.get("do", ""))
         what = what.removeprefix(f"{name} backend: ").removeprefix(f"backend {name}: ")
-        value = {"works": False, "error": what, "do": do}
+        value = {"works": False, "error": what, "do": do} | _driver(name)
+        what = "; ".join([what, *_remarks(name)])
         if name == self.chosen:
             return Finding(name, value, f"{name}: {what}", BROKEN, do or "take another: --backend cpu")
         state = NOTE if answer.get("error") and not lacks(name) else ""
@@ -88,5 +92,22 @@ def lacks(name: str) -> tuple[str, str] | None:
     return None
 
 
-def _remark(name: str) -> str:
-    return "plain and slow: what the others are compared with" if name == "reference" else ""
+def _remarks(name: str) -> list[str]:
+    if name == "reference":
+        return ["plain and slow: what the others are compared with"]
+    asked = name == "cuda" and os.environ.get("TINYCHAT_CUDA_KERNELS") == "0"
+    found = ["TINYCHAT_CUDA_KERNELS=0 asks for pure torch"] if asked else []
+    return found + [f"NVIDIA driver {version}" for version in _driver(name).values()]
+
+
+def _driver(name: str) -> dict[str, str]:
+    """{driver: version} of NVIDIA's, as the kernel says it, or its own tool."""
+    if name != "cuda" or not has_nvidia():
+        return {}
+    with suppress(OSError):
+        return {"driver": DRIVER.read_text().strip()}
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    with suppress(OSError, subprocess.SubprocessError, IndexError):
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+        return {"driver": done.stdout.splitlines()[0].strip()}
+    return {}

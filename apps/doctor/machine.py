@@ -32,15 +32,10 @@ def machine() -> Section:
 
 def _processor() -> Finding:
     name = processor_name()
-    if platform.machine() in ("aarch64", "arm64") and _describes_a_pc(_read(Path("/proc/cpuinfo"))):
-        text = f"{name}: an emulator's host; the processor emulated is an Arm whose model it does not tell"
+    if " emulated on " in name:
+        text = f"{name}: which one is emulated it does not tell; memory and cores are the host's too"
         return Finding("processor", name, text, NOTE, "on the device itself the model stands here")
     return Finding("processor", name)
-
-
-def _describes_a_pc(cpuinfo: str) -> bool:
-    """qemu-user shows /proc/cpuinfo of the machine it runs on."""
-    return "vendor_id" in cpuinfo or "GenuineIntel" in cpuinfo
 
 
 def _distribution() -> str:
@@ -164,15 +159,17 @@ def threads() -> Section:
         Finding("logical_cpus", logical, f"{logical} logical CPUs, {usable} of them usable by this process"),
         Finding("usable_cpus", usable, None),
         Finding("physical_cores", physical, f"{physical or 'unknown'} physical cores"),
-        Finding(
-            "cpu_quota", allowed, None if allowed is None else f"at most {allowed:g} CPUs' time (container)"
-        ),
+        Finding("cpu_quota", allowed, None if allowed is None else f"at most {_cpus(allowed)} (container)"),
     ]
     if asked and not asked.isdecimal():
         do = "set it to 1, 2, … or unset it"
         found[0] = Finding("threads", None, f"TINYCHAT_THREADS={asked!r} is no number", "broken", do)
     elif n > usable:
         text, do = f"{n} threads for {usable} usable CPUs: they wait for each other", "unset TINYCHAT_THREADS"
+        found[0] = Finding("threads", n, text, NOTE, do)
+    elif allowed is not None and n > max(1, allowed):
+        text = f"{n} threads, but the container gives them {_cpus(allowed)}: they wait for each other"
+        do = f"set TINYCHAT_THREADS={max(1, int(allowed))}"
         found[0] = Finding("threads", n, text, NOTE, do)
     return Section("threads", "Threads", tuple(found))
 
@@ -181,7 +178,7 @@ def _why(n: int, asked: str, logical: int, usable: int, physical: int | None, al
     if asked:
         return "TINYCHAT_THREADS asks for it"
     if allowed is not None and n == max(1, int(allowed)):
-        return f"the container may use {allowed:g} CPUs"
+        return f"the container gives it {_cpus(allowed)}"
     if usable < logical:
         return f"this process may use {usable} of {logical} CPUs"
     if physical and n < physical:
@@ -189,6 +186,10 @@ def _why(n: int, asked: str, logical: int, usable: int, physical: int | None, al
     if physical and physical < logical:
         return "one a physical core; two threads on a core share its arithmetic"
     return "one a core"
+
+
+def _cpus(n: float) -> str:
+    return "1 CPU's time" if n == 1 else f"{n:g} CPUs' time"
 
 
 def _read(path: Path) -> str:

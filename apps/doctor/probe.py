@@ -46,13 +46,22 @@ class Child:
 
 
 def ask(backend: str, measure: bool) -> dict[str, Any]:
-    """-> {device: as `describe` has it[, bandwidth: bytes/s]} or {error: why it refuses}."""
+    """-> {device: as `describe` has it, remarks: what it does without[, bandwidth: bytes/s]} or {error: why it refuses}."""
+    import warnings
+
     from tinychat_mlx.errors import TinychatError
     from tinychat_mlx.loading import create
 
     try:
-        made = create(backend, False, None)
-        found: dict[str, Any] = {"device": asdict(made.describe())}
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            made = create(backend, False, None)
+        remarks = [
+            text.removeprefix(f"{backend}: ")
+            for w in said
+            if (text := str(w.message)).startswith(f"{backend}: ")
+        ]
+        found: dict[str, Any] = {"device": asdict(made.describe()), "remarks": remarks}
         if measure:
             from tinychat_mlx.apps.bench.machine import Subject
 

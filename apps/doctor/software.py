@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterable
 from importlib import metadata
@@ -39,9 +40,22 @@ def software() -> Section:
 def _ourselves() -> Finding:
     here = Path(tinychat_mlx.__file__).resolve().parent
     kind = "checkout" if (here.parent / "pyproject.toml").exists() else "installed"
-    about = {"version": tinychat_mlx.__version__, "kind": kind}
-    return Finding("tinychat", about, f"{US} {tinychat_mlx.__version__} ({kind}) in {here}", OK,
-                   shared=f"{US} {tinychat_mlx.__version__} ({kind})")  # fmt: skip
+    commit = _commit(here.parent) if kind == "checkout" else None
+    about = {"version": tinychat_mlx.__version__, "kind": kind, "commit": commit}
+    words = f"{US} {tinychat_mlx.__version__} ({kind}{f' of {commit}' if commit else ''})"
+    return Finding("tinychat", about, f"{words} in {here}", OK, shared=words)
+
+
+def _commit(root: Path) -> str | None:
+    """ "73d0ceab6a94", with "-dirty" behind it where files were changed; None where git does not say."""
+    if not (root / ".git").exists():  # of another repository, it may be
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
 
 
 # libraries ---------------------------------------------------------------------------------------------
@@ -117,14 +131,14 @@ def _conflicts(dists: list[metadata.Distribution]) -> Iterable[Finding]:
 
 
 def _twice(name: str, dists: list[metadata.Distribution]) -> Iterable[Finding]:
-    places = {str(d.locate_file("").resolve()): d.version for d in dists}  # type: ignore[attr-defined]
-    if len(places) > 1:
-        which = ", ".join(f"{version} in {place}" for place, version in places.items())
-        shared = f"{name} is installed {len(places)} times: {', '.join(places.values())}"
+    """In two folders, or in one: there a second installation went over the first and left its record."""
+    found = dict.fromkeys((d.version, str(d.locate_file("").resolve())) for d in dists)  # type: ignore[attr-defined]
+    if len(found) > 1:
+        times = f"{name} is installed {len(found)} times"
+        which = ", ".join(f"{version} in {place}" for version, place in found)
         do = f"pip uninstall {name} until none is left, then install one"
-        yield Finding(
-            f"twice_{name}", name, f"{name} is installed {len(places)} times: {which}", NOTE, do, shared
-        )
+        shared = f"{times}: {', '.join(version for version, _ in found)}"
+        yield Finding(f"twice_{name}", name, f"{times}: {which}", NOTE, do, shared)
 
 
 def _claims(dist: metadata.Distribution) -> Iterable[Finding]:

@@ -10,6 +10,20 @@ import sys
 from pathlib import Path
 
 _CPU = Path("/sys/devices/system/cpu")
+_CPUINFO, _BOARD = Path("/proc/cpuinfo"), Path("/proc/device-tree/model")
+# "implementer part" of the Main ID Register -> the core's name, as its maker's manuals have it.
+ARM_CORES = {
+    "0x41 0xd03": "Cortex-A53", "0x41 0xd04": "Cortex-A35", "0x41 0xd05": "Cortex-A55", "0x41 0xd07": "Cortex-A57",
+    "0x41 0xd08": "Cortex-A72", "0x41 0xd09": "Cortex-A73", "0x41 0xd0a": "Cortex-A75", "0x41 0xd0b": "Cortex-A76",
+    "0x41 0xd0c": "Neoverse-N1", "0x41 0xd0d": "Cortex-A77", "0x41 0xd0e": "Cortex-A76AE", "0x41 0xd40": "Neoverse-V1",
+    "0x41 0xd41": "Cortex-A78", "0x41 0xd42": "Cortex-A78AE", "0x41 0xd44": "Cortex-X1", "0x41 0xd46": "Cortex-A510",
+    "0x41 0xd47": "Cortex-A710", "0x41 0xd48": "Cortex-X2", "0x41 0xd49": "Neoverse-N2", "0x41 0xd4b": "Cortex-A78C",
+    "0x41 0xd4c": "Cortex-X1C", "0x41 0xd4d": "Cortex-A715", "0x41 0xd4e": "Cortex-X3", "0x41 0xd4f": "Neoverse-V2",
+    "0x41 0xd80": "Cortex-A520", "0x41 0xd81": "Cortex-A720", "0x41 0xd82": "Cortex-X4", "0x41 0xd84": "Neoverse-V3",
+    "0x41 0xd8e": "Neoverse-N3", "0x46 0x001": "A64FX", "0x48 0xd01": "Kunpeng-920", "0x4e 0x003": "Denver 2",
+    "0x4e 0x004": "Carmel", "0x51 0x802": "Kryo-3XX-Gold", "0x51 0x803": "Kryo-3XX-Silver",
+    "0x51 0x804": "Kryo-4XX-Gold", "0x51 0x805": "Kryo-4XX-Silver",
+}  # fmt: skip
 
 
 @functools.cache
@@ -17,16 +31,31 @@ def processor_name() -> str:
     """What people call this processor: "Raspberry Pi 5 Model B Rev 1.0", "AMD Ryzen 7 7840U"."""
     if sys.platform == "darwin":
         return _sysctl("machdep.cpu.brand_string") or platform.processor()
-    board = Path("/proc/device-tree/model")
-    if board.exists():
-        return board.read_text(errors="replace").rstrip("\0\n")
+    if _BOARD.exists():
+        return _BOARD.read_text(errors="replace").rstrip("\0\n")
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        cpuinfo = _CPUINFO.read_text(errors="replace")
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        cpuinfo = ""
+    name = next(iter(_column(cpuinfo, "model name")), "")
+    if (
+        platform.machine() in ("aarch64", "arm64") and "vendor_id" in cpuinfo
+    ):  # an x86's: qemu-user shows its host's
+        return f"an Arm processor, emulated on {name}"
+    return name or _arm_cores(cpuinfo) or platform.processor() or platform.machine()
+
+
+def _arm_cores(cpuinfo: str) -> str:
+    """ "Cortex-A76 and Cortex-A55": what Linux tells of an Arm without a device tree are numbers."""
+    cores = zip(_column(cpuinfo, "CPU implementer"), _column(cpuinfo, "CPU part"), strict=False)
+    found = dict.fromkeys(f"{maker} {part}" for maker, part in cores)
+    return " and ".join(ARM_CORES.get(core, f"Arm processor (implementer, part: {core})") for core in found)
+
+
+def _column(cpuinfo: str, key: str) -> list[str]:
+    """A key's value for each processor."""
+    rows = (line.partition(":") for line in cpuinfo.splitlines())
+    return [value.strip() for name, _, value in rows if name.strip() == key]
 
 
 def default_threads() -> int:
