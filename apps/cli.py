@@ -2,8 +2,7 @@
 
     tinychat [chat|run|…]        stdout is the answer, stderr the rest
 
-Exit codes: 0 ok, 1 failed, 2 usage, 130 interrupted. A command's module is imported when the command runs,
-so that --help costs click alone.
+A command's module is imported when the command runs, so that --help costs click alone.
 """
 
 from __future__ import annotations
@@ -30,9 +29,16 @@ COMMANDS = {
     "eval": ("apps.eval", "evaluate", "Measure what quantising lost."),
     "bench": ("apps.bench", "bench", "Measure speed on this machine."),
     "models": ("apps.models", "models", "List, fetch, show and remove models."),
-    "config": ("apps.config", "config", "Show the settings and where each comes from."),
+    "config": ("apps.config", "config", "Show the settings, where each comes from, and all there are."),
     "doctor": ("apps.doctor", "doctor", "Say what was found on this machine and what is missing."),
     "completion": ("apps.completion", "completion", "Let bash, zsh or fish complete commands and models."),
+}
+
+EXIT_CODES = {
+    0: "it is done",
+    1: "it failed: the last line on stderr says why",
+    2: "wrong use: an option, an argument or a file that cannot be meant so",
+    130: "interrupted (Ctrl-C)",
 }
 
 
@@ -54,10 +60,12 @@ class Lazy(click.Group):
             formatter.write_dl([(name, COMMANDS[name][2]) for name in self.list_commands(ctx)])
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """`tinychat` and `tinychat -m MODEL` mean `tinychat chat …`."""
+        """`tinychat` and `tinychat -m MODEL` mean `tinychat chat …`; `tinychat help COMMAND` its --help."""
         own = ["-h", "--help"] + [name for p in self.params for name in p.opts]
         if ctx.resilient_parsing and not args:
             return super().parse_args(ctx, args)  # a shell's Tab after `tinychat`: commands
+        if args[:1] == ["help"]:
+            args = [*args[1:], "--help"]
         if not args or (args[0].startswith("-") and args[0] not in own):
             args = ["chat", *args]
         return super().parse_args(ctx, args)
@@ -74,7 +82,12 @@ def _exists(module: str) -> bool:
         return False
 
 
-@click.group(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Lazy,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="`tinychat COMMAND --help` says more. `tinychat config --help` lists the config file's settings, every "
+    "environment variable and the exit codes.",
+)
 @click.version_option(__version__, prog_name="tinychat")
 @click.option("--debug", is_flag=True, help="Show a traceback with an error.")
 def cli(debug: bool) -> None:

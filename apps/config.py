@@ -1,14 +1,6 @@
 """The config file: settings and presets in TOML, and `tinychat config` to see what counts and why.
 
-    model = "demo"                  # any option of `tinychat chat`, spelled with _
-    temperature = 0.5
-
-    [presets.coder]                 # tinychat --preset coder
-    model = "Qwen/Qwen2.5-Coder-1.5B-Instruct-AWQ"
-    system = "@~/prompts/coder.txt"
-
-A flag wins over the environment (TINYCHAT_TEMPERATURE), that over the preset, that over the rest of the file,
-that over the model's generation_config.json, that over what is built in.
+`tinychat config --help` is where everything that can be set is written down.
 """
 
 from __future__ import annotations
@@ -18,12 +10,28 @@ import importlib
 import json
 import os
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import click
 
 from tinychat_mlx.errors import SettingsError
+
+EXAMPLE = """\
+model = "demo"
+temperature = 0.5
+
+[presets.coder]       # tinychat --preset coder
+model = "Qwen/Qwen2.5-Coder-1.5B-Instruct-AWQ"
+system = "@~/prompts/coder.txt"
+stop = ["END"]
+"""
+FORMAT = """TOML. Each option of `tinychat chat` may stand there, with _ for - in its name; so may `preset`, the one to take
+without --preset. A flag wins over the environment, that over the preset, that over the rest of the file, that over
+the model's generation_config.json, that over what is built in. `tinychat config show --origin` says which did."""
+HUBS = """HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN and HF_ENDPOINT mean what they do for huggingface-hub, HTTPS_PROXY
+and NO_COLOR what they do elsewhere."""
 
 
 def config_path() -> Path:
@@ -83,9 +91,27 @@ def _checked(path: Path, table: dict[str, Any], where: str) -> dict[str, Any]:
     return table
 
 
-@click.group()
+class _Everything(click.Group):
+    """Help that goes on with the file's format, the environment's variables and the exit codes."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from tinychat_mlx.apps import environment
+        from tinychat_mlx.apps.cli import EXIT_CODES
+
+        with formatter.section(f"Config file ({config_path()})"):
+            formatter.write_text(" ".join(FORMAT.split()))
+            formatter.write(f"\n{textwrap.indent(EXAMPLE, ' ' * (formatter.current_indent + 2))}")
+        with formatter.section("Environment variables"):
+            formatter.write_dl([*environment.ours().items()], col_max=24)
+            formatter.write_paragraph()
+            formatter.write_text(" ".join(HUBS.split()))
+        with formatter.section("Exit codes"):
+            formatter.write_dl([(str(code), meaning) for code, meaning in EXIT_CODES.items()])
+
+
+@click.group(cls=_Everything)
 def config() -> None:
-    """Show the settings and where each comes from."""
+    """Show the settings and where each comes from. Below: all that can be set, and exit codes."""
 
 
 @config.command()

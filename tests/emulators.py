@@ -1,4 +1,4 @@
-"""What a test does where an emulator of another device is absent."""
+"""What a test does where an emulator of another device, or a shell, is absent."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ import pytest
 from arm import lane as arm
 from emulators import absent
 
-from tinychat_mlx.apps.doctor import devices, disk, machine, probe, report, settings, software, speed
+from tinychat_mlx.apps.doctor import devices, disk, machine, probe, report, software, speed
 from tinychat_mlx.apps.doctor.examine import examine
 from tinychat_mlx.apps.doctor.finding import BROKEN, Finding, Section, problems
 from tinychat_mlx.backends.cpu import cores
@@ -477,17 +477,6 @@ def test_what_is_asked_for_is_pyprojects() -> None:
 
 
 # settings ----------------------------------------------------------------------------------------------
-def test_every_variable_of_ours_is_known() -> None:
-    from tinychat_mlx.apps.options import CHATTING, LOADING, SAMPLING
-
-    used = {name.upper() for name in (*LOADING, *SAMPLING, *CHATTING)}
-    for folder in ("apps", "tinychat_mlx", "backends"):
-        for path in (ROOT / folder).rglob("*.py"):
-            used |= set(re.findall(r"\bTINYCHAT_([A-Z_]*[A-Z])\b", path.read_text(encoding="utf-8")))
-    internal = {"CONTINUES_HERE", "COMPLETE", "TEMPERATURE_", "TOOLS"}
-    assert used - internal - set(settings.OPEN) - set(settings.CLOSED) == set()
-
-
 def test_a_variable_nobody_knows_is_told(tmp_path: Path) -> None:
     found = said(env=environment(tmp_path, TINYCHAT_THREAD="4", TINYCHAT_SEED="7", TINYCHAT_SYSTEM="be rude"))
     row = next(p for p in found["problems"] if p["where"] == "configuration.unknown_variables")

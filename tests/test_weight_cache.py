@@ -318,6 +318,16 @@ def test_a_small_model_and_a_switched_off_cache_leave_nothing(
         tinychat_mlx.load("demo", backend="cpu")
 
 
+def test_the_cache_lies_where_it_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tinychat_mlx.apps.doctor import disk
+
+    monkeypatch.setenv("TINYCHAT_CACHE", str(tmp_path))
+    monkeypatch.setenv("TINYCHAT_WEIGHT_CACHE", str(1 << 30))
+    assert store.home() == disk.packed_weights() == tmp_path / "weights"
+    monkeypatch.setenv("TINYCHAT_WEIGHT_CACHE", "0")
+    assert store.home() is None and disk.packed_weights() == tmp_path / "weights"
+
+
 def test_leftovers_of_killed_processes_go(home: Path) -> None:
     home.mkdir(parents=True)
     old, held = home / "x.partial", home / "y.partial"

@@ -50,7 +50,7 @@ def packed_weights() -> Path:
     """Where the cpu backend keeps weights in its own layout."""
     from platformdirs import user_cache_path
 
-    usual = user_cache_path("tinychat-mlx") / "weights"
+    usual = Path(os.environ.get("TINYCHAT_CACHE") or user_cache_path("tinychat-mlx")) / "weights"
     if find_spec("tinychat_mlx.backends.cpu.store") is None:
         return usual
     from importlib import import_module

@@ -8,29 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinychat_mlx import hub
+from tinychat_mlx.apps import environment
 from tinychat_mlx.apps.doctor.finding import BROKEN, NOTE, OK, Finding, Section
 from tinychat_mlx.apps.terminal import size
 from tinychat_mlx.errors import ConfigError, TinychatError
 
 if TYPE_CHECKING:
     from tinychat_mlx.apps.models import facts
-
-# Variables whose values may be shown: numbers and words of ours. Of the others only that they are set.
-OPEN = ("BACKEND", "ENGINE", "EXACT", "THREADS", "CONTEXT", "CONVERT", "CPU_ISA", "KV", "CUDA_DEVICE", "CUDA_KV",
-        "CUDA_KERNELS", "MLX_DTYPE", "MLX_KERNELS", "MLX_CAPTURE", "MLX_KV_BITS", "PREFIX_MB", "WEIGHT_CACHE", "MAX_TOKENS",
-        "TEMPERATURE", "TOP_K", "TOP_P", "MIN_P", "REPETITION_PENALTY", "SEED", "ON_FULL", "THINK", "PLAIN",
-        "NO_SAVE")  # fmt: skip
-CLOSED = ("MODEL", "PRESET", "SYSTEM", "STOP", "CONFIG", "DATA", "CACHE")
-HUB = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_DOWNLOAD_TIMEOUT")
-HUB_CLOSED = (
-    "HF_HOME",
-    "HF_HUB_CACHE",
-    "HF_TOKEN",
-    "HF_ENDPOINT",
-    "HTTPS_PROXY",
-    "HTTP_PROXY",
-    "CUDA_VISIBLE_DEVICES",
-)
 
 
 def configuration() -> Section:
@@ -59,8 +43,8 @@ def _config_file() -> Finding:
 
 def _variables() -> list[Finding]:
     """Values only of variables known to hold nothing private."""
-    shown = {f"TINYCHAT_{name}" for name in OPEN} | set(HUB)
-    known = shown | {f"TINYCHAT_{name}" for name in CLOSED} | set(HUB_CLOSED)
+    shown = environment.shown()
+    known = {*shown, *environment.ours(), *environment.ELSEWHERE}
     here = sorted(v for v in os.environ if v in known or v.startswith("TINYCHAT_"))
     found = {v: os.environ[v] if v in shown else None for v in here}
     words = {v: v if value is None else f"{v}={value}" for v, value in found.items()}

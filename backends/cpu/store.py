@@ -161,12 +161,12 @@ def huge_pages() -> bool:
 
 
 def home() -> Path | None:
-    """The folder of all files, or None where there are to be none."""
+    """The folder of all files, which TINYCHAT_CACHE may move, or None where there are to be none."""
     if os.name == "nt" or bound() == 0:
         return None
     from platformdirs import user_cache_path
 
-    return user_cache_path("tinychat-mlx") / "weights"
+    return Path(os.environ.get("TINYCHAT_CACHE") or user_cache_path("tinychat-mlx")) / "weights"
 
 
 def bound() -> int | None:
