@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from tinychat_mlx import __version__
-from tinychat_mlx.apps.terminal import forgive_encodings
+from tinychat_mlx.apps.terminal import forgive_encodings, wrapped
 from tinychat_mlx.errors import TinychatError, UsageError, in_words
 
 # name -> module under tinychat_mlx, the click command in it, help. A row whose module is absent is not shown.
@@ -121,13 +121,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except click.exceptions.Exit as e:
         return e.exit_code
-    except click.ClickException as e:  # usage: click says what and where
-        e.show()
-        return e.exit_code
+    except click.ClickException as e:
+        return _misused(e)
     except Exception as e:
         if debug:
             raise
         return _report(e)
+
+
+def _misused(error: click.ClickException) -> int:
+    """How the command is used, and what was wrong -> exit code."""
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        click.echo(f"{error.ctx.get_usage()}\n`{error.ctx.command_path} --help` says more.\n", err=True)
+    _say_error(error.format_message())
+    return error.exit_code
+
+
+def _say_error(text: str) -> None:
+    click.echo(wrapped(f"error: {' '.join(text.split())}", sys.stderr, 2), err=True)
 
 
 def _report(error: Exception) -> int:
@@ -140,5 +151,5 @@ def _report(error: Exception) -> int:
         text = (
             f"{type(error).__name__}: {error} (a defect: run `tinychat --debug …` and report what it prints)"
         )
-    click.echo(f"error: {' '.join(text.split())}", err=True)
+    _say_error(text)
     return 2 if isinstance(error, UsageError) else 1

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from tinychat_mlx.apps.options import BACKENDS
+from tinychat_mlx.apps.terminal import size, wrapped
 
 if TYPE_CHECKING:
     from tinychat_mlx.awq.convert import Result
@@ -95,15 +99,14 @@ def _convert(source: Checkpoint, target: Path, settings: Settings, options: dict
     start = time.perf_counter()
     screen = Screen(quiet=options["as_json"])
     try:
-        with screen.bar:
+        with screen.shown():
             result = run(
                 source, target, settings, lambda exact: _backend(options, exact), calibration_ids,
                 screen.show, options["resume"], options["force"],
             )  # fmt: skip
     except KeyboardInterrupt:
-        click.echo(
-            f"interrupted: nothing is at {target}; repeat the command with --resume to go on", err=True
-        )
+        note = f"interrupted: nothing is at {target}; repeat the command with --resume to go on"
+        click.echo(wrapped(note, sys.stderr), err=True)
         raise
     seconds = time.perf_counter() - start
     cost = _report(source, result, settings, options, seconds, screen) if options["report"] else None
@@ -125,12 +128,14 @@ def _report(
 
     measured = None
     if source.quantization.format == "dense":
-        with screen.bar:
+        with screen.shown():
             small, text = Checkpoint.open(result.folder), options["report_text"]
             measured = cost(
                 source, small, settings, lambda exact: _backend(options, exact), text, screen.show
             )
-    write_report(options["report"], source, result, settings, seconds, measured)
+    folder = options["report"]
+    write_report(folder, source, result, settings, seconds, measured)
+    click.echo(f"wrote {folder / 'report.md'}", err=True)
     return measured
 
 
@@ -174,10 +179,18 @@ def _dry_run(source: Checkpoint, settings: Settings, options: dict[str, Any]) ->
         click.echo(json.dumps(asdict(found)))
         return
     click.echo(
-        f"time    about {found.seconds / 60:.1f} min on this machine\n"
-        f"memory  about {found.peak_bytes / 1e9:.2f} GB at its peak\n"
-        f"disk    {found.disk_bytes / 1e9:.2f} GB while it runs, {found.result_bytes / 1e9:.2f} GB in the end"
+        f"time    about {_lasting(found.seconds)} on this machine\n"
+        f"memory  about {_bytes(found.peak_bytes)} at its peak\n"
+        f"disk    {_bytes(found.disk_bytes)} while it runs, {_bytes(found.result_bytes)} in the end"
     )
+
+
+def _lasting(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
+
+
+def _bytes(n: int) -> str:
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else size(n)
 
 
 class Screen:
@@ -188,12 +201,24 @@ class Screen:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         self.console = Console(stderr=True, quiet=quiet)
+        # A terminal adds ^C to the bar: where that made a row more, one would stay.
+        self.console.width -= len("^C")
         columns = ("[progress.description]{task.description}", "{task.completed}/{task.total}")
         self.bar = Progress(
             TextColumn(columns[0]), BarColumn(), TextColumn(columns[1]), TimeElapsedColumn(), TextColumn("left"),
             TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal, speed_estimate_period=600,
         )  # fmt: skip
         self.tasks: dict[str, Any] = {}
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """The bar, while work goes on; of work that is broken off none is left standing."""
+        with self.bar:
+            try:
+                yield
+            except BaseException:
+                self.bar.live.transient = True
+                raise
 
     def show(self, p: Progress) -> None:
         if p.phase not in self.tasks:

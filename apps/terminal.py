@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -94,6 +95,17 @@ def forgive_encodings() -> None:
 def safe(text: str) -> str:
     """Text without control characters or direction overrides, tabs and line feeds kept."""
     return text.translate(_CONTROLS)
+
+
+def wrapped(text: str, stream: TextIO, indent: int = 0) -> str:
+    """Text broken between words where the terminal ends, the rest indented; for a pipe as it is."""
+    if not _isatty(stream):
+        return text
+    columns = max(20, shutil.get_terminal_size().columns)
+    lines = textwrap.wrap(
+        text, columns, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(lines)
 
 
 def size(n: float) -> str:

@@ -72,13 +72,14 @@ def methods(site: SiteReport, method: str) -> dict[str, float]:
 
 
 def by_site(layers: tuple[tuple[SiteReport, ...], ...], method: str) -> dict[str, Series]:
-    """-> site -> method -> error of each layer."""
+    """-> site -> method -> error of each layer; without methods that only some layers were tried with."""
     out: dict[str, Series] = {}
     for layer in layers:
         for site in layer:
             for name, error in methods(site, method).items():
                 out.setdefault(site.key, {}).setdefault(name, []).append(error)
-    return out
+    most = {key: max(map(len, series.values())) for key, series in out.items()}
+    return {key: {n: v for n, v in series.items() if len(v) == most[key]} for key, series in out.items()}
 
 
 def _sizes(checkpoint: Checkpoint) -> dict[str, int]:
@@ -120,6 +121,11 @@ def _quality_lines(cost: Cost) -> list[str]:
         f"On {first.tokens} tokens in windows of {first.window} that took no part in the calibration "
         f"({cost.text}), against the dense model; ± one standard error:"
     )
+    how = (
+        "KL decides: it compares every probability the two models give, on the same tokens. Perplexity sees only the "
+        "token that came next, so two perplexities that lie closer together than their standard errors say nothing, "
+        "and a smaller one does not mean that the model became better."
+    )
     return [
         "## The whole model",
         "",
@@ -129,6 +135,8 @@ def _quality_lines(cost: Cost) -> list[str]:
         "|---|---|---|---|---|",
         f"| dense | {first.against_ppl:.4f} ± {first.against_ppl_se:.4f} | | | |",
         *(f"| {name} | {quality_row(q)} |" for name, q in cost.of.items()),
+        "",
+        how,
         "",
         "![quality](quality.svg)",
         "",
@@ -146,7 +154,7 @@ def quality_row(q: Quality) -> str:
 def _layer_lines(result: Result, method: str, plots: list[str]) -> list[str]:
     if not any(result.layers):  # plain rounding looks at no outputs
         return []
-    names = list(methods(result.layers[0][0], method))
+    names = max(([*methods(site, method)] for layer in result.layers for site in layer), key=len)
     lines = [
         "## Layer by layer",
         "",
@@ -158,7 +166,8 @@ def _layer_lines(result: Result, method: str, plots: list[str]) -> list[str]:
     ]
     for i, layer in enumerate(result.layers):
         for site in layer:
-            errors = " | ".join(f"{e:.2e}" for e in methods(site, method).values())
+            found = methods(site, method)
+            errors = " | ".join(f"{found[n]:.2e}" if n in found else "" for n in names)
             plain = " (plain rounding kept: the error did not fall)" if site.fell_back else ""
             lines.append(f"| {i} | {site.key}{plain} | {errors} | {site.alpha:.2f} |")
     return [*lines, ""]

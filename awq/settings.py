@@ -67,7 +67,8 @@ class Settings:
         sizes = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
         calib = Path(self.calib)
         text = hashlib.sha256(calib.read_bytes()).hexdigest() if calib.is_file() else self.calib
-        return {"settings": asdict(self), "config": source.config, "files": sizes, "calibration": text}
+        decisive = {k: v for k, v in asdict(self).items() if k != "compare"}  # which adds to the report alone
+        return {"settings": decisive, "config": source.config, "files": sizes, "calibration": text}
 
 
 def default_tokens(config: ModelConfig) -> int:

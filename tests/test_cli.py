@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -276,8 +277,37 @@ def test_a_model_larger_than_memory_is_refused_before_it_is_loaded(tmp_path: Pat
 )
 def test_wrong_use_is_exit_2_with_usage(args: list[str]) -> None:
     done = tinychat(*args, stdin="")
-    assert done.returncode == 2 and done.stdout == "" and "Usage:" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("Usage: tinychat")
+    *_, usage, empty, error = done.stderr.splitlines()
+    assert error.startswith("error: ") and "Error:" not in done.stderr and empty == ""
+    assert usage.endswith("--help` says more.") and "Traceback" not in done.stderr
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("columns", [20, 43, 80])
+def test_an_error_wraps_between_words_on_a_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However wide: a word such as --resume stays whole, and nothing is lost."""
+    from tinychat_mlx.apps.cli import _report
+    from tinychat_mlx.errors import UsageError
+
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = (
+        "x holds an interrupted conversion: add --resume to finish it, --force to begin anew, or look at " * 3
+    )
+    for stream in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert _report(UsageError(text)) == 2
+        rows = stream.getvalue().splitlines()
+        assert " ".join(" ".join(rows).split()) == f"error: {text.strip()}"
+        if stream.isatty():
+            assert len(rows) > 3 and max(map(len, rows)) <= columns
+            assert all(row.startswith("  ") and not row.endswith("--") for row in rows[1:])
+        else:
+            assert len(rows) == 1
 
 
 def test_a_prompt_longer_than_the_context_is_one_line(scripted: Any) -> None:
@@ -317,6 +347,17 @@ def test_a_piped_chat_writes_answers_to_stdout_and_the_rest_to_stderr(scripted: 
     done = scripted("chat", stdin="hello\n/help\nand you?\n", answers=["**one**", "two"])
     assert (done.returncode, done.stdout) == (0, "**one**\ntwo\n")
     assert "first token" in done.stderr and "/clear" in done.stderr and "\x1b" not in done.stderr
+
+
+@pytest.mark.parametrize("columns", [40, 72, 100])
+def test_the_chats_help_is_indented_where_it_wraps(scripted: Any, columns: int) -> None:
+    done = scripted("chat", stdin="/help\n", env={"COLUMNS": str(columns)})
+    rows = done.stderr[done.stderr.index("  /help") :].partition("\n\n")[0].splitlines()
+    names = [row for row in rows if row.startswith("  /")]
+    more = [row for row in rows if not row.startswith("  /")]
+    assert len(names) > 20 and len(more) > 3 and max(map(len, rows)) <= columns
+    start = len(names[0]) - len("List the commands and keys.") if columns > 62 else 4
+    assert all(row[:start].strip() == "" and row[start] != " " for row in more)
 
 
 def test_tinychat_alone_is_the_chat(scripted: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -195,6 +196,23 @@ def test_killed_anywhere_and_resumed_it_ends_with_the_same_bytes(home: Path, kil
     assert not (home / f".{target.name}.converting").exists()
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["left out", "added"])
+def test_a_report_may_be_left_out_or_added_when_resuming(home: Path, first: bool) -> None:
+    """Killed after layer 0: the published method is measured at some layers only, the codes are the same."""
+    report = ("--report", str(home / f"late-{first}"), "--report-text", str(home / "text-0.jsonl"))
+    target, whole = home / f"resumed-{first}", converted(home, "b-4", "--w-bit", "4")
+    assert run(home, target, *report[: 4 * first], kill_at=6) == -signal.SIGKILL
+    assert main(arguments(home, target, "--resume", *report[4 * first :])) == 0
+    assert files(target) == files(whole)
+    if not first:
+        text = (home / "late-False" / "report.md").read_text()
+        cells = [row.count("|") for row in text.partition("## Layer by layer")[2].splitlines() if "|" in row]
+        assert len(cells) > 12 and len(set(cells)) == 1 and "| rtn | awq | awq+ |" in text
+        assert (home / "late-False" / "error-o_in.svg").read_text().count(
+            "<title>"
+        ) == 6  # 3 layers, 2 methods
+
+
 def test_two_runs_with_one_seed_are_the_same_and_self_written_text_is_seeded(home: Path) -> None:
     def made(name: str, seed: str) -> dict[str, bytes]:
         target = home / name
@@ -360,12 +378,20 @@ def test_dry_run_writes_nothing_and_knows_the_size(home: Path, capsys: pytest.Ca
     assert abs(found["result_bytes"] / actual - 1) < 0.02
     assert found["seconds"] > 0 and found["disk_bytes"] >= 2 * found["result_bytes"]
     assert found["peak_bytes"] > found["result_bytes"]
+    assert main([*arguments(home, home / "never"), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    kilobytes = re.search(r"([\d.]+) kB in the end", said)
+    assert kilobytes and abs(float(kilobytes[1]) * 1000 / actual - 1) < 0.02
+    assert re.search(r"about \d+ s on this machine", said) and " 0.0" not in said
 
 
-def test_the_report_shows_every_method_beside_the_others(home: Path) -> None:
+def test_the_report_shows_every_method_beside_the_others(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, calib = home / "report", tiny_dense.text(home, 5000, seed=7)
     more = ("--report", str(folder), "--calib", str(calib), "--calib-tokens", "600")
     assert main(arguments(home, home / "reported", *more)) == 0
+    assert f"wrote {folder / 'report.md'}\n" in capsys.readouterr().err
     found = json.loads((folder / "report.json").read_text())
     assert len(found["layers"]) == 3
     for layer in found["layers"]:
@@ -380,6 +406,7 @@ def test_the_report_shows_every_method_beside_the_others(home: Path) -> None:
         assert sum(size.values()) == found[f"{part}_bytes"] and size["embedding and head"] > 0
     assert found["quality"]["text"] == "what the calibration left of text-7.jsonl"
     assert found["quality"]["text"] in text
+    assert "KL decides" in text and "closer together than their standard errors say nothing" in text
     quality = found["quality"]["of"]
     assert 0 < quality["awq+"]["kl_mean"] < quality["rtn"]["kl_mean"] and quality["rtn"]["tokens"] > 2048
     for name in ("sizes", "quality", "error-o_in"):

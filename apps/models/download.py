@@ -68,10 +68,12 @@ def bar(label: str, quiet: bool = False) -> Iterator[tuple[hub.Watch, hub.Say]]:
     from rich.table import Column
 
     console = Console(stderr=True, quiet=quiet)
+    # A terminal adds ^C to the bar: where that made a row more, one would stay.
+    console.width -= len("^C")
     name = TextColumn("{task.description}", table_column=Column(ratio=2, no_wrap=True, overflow="ellipsis"))
     columns = [name, BarColumn(None, table_column=Column(ratio=3, min_width=6))]
-    columns += [DownloadColumn(table_column=Column(no_wrap=True))] if console.width >= 50 else []
-    columns += [TransferSpeedColumn(table_column=Column(no_wrap=True))] if console.width >= 80 else []
+    columns += [DownloadColumn(table_column=Column(no_wrap=True))] if console.width >= 48 else []
+    columns += [TransferSpeedColumn(table_column=Column(no_wrap=True))] if console.width >= 78 else []
     columns += [TextColumn("left"), TimeRemainingColumn(compact=True, elapsed_when_finished=False)]
     progress = Progress(
         *columns, console=console, expand=True, transient=True, disable=quiet or not console.is_terminal

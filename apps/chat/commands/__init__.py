@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -79,11 +80,14 @@ def complete(chat: Chat, before: str) -> Iterable[tuple[str, int, str]]:
 @command("help")
 def show_help(chat: Chat, _: str) -> None:
     """List the commands and keys."""
-    wide = max(len(f"/{c.name} {c.usage}") for c in COMMANDS.values()) + 2
+    start = max(len(f"/{c.name} {c.usage}") for c in COMMANDS.values()) + 4
+    width = chat.view.terminal.width
+    start = start if width > start + 28 else 4  # in a narrow terminal below the name
     for c in COMMANDS.values():
-        name = f"/{c.name} {c.usage}".strip()
-        roomy = chat.view.terminal.width > wide + 30
-        chat.view.say(Text(f"  {name:<{wide}}" if roomy else f"{name} ").append(c.help, "dim"))
+        lines = textwrap.wrap(c.help, width - start, break_on_hyphens=False)
+        name = f"  /{c.name} {c.usage}".rstrip()
+        begin = f"{name:<{start}}" if len(name) < start else f"{name}\n{' ' * start}"
+        chat.view.say(Text(begin).append(f"\n{' ' * start}".join(lines), "dim"))
     chat.view.say()
     chat.view.note('Alt-Enter or Ctrl-J: new line; """ opens and closes a block. Ctrl-R: search the history.')
     chat.view.note("Ctrl-G: edit in $EDITOR. Ctrl-C: stop an answer, clear the line. Ctrl-D: leave.")
