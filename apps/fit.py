@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from tinychat_mlx import hub
 from tinychat_mlx.apps.terminal import size
-from tinychat_mlx.errors import BackendError, UsageError
+from tinychat_mlx.errors import BackendError, UsageError, pip_install
 
 if TYPE_CHECKING:
     from tinychat_mlx.apps.models.facts import Facts
@@ -157,7 +157,7 @@ def free_on(backend: str) -> int:
     if backend == "cuda" and not has_nvidia():
         raise BackendError("no NVIDIA GPU found (`tinychat doctor` says more)")
     if backend == "cuda" and find_spec("torch") is None:
-        raise BackendError("needs torch: pip install tinychat-mlx[cuda]")
+        raise BackendError(f"needs torch: {pip_install('cuda')}")
     memory = create(backend, False, None).memory()
     own = memory.limit - memory.used
     if backend == "cuda" and own > 0:  # may be a card's own memory, of which the system knows nothing

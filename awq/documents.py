@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePath
 from typing import IO, Any
 
-from tinychat_mlx.errors import UsageError
+from tinychat_mlx.errors import UsageError, pip_install
 
 Document = str | list[dict[str, Any]]  # a text, or the messages of a chat
 
@@ -122,7 +122,7 @@ def _parquet(name: str, file: IO[bytes]) -> Iterator[Document]:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise UsageError(f"{name}: parquet needs pyarrow: pip install 'tinychat-mlx[parquet]'") from None
+        raise UsageError(f"{name}: parquet needs pyarrow: {pip_install('parquet')}") from None
     try:
         table = ParquetFile(file)
         wanted = _columns(table.schema_arrow.names)

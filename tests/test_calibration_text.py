@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from stand_in_hub import Hub
 
 from tinychat_mlx.awq.calibrate import left_over, packed
 from tinychat_mlx.awq.documents import Document, documents
-from tinychat_mlx.errors import UsageError
+from tinychat_mlx.errors import UsageError, pip_install
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAT = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
@@ -107,7 +108,7 @@ def test_parquet_reads_the_column_it_needs_and_no_other() -> None:
 
 def test_parquet_without_its_library_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UsageError, match=r"pip install 'tinychat-mlx\[parquet\]'"):
+    with pytest.raises(UsageError, match=re.escape(pip_install("parquet"))):
         read("a.parquet", b"PAR1")
 
 

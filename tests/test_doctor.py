@@ -24,6 +24,7 @@ from tinychat_mlx.apps.doctor import devices, disk, machine, probe, report, soft
 from tinychat_mlx.apps.doctor.examine import examine
 from tinychat_mlx.apps.doctor.finding import BROKEN, Finding, Section, problems
 from tinychat_mlx.backends.cpu import cores
+from tinychat_mlx.errors import pip_install
 
 ROOT = Path(__file__).resolve().parent.parent
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux's own tools")
@@ -354,7 +355,7 @@ def test_what_a_backend_lacks_comes_with_how_to_get_it(monkeypatch: pytest.Monke
     there = devices.find_spec
     monkeypatch.setattr(devices, "find_spec", lambda n: None if n in ("mlx", "torch") else there(n))
     monkeypatch.setattr(devices, "has_nvidia", lambda: True)
-    assert "tinychat-mlx[cuda]" in devices.lacks("cuda")[1]  # type: ignore[index]
+    assert pip_install("cuda") in devices.lacks("cuda")[1]  # type: ignore[index]
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(platform, "machine", lambda: "arm64")
     assert "pip install" in devices.lacks("mlx")[1]  # type: ignore[index]

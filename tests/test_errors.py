@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -465,6 +466,21 @@ def test_what_helps_is_added_once() -> None:
     for text in ("w: bad — download it again", "w: bad: download it", "w: run `x`", "w: use --head"):
         assert in_words(errors.FormatError(text)) == text
     assert in_words(errors.UsageError("a\nb  c")) == "a b c" and in_words(OSError("x")) == "x"
+
+
+def test_an_extra_is_installed_from_where_the_program_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quoted, as zsh takes brackets for a pattern; away from a checkout by its name."""
+    if (ROOT / "pyproject.toml").exists() and Path(errors.__file__).parent.parent == ROOT:
+        assert shlex.split(errors.pip_install("cuda")) == ["pip", "install", "-e", f"{ROOT}[cuda]"]
+    monkeypatch.setattr(errors, "__file__", str(tmp_path / "tinychat_mlx" / "errors.py"))
+    assert errors.pip_install("cuda").replace('"', "'") == "pip install 'tinychat-mlx[cuda]'"
+    assert errors.pip_install("", "--force").replace('"', "'") == "pip install --force 'tinychat-mlx'"
+    for folder in ("apps", "awq", "backends", "tinychat_mlx"):
+        for path in (ROOT / folder).rglob("*.py"):
+            found = re.search(r"pip install[^'\"`{\n]*\w(\[|[<>=~]=)", path.read_text(encoding="utf-8"))
+            assert found is None, f"{path}: {found and found[0]} is not quoted"
 
 
 def test_the_command_line_prints_that_line_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

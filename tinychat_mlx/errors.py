@@ -5,6 +5,8 @@ A message that ends otherwise than with what to do gets its class's `remedy` whe
 
 from __future__ import annotations
 
+import os
+
 
 class TinychatError(Exception):
     """Base of all errors that the command line prints as one line, without a traceback."""
@@ -73,6 +75,16 @@ def in_words(error: BaseException) -> str:
     if not remedy or " — " in text or "`" in text or last in IMPERATIVES or "--" in text:
         return text
     return f"{text} — {remedy}"
+
+
+def pip_install(extra: str = "", *options: str) -> str:
+    """The command that installs this program, with one of its extras: from the checkout, where it runs from one."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    here = os.path.exists(os.path.join(root, "pyproject.toml"))
+    what, editable = (root, ["-e"]) if here else ("tinychat-mlx", [])
+    quote = '"' if os.name == "nt" else "'"  # shells take the brackets for a pattern
+    named = f"{quote}{what}{f'[{extra}]' if extra else ''}{quote}"
+    return " ".join(["pip install", *options, *editable, named])
 
 
 # fmt: off

@@ -14,7 +14,7 @@ from tinychat_mlx import hub
 from tinychat_mlx.backend import Backend
 from tinychat_mlx.checkpoint import Checkpoint
 from tinychat_mlx.config import parse_config
-from tinychat_mlx.errors import BackendError, ModelNotFoundError, UsageError
+from tinychat_mlx.errors import BackendError, ModelNotFoundError, UsageError, pip_install
 from tinychat_mlx.model import Model
 
 BACKENDS = {  # name -> (module, class); those whose module is in the package
@@ -115,7 +115,7 @@ def choose(backend: str) -> tuple[str, str]:
     if nvidia and find_spec("torch") is not None and find_spec(BACKENDS["cuda"][0]) is not None:
         return "cuda", "NVIDIA GPU"
     if nvidia:
-        return "cpu", "an NVIDIA GPU is here, but torch is not: pip install tinychat-mlx[cuda]"
+        return "cpu", f"an NVIDIA GPU is here, but torch is not: {pip_install('cuda')}"
     return "cpu", "Apple silicon without mlx" if apple else "no Apple or NVIDIA GPU found"
 
 

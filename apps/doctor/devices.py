@@ -13,7 +13,7 @@ from typing import Any
 
 from tinychat_mlx.apps.doctor.finding import BROKEN, NOTE, OK, Finding, Section
 from tinychat_mlx.apps.doctor.probe import LIBRARY, Child, ask
-from tinychat_mlx.errors import UsageError
+from tinychat_mlx.errors import UsageError, pip_install
 from tinychat_mlx.loading import BACKENDS, choose, has_nvidia
 
 DRIVER = Path("/sys/module/nvidia/version")
@@ -87,7 +87,7 @@ def lacks(name: str) -> tuple[str, str] | None:
     if name == "cuda" and find_spec("torch") is None:
         jetson = Path("/etc/nv_tegra_release").exists()
         return "an NVIDIA GPU is here, torch is not", (
-            "install NVIDIA's torch for this JetPack" if jetson else "pip install 'tinychat-mlx[cuda]'"
+            "install NVIDIA's torch for this JetPack" if jetson else pip_install("cuda")
         )
     return None
 

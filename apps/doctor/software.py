@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tinychat_mlx
 from tinychat_mlx.apps.doctor.finding import BROKEN, NOTE, OK, Finding, Section
-from tinychat_mlx.errors import TinychatError
+from tinychat_mlx.errors import TinychatError, pip_install
 
 US = "tinychat-mlx"
 OPTIONAL = {"mlx": "mlx", "torch": "cuda", "pyarrow": "parquet"}  # library -> our extra that brings it
@@ -91,7 +91,7 @@ def libraries() -> Iterable[Finding]:
         if name in [r.name for r in here]:
             continue
         if version is None:
-            yield Finding(name, None, f"{name}: not installed (optional: {US}[{extra}])"
+            yield Finding(name, None, f"{name}: not installed (optional: {pip_install(extra)})"
                           if name != "mlx" else "mlx: not installed (for Macs)")  # fmt: skip
         elif name == "mlx" and mlx:
             yield _library(name, str(mlx.specifier), mlx.specifier.contains)
@@ -147,11 +147,11 @@ def _claims(dist: metadata.Distribution) -> Iterable[Finding]:
     record = dist.read_text("RECORD") or ""
     tops = {line.partition("/")[0] for line in record.splitlines() if "/" in line}
     if name != US and "tinychat_mlx" in tops:
-        do = f"pip uninstall {name}, then pip install --force-reinstall {US}"
+        do = f"pip uninstall {name}, then {pip_install('', '--force-reinstall')}"
         yield Finding(f"claim_{name}", name, f"{name} also owns files of tinychat_mlx", BROKEN, do)
     bare = [top for top in SHARED_NAMES if top in tops]
     if bare and name == US:
-        do = f"pip install --force-reinstall {US}"
+        do = pip_install("", "--force-reinstall")
         yield Finding("bare_names", name, f"an old {US} left bare {', '.join(bare)} behind", NOTE, do)
     elif "awq" in bare:  # transformers takes a module of that name for AutoAWQ; ours is tinychat_mlx.awq
         yield Finding("awq_owner", name, f"`import awq` is {name}'s; ours is tinychat_mlx.awq: no conflict")

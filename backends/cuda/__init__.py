@@ -11,7 +11,9 @@ import numpy as np
 try:
     import torch
 except ImportError as e:
-    raise ImportError(f"torch cannot be imported ({e}): pip install tinychat-mlx[cuda]") from None
+    from tinychat_mlx.errors import pip_install
+
+    raise ImportError(f"torch cannot be imported ({e}): {pip_install('cuda')}") from None
 
 import torch.nn.functional as F
 
