@@ -33,14 +33,15 @@ wheel: .venv/test.done
 NATIVE := pyproject.toml $(shell find backends/cpu -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
 
 .venv/python.done:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "tinychat needs Python 3.10 or newer")'
-	$(PYTHON) -m venv .venv || { echo "python3 cannot make a venv: on Debian, apt install python3-venv" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "tinychat needs Python 3.10 or newer")'
+	@$(PYTHON) -m venv .venv || { echo "python3 cannot make a venv: on Debian, apt install python3-venv" >&2; exit 1; }
 	@touch $@
 
 .venv/chat.done: .venv/python.done $(NATIVE)
 	@echo "Setting up .venv (about a minute, once) …"
-	$(PIP) -e .
+	@$(PIP) -e .
 	@touch $@
+	@echo "Done. From now on '. .venv/bin/activate' makes tinychat a command of your shell."
 
 .venv/test.done: .venv/python.done $(NATIVE)
 	@echo "Setting up .venv for the tests (a few minutes, once) …"
