@@ -19,11 +19,6 @@ import click
 from click.shell_completion import CompletionItem, ShellComplete, split_arg_string
 
 VARIABLE = "_TINYCHAT_COMPLETE"  # the shell that asks
-INSTALL = {
-    "bash": 'eval "$(tinychat completion bash)"      # at the end of ~/.bashrc',
-    "zsh": 'eval "$(tinychat completion zsh)"       # at the end of ~/.zshrc',
-    "fish": "tinychat completion fish > ~/.config/fish/completions/tinychat.fish",
-}
 # PROGRAM becomes the words that start this program. Nothing that bash 3.2 lacks. An answer without a line leaves the
 # word to the shell itself, which knows files and folders; zsh and fish are told which of them (below: LEFT).
 SCRIPTS = {
@@ -74,19 +69,6 @@ complete -c tinychat -f -a '(_tinychat)'
 LEFT = {"dir": "//dirs", "file": "//files"}
 
 
-@click.command(
-    epilog="\b\nTo have it in every new shell:\n" + "\n".join(f"  {line}" for line in INSTALL.values())
-)
-@click.argument("shell", type=click.Choice(list(INSTALL)))
-def completion(shell: str) -> None:
-    """Print the script that lets a shell complete commands, options and models with Tab.
-
-    It holds this program's full path, so it works wherever `tinychat` is installed.
-    """
-    quote = quoted_for_fish if shell == "fish" else shlex.quote
-    click.echo(SCRIPTS[shell].replace("PROGRAM", " ".join(map(quote, program()))), nl=False)
-
-
 def program() -> list[str]:
     """The words that start this program from any folder."""
     path = Path(os.path.abspath(sys.argv[0]))
@@ -98,6 +80,28 @@ def program() -> list[str]:
 def quoted_for_fish(word: str) -> str:
     escaped = word.replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
+
+
+def start_files() -> str:
+    """How to have it in every new shell, where `tinychat` is in no PATH yet."""
+    here, in_fish = (" ".join(map(quote, program())) for quote in (shlex.quote, quoted_for_fish))
+    return (
+        "\b\nTo have it in every new shell:\n"
+        f'  ~/.bashrc  eval "$({here} completion bash)"\n'
+        f'  ~/.zshrc   eval "$({here} completion zsh)"\n'
+        f"  fish       {in_fish} completion fish > ~/.config/fish/completions/tinychat.fish"
+    )
+
+
+@click.command(epilog=start_files())
+@click.argument("shell", type=click.Choice(list(SCRIPTS)))
+def completion(shell: str) -> None:
+    """Print the script that lets a shell complete commands, options and models with Tab.
+
+    It holds this program's full path, so it works wherever `tinychat` is installed.
+    """
+    quote = quoted_for_fish if shell == "fish" else shlex.quote
+    click.echo(SCRIPTS[shell].replace("PROGRAM", " ".join(map(quote, program()))), nl=False)
 
 
 def answer() -> int:

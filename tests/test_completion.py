@@ -63,6 +63,32 @@ def run(shell: str, script: str, env: dict[str, str], cwd: Path) -> list[str]:
     return done.stdout.split("\n")
 
 
+@pytest.mark.parametrize("shell", START)
+def test_what_help_says_of_start_files_works_in_a_new_shell(
+    shell: str, env: dict[str, str], tmp_path: Path
+) -> None:
+    """Nothing is activated there yet. A shell that has read its file knows how to complete `tinychat`."""
+    if shutil.which(shell) is None:
+        absent(f"{shell} is not here")
+    shown = subprocess.run(
+        [tmp_path / PROGRAM, "completion", "--help"], capture_output=True, text=True, check=True, env=env
+    )
+    rows = dict(re.findall(r"^ +(~/\.bashrc|~/\.zshrc|fish) +(.+)$", shown.stdout, re.MULTILINE))
+    line = rows[{"bash": "~/.bashrc", "zsh": "~/.zshrc", "fish": "fish"}[shell]]
+    (tmp_path / ".config/fish/completions").mkdir(parents=True)
+    asks = {
+        "bash": "complete -p tinychat",
+        "zsh": "echo $_comps[tinychat]",
+        "fish": "complete -C 'tinychat mod'",
+    }
+    reads = "; source ~/.config/fish/completions/tinychat.fish" if shell == "fish" else ""
+    done = subprocess.run(
+        [shell, *START[shell], "-c", f"{line}{reads}\n{asks[shell]}"], capture_output=True, text=True, env=env, cwd="/",
+        check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0 and {"fish": "models"}.get(shell, "_tinychat") in done.stdout, done.stderr
+
+
 # Each line as typed -> some of what must be offered, and something that must not.
 CASES = [
     ("tinychat mod", ["models"], "chat"),

@@ -42,7 +42,7 @@ def test_every_command_and_option_says_what_it_is(name: str, command: click.Comm
                 f"{name} {param.opts[0]}: {param.help}"
             )
     shown = command.get_help(click.Context(command, info_name=name, terminal_width=80))
-    assert max(map(len, shown.splitlines())) <= 100
+    assert max(len(row) for row in shown.splitlines() if sys.executable not in row) <= 100
 
 
 @pytest.mark.parametrize(("name", "command"), list(commands()), ids=[n for n, _ in commands()])
