@@ -313,6 +313,13 @@ def test_repetitions_find_the_cache_as_it_was() -> None:
         assert (made._prompt.length, made._talk.length) == (6, 8)
 
 
+def test_tokens_are_decoded_in_a_cache_of_a_chats_size() -> None:
+    """A device that copies its cache for each token is as slow here as in the chat; what is counted is what is used."""
+    made = Subject(backend="reference", shape="tiny", pp=6, tg=3, depth=5)
+    assert made._talk.capacity == 1024 and made._prompt.capacity == 6
+    assert made.about()["kv_bytes"] == made.decoder.new_cache(6 + 8).shape.bytes_per_token(4) * (6 + 8)
+
+
 def test_the_work_of_a_prompt_is_counted_as_published() -> None:
     """Two operations a weight of the layers: parameter counts of the models' cards, less their embeddings."""
     published = {"qwen2.5-0.5b": 0.36e9, "qwen3-0.6b": 0.44e9, "qwen3-4b": 3.6e9, "qwen2.5-7b": 6.53e9}

@@ -14,6 +14,7 @@ from tinychat_mlx.config import ModelConfig, parse_config
 from tinychat_mlx.decoder import Decoder, Layer, cache_shape
 from tinychat_mlx.errors import UsageError
 from tinychat_mlx.generate import PREFILL_ROWS
+from tinychat_mlx.loading import capacity_of
 
 GREEDY = Choice()
 COLD = 256 << 20  # bytes of weights that a round of products reads: more than caches hold
@@ -53,8 +54,9 @@ class Subject:
             )
         self.ids = np.random.default_rng(0).integers(0, config.vocab_size, max(pp, depth + tg)).tolist()
         self._prompt = self.decoder.new_cache(pp)
-        self._talk = self.decoder.new_cache(depth + tg)
         self._steps = self._tiles = 0
+        # As large as a chat's: a device that copied a cache for each token would look fast with a small one
+        self._talk = self.decoder.new_cache(max(depth + tg, capacity_of(None, longest)))
         self._fill(self._talk, self.ids[:depth])
 
     def _load(self, model: str, backend: str, exact: bool, threads: int | None) -> None:
@@ -114,7 +116,7 @@ class Subject:
             "threads": getattr(getattr(self.decoder.backend, "engine", None), "threads", None),
             "load_s": self.load_s,
             "weight_bytes": self.weight_bytes,
-            "kv_bytes": round(sum(self._kv_bytes(c.capacity) for c in (self._talk, self._prompt))),
+            "kv_bytes": round(sum(self._kv_bytes(tokens) for tokens in (self.depth + self.tg, self.pp))),
             "ops_per_token": 2 * layer_weights(config),
         }
 
