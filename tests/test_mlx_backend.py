@@ -124,21 +124,6 @@ def test_three_conversations_in_one_step_equal_three_steps(tiny_root: Path) -> N
     agree(d.backend.to_host(d._logits(x)), np.concatenate([whole[3:5], whole[9:10], whole[20:24]]))
 
 
-def test_the_cache_is_written_in_place(tiny_root: Path) -> None:
-    """A step may need the cache once more, never twice: a copied cache would halve the context that fits."""
-    d = decoder(tiny("llama", tiny_root).folder, MlxBackend(exact=True, compiled=True))
-    cache = d.new_cache(1 << 16)
-    size = sum(a.nbytes for a in cache.k + cache.v)
-    assert size > 30 << 20
-    for token in range(5, 8):
-        d.backend.to_host(d.forward((token,), cache))
-    mx.reset_peak_memory()
-    before = mx.get_active_memory()
-    for token in range(5, 8):
-        d.backend.to_host(d.forward((token,), cache))
-    assert mx.get_peak_memory() - before < size / 4
-
-
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
     "spec", [Attention(0, 0.2), Attention(0, 0.2, window=5, softcap=3.0)], ids=["full", "window"]
@@ -177,8 +162,7 @@ def test_packed_caches_are_smaller_and_refuse_what_they_cannot_hold(
     # a number's 8-bit error is at most half of 1/255 of its group's range: about 1 % of a typical one
     assert np.abs(got - t.logits).max() < 0.02 * np.abs(t.logits).max()
     cache = d.new_cache(1000)
-    held = sum(part.nbytes for side in (cache.k, cache.v) for layer in side for part in layer)
-    assert held < 0.35 * cache.shape.bytes_per_token(4) * 1000
+    assert cache.nbytes + cache.owed < 0.35 * cache.shape.bytes_per_token(4) * 1000
     with pytest.raises(BackendError, match="24 a head cannot be packed"):
         d.backend.new_cache(CacheShape(1, 2, 24), 16)
     monkeypatch.setenv("TINYCHAT_MLX_KV_BITS", "5")

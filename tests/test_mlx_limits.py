@@ -75,7 +75,7 @@ def test_float16_means_the_same_as_float32(monkeypatch: pytest.MonkeyPatch, tiny
     d = decoder(t.folder, MlxBackend(exact=True, compiled=True))
     cache = d.new_cache(8)
     y = d.forward(t.ids[:4], cache)
-    assert y.dtype == mx.float16 and cache.k[0].dtype == mx.float16
+    assert y.dtype == mx.float16 and cache.parts["k"][0].dtype == mx.float16
     # MLX's CPU loops sum in float16: 96 terms · 2^-11, through 4 layers
     got = d.backend.to_host(d.forward((t.ids[4],), cache))
     assert np.abs(got - t.logits[4]).max() < 4 * 96 * 2**-11 * np.abs(t.logits[4]).max()
@@ -144,7 +144,8 @@ def test_a_thread_may_finish_what_another_began(tiny_root: Path) -> None:
 
 def test_a_failure_on_the_device_is_a_backend_error() -> None:
     class Broken:
-        def astype(self, dtype: Any) -> Any:
+        @property
+        def dtype(self) -> Any:
             raise RuntimeError("[malloc] Unable to allocate 9 bytes")  # MLX's own words
 
     with pytest.raises(BackendError, match=r"MLX stopped: .*allocate 9 bytes: use a shorter --context"):

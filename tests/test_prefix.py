@@ -80,8 +80,10 @@ def test_bfloat16_is_kept_as_its_bits() -> None:
     cache, other = (MlxCache(SHAPE, 40, mx.bfloat16) for _ in range(2))
     cache.append(0, mx.ones((1, 2, 9, 32)) * 1.5, mx.ones((1, 2, 9, 32)) * -3.25, 0)
     other.write({name: np.array(x) for name, x in cache.read(0, 9).items()})
-    assert (other.k[0] == cache.k[0]).all().item() and other.k[0].dtype == mx.bfloat16
-    assert other.v[0][0, 1, 8, 31].item() == -3.25
+    assert (other.parts["k"][0] == cache.parts["k"][0]).all().item() and other.parts["k"][
+        0
+    ].dtype == mx.bfloat16
+    assert other.parts["v"][0][0, 1, 8, 31].item() == -3.25
 
 
 # the store ---------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -33,6 +34,7 @@ from tinychat_mlx.backends.mlx.attention import attend, heads_first
 from tinychat_mlx.backends.mlx.cache import KV_BITS, MlxCache, PackedCache, TracedCache, group_of
 from tinychat_mlx.backends.mlx.device import GB, MB, choose_dtype, find_chip, mx, set_limits
 from tinychat_mlx.backends.mlx.experts import Experts, mixture, pack_experts
+from tinychat_mlx.backends.mlx.flight import Flight
 from tinychat_mlx.backends.mlx.fused import Kernels
 from tinychat_mlx.backends.mlx.weights import pack
 from tinychat_mlx.errors import BackendError
@@ -70,6 +72,8 @@ class MlxBackend(Backend):
         # Usable from any thread, one at a time: `_evaluating` sees to that
         self.stream = mx.new_thread_unsafe_stream(mx.default_device())
         self._thread, self._lock = 0, threading.Lock()
+        self._caches: weakref.WeakSet[MlxCache] = weakref.WeakSet()
+        self._flight = Flight(self._evaluating)
         self._routes_on_host = False  # experts of mixed forms: such a step cannot be captured
         self._made: dict[tuple[int, str], tuple[Any, Any]] = {}
         self._fused: dict[str, Callable[..., Any]] = {}
@@ -129,12 +133,16 @@ class MlxBackend(Backend):
             return pack(weight, self.dtype, self.chip.metal)
 
     def _check_fits(self, name: str, nbytes: int) -> None:
-        used, limit = mx.get_active_memory(), self.chip.limit
+        used, limit = self._taken(), self.chip.limit
         if used + nbytes + SCRATCH > limit:
             raise BackendError(
                 f"the weights do not fit: {used / GB:.2f} GB are loaded at {name}, and {self.chip.name} may "
                 f"give {limit / GB:.2f} GB: convert the model to fewer bits, or use a smaller one"
             )
+
+    def _taken(self) -> int:
+        """Bytes in use, and those that caches may still grow by."""
+        return int(mx.get_active_memory()) + sum(cache.owed for cache in self._caches)
 
     def new_cache(self, shape: CacheShape, capacity: int) -> MlxCache:
         """Raises BackendError where weights and cache together would not fit."""
@@ -145,7 +153,8 @@ class MlxBackend(Backend):
         else:
             cache = MlxCache(shape, capacity, self.dtype)
         with self._evaluating():
-            mx.eval(cache.k, cache.v)
+            mx.eval(cache.arrays)
+        self._caches.add(cache)
         return cache
 
     def read_cache(self, cache: Cache, start: int, end: int) -> dict[str, npt.NDArray[Any]]:
@@ -158,31 +167,32 @@ class MlxBackend(Backend):
         assert isinstance(cache, MlxCache)
         self.enter()
         with self._evaluating():
+            cache.reserve(next(iter(arrays.values())).shape[2], mx.eval)
             cache.write(arrays)
-            mx.eval(cache.k, cache.v)
+            mx.eval(cache.arrays)
 
     def _check_room(self, shape: CacheShape, capacity: int) -> None:
         each = shape.bytes_per_token(self.dtype.size)
         if self.kv_bits:
             numbers = shape.bytes_per_token(1)
             each = numbers * self.kv_bits // 8 + numbers // group_of(shape) * 2 * self.dtype.size
-        used, limit = mx.get_active_memory(), self.chip.limit
+        used, limit = self._taken(), self.chip.limit
         if each * capacity + used + SCRATCH > limit:
             fits = max(0, (limit - used - SCRATCH) // each)
             raise BackendError(
                 f"a context of {capacity} tokens needs {each * capacity / GB:.2f} GB for keys and values; "
-                f"{used / GB:.2f} GB are in use and {self.chip.name} may give {limit / GB:.2f} GB: "
+                f"{used / GB:.2f} GB are taken and {self.chip.name} may give {limit / GB:.2f} GB: "
                 + (f"use --context {fits} or less" if fits > 1 else "use a smaller model")
             )
 
     def step(self, segments: Sequence[Segment]) -> Step:
         self.enter()
-        if sum(s.rows for s in segments) > len(segments):
-            # Finish the piece before: MLX is lazy, and a whole prompt would pile up unevaluated
-            with self._evaluating():
-                for s in segments:
-                    assert isinstance(s.cache, MlxCache)
-                    mx.eval(s.cache.k, s.cache.v)
+        with self._evaluating():
+            for s in segments:
+                assert isinstance(s.cache, MlxCache)
+                s.cache.reserve(s.rows, mx.eval)
+                if s.rows > 1:  # finish the piece before: MLX is lazy, and a whole prompt would pile up
+                    mx.eval(s.cache.arrays)
         return super().step(segments)
 
     # step primitives ------------------------------------------------------------------------------
@@ -221,6 +231,8 @@ class MlxBackend(Backend):
         return y.squeeze(2)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, spec: Attention, step: Step) -> Tensor:
+        if isinstance(step.segments[0].cache, MlxCache):
+            self._flight.attending(q, spec.layer, step.segments[0].cache.shape.num_hidden_layers)
         outs, row = [], 0
         for segment in step.segments:
             rows, cache = slice(row, row + segment.rows), segment.cache
@@ -292,7 +304,8 @@ class MlxBackend(Backend):
             span = cache.span()
             if span not in programs:
                 programs[span] = mx.compile(traced(fn, span))
-            y, cache.k, cache.v = programs[span](ids, step.positions, cache.k, cache.v)
+            y, k, v = programs[span](ids, step.positions, cache.parts["k"], cache.parts["v"])
+            cache.parts = {"k": k, "v": v}
             return y
 
         return run
@@ -303,18 +316,15 @@ class MlxBackend(Backend):
         """Draws start at once, in order: the device works on while Python reads the token before."""
         draw = sampling.drawer(temperature, top_k, top_p, min_p, seed)
 
-        def start(logits: Tensor) -> Tensor:
-            token = draw(logits)
-            with self._evaluating():
-                mx.async_eval(token)
-            return token
-
-        return start
+        return lambda logits: self._flight.issue(draw(logits))
 
     def to_host(self, x: Tensor) -> F32:
         self.enter()
         with self._evaluating():
-            return np.array(x.astype(mx.float32))
+            if x.dtype == mx.bfloat16:  # NumPy has none
+                x = x.astype(mx.float32)
+            # Widened here: on the device that would be one more operation, behind the step in flight
+            return np.array(x).astype(np.float32, copy=False)
 
     def memory(self) -> Memory:
         return Memory(int(mx.get_active_memory()), int(mx.get_peak_memory()), self.chip.limit)

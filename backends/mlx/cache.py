@@ -1,12 +1,13 @@
-"""Keys and values on the device: fixed capacity, written in place, read as a view.
+"""Keys and values on the device: written in place, read as a view, doubled as a conversation grows.
 
-A layer's k and v are (1, Hkv, capacity, D). The whole capacity is taken at once: a cache that grows
-is copied at every growth, and may meet the end of memory in the middle of an answer.
+A layer's k and v are (1, Hkv, held, D), with room for `held` of the capacity's tokens. Zeroing a whole capacity would
+keep memory from other programs that few conversations need, and what MLX cannot write in place (see flight.py) it
+copies with all its room. What is not held yet the backend counts as taken: no answer meets the end of memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from tinychat_mlx.backends.mlx.device import mx
 from tinychat_mlx.errors import BackendError
 
 KV_BITS = "TINYCHAT_MLX_KV_BITS"  # 4 or 8: a PackedCache
-SPAN = 256  # the least number of keys a captured step looks at; doubled as the conversation grows
+SPAN = 256  # tokens that a cache holds room for, and that a captured step looks at, at first; then doubled
 
 
 @dataclass(frozen=True)
@@ -47,45 +48,83 @@ class MlxCache(Cache):
 
     def __init__(self, shape: CacheShape, capacity: int, dtype: Any) -> None:
         super().__init__(shape, capacity)
-        size = (1, shape.num_key_value_heads, capacity, shape.head_dim)
+        self._allocate({name: (shape.head_dim, dtype) for name in ("k", "v")})
+
+    def _allocate(self, parts: Mapping[str, tuple[int, Any]]) -> None:
+        """parts: name -> numbers of a head and token, dtype."""
+        self.held = self.span()
+        # Everything that is held of a token, by name: arrays (1, Hkv, held, ...), one a layer.
         # Zeros, not garbage: a masked key has weight 0, and 0 times a NaN is a NaN
-        self.k: list[Any] = [mx.zeros(size, dtype) for _ in range(shape.num_hidden_layers)]
-        self.v: list[Any] = [mx.zeros(size, dtype) for _ in range(shape.num_hidden_layers)]
+        self.parts: dict[str, list[Any]] = {
+            name: [mx.zeros((1, self.shape.num_key_value_heads, self.held, size), dtype)
+                   for _ in range(self.shape.num_hidden_layers)]
+            for name, (size, dtype) in parts.items()
+        }  # fmt: skip
         self._masked: Masked = NOTHING_MASKED
 
-    def span(self) -> int:
-        """Keys a captured step must look at: a power of two, so that few programs serve all lengths."""
-        return min(self.capacity, max(SPAN, 1 << self.length.bit_length()))
+    def span(self, rows: int = 1) -> int:
+        """Room for `rows` more tokens: a power of two, so that a cache is seldom copied, and few programs serve all
+        lengths that a captured step meets.
+        """
+        return min(self.capacity, max(SPAN, 1 << (self.length + rows - 1).bit_length()))
 
-    def parts(self) -> dict[str, list[Any]]:
-        """Everything that is held of a token, by name: arrays (1, Hkv, capacity, …), one a layer."""
-        return {"k": self.k, "v": self.v}
+    def reserve(self, rows: int, evaluate: Callable[..., None]) -> None:
+        """Hold room for `rows` more tokens. evaluate: mx.eval, called for each array, so that the old one is freed."""
+        held = self.span(rows)
+        if held <= self.held:
+            return
+        for part in self.parts.values():
+            for layer, old in enumerate(part):
+                more = mx.zeros((*old.shape[:2], held - self.held, old.shape[3]), old.dtype)
+                part[layer] = mx.concatenate([old, more], axis=2)
+                del old
+                evaluate(part[layer])
+        self.held = held
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is held."""
+        return sum(array.nbytes for part in self.parts.values() for array in part)
+
+    @property
+    def owed(self) -> int:
+        """Bytes that it will hold at its capacity, beyond those of today."""
+        return self.nbytes // self.held * (self.capacity - self.held)
+
+    @property
+    def arrays(self) -> list[Any]:
+        """All that is held, to be evaluated."""
+        return [array for part in self.parts.values() for array in part]
 
     def read(self, start: int, end: int) -> dict[str, Any]:
         """As Backend.read_cache, still on the device."""
         rows = {name: mx.concatenate([layer[..., start:end, :] for layer in part])
-                for name, part in self.parts().items()}  # fmt: skip
+                for name, part in self.parts.items()}  # fmt: skip
         # NumPy has no bfloat16: its bits stand for it
         return {name: x.view(mx.uint16) if x.dtype == mx.bfloat16 else x for name, x in rows.items()}
 
     def write(self, rows: Mapping[str, npt.NDArray[Any]]) -> None:
         """As Backend.write_cache."""
         start, end = self.length, self.length + next(iter(rows.values())).shape[2]
-        for name, part in self.parts().items():
+        for name, part in self.parts.items():
             for layer, row in zip(part, mx.array(rows[name]), strict=True):
                 layer[..., start:end, :] = row.view(layer.dtype)
         self.length = end
 
     def append(self, layer: int, k: Any, v: Any, window: int) -> View:
         """Write k, v (1, Hkv, T, D) behind the first `length` -> what these rows see."""
-        start, rows = self.length, k.shape[2]
-        end = start + rows
-        self.k[layer][..., start:end, :] = k.astype(self.k[layer].dtype)
-        self.v[layer][..., start:end, :] = v.astype(self.v[layer].dtype)
+        start, end = self.length, self.length + k.shape[2]
         low = max(0, start - window + 1) if window else 0
-        keys, values = self.k[layer][..., low:end, :], self.v[layer][..., low:end, :]
+        keys, values = (self._put(name, layer, x, low) for name, x in (("k", k), ("v", v)))
         k_at, q_at, mask = self._positions(low, start, end, window)
         return View(keys, values, k_at, q_at, mask)
+
+    def _put(self, name: str, layer: int, rows: Any, low: int) -> Any:
+        """Write rows (1, Hkv, T, ...) behind the first `length` of a part -> tokens low to the last written."""
+        held, start, end = self.parts[name][layer], self.length, self.length + rows.shape[2]
+        assert end <= self.held, "room is reserved before a step"
+        held[..., start:end, :] = rows.astype(held.dtype)
+        return held[..., low:end, :]
 
     def _positions(self, low: int, start: int, end: int, window: int) -> tuple[Any, Any, Any]:
         """Positions and mask, made once a step for all layers of one window."""
@@ -107,30 +146,20 @@ class PackedCache(MlxCache):
         """Raises BackendError for a head that has no whole groups."""
         Cache.__init__(self, shape, capacity)
         self.packing = group_of(shape), bits
-        rows, groups = (1, shape.num_key_value_heads, capacity), shape.head_dim // self.packing[0]
-        parts = [((*rows, shape.head_dim * bits // 32), mx.uint32), *[((*rows, groups), dtype)] * 2]
-        layers = range(shape.num_hidden_layers)
-        self.k = [[mx.zeros(*part) for part in parts] for _ in layers]
-        self.v = [[mx.zeros(*part) for part in parts] for _ in layers]
-        self._masked = NOTHING_MASKED
-
-    def parts(self) -> dict[str, list[Any]]:
-        return {f"{name}{i}": [layer[i] for layer in held]
-                for name, held in (("k", self.k), ("v", self.v)) for i in range(3)}  # fmt: skip
-
-    def _pack(self, x: Any) -> list[Any]:
-        return list(mx.quantize(x, group_size=self.packing[0], bits=self.packing[1]))
+        groups = shape.head_dim // self.packing[0]
+        parts = [(shape.head_dim * bits // 32, mx.uint32), (groups, dtype), (groups, dtype)]
+        self._allocate({f"{name}{i}": part for name in "kv" for i, part in enumerate(parts)})
 
     def append(self, layer: int, k: Any, v: Any, window: int) -> View:
         start, end = self.length, self.length + k.shape[2]
         low = max(0, start - window + 1) if window else 0
-        shown = []
-        for kept, new in ((self.k[layer], k), (self.v[layer], v)):
-            for part, packed in zip(kept, self._pack(new), strict=True):
-                part[..., start:end, :] = packed.astype(part.dtype)
-            shown.append(tuple(part[..., low:end, :] for part in kept))
+        form = {"group_size": self.packing[0], "bits": self.packing[1]}
+        keys, values = (
+            tuple(self._put(f"{name}{i}", layer, part, low) for i, part in enumerate(mx.quantize(x, **form)))
+            for name, x in (("k", k), ("v", v))
+        )
         k_at, q_at, mask = self._positions(low, start, end, window)
-        return View(shown[0], shown[1], k_at, q_at, mask, self.packing)
+        return View(keys, values, k_at, q_at, mask, self.packing)
 
 
 def group_of(shape: CacheShape) -> int:
