@@ -16,11 +16,10 @@ from mlx_models import agree, answer, decoder, logits, quantised, tokens
 from tiny_models import VARIANTS, tiny
 
 import tinychat_mlx
-from tinychat_mlx.backend import Attention, Backend, CacheShape, Segment
+from tinychat_mlx.backend import Backend, Segment
 from tinychat_mlx.backends.mlx import MlxBackend
 from tinychat_mlx.backends.reference import ReferenceBackend
 from tinychat_mlx.errors import BackendError
-from tinychat_mlx.weight import F32
 
 
 @pytest.fixture(autouse=True)
@@ -122,52 +121,6 @@ def test_three_conversations_in_one_step_equal_three_steps(tiny_root: Path) -> N
     step = d.backend.step(tuple(Segment(c, len(r)) for c, r in zip(caches, rows, strict=True)))
     x = d._hidden(d.backend.ids([i for r in rows for i in r]), step)
     agree(d.backend.to_host(d._logits(x)), np.concatenate([whole[3:5], whole[9:10], whole[20:24]]))
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(
-    "spec", [Attention(0, 0.2), Attention(0, 0.2, window=5, softcap=3.0)], ids=["full", "window"]
-)
-def test_packed_keys_and_values_mean_their_dequantised_numbers(
-    bits: int, spec: Attention, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TINYCHAT_MLX_KV_BITS", str(bits))
-    rng, shape = np.random.default_rng(0), CacheShape(1, 2, 64)
-    q, k, v = (rng.standard_normal((11, h, 64)).astype(np.float32) for h in (4, 2, 2))
-
-    def rounded(x: F32) -> F32:
-        form = {"group_size": 64, "bits": bits}
-        return np.array(mx.dequantize(*mx.quantize(mx.array(x), **form), **form))
-
-    def run(b: Backend, k: F32, v: F32, cuts: list[int]) -> F32:
-        cache, at, out = b.new_cache(shape, 16), 0, []
-        for n in cuts:
-            piece = (b.put(t[at : at + n]) for t in (q, k, v))
-            out.append(b.to_host(b.attention(*piece, spec, b.step((Segment(cache, n),)))))
-            cache.length, at = cache.length + n, at + n
-        return np.concatenate(out)
-
-    expected = run(ReferenceBackend(), rounded(k), rounded(v), [11])
-    for cuts in ([11], [6, 1, 1, 3]):
-        agree(run(MlxBackend(exact=True), k, v, cuts), expected)
-
-
-def test_packed_caches_are_smaller_and_refuse_what_they_cannot_hold(
-    tiny_root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    t = tiny("llama-tied", tiny_root)
-    monkeypatch.setenv("TINYCHAT_MLX_KV_BITS", "8")
-    d = decoder(t.folder, MlxBackend(exact=True, compiled=True))
-    got = logits(d, t.ids, [30, *[1] * 10])
-    # a number's 8-bit error is at most half of 1/255 of its group's range: about 1 % of a typical one
-    assert np.abs(got - t.logits).max() < 0.02 * np.abs(t.logits).max()
-    cache = d.new_cache(1000)
-    assert cache.nbytes + cache.owed < 0.35 * cache.shape.bytes_per_token(4) * 1000
-    with pytest.raises(BackendError, match="24 a head cannot be packed"):
-        d.backend.new_cache(CacheShape(1, 2, 24), 16)
-    monkeypatch.setenv("TINYCHAT_MLX_KV_BITS", "5")
-    with pytest.raises(BackendError, match="KV_BITS=5 is unknown: give 4 or 8"):
-        MlxBackend(exact=True)
 
 
 @pytest.mark.parametrize("bits, group", [(bits, group) for bits in (4, 8) for group in (32, 64, 128)])

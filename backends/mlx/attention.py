@@ -2,17 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from tinychat_mlx.backend import Attention
 from tinychat_mlx.backends.mlx.cache import View, seen
-from tinychat_mlx.backends.mlx.device import mx
+from tinychat_mlx.backends.mlx.device import MB, mx
+
+SCORES = (
+    32 * MB
+)  # of float32 scores at once. Softmax makes as many again, and two blocks of rows are under way
+FUSED = (64, 80, 128)  # sizes of a head for which MLX has a kernel of many rows that it uses
 
 
-def attend(q: Any, view: View, spec: Attention) -> Any:
-    """q (T, H, D) -> (T, H·D) in q's dtype."""
+def attend(q: Any, view: View, spec: Attention, evaluate: Callable[[Any, list[Any]], None]) -> Any:
+    """q (T, H, D) -> (T, H·D) in q's dtype.
+
+    Scores that are written out are made for a block of rows at a time, else 512 rows of 32 heads after 8000 tokens
+    would take 0.5 GB. evaluate(block, [the one before]) issues one and waits for the other: MLX would make all at once.
+    """
     rows, heads, size = q.shape
-    if spec.softcap or spec.alibi is not None or view.packing is not None:
+    block = rows
+    if by_hand(view, spec) or size not in FUSED:
+        block = max(1, SCORES // (4 * heads * view.k_at.shape[0]))
+    if block >= rows:
+        return attend_block(q, view, spec)
+    outs: list[Any] = []
+    for first in range(0, rows, block):
+        last = min(first + block, rows)
+        outs.append(attend_block(q[first:last], shown(view, first, last), spec))
+        evaluate(outs[-1], outs[-2:-1])
+    return mx.concatenate(outs)
+
+
+def by_hand(view: View, spec: Attention) -> bool:
+    return bool(spec.softcap or spec.alibi is not None or view.packing is not None)
+
+
+def shown(view: View, first: int, last: int) -> View:
+    """What rows `first` to `last` see: keys are in order, so nothing behind the last one's own."""
+    end = view.k_at.shape[0] - view.q_at.shape[0] + last
+
+    def cut(x: Any) -> Any:
+        return tuple(map(cut, x)) if isinstance(x, tuple) else x[..., :end, :]
+
+    mask = view.mask if view.mask is None or isinstance(view.mask, str) else view.mask[first:last, :end]
+    q_at = view.q_at[first:last]
+    return replace(
+        view, keys=cut(view.keys), values=cut(view.values), k_at=view.k_at[:end], q_at=q_at, mask=mask
+    )
+
+
+def attend_block(q: Any, view: View, spec: Attention) -> Any:
+    """As attend, all rows at once."""
+    rows, heads, size = q.shape
+    if by_hand(view, spec):
         y = by_parts(q, view, spec)
     else:
         # The cache may hold a narrower dtype than a test's q: one dtype, or MLX widens the whole cache
@@ -23,12 +68,15 @@ def attend(q: Any, view: View, spec: Attention) -> Any:
 
 
 def by_parts(q: Any, view: View, spec: Attention) -> Any:
-    """Scores and softmax in float32, with softcap and ALiBi. -> (1, H, T, D)."""
+    """Scores and softmax in float32, with softcap and ALiBi. -> (1, H, T, D).
+
+    float32 from the beginning: q·k passes float16's 65504, and a score of 500 would be off by a quarter there.
+    """
     rows, heads, size = q.shape
     first = view.keys if view.packing is None else view.keys[0]
-    grouped = heads_first(q).reshape(1, first.shape[1], -1, size)  # query head h reads kv head h // n_rep
-    scores = product(grouped, view.keys, view, transpose=True) * spec.scale
-    scores = scores.reshape(1, heads, rows, -1)
+    # query head h reads kv head h // n_rep
+    grouped = (heads_first(q).astype(mx.float32) * spec.scale).reshape(1, first.shape[1], -1, size)
+    scores = product(grouped, view.keys, view, transpose=True).reshape(1, heads, rows, -1)
     if spec.softcap:
         scores = mx.tanh(scores / spec.softcap) * spec.softcap
     if spec.alibi is not None:
@@ -42,14 +90,15 @@ def by_parts(q: Any, view: View, spec: Attention) -> Any:
 
 
 def product(x: Any, kept: Any, view: View, transpose: bool) -> Any:
-    """x (1, Hkv, M, ·) by keys (transposed) or values (1, Hkv, S, D). Scores come out in float32."""
+    """x (1, Hkv, M, ·) by keys (transposed), x and scores float32, or by values (1, Hkv, S, D)."""
     if view.packing is None and transpose:
-        return x.astype(mx.float32) @ kept.swapaxes(-1, -2).astype(mx.float32)
+        return x @ kept.swapaxes(-1, -2).astype(mx.float32)
     if view.packing is None:
         return x.astype(kept.dtype) @ kept
     group, bits = view.packing
-    y = mx.quantized_matmul(x, *kept, transpose=transpose, group_size=group, bits=bits)
-    return y.astype(mx.float32) if transpose else y
+    return mx.quantized_matmul(
+        x.astype(kept[1].dtype), *kept, transpose=transpose, group_size=group, bits=bits
+    )
 
 
 def heads_first(x: Any) -> Any:

@@ -31,7 +31,15 @@ from tinychat_mlx.backend import (
 from tinychat_mlx.backends.mlx import sampling, winners
 from tinychat_mlx.backends.mlx.activations import act_of, glu_of
 from tinychat_mlx.backends.mlx.attention import attend, heads_first
-from tinychat_mlx.backends.mlx.cache import KV_BITS, MlxCache, PackedCache, TracedCache, group_of
+from tinychat_mlx.backends.mlx.cache import (
+    KV_BITS,
+    MlxCache,
+    PackedCache,
+    TracedCache,
+    bytes_per_token,
+    packed_parts,
+    parts,
+)
 from tinychat_mlx.backends.mlx.device import GB, MB, choose_dtype, find_chip, mx, set_limits
 from tinychat_mlx.backends.mlx.experts import Experts, mixture, pack_experts
 from tinychat_mlx.backends.mlx.flight import Flight
@@ -172,10 +180,8 @@ class MlxBackend(Backend):
             mx.eval(cache.arrays)
 
     def _check_room(self, shape: CacheShape, capacity: int) -> None:
-        each = shape.bytes_per_token(self.dtype.size)
-        if self.kv_bits:
-            numbers = shape.bytes_per_token(1)
-            each = numbers * self.kv_bits // 8 + numbers // group_of(shape) * 2 * self.dtype.size
+        held = packed_parts(shape, self.dtype, self.kv_bits) if self.kv_bits else parts(shape, self.dtype)
+        each = bytes_per_token(shape, held)
         used, limit = self._taken(), self.chip.limit
         if each * capacity + used + SCRATCH > limit:
             fits = max(0, (limit - used - SCRATCH) // each)
@@ -238,9 +244,15 @@ class MlxBackend(Backend):
             rows, cache = slice(row, row + segment.rows), segment.cache
             assert isinstance(cache, MlxCache | TracedCache)
             view = cache.append(spec.layer, heads_first(k[rows]), heads_first(v[rows]), spec.window)
-            outs.append(attend(q[rows], view, spec))
+            outs.append(attend(q[rows], view, spec, self._block))
             row += segment.rows
         return outs[0] if len(outs) == 1 else mx.concatenate(outs)
+
+    def _block(self, following: Tensor, done: list[Tensor]) -> None:
+        """Issue a block of attention, and wait for those before it: their scores are in memory until then."""
+        with self._evaluating():
+            mx.async_eval(following)
+            mx.eval(done)
 
     def act(self, x: Tensor, kind: str) -> Tensor:
         return self._fuse(kind, act_of(kind))(x)

@@ -39,6 +39,7 @@ class View:
     )
 
 
+Parts = dict[str, tuple[int, Any]]  # name of an array -> numbers of a head and token, dtype
 Masked = tuple[tuple[int, int, int], View | None]
 NOTHING_MASKED: Masked = ((-1, -1, -1), None)
 
@@ -48,10 +49,9 @@ class MlxCache(Cache):
 
     def __init__(self, shape: CacheShape, capacity: int, dtype: Any) -> None:
         super().__init__(shape, capacity)
-        self._allocate({name: (shape.head_dim, dtype) for name in ("k", "v")})
+        self._allocate(parts(shape, dtype))
 
-    def _allocate(self, parts: Mapping[str, tuple[int, Any]]) -> None:
-        """parts: name -> numbers of a head and token, dtype."""
+    def _allocate(self, parts: Parts) -> None:
         self.held = self.span()
         # Everything that is held of a token, by name: arrays (1, Hkv, held, ...), one a layer.
         # Zeros, not garbage: a masked key has weight 0, and 0 times a NaN is a NaN
@@ -146,9 +146,7 @@ class PackedCache(MlxCache):
         """Raises BackendError for a head that has no whole groups."""
         Cache.__init__(self, shape, capacity)
         self.packing = group_of(shape), bits
-        groups = shape.head_dim // self.packing[0]
-        parts = [(shape.head_dim * bits // 32, mx.uint32), (groups, dtype), (groups, dtype)]
-        self._allocate({f"{name}{i}": part for name in "kv" for i, part in enumerate(parts)})
+        self._allocate(packed_parts(shape, dtype, bits))
 
     def append(self, layer: int, k: Any, v: Any, window: int) -> View:
         start, end = self.length, self.length + k.shape[2]
@@ -156,7 +154,7 @@ class PackedCache(MlxCache):
         form = {"group_size": self.packing[0], "bits": self.packing[1]}
         keys, values = (
             tuple(self._put(f"{name}{i}", layer, part, low) for i, part in enumerate(mx.quantize(x, **form)))
-            for name, x in (("k", k), ("v", v))
+            for name, x in (("k", k.astype(mx.float32)), ("v", v))
         )
         k_at, q_at, mask = self._positions(low, start, end, window)
         return View(keys, values, k_at, q_at, mask, self.packing)
@@ -169,6 +167,26 @@ def group_of(shape: CacheShape) -> int:
     raise BackendError(
         f"keys and values of {shape.head_dim} a head cannot be packed in groups of 32: unset {KV_BITS}"
     )
+
+
+def parts(shape: CacheShape, dtype: Any) -> Parts:
+    """Of an MlxCache."""
+    return {"k": (shape.head_dim, dtype), "v": (shape.head_dim, dtype)}
+
+
+def packed_parts(shape: CacheShape, dtype: Any, bits: int) -> Parts:
+    """Of a PackedCache: words, scales, biases. Those of keys are float32, as scores are. Raises BackendError."""
+    groups, words = shape.head_dim // group_of(shape), (shape.head_dim * bits // 32, mx.uint32)
+    each = {
+        "k": (words, (groups, mx.float32), (groups, mx.float32)),
+        "v": (words, (groups, dtype), (groups, dtype)),
+    }
+    return {f"{name}{i}": part for name, three in each.items() for i, part in enumerate(three)}
+
+
+def bytes_per_token(shape: CacheShape, parts: Parts) -> int:
+    each = sum(int(size * dtype.size) for size, dtype in parts.values())
+    return shape.num_hidden_layers * shape.num_key_value_heads * each
 
 
 class TracedCache(Cache):
