@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tiny_models import tiny
 from tinychat_mlx.backend import Attention, CacheShape, Segment
 from tinychat_mlx.backends.mlx import MlxBackend
 from tinychat_mlx.backends.mlx.cache import SPAN, MlxCache
+from tinychat_mlx.backends.mlx.flight import Flight
 from tinychat_mlx.errors import BackendError
 from tinychat_mlx.generate import Engine
 from tinychat_mlx.weight import Dense
@@ -181,3 +183,18 @@ def test_what_caches_may_still_grow_by_is_taken() -> None:
         b.new_cache(shape, 8000)
     del first
     assert b.new_cache(shape, 8000).capacity == 8000
+
+
+def test_only_a_step_that_writes_our_caches_waits_for_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """mlx-lm runs a whole step ahead, and its caches are copied: with its engine we are as fast."""
+    waited: list[Any] = []
+    monkeypatch.setattr(mx, "eval", waited.append)
+    flight, steps = Flight(nullcontext), [mx.zeros(n) + 1 for n in range(1, 5)]
+    for step in steps[:2]:
+        flight.issue(step)
+    assert not waited
+    flight.writing()
+    flight.issue(steps[2])
+    assert len(waited) == 1 and waited[0] is steps[1]
+    flight.issue(steps[3])
+    assert len(waited) == 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,13 @@ from mlx_models import answer, tokens
 from tiny_models import tiny
 
 import tinychat_mlx
+from tinychat_mlx.apps.cli import main
+from tinychat_mlx.backends.mlx import MlxBackend, interop
+from tinychat_mlx.backends.mlx.backend import SCRATCH
 from tinychat_mlx.backends.mlx.interop import MlxLmDecoder
 from tinychat_mlx.errors import BackendError, FormatError, UsageError
 from tinychat_mlx.generate import Engine
+from tinychat_mlx.loading import DEMO
 
 
 @pytest.fixture(autouse=True)
@@ -100,3 +106,75 @@ def test_bad_folders_are_one_line(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
     with pytest.raises(BackendError, match="mlx-lm says: .*unheard_of"):
         MlxLmDecoder(tmp_path)
+    del config["num_hidden_layers"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BackendError, match="mlx-lm says: .*num_hidden_layers"):
+        MlxLmDecoder(tmp_path)
+
+
+def small(limit: int) -> MlxBackend:
+    """A machine that may give so many bytes more."""
+    b = MlxBackend(exact=True)
+    used = mx.get_active_memory()
+    b.chip = replace(b.chip, name="Apple M1", memory=1 << 40, working_set=used + SCRATCH + limit)
+    return b
+
+
+@pytest.mark.parametrize("variant", ["llama", "cohere2"])
+def test_what_a_context_will_take_is_known_before(variant: str, tmp_path: Path) -> None:
+    """Against what mlx-lm's own caches then hold; Cohere's sliding layers hold their window."""
+    decoder = MlxLmDecoder(tiny(variant, tmp_path).folder)
+    cache = decoder.new_cache(512)
+    decoder.backend.to_host(decoder.forward([1] * 511, cache))
+    decoder.backend.to_host(decoder.forward([1], cache))
+    kinds = {type(layer).__name__ for layer in cache.layers}
+    assert kinds == ({"KVCache"} if variant == "llama" else {"KVCache", "RotatingKVCache"})
+    # a prompt leaves a rotating cache larger by its length, until the next token cuts it to the window
+    assert interop.kv_bytes(decoder.model, 512) == sum(layer.nbytes for layer in cache.layers)
+
+
+def test_nested_and_constant_caches_are_counted() -> None:
+    from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, QuantizedKVCache
+
+    plain, state, packed = KVCache(), ArraysCache(2), QuantizedKVCache(group_size=32, bits=8)
+    rows = mx.zeros((1, 2, 3, 64), mx.float16)
+    for cache in (plain, packed):
+        cache.update_and_fetch(rows, rows)
+    state.cache = [mx.zeros((1, 8)), mx.zeros((1, 2, 16))]
+    each = 2 * 2 * 64 * 2  # k and v, 2 heads of 64 halves
+    assert interop.held(plain, 1000) == 1000 * each
+    assert interop.held(packed, 1000) == 1000 * 2 * 2 * (
+        64 + 2 * 2 * 2
+    )  # 64 bytes, 2 groups of scale and bias
+    assert interop.held(CacheList(plain, state), 1000) == 1000 * each + (8 + 32) * 4
+
+
+def test_what_does_not_fit_is_refused_in_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    with pytest.raises(BackendError, match=r"the weights do not fit: .*Apple M1 may give .*fewer bits"):
+        MlxLmDecoder(folder, small(weights // 2))
+    decoder = MlxLmDecoder(folder, small(weights + (8 << 20)))
+    assert decoder.new_cache(64).capacity == 64
+    words = r"a context of 100000 tokens needs .* GB for keys and values; .*: use --context \d+ or less"
+    with pytest.raises(BackendError, match=words):
+        decoder.new_cache(100000)
+
+    def full(*a: Any) -> Any:
+        raise RuntimeError("[malloc] Unable to allocate 9 bytes")  # MLX's own words
+
+    monkeypatch.setattr(mlx_lm.utils, "load_model", full)
+    with pytest.raises(BackendError, match=r"MLX stopped: .*allocate 9 bytes: use a shorter --context"):
+        MlxLmDecoder(folder)
+
+
+def test_the_command_line_says_aloud_who_computes(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    command = ["run", "-m", str(DEMO), "--max-tokens", "2", "--temperature", "0", "hello"]
+    assert main([*command, "--engine", "mlx-lm"]) == 0
+    said = capfd.readouterr()
+    assert f"mlx-lm {mlx_lm.__version__} runs this model, not tinychat's own graph" in said.err
+    assert said.out.strip() and "mlx-lm" not in said.out
+    assert main([*command, "--backend", "mlx"]) == 0
+    assert "mlx-lm" not in capfd.readouterr().err

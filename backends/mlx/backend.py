@@ -77,11 +77,11 @@ class MlxBackend(Backend):
         self.kv_bits = choose_kv_bits()
         set_limits(self.chip)
         self.compiled = winners.captures(self.chip.name) if compiled is None else compiled
-        # Usable from any thread, one at a time: `_evaluating` sees to that
+        # Usable from any thread, one at a time: `evaluating` sees to that
         self.stream = mx.new_thread_unsafe_stream(mx.default_device())
         self._thread, self._lock = 0, threading.Lock()
         self._caches: weakref.WeakSet[MlxCache] = weakref.WeakSet()
-        self._flight = Flight(self._evaluating)
+        self._flight = Flight(self.evaluating)
         self._routes_on_host = False  # experts of mixed forms: such a step cannot be captured
         self._made: dict[tuple[int, str], tuple[Any, Any]] = {}
         self._fused: dict[str, Callable[..., Any]] = {}
@@ -94,7 +94,7 @@ class MlxBackend(Backend):
             self._thread = threading.get_ident()
 
     @contextmanager
-    def _evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> Iterator[None]:
         """Hold the device; what MLX raises there is memory that ran out."""
         with self._lock:
             try:
@@ -109,7 +109,7 @@ class MlxBackend(Backend):
         key = (id(of), what)
         if key not in self._made:
             made = make(of)
-            with self._evaluating():
+            with self.evaluating():
                 mx.eval(made)
             self._made[key] = (of, made)  # holding `of` keeps its id its own
         return self._made[key][1]
@@ -136,11 +136,12 @@ class MlxBackend(Backend):
     def pack(self, weight: Weight) -> Any:
         """Raises BackendError where the weights so far are more than this machine may hold."""
         self.enter()
-        self._check_fits(weight.name, weight.nbytes)
-        with self._evaluating():
+        self.check_weights(weight.name, weight.nbytes)
+        with self.evaluating():
             return pack(weight, self.dtype, self.chip.metal)
 
-    def _check_fits(self, name: str, nbytes: int) -> None:
+    def check_weights(self, name: str, nbytes: int) -> None:
+        """Raises BackendError where nbytes more, of `name`, are too many."""
         used, limit = self._taken(), self.chip.limit
         if used + nbytes + SCRATCH > limit:
             raise BackendError(
@@ -155,12 +156,13 @@ class MlxBackend(Backend):
     def new_cache(self, shape: CacheShape, capacity: int) -> MlxCache:
         """Raises BackendError where weights and cache together would not fit."""
         self.enter()
-        self._check_room(shape, capacity)
+        held = packed_parts(shape, self.dtype, self.kv_bits) if self.kv_bits else parts(shape, self.dtype)
+        self.check_context(bytes_per_token(shape, held) * capacity, capacity)
         if self.kv_bits:
             cache: MlxCache = PackedCache(shape, capacity, self.dtype, self.kv_bits)
         else:
             cache = MlxCache(shape, capacity, self.dtype)
-        with self._evaluating():
+        with self.evaluating():
             mx.eval(cache.arrays)
         self._caches.add(cache)
         return cache
@@ -168,32 +170,31 @@ class MlxBackend(Backend):
     def read_cache(self, cache: Cache, start: int, end: int) -> dict[str, npt.NDArray[Any]]:
         assert isinstance(cache, MlxCache)
         self.enter()
-        with self._evaluating():
+        with self.evaluating():
             return {name: np.array(x) for name, x in cache.read(start, end).items()}
 
     def write_cache(self, cache: Cache, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         assert isinstance(cache, MlxCache)
         self.enter()
-        with self._evaluating():
+        with self.evaluating():
             cache.reserve(next(iter(arrays.values())).shape[2], mx.eval)
             cache.write(arrays)
             mx.eval(cache.arrays)
 
-    def _check_room(self, shape: CacheShape, capacity: int) -> None:
-        held = packed_parts(shape, self.dtype, self.kv_bits) if self.kv_bits else parts(shape, self.dtype)
-        each = bytes_per_token(shape, held)
+    def check_context(self, nbytes: int, capacity: int) -> None:
+        """nbytes: of keys and values of `capacity` tokens. Raises BackendError where they do not fit."""
         used, limit = self._taken(), self.chip.limit
-        if each * capacity + used + SCRATCH > limit:
-            fits = max(0, (limit - used - SCRATCH) // each)
+        if nbytes and nbytes + used + SCRATCH > limit:
+            fits = max(0, (limit - used - SCRATCH) * capacity // nbytes)
             raise BackendError(
-                f"a context of {capacity} tokens needs {each * capacity / GB:.2f} GB for keys and values; "
+                f"a context of {capacity} tokens needs {nbytes / GB:.2f} GB for keys and values; "
                 f"{used / GB:.2f} GB are taken and {self.chip.name} may give {limit / GB:.2f} GB: "
                 + (f"use --context {fits} or less" if fits > 1 else "use a smaller model")
             )
 
     def step(self, segments: Sequence[Segment]) -> Step:
         self.enter()
-        with self._evaluating():
+        with self.evaluating():
             for s in segments:
                 assert isinstance(s.cache, MlxCache)
                 s.cache.reserve(s.rows, mx.eval)
@@ -250,7 +251,7 @@ class MlxBackend(Backend):
 
     def _block(self, following: Tensor, done: list[Tensor]) -> None:
         """Issue a block of attention, and wait for those before it: their scores are in memory until then."""
-        with self._evaluating():
+        with self.evaluating():
             mx.async_eval(following)
             mx.eval(done)
 
@@ -288,8 +289,8 @@ class MlxBackend(Backend):
     def pack_experts(self, act: str, experts: Iterable[tuple[Weight, Weight]]) -> Any:
         self.enter()
         pairs = list(experts)
-        self._check_fits(pairs[0][0].name, sum(w.nbytes for pair in pairs for w in pair))
-        with self._evaluating():
+        self.check_weights(pairs[0][0].name, sum(w.nbytes for pair in pairs for w in pair))
+        with self.evaluating():
             made = pack_experts(pairs, act, self.dtype, self.chip.metal)
         self._routes_on_host |= not isinstance(made, Experts)
         return made
@@ -313,6 +314,7 @@ class MlxBackend(Backend):
             cache = step.segments[0].cache
             if step.rows != 1 or type(cache) is not MlxCache:
                 return fn(ids, step)
+            self._flight.writing()
             span = cache.span()
             if span not in programs:
                 programs[span] = mx.compile(traced(fn, span))
@@ -332,7 +334,7 @@ class MlxBackend(Backend):
 
     def to_host(self, x: Tensor) -> F32:
         self.enter()
-        with self._evaluating():
+        with self.evaluating():
             if x.dtype == mx.bfloat16:  # NumPy has none
                 x = x.astype(mx.float32)
             # Widened here: on the device that would be one more operation, behind the step in flight

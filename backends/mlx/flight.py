@@ -22,21 +22,29 @@ from tinychat_mlx.backends.mlx.device import mx
 
 
 class Flight:
-    """What was issued last. holding: the lock round every evaluation.
+    """What was issued last. evaluating: what stands round every evaluation.
 
     Waiting costs time only where there is nothing to gain: on a result that has arrived it returns at once.
     """
 
-    def __init__(self, holding: Callable[[], AbstractContextManager[None]]) -> None:
-        self._holding = holding
+    def __init__(self, evaluating: Callable[[], AbstractContextManager[None]]) -> None:
+        self._evaluating = evaluating
         self._lower: Any = None  # of the last step: made after its lower layers were read, and
         self._upper: Any = None  # after its upper ones were
+        self._writes = (
+            False  # whether the step being made writes our caches: mlx-lm's are copied, as mlx-lm does
+        )
+
+    def writing(self) -> None:
+        """Called while a step is made that writes caches of ours."""
+        self._writes = True
 
     def attending(self, q: Any, layer: int, layers: int) -> None:
         """Called before each layer's attention: issues the lower half when the upper one begins."""
+        self.writing()
         if layers < 2 or layer != layers // 2:
             return
-        with self._holding():
+        with self._evaluating():
             if self._lower is not None:
                 mx.eval(self._lower)
             mx.async_eval(q)
@@ -44,9 +52,9 @@ class Flight:
 
     def issue(self, result: Any) -> Any:
         """Issue the rest of a step, of which this is the result -> the result."""
-        with self._holding():
-            if self._upper is not None:
+        with self._evaluating():
+            if self._writes and self._upper is not None:
                 mx.eval(self._upper)
             mx.async_eval(result)
-        self._upper = result
+        self._upper, self._writes = result, False
         return result

@@ -63,7 +63,11 @@ class MlxLmDecoder:
         self.backend = MlxBackend() if backend is None else backend
         self.backend.enter()
         config = read_config(folder)
-        self.model = load_model(folder)
+        self.backend.check_weights(
+            folder.name, sum(f.stat().st_size for f in folder.glob("model*.safetensors"))
+        )
+        with self.backend.evaluating():
+            self.model = load_model(folder)
         text: Mapping[str, Any] = config.get("text_config") or config
         try:
             vocabulary, context = int(text["vocab_size"]), int(text.get("max_position_embeddings", 1 << 17))
@@ -79,6 +83,10 @@ class MlxLmDecoder:
             self.quantization = f"int{packed.get('bits')} g{packed.get('group_size')}"
 
     def new_cache(self, capacity: int) -> ForeignCache:
+        """Raises BackendError where weights and cache together would not fit."""
+        self.backend.enter()
+        # Twice: mlx-lm's keys and values are copied while the step before reads them
+        self.backend.check_context(2 * kv_bytes(self.model, capacity), capacity)
         return ForeignCache(self.model, capacity)
 
     def forward(
@@ -109,6 +117,27 @@ class MlxLmDecoder:
         return f"mlx-lm {mlx_lm.__version__} runs this model, not tinychat's own graph"
 
 
+def kv_bytes(model: Any, capacity: int) -> int:
+    """What mlx-lm's caches hold of `capacity` tokens: asked of the shapes after one token, which nothing computes."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    layers = make_prompt_cache(model)
+    model(mx.zeros((1, 1), mx.int32), cache=layers)
+    return sum(held(layer, capacity) for layer in layers)
+
+
+def held(cache: Any, capacity: int) -> int:
+    """One layer's bytes: keys and values grow with the tokens, to the end of a window; a state does not grow."""
+    if hasattr(cache, "caches"):
+        return sum(held(c, capacity) for c in cache.caches)
+    keys = getattr(cache, "keys", None)
+    if keys is None:
+        return int(cache.nbytes)
+    rows = (keys[0] if isinstance(keys, tuple | list) else keys).shape[2]
+    window = getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None) or capacity
+    return int(cache.nbytes * min(capacity, window) // rows)
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json; refuses one that names Python code to run."""
     try:
@@ -137,6 +166,12 @@ def load_model(folder: Path) -> Any:
         raise BackendError(f"--engine mlx-lm: mlx-lm {mlx_lm.__version__} is too old: {INSTALL}")
     try:
         model, _ = mlx_lm.utils.load_model(folder)
-    except (ValueError, FileNotFoundError) as e:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        FileNotFoundError,
+    ) as e:  # all ways to dislike a config
         raise BackendError(f"--engine mlx-lm: {folder.name}: mlx-lm says: {e}") from None
     return model
