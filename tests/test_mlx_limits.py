@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ mx = pytest.importorskip("mlx.core", reason="MLX is not installed")
 from mlx_models import agree, decoder, logits
 from tiny_models import tiny
 
+from tinychat_mlx.apps.doctor import devices
 from tinychat_mlx.backend import CacheShape, Norm
 from tinychat_mlx.backends.mlx import MlxBackend
-from tinychat_mlx.backends.mlx.device import Chip, check_version, choose_dtype, find_chip
+from tinychat_mlx.backends.mlx.device import INSTALL, MINIMUM, Chip, check_version, choose_dtype, find_chip
 from tinychat_mlx.errors import BackendError
 from tinychat_mlx.weight import F32, Dense
 
@@ -97,11 +100,20 @@ def test_what_adds_up_may_pass_float16_s_largest_number(monkeypatch: pytest.Monk
 
 
 def test_old_versions_and_macs_without_metal_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_version("0.32.0")
-    check_version("1.0")
-    with pytest.raises(BackendError, match=r"MLX 0\.29\.1 is too old: pip install"):
-        check_version("0.29.1")
+    for good in ("0.32.1", "0.32.1.dev20260801", "0.33.0", "1.0"):
+        check_version(good)
+    for old in ("0.29.1", "0.32.0"):
+        with pytest.raises(
+            BackendError, match=rf"MLX {re.escape(old)} is too old: pip install -U 'mlx>=0\.32\.1'"
+        ):
+            check_version(old)
+    needs = f"mlx>={'.'.join(map(str, MINIMUM))}'"
+    asked = (Path(__file__).resolve().parent.parent / "pyproject.toml").read_text().replace("mlx[cpu]", "mlx")
+    assert needs in INSTALL and asked.count(needs[:-1]) == 2, "for a Mac, and for the tests"
     monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr(devices, "find_spec", lambda name: None if name == "mlx" else find_spec(name))
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    assert needs in str(devices.lacks("mlx"))
     monkeypatch.setattr(mx.metal, "is_available", lambda: False)
     with pytest.raises(BackendError, match="no Metal device.*--backend cpu"):
         MlxBackend(exact=True)

@@ -80,7 +80,7 @@ def lacks(name: str) -> tuple[str, str] | None:
             f"install the whole of tinychat-mlx, or take another than --backend {name}",
         )
     if name == "mlx" and find_spec("mlx") is None:
-        return ("no MLX", "pip install 'mlx>=0.32'") if apple else ("for a Mac with Apple silicon", "")
+        return ("no MLX", "pip install 'mlx>=0.32.1'") if apple else ("for a Mac with Apple silicon", "")
     if name == "cuda" and not has_nvidia() and os.environ.get("TINYCHAT_CUDA_DEVICE") != "cpu":
         torch = "" if find_spec("torch") is None else ", though torch is installed"
         return f"for an NVIDIA GPU, and no driver of one is loaded{torch}", ""

@@ -14,8 +14,8 @@ from typing import Any
 
 from tinychat_mlx.errors import BackendError
 
-MINIMUM = (0, 32)  # new_thread_unsafe_stream; what this backend was tested with
-INSTALL = "pip install -U 'mlx>=0.32'"
+MINIMUM = (0, 32, 1)  # new_thread_unsafe_stream, asarray upon host memory; what this backend was tested with
+INSTALL = "pip install -U 'mlx>=0.32.1'"
 
 try:
     import mlx.core as _mlx
@@ -27,7 +27,7 @@ mx: Any = _mlx  # MLX ships no types of its arrays' methods
 
 def check_version(version: str) -> None:
     """Raises BackendError for an MLX older than MINIMUM."""
-    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[: len(MINIMUM)])
     if numbers < MINIMUM:
         raise BackendError(f"backend mlx: MLX {version} is too old: {INSTALL}")
 
