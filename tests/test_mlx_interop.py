@@ -17,8 +17,9 @@ pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 import mlx.core as mx
 import mlx_lm.utils
 from mlx_lm.models.cache import RotatingKVCache
-from mlx_models import answer, tokens
+from mlx_models import TOLERANCE, answer, tokens
 from tiny_models import tiny
+from virtual_gpu import SLACK
 
 import tinychat_mlx
 from tinychat_mlx.apps.cli import main
@@ -78,7 +79,7 @@ def test_logits_of_all_rows(folder: Path) -> None:
     got = decoder.backend.to_host(decoder.forward([5, 9, 33, 7], cache, last_only=False))
     model, _ = mlx_lm.utils.load_model(folder)
     expected = np.array(model(mx.array([[5, 9, 33, 7]]))[0].astype(mx.float32))
-    assert np.abs(got - expected).max() < 1e-5 * np.abs(expected).max()
+    assert np.abs(got - expected).max() < 1e-5 * SLACK * np.abs(expected).max()
 
 
 def test_a_loaded_model_says_who_computes_it(folder: Path) -> None:
@@ -87,7 +88,7 @@ def test_a_loaded_model_says_who_computes_it(folder: Path) -> None:
     assert model.context == 64 and model.architecture == "qwen3" and model.nbytes > 0
     ours = tinychat_mlx.load(folder, backend="reference")
     expected = ours.logits([5, 9, 33])
-    assert np.abs(model.logits([5, 9, 33]) - expected).max() < 1e-4 * np.abs(expected).max()
+    assert np.abs(model.logits([5, 9, 33]) - expected).max() < TOLERANCE * np.abs(expected).max()
     assert tokens(answer(model.engine, [5, 9, 33], temperature=0, max_tokens=8)) == naive(
         folder, [5, 9, 33], 8
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -69,6 +70,11 @@ def test_dtypes_by_chip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINYCHAT_MLX_DTYPE", "int4")
     with pytest.raises(BackendError, match="unknown: give one of"):
         choose_dtype(chip(), exact=False)
+
+
+def test_float32_is_not_multiplied_with_fewer_bits() -> None:
+    """MLX reads this once, at its first product: `device` sets it before MLX is imported."""
+    assert os.environ["MLX_ENABLE_TF32"] == "0"
 
 
 def test_float16_means_the_same_as_float32(monkeypatch: pytest.MonkeyPatch, tiny_root: Path) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from test_convert_families import converted
 from tiny_models import RENAMED, VARIANTS, tiny
+from virtual_gpu import SLACK
 
 import tinychat_mlx
 from tinychat_mlx.arch import ARCHITECTURES
@@ -95,7 +96,8 @@ def test_family_runs_on(family: str, int4: bool, backend: Backend, tiny_root: Pa
     t = tiny(variant_of(family), tiny_root)
     got = logits(decoder(t.folder, backend, int4), t.ids)
     want = expected(family, int4, tiny_root)
-    assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
+    bound = 1e-4 * (SLACK if backend.name == "mlx" else 1)
+    assert np.abs(got - want).max() < bound * np.abs(want).max()
 
 
 @pytest.mark.parametrize("seed", [1, 2])

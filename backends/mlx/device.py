@@ -17,6 +17,9 @@ from tinychat_mlx.errors import BackendError
 MINIMUM = (0, 32, 1)  # new_thread_unsafe_stream, asarray upon host memory; what this backend was tested with
 INSTALL = "pip install -U 'mlx>=0.32.1'"
 
+# float32 is for --exact and for scores of attention: on an M5 MLX would multiply it with 10 bits of fraction
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
 try:
     import mlx.core as _mlx
 except ImportError as e:
