@@ -95,6 +95,19 @@ def test_what_is_shared_is_the_whole_pages_of_the_file(
     assert len(given) == one
 
 
+@pytest.mark.parametrize("dtype, at", [("uint32", 2), ("uint32", 1), ("float16", 1), ("uint32", 4)])
+def test_a_tensor_at_an_odd_address_is_copied(dtype: str, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of others need not align its tensors; a kernel cannot read a word across two."""
+    adopted: list[Array] = []
+    adopt = mx.asarray
+    monkeypatch.setattr(mx, "asarray", lambda a: adopted.append(a) or adopt(a))
+    held = np.frombuffer(bytes(range(256)) * 4, np.uint8)
+    array = held[at : at + 960].view(dtype).reshape(8, -1)
+    got = transfer.stacked([array], getattr(mx, dtype), share=True)
+    assert np.array(got).tobytes() == held[at : at + 960].tobytes()
+    assert len(adopted) == (at % array.itemsize == 0)
+
+
 def test_the_pages_keep_the_map_alive(mapped: TensorFile) -> None:
     array = mapped.read("u1")
     alive = weakref.ref(array)

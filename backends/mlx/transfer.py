@@ -69,8 +69,12 @@ def stacked(arrays: Sequence[Array], dtype: Any, share: bool) -> Any:
 
 
 def in_a_row(arrays: Sequence[Array]) -> bool:
-    """Whether these are views of a mapped file, whole and in its order. Read-only: else someone may write there."""
-    if any(a.flags.writeable or not a.flags.c_contiguous for a in arrays):
+    """Whether these are views of a mapped file, whole and in its order. Read-only: else someone may write there.
+
+    Aligned to their items, as every kernel asks (ours load several words at once, but as packed vectors): a file of
+    others may begin a tensor anywhere.
+    """
+    if any(a.flags.writeable or not (a.flags.c_contiguous and a.flags.aligned) for a in arrays):
         return False
     ends = [address(a) + a.nbytes for a in arrays]
     return all(address(a) == end for a, end in zip(arrays[1:], ends[:-1], strict=True))

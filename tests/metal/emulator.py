@@ -18,39 +18,43 @@ import os
 import re
 import shutil
 import subprocess
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 HERE = Path(__file__).resolve().parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tinychat-emulator"
 FLAGS = ["-std=c++17", "-O1", "-march=native", "-w", "-shared", "-fPIC", "-fno-strict-aliasing"]
-# Metal's half rounds after every operation; on x86 both compilers must be told.
-HALF = {"g++": ["-fexcess-precision=16"], "clang++": ["-Xclang", "-ffloat16-excess-precision=none"]}
+# Metal's half rounds after every operation; on x86 both compilers must be told. A load from an address that is no
+# multiple of what is loaded must trap: x86 allows it, Metal does not.
+OWN = {
+    "g++": ["-fexcess-precision=16", "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"],
+    "clang++": [
+        "-Xclang",
+        "-ffloat16-excess-precision=none",
+        "-fsanitize=alignment",
+        "-fsanitize-trap=alignment",
+    ],
+}
 INSTANCE = re.compile(r"\ntemplate \[\[host_name.*?decltype\((\w+<[^;]*?>)\) [^;]*;\n", re.DOTALL)
 
 
-def compiler() -> str | None:
-    """One that has _Float16 and can be told to round it; none on a Mac, where the kernels themselves run."""
-    if mx.metal.is_available():
-        return None
-    for name, half in HALF.items():
-        if shutil.which(name):
-            probe = [name, "-std=c++17", *half, "-march=native", "-fsyntax-only", "-x", "c++", "-"]
-            tried = subprocess.run(probe, check=False, input=b"_Float16 x;", capture_output=True)
-            if tried.returncode == 0:
-                return name
-    return None
+def works(name: str) -> bool:
+    """Whether a compiler is here that has _Float16 and can be told to round it."""
+    if not shutil.which(name):
+        return False
+    probe = [name, "-std=c++17", *OWN[name], "-march=native", "-fsyntax-only", "-x", "c++", "-"]
+    return subprocess.run(probe, check=False, input=b"_Float16 x;", capture_output=True).returncode == 0
 
 
-CXX = compiler()
+# None on a Mac: there the kernels themselves run
+COMPILERS = [] if mx.metal.is_available() else [name for name in OWN if works(name)]
+CXX = COMPILERS[0] if COMPILERS else None
 
 
 @dataclass(frozen=True)
@@ -111,18 +115,18 @@ def argument(parameter: str) -> str:
     return f"attr_{attribute.group(1)}()"
 
 
-def build(texts: Sequence[str]) -> list[Any]:
+def build(texts: Sequence[str], cxx: str | None = CXX) -> list[Any]:
     """Compile kernels as one file, which costs one start of the compiler; cached by content."""
+    assert cxx is not None, "needs g++ or clang++ 16"
     unit = f'#include "{HERE}/msl_shim.h"\n' + "".join(entry(t, i) for i, t in enumerate(texts))
     headers = "".join((HERE / n).read_text() for n in ("msl_shim.h", "../cuda/fibers.h"))
-    key = hashlib.sha256(repr((unit, headers, CXX, FLAGS)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((unit, headers, cxx, FLAGS, OWN[cxx])).encode()).hexdigest()[:16]
     library = CACHE / f"{key}.so"
     if not library.exists():
-        assert CXX is not None, "needs g++ or clang++ 16"
         CACHE.mkdir(parents=True, exist_ok=True, mode=0o700)
         source, partial = CACHE / f"{key}.cpp", CACHE / f"{key}.{os.getpid()}"
         source.write_text(unit)
-        subprocess.run([CXX, *FLAGS, *HALF[CXX], str(source), "-o", str(partial)], check=True)
+        subprocess.run([cxx, *FLAGS, *OWN[cxx], str(source), "-o", str(partial)], check=True)
         partial.rename(library)
     loaded = ctypes.CDLL(str(library))
     return [getattr(loaded, f"emulate_{i}") for i in range(len(texts))]
@@ -133,7 +137,7 @@ def run(
 ) -> None:
     """order: bit 0 reverses lanes and SIMD-groups, bit 1 threadgroups; results must not depend on it.
 
-    Raises RuntimeError for divergence, a barrier not all reach, and an access behind a guarded buffer.
+    Raises RuntimeError for divergence, a barrier not all reach, an access beside a guarded buffer, and a misaligned one.
     """
     pointers = (ctypes.c_void_p * len(buffers))(*[b.ctypes.data for b in buffers])
     three, error = ctypes.c_uint * 3, ctypes.create_string_buffer(256)
@@ -141,36 +145,32 @@ def run(
         raise RuntimeError(error.value.decode())
 
 
-class Guarded:
-    """Arrays that end where a forbidden page begins; the pages go with this object."""
+LIBC = ctypes.CDLL(None, use_errno=True)
+LIBC.mmap.restype = ctypes.c_void_p
+LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+LIBC.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
-    def __init__(self) -> None:
-        self.libc = ctypes.CDLL(None, use_errno=True)
-        self.libc.mmap.restype = ctypes.c_void_p
-        self.libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-        self.libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        self.libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-        self.maps: list[tuple[int, int]] = []
+END, BEGIN, ODD = "end", "begin", "odd"  # where an array lies between its forbidden pages
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        for start, size in self.maps:
-            self.libc.munmap(start, size)
-
-    def copy(self, array: Any) -> Any:
-        """The array again, its last byte before the forbidden page."""
-        page = mmap.PAGESIZE
-        size = max(1, -(-array.nbytes // page)) * page
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        start = self.libc.mmap(None, size + page, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
-        self.libc.mprotect(start + size, page, 0)
-        self.maps.append((start, size + page))
-        memory = (ctypes.c_char * array.nbytes).from_address(start + size - array.nbytes)
-        copy = np.frombuffer(memory, array.dtype).reshape(array.shape)
-        copy[...] = array
-        return copy
+def guarded(array: Any, at: str = END) -> Any:
+    """The array again, in pages of its own: ending where a forbidden page begins, or beginning where one ends; or
+    odd, at an address that is a multiple of one item's size alone. The pages go with the last array upon them.
+    """
+    page, odd = mmap.PAGESIZE, array.itemsize if at == ODD else 0
+    size = -(-(array.nbytes + odd) // page) * page or page
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    start = LIBC.mmap(None, size + 2 * page, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+    LIBC.mprotect(start, page, 0)
+    LIBC.mprotect(start + page + size, page, 0)
+    place = start + page + (size - array.nbytes if at == END else odd)
+    memory = (ctypes.c_char * array.nbytes).from_address(place)
+    # A test that fails shows its arrays later: they must still be there
+    weakref.finalize(memory, LIBC.munmap, start, size + 2 * page).atexit = False
+    copy = np.frombuffer(memory, array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
 
 
 def host(a: Any) -> Any:

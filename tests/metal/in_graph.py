@@ -19,7 +19,7 @@ NUMPY = {mx.float16: np.float16, mx.float32: np.float32, mx.bfloat16: np.uint16}
 real_metal_kernel = mx.fast.metal_kernel
 
 
-def emulated(calls: Counter[str]) -> Callable[..., Any]:
+def emulated(calls: Counter[str], order: int) -> Callable[..., Any]:
     """-> a function with the signature of mx.fast.metal_kernel; outputs are floats, and start as NaN."""
 
     def metal_kernel(
@@ -41,7 +41,7 @@ def emulated(calls: Counter[str]) -> Callable[..., Any]:
                 for shape, dtype in zip(launch["output_shapes"], launch["output_dtypes"], strict=True)
             ]
             buffers = buffers_of(input_names, [host(i) for i in inputs], source) + outputs
-            run(built[key], buffers, launch["grid"], launch["threadgroup"])
+            run(built[key], buffers, launch["grid"], launch["threadgroup"], order)
             calls[name] += 1
             return [
                 mx.array(o).view(mx.bfloat16) if d == mx.bfloat16 else mx.array(o)
@@ -54,9 +54,10 @@ def emulated(calls: Counter[str]) -> Callable[..., Any]:
 
 
 @contextmanager
-def emulated_metal() -> Iterator[Counter[str]]:
+def emulated_metal(order: int = 0) -> Iterator[Counter[str]]:
+    """order: of lanes and threadgroups, as in emulator.run."""
     calls: Counter[str] = Counter()
-    mx.fast.metal_kernel = emulated(calls)
+    mx.fast.metal_kernel = emulated(calls, order)
     try:
         yield calls
     finally:

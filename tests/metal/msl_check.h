@@ -26,6 +26,8 @@ typedef bfloat bfloat16_t;
   typedef T T##4 __attribute__((ext_vector_type(4)));
 // clang-format off
 VEC(float) VEC(half) VEC(uint) VEC(int) VEC(ushort) VEC(short) VEC(uchar) VEC(char) VEC(ulong)
+typedef uint packed_uint2 __attribute__((ext_vector_type(2), aligned(4)));
+typedef uint packed_uint4 __attribute__((ext_vector_type(4), aligned(4)));
 // clang-format on
 
 #define MAKE(T)                                \
@@ -47,7 +49,9 @@ VEC(float) VEC(half) VEC(uint) VEC(int) VEC(ushort) VEC(short) VEC(uchar) VEC(ch
     else                                       \
       return __builtin_convertvector(s, T##2); \
   }
-    MAKE(float) MAKE(half) MAKE(uint) MAKE(int) MAKE(ulong)
+// clang-format off
+MAKE(float) MAKE(half) MAKE(uint) MAKE(int) MAKE(ulong)
+// clang-format on
 
 // A function-like macro is left alone where no "(" follows, so only constructor calls are rewritten.
 #define float2(...) make_float2(__VA_ARGS__)
@@ -59,7 +63,7 @@ VEC(float) VEC(half) VEC(uint) VEC(int) VEC(ushort) VEC(short) VEC(uchar) VEC(ch
 #define uint4(...) make_uint4(__VA_ARGS__)
 #define ulong2(...) make_ulong2(__VA_ARGS__)
 
-        namespace metal {
+    namespace metal {
   enum class mem_flags { mem_none, mem_device, mem_threadgroup };
   void threadgroup_barrier(mem_flags);
   void simdgroup_barrier(mem_flags);

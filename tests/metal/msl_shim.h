@@ -80,6 +80,18 @@ struct alignas(sizeof(T) * 4) mslvec<T, 4> {
   SHIM_VEC(4)
   mslvec(T a, T b, T c, T d) : x(a), y(b), z(c), w(d) {}
 };
+// A packed vector needs no more than its number's alignment; it becomes a vector, and does nothing else.
+template <class T, int N>
+struct packed {
+  T v[N];
+  operator mslvec<T, N>() const {
+    mslvec<T, N> r;
+    for (int i = 0; i < N; i++) r[i] = v[i];
+    return r;
+  }
+};
+typedef packed<uint, 2> packed_uint2;
+typedef packed<uint, 4> packed_uint4;
 // clang-format off
 #define SHIM_OP(op)                                                                             \
   template <class T, int N>                                                                     \
@@ -378,26 +390,27 @@ using namespace metal;
 namespace shim {
 
 inline sigjmp_buf outside;
-inline void on_fault(int) {
-  siglongjmp(outside, 1);
+inline void on_fault(int signal) {
+  siglongjmp(outside, signal);
 }
 
-// run() that survives an access to the page behind a guarded buffer, and says who made it.
+// run() that survives an access to a page beside a guarded buffer, or to an address that is no multiple of what is
+// loaded (the compiler was told to trap then), and says who made it.
 inline int emulate(void (*body)(void**), void** buffers, const unsigned* grid, const unsigned* threads, int order,
                    char* error) {
-  struct sigaction fault = {}, segv, bus;
+  const int signals[] = {SIGSEGV, SIGBUS, SIGILL, SIGTRAP};
+  struct sigaction fault = {}, before[4];
   fault.sa_handler = on_fault;
   fault.sa_flags = SA_NODEFER;
-  sigaction(SIGSEGV, &fault, &segv);
-  sigaction(SIGBUS, &fault, &bus);
+  for (int i = 0; i < 4; i++) sigaction(signals[i], &fault, &before[i]);
   int status = 1;
-  if (sigsetjmp(outside, 1))
-    snprintf(error, 256, "access outside a buffer in threadgroup (%u,%u,%u), thread %u", C.group.x, C.group.y,
-             C.group.z, C.current->index);
+  if (int signal = sigsetjmp(outside, 1))
+    snprintf(error, 256, "%s in threadgroup (%u,%u,%u), thread %u",
+             signal == SIGSEGV || signal == SIGBUS ? "access outside a buffer" : "misaligned access", C.group.x,
+             C.group.y, C.group.z, C.current->index);
   else
     status = run(body, buffers, grid, threads, order, error);
-  sigaction(SIGSEGV, &segv, nullptr);
-  sigaction(SIGBUS, &bus, nullptr);
+  for (int i = 0; i < 4; i++) sigaction(signals[i], &before[i], nullptr);
   return status;
 }
 

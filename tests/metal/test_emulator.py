@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,15 @@ import pytest
 
 mx = pytest.importorskip("mlx.core", reason="MLX is not installed")
 
+from emulators import absent
 from metal import address_spaces
-from metal.emulator import CXX, Guarded, build, host, run, traced, unwritten
+from metal.emulator import BEGIN, COMPILERS, CXX, END, ODD, build, guarded, host, run, traced, unwritten
 
-pytestmark = pytest.mark.skipif(CXX is None, reason="no g++ or clang++ with _Float16, or a Mac")
+
+@pytest.fixture(autouse=True)
+def _emulator() -> None:
+    if CXX is None:
+        absent("no g++ or clang++ with _Float16, or a Mac")
 
 
 def launch_of(
@@ -117,12 +123,77 @@ def test_an_access_past_the_end_is_an_error(body: str, order: int) -> None:
         for past in (0, 1)
     ]  # fmt: skip
     good, bad = build([t.text for t in texts])
-    with Guarded() as guarded:
-        buffers = [guarded.copy(np.zeros(64, np.float32)) for _ in range(2)]
-        run(good, buffers, (64, 1, 1), (32, 1, 1), order)
-        with pytest.raises(RuntimeError, match=r"outside a buffer in threadgroup \(1,0,0\), thread 31"):
-            run(bad, buffers, (64, 1, 1), (32, 1, 1), order)
-        run(good, buffers, (64, 1, 1), (32, 1, 1), order)  # and the emulator goes on
+    buffers = [guarded(np.zeros(64, np.float32)) for _ in range(2)]
+    run(good, buffers, (64, 1, 1), (32, 1, 1), order)
+    with pytest.raises(RuntimeError, match=r"outside a buffer in threadgroup \(1,0,0\), thread 31"):
+        run(bad, buffers, (64, 1, 1), (32, 1, 1), order)
+    run(good, buffers, (64, 1, 1), (32, 1, 1), order)  # and the emulator goes on
+
+
+def test_an_access_before_the_beginning_is_an_error() -> None:
+    body = "uint t = thread_position_in_grid.x;\n y[t] = (x - 1)[t];"
+    launch = launch_of(body, (64,), (64, 1, 1), (32, 1, 1), mx.zeros(64))
+    (kernel,) = build([launch.text])
+    x, y = np.zeros(64, np.float32), np.zeros(64, np.float32)
+    run(kernel, [guarded(x, END), y], (64, 1, 1), (32, 1, 1))  # what lies there is not forbidden
+    with pytest.raises(RuntimeError, match=r"outside a buffer in threadgroup \(0,0,0\), thread 0"):
+        run(kernel, [guarded(x, BEGIN), y], (64, 1, 1), (32, 1, 1))
+
+
+@pytest.mark.parametrize("kind, fails", [("uint2", True), ("packed_uint2", False)])
+def test_a_misaligned_access_is_an_error(kind: str, fails: bool) -> None:
+    """A file's tensors begin anywhere; a vector must begin at a multiple of its size, a packed one of a number's."""
+    body = f"""
+      const uint t = thread_position_in_grid.x;
+      y[t] = float(uint2(((const device {kind}*)x)[t]).y);
+    """
+    x = np.arange(128, dtype=np.uint32)
+    launch = launch_of(body, (64,), (64, 1, 1), (32, 1, 1), mx.array(x))
+    (kernel,) = build([launch.text])
+    for at in (END, BEGIN, ODD):
+        y = unwritten((64,), np.float32)
+        place = guarded(x, at)
+        assert (place.ctypes.data % 8 != 0) == (at == ODD)
+        if fails and at == ODD:
+            with pytest.raises(RuntimeError, match="misaligned access in threadgroup"):
+                run(kernel, [place, y], (64, 1, 1), (32, 1, 1))
+        else:
+            run(kernel, [place, y], (64, 1, 1), (32, 1, 1))
+            assert (y == x[1::2]).all()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="maps are read as Linux shows them")
+def test_guarded_pages_go_with_the_last_array_upon_them() -> None:
+    """pytest shows a failed test's arrays when the test is long over."""
+
+    def mapped(place: int) -> bool:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        spans = [[int(n, 16) for n in line.split()[0].split("-")] for line in lines]
+        return any(begin <= place < end for begin, end in spans)
+
+    array = guarded(np.arange(6.0))
+    view, place = array.reshape(2, 3)[1], array.ctypes.data
+    del array
+    gc.collect()
+    assert view.tolist() == [3, 4, 5] and mapped(place)
+    del view
+    gc.collect()
+    assert not mapped(place)
+
+
+@pytest.mark.parametrize("cxx", ["g++", "clang++"])
+def test_both_compilers_emulate(cxx: str) -> None:
+    """Each has bugs and freedoms of its own; the kernels are run with the first one found."""
+    if cxx not in COMPILERS:
+        pytest.skip(f"{cxx} is not installed or lacks _Float16 (clang++ 16 has it)")
+    x = np.random.default_rng(0).standard_normal(1024).astype(np.float32)
+    line = "threadgroup_barrier(mem_flags::mem_threadgroup);"
+    launch = launch_of(REDUCTION % line, (4,), (1024, 1, 1), (256, 1, 1), mx.array(x))
+    (kernel,) = build([launch.text], cxx)
+    for order in (0, 1):
+        y = unwritten((4,), np.float32)
+        run(kernel, [x, y], launch.grid, launch.threadgroup, order)
+        assert np.abs(y - x.reshape(4, 256).sum(1)).max() < 3e-4  # as above
 
 
 def test_what_is_never_written_stays_nan() -> None:
@@ -247,8 +318,9 @@ SWIZZLES = """
 """
 
 
-@pytest.mark.skipif(address_spaces.CLANG is None, reason="no clang++: address spaces are not checked")
 def test_address_spaces_are_checked() -> None:
+    if address_spaces.CLANG is None:
+        absent("no clang++: address spaces are not checked")
     x = mx.zeros(16, mx.float16)
     good = launch_of(SWIZZLES % "(const device float*)x", (4,), (4, 1, 1), (4, 1, 1), x)
     assert address_spaces.errors(good.text) == []

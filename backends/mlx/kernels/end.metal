@@ -1,13 +1,14 @@
-for (int m = 0; m < ROWS; m++) {
+UNROLLED for (int m = 0; m < ROWS; m++) {
   float factor = 1;
 #if NORM
   factor = metal::rsqrt(simd_sum(squares[m]) / float(K) + eps);
 #endif
-  for (int r = 0; r < R; r++) acc[m][r] = simd_sum(acc[m][r]) * factor;
+  UNROLLED for (int r = 0; r < R; r++) acc[m][r] = simd_sum(acc[m][r]) * factor;
 }
 if (lane == 0) {
-  for (int m = 0; m < ROWS; m++) {
-    for (int o = 0; o < OUTPUTS && first_n + o < N; o++) {
+  UNROLLED for (int m = 0; m < ROWS; m++) {
+    UNROLLED for (int o = 0; o < OUTPUTS; o++) {
+      if (first_n + o >= N) continue;
       const uint n = first_n + o, at = (first_m + m) * N + n;
 #if GLU
       float gate = acc[m][2 * o], value = acc[m][2 * o + 1];

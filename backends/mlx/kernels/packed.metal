@@ -1,11 +1,18 @@
-// Reading MLX's affine layout, and activations: the header of every kernel here.
+// Reading MLX's affine layout, and activations: the header of every kernel here. ASCII only, as Apple's compiler
+// is given it.
 //
 // w (N, K * BITS / 32) uint32, codes of a word from the lowest bits up:
 //     BITS 4   word c:  | 8c+7 | 8c+6 | ... | 8c+1 | 8c |      four bits each
 //     BITS 8   word c:  | 4c+3 | 4c+2 | 4c+1 | 4c |            eight bits each
 // scales, biases (N, K / G): the weight is code * scale + bias.
 //
+// Words are loaded several at once as packed vectors, which need no more than a word's alignment: a weight that
+// lies in a mapped file begins where that file put it.
+//
 // The launcher defines BITS, ROWS, NORM, GLU, ACT, BIAS and RESIDUAL above this text; G and T are templates.
+
+// Loops over registers: unrolled, or the compiler may put an indexed array into memory.
+#define UNROLLED _Pragma("clang loop unroll(full)")
 
 #if BITS == 4
 // A 16-bit word holds four codes; masked in place they are 1, 16, 256 and 4096 times too large, so the
@@ -13,11 +20,11 @@
 inline float prescale(int i) {
   return i % 4 == 0 ? 1.0f : i % 4 == 1 ? 1.0f / 16 : i % 4 == 2 ? 1.0f / 256 : 1.0f / 4096;
 }
-// codes of 16 inputs (one aligned load of 8 bytes) · prescaled inputs
+// codes of 16 inputs (one load of 8 bytes) times prescaled inputs
 inline float dot16(const device uint32_t* w, const thread float* x) {
-  const uint2 words = *(const device uint2*)w;
+  const uint2 words = uint2(*(const device packed_uint2*)w);
   float a = 0;
-  for (int i = 0; i < 4; i++) {
+  UNROLLED for (int i = 0; i < 4; i++) {
     const uint half_word = ((i < 2 ? words.x : words.y) >> (16 * (i % 2))) & 0xffff;
     a += float(half_word & 0x000f) * x[4 * i] + float(half_word & 0x00f0) * x[4 * i + 1] +
          float(half_word & 0x0f00) * x[4 * i + 2] + float(half_word & 0xf000) * x[4 * i + 3];
@@ -28,13 +35,13 @@ inline float dot16(const device uint32_t* w, const thread float* x) {
 inline float prescale(int) {
   return 1.0f;
 }
-// codes of 16 inputs (one aligned load of 16 bytes) · inputs
+// codes of 16 inputs (one load of 16 bytes) times inputs
 inline float dot16(const device uint32_t* w, const thread float* x) {
-  const uint4 words = *(const device uint4*)w;
+  const uint4 words = uint4(*(const device packed_uint4*)w);
   float a = 0;
-  for (int i = 0; i < 4; i++) {
+  UNROLLED for (int i = 0; i < 4; i++) {
     const uint word = i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
-    for (int j = 0; j < 4; j++) a += float((word >> (8 * j)) & 0xff) * x[4 * i + j];
+    UNROLLED for (int j = 0; j < 4; j++) a += float((word >> (8 * j)) & 0xff) * x[4 * i + j];
   }
   return a;
 }
