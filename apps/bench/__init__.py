@@ -2,6 +2,7 @@
 
     tinychat bench                                     llama-3.2-1b's shape with random weights: no download
     tinychat bench -m MODEL --depth 4096 --json
+    tinychat bench -m MODEL --kernels                  on a Mac: which of our Metal kernels are faster for this model
     tinychat bench --shape qwen2.5-0.5b --head int4 --against llama.cpp
 
 A decoded token reads every weight once, so tokens/s = bandwidth / bytes a token is the ceiling; the table says how

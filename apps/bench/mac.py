@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tinychat_mlx.apps.bench.measure import Plan, own_options
+from tinychat_mlx.apps.bench.ours import Subject
 from tinychat_mlx.apps.bench.worker import Worker
 from tinychat_mlx.errors import BackendError
+
+if TYPE_CHECKING:
+    from tinychat_mlx.backends.mlx.bench import Trial
 
 
 def model_cost(config: Mapping[str, Any], depth: int) -> list[dict[str, Any]]:
@@ -23,19 +27,18 @@ def model_cost(config: Mapping[str, Any], depth: int) -> list[dict[str, Any]]:
 def kernels(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
     """Our Metal kernels against stock ones, product by product, and whole steps captured or not; keeps the winners."""
     try:
-        from tinychat_mlx.backends.mlx import bench, cost
+        from tinychat_mlx.backends.mlx import bench
     except ImportError as e:
         raise BackendError(
             f"bench --kernels needs mlx, on a Mac with Apple silicon: pip install mlx ({e})"
         ) from None
-    head_bits = {"int4": 4, "int8": 8}.get(plan.head, 8)
-    wanted = bench.trials(cost.Shape.of(plan.config()), head_bits=head_bits)
+    bench.mac()
+    options = own_options(plan) | {"backend": "mlx"}
     results, file = bench.run(
-        wanted, lambda r: say(f"{r.key}: {r.ours_us:.1f} µs, stock {r.stock_us:.1f} µs")
+        products(options), lambda r: say(f"{r.key}: {r.ours_us:.1f} µs, stock {r.stock_us:.1f} µs")
     )
     steps = {}
     for capture in ("1", "0"):  # one after the other: each holds a whole model
-        options = own_options(plan) | {"backend": "mlx"}
         with closing(Worker("ours", options, env={"TINYCHAT_MLX_CAPTURE": capture})) as worker:
             worker.opened()
             times = [worker.call("decode") for _ in range(plan.repeat + 1)]
@@ -43,3 +46,18 @@ def kernels(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
     bench.keep_capture(steps["1"], steps["0"])
     shown = [asdict(r) | {"wins": r.wins} for r in results]
     return {"kernels": shown, "captured_us": steps["1"], "eager_us": steps["0"], "kept_in": file}
+
+
+def products(options: dict[str, Any]) -> list[Trial]:
+    """What this very model computes, at 1 to 8 rows: its shapes, bits, groups, norms, activation, biases."""
+    from tinychat_mlx.backends.mlx import MlxBackend, bench
+
+    decoder = Subject(**options | {"pp": 2, "tg": 1, "depth": 0}).decoder
+    cache = decoder.new_cache(max(bench.ROWS))
+    assert isinstance(decoder.backend, MlxBackend)
+
+    def step(rows: int) -> None:
+        decoder.forward([1] * rows, cache, last_only=False)
+        cache.rewind(0)
+
+    return bench.products(decoder.backend, step)

@@ -1,38 +1,48 @@
-"""Measures our kernels against the stock operations on this Mac, shape by shape, and keeps the winners.
+"""Measures our kernels against the stock operations on this Mac, product by product, and keeps the winners.
 
-`tinychat bench --kernels` calls `run`. On another machine there is nothing to measure.
+`tinychat bench --kernels` calls `products` and `run`. On another machine there is nothing to measure.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from tinychat_mlx.backend import Norm
-from tinychat_mlx.backends.mlx import cost, winners
-from tinychat_mlx.backends.mlx.device import MB, choose_dtype, find_chip, mx
-from tinychat_mlx.backends.mlx.fused import Kernels, key_of, kind_of, stock
-from tinychat_mlx.backends.mlx.weights import PackedHandle
+from tinychat_mlx.backends.mlx import winners
+from tinychat_mlx.backends.mlx.activations import glu_of
+from tinychat_mlx.backends.mlx.backend import MlxBackend
+from tinychat_mlx.backends.mlx.device import MB, Chip, find_chip, mx
+from tinychat_mlx.backends.mlx.fused import MOST_ROWS, Kernels, applies, key_of, kind_of, stock
+from tinychat_mlx.backends.mlx.weights import MlxHandle, PackedHandle
 from tinychat_mlx.errors import BackendError
 
 COLD = 96 * MB  # weights a round reads, one copy after the other: more than a Max's last-level cache holds
 ROUNDS = 9  # of ours and stock in turn; the median is kept
+ROWS = range(1, MOST_ROWS + 1)  # of an answer, and of drafted tokens or several conversations
+
+Step = Callable[[int], Any]  # so many rows through a decoder -> their logits
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One product of a model: N rows of W (both halves of a gated pair), K inputs."""
+    """One product of a model as its decoder asks for it: rows of x by N rows of W (both halves of a gated pair)."""
 
     n: int
     k: int
     bits: int
     group_size: int
-    rows: int = 1
-    norm: bool = False
-    act: str | None = None
+    dtype: Any  # of the scales, and of the result where there is no residual
+    rows: int
+    x: Any  # x's dtype
+    norm: bool
+    act: str | None
+    bias: bool
+    residual: Any  # its dtype, or None
 
 
 @dataclass(frozen=True)
@@ -48,33 +58,55 @@ class Result:
         return self.ours_us < winners.MARGIN * self.stock_us
 
 
-def trials(
-    shape: cost.Shape, group_size: int = 128, head_bits: int = 8, act: str = "silu"
-) -> Iterator[Trial]:
-    """What a decoder of this shape computes: each product in its form, and few rows of each."""
-    qkv, o, gate_up, down = shape.linears
-    head = (shape.vocab_size, shape.hidden_size)
-    yield Trial(*qkv, 4, group_size, norm=True)
-    yield Trial(*o, 4, group_size)
-    yield Trial(*gate_up, 4, group_size, norm=True, act=act)
-    yield Trial(*down, 4, group_size)
-    yield Trial(*head, head_bits, group_size, norm=True)
-    for rows in (2, 4, 8):
-        for n, k in shape.linears:
-            yield Trial(n, k, 4, group_size, rows)
-        yield Trial(*head, head_bits, group_size, rows)
+class Listener(Kernels):
+    """Notes each product that a kernel could compute, and leaves it to the stock operations.
+
+    Those ask again for what they are made of, the product without its norm say, which a kernel may win alone.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(lambda key: False)
+        self.heard: dict[str, Trial] = {}
+
+    def product(
+        self, x: Any, w: MlxHandle, norm: Norm | None = None, act: str | None = None, residual: Any = None
+    ) -> None:
+        if applies(x, w, norm, act):
+            assert isinstance(w, PackedHandle)
+            rows, added = x.shape[0], None if residual is None else residual.dtype
+            key = key_of(kind_of(rows, norm, act), rows, w, added is not None)
+            self.heard[key] = Trial(*w.shape, w.bits, w.group_size, w.scales.dtype, rows, x.dtype, norm is not None,
+                                    act, w.bias is not None, added)  # fmt: skip
+
+
+def products(backend: MlxBackend, step: Step) -> list[Trial]:
+    """What a decoder on this backend computes for 1 to MOST_ROWS rows, each form once: heard, and not computed."""
+    kept, listener = backend.kernels, Listener()
+    backend.kernels = listener
+    try:
+        for rows in ROWS:
+            step(rows)
+    finally:
+        backend.kernels = kept
+    return list(listener.heard.values())
+
+
+def mac() -> Chip:
+    """Raises BackendError without Metal."""
+    chip = find_chip()
+    if not chip.metal:
+        raise BackendError("bench --kernels measures Metal kernels: it needs a Mac with Apple silicon")
+    return chip
 
 
 def run(
     wanted: Iterable[Trial], progress: Callable[[Result], None] = lambda result: None
 ) -> tuple[list[Result], str]:
     """Measure, keep the winners -> (results, where they are kept). Raises BackendError without Metal."""
-    chip = find_chip()
-    if not chip.metal:
-        raise BackendError("bench --kernels measures Metal kernels: it needs a Mac with Apple silicon")
+    chip = mac()
     kernels, results = Kernels(lambda key: True), []
     for trial in wanted:
-        result = measure(trial, kernels, choose_dtype(chip, exact=False))
+        result = measure(trial, kernels)
         results.append(result)
         progress(result)
     file = winners.save(chip.name, {r.key: (r.ours_us, r.stock_us) for r in results})
@@ -86,33 +118,64 @@ def keep_capture(captured_us: float, eager_us: float) -> None:
     winners.save(find_chip().name, {winners.CAPTURE: (captured_us, eager_us)})
 
 
-def measure(trial: Trial, kernels: Kernels, dtype: Any) -> Result:
+def measure(trial: Trial, kernels: Kernels) -> Result:
     """Time one product, over copies of its weight that together are COLD bytes."""
-    # A norm reads the residual, which is float32 beside float16 weights
-    x = mx.random.normal((trial.rows, trial.k)).astype(mx.float32 if trial.norm else dtype)
-    norm = Norm("", "rms", mx.ones(trial.k), None, 1e-5) if trial.norm else None
-    one = weight(trial, dtype)
-    copies = [one] + [weight(trial, dtype) for _ in range(COLD // one.w.nbytes)]
-    mx.eval(x, [h.w for h in copies])
-    ours: list[float] = []
-    theirs: list[float] = []
+    t = trial
+    norm = Norm("", "rms", mx.ones(t.k), None, 1e-5) if t.norm else None
+    x = mx.random.normal((t.rows, t.k)).astype(t.x)
+    residual = None if t.residual is None else mx.random.normal((t.rows, t.n)).astype(t.residual)
+    one = weight(t)
+    copies = [one, *(weight(t) for _ in range(COLD // one.w.nbytes))]
+    mx.eval(x, residual)
+    # as the backend has it: one kernel
+    glu = None if t.act is None else mx.compile(glu_of(t.act), shapeless=True)
+
+    def theirs(x: Any, w: PackedHandle, residual: Any) -> Any:
+        return stock(x, w, norm, t.act, residual, glu)
+
+    def ours(x: Any, w: PackedHandle, residual: Any) -> Any:
+        return kernels.launch(x, w, norm, t.act, residual)
+
+    times: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(ROUNDS + 1):  # in turn, so that heat and other programs meet both; the first compiles
-        ours.append(seconds(lambda h: kernels.launch(x, h, norm, trial.act, None), copies))
-        theirs.append(seconds(lambda h: stock(x, h, norm, trial.act, None), copies))
-    key = key_of(kind_of(trial.rows, norm, trial.act), trial.rows, one)
-    return Result(key, 1e6 * statistics.median(ours[1:]), 1e6 * statistics.median(theirs[1:]))
+        for mine, product in ((True, ours), (False, theirs)):
+            times[mine].append(seconds(product, x, residual, copies))
+    key = key_of(kind_of(t.rows, norm, t.act), t.rows, one, residual is not None)
+    us, stock_us = (1e6 * statistics.median(times[mine][1:]) for mine in (True, False))
+    return Result(key, us, stock_us)
 
 
-def weight(trial: Trial, dtype: Any) -> PackedHandle:
-    """Random codes: the time does not depend on them."""
-    words = mx.random.randint(0, 1 << 31, (trial.n, trial.k * trial.bits // 32)).astype(mx.uint32)
-    scales = mx.full((trial.n, trial.k // trial.group_size), 0.01, dtype)
-    mx.eval(words, scales)
-    return PackedHandle("", (trial.n, trial.k), words, scales, -scales, trial.bits, trial.group_size, None)
+def weight(t: Trial) -> PackedHandle:
+    """Random codes of all sizes, of mean 0 and deviation 1 / 2 sqrt(k): products halve x, so no chain overflows."""
+    rows = min(t.n, 1024)  # again and again: drawing a head of 500 MB would take several times that
+    drawn = mx.random.randint(0, 1 << 16, (2, rows, t.k * t.bits // 32)).astype(mx.uint32)
+    words = drawn[0] << 16 | drawn[1]  # drawn as floats: 32 bits at once would end in zeros
+    words = mx.tile(words, (-(-t.n // rows), 1))[: t.n]
+    most = (1 << t.bits) - 1
+    scales = mx.full((t.n, t.k // t.group_size), math.sqrt(3 / t.k) / most, t.dtype)
+    biases = scales * (-most / 2)
+    bias = mx.zeros(t.n, t.dtype) if t.bias else None
+    mx.eval(words, scales, biases, bias)
+    return PackedHandle("", (t.n, t.k), words, scales, biases, t.bits, t.group_size, bias)
 
 
-def seconds(f: Callable[[PackedHandle], Any], handles: list[PackedHandle]) -> float:
-    """Of one call, from a chain of independent ones in one evaluation."""
-    start = time.perf_counter()
-    mx.eval([f(h) for h in handles])
-    return (time.perf_counter() - start) / len(handles)
+def seconds(
+    product: Callable[[Any, PackedHandle, Any], Any], x: Any, residual: Any, weights: list[PackedHandle]
+) -> float:
+    """Of one product in a chain, each waiting for the one before as in a decoder: side by side they would overlap."""
+    start, first = time.perf_counter(), x
+    for w in weights:
+        y = product(x, w, residual)
+        if residual is not None:
+            residual = y
+        else:
+            x = following(y, first)
+    mx.eval(y)
+    return (time.perf_counter() - start) / len(weights)
+
+
+def following(y: Any, x: Any) -> Any:
+    """y as an input of x's shape and dtype: its columns again. A copy, if any, is the same for ours and stock."""
+    times = -(-x.shape[1] // y.shape[1])
+    wide = y if times == 1 else mx.concatenate([y] * times, axis=1)
+    return wide[:, : x.shape[1]].astype(x.dtype)

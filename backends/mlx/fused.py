@@ -28,6 +28,7 @@ ACTS = ("silu", "gelu_tanh", "relu", "relu2")  # their numbers in packed.metal; 
 THREADS, ROWS_A_THREADGROUP = 64, 8  # two SIMD-groups of four rows of W, or of two gate and two up rows
 
 Takes = Callable[[str], bool]
+Binary = Callable[[Any, Any], Any]
 
 
 @cache
@@ -48,10 +49,10 @@ def kind_of(rows: int, norm: Norm | None, act: str | None) -> str:
     return "gate_up" if act is not None else "norm" if norm is not None else "matvec"
 
 
-def key_of(kind: str, rows: int, w: PackedHandle) -> str:
-    """What a measurement is of: "norm 3072x2048 int4 g128 float16", and the number of rows if several."""
+def key_of(kind: str, rows: int, w: PackedHandle, residual: bool) -> str:
+    """What a measurement is of: "norm 3072x2048 int4 g128 float16", what is added, and the number of rows if several."""
     name = str(w.scales.dtype).removeprefix("mlx.core.")
-    tail = f" {rows} rows" if rows > 1 else ""
+    tail = " bias" * (w.bias is not None) + " residual" * residual + (f" {rows} rows" if rows > 1 else "")
     return f"{kind} {w.shape[0]}x{w.shape[1]} int{w.bits} g{w.group_size} {name}{tail}"
 
 
@@ -86,7 +87,7 @@ class Kernels:
             return None
         assert isinstance(w, PackedHandle)
         rows = x.shape[0]
-        if not self.takes(key_of(kind_of(rows, norm, act), rows, w)):
+        if not self.takes(key_of(kind_of(rows, norm, act), rows, w, residual is not None)):
             return None
         return self.launch(x, w, norm, act, residual)
 
@@ -143,11 +144,16 @@ class Kernels:
         return self._made[variant]
 
 
-def stock(x: Any, w: MlxHandle, norm: Norm | None, act: str | None, residual: Any) -> Any:
-    """What Kernels.launch stands for, in MLX's own operations: its twin in tests and in measurements."""
+def stock(
+    x: Any, w: MlxHandle, norm: Norm | None, act: str | None, residual: Any, glu: Binary | None = None
+) -> Any:
+    """What Kernels.launch stands for, in MLX's own operations: its twin in tests and in measurements.
+
+    glu: the gated activation, where it is to be another function than that of `act`.
+    """
     h = x if norm is None else mx.fast.rms_norm(x, norm.weight.astype(x.dtype), norm.eps)
     y = w.matmul(h.astype(w.scales.dtype) if isinstance(w, PackedHandle) else h)
     if act is not None:
         half = w.shape[0] // 2
-        y = glu_of(act)(y[:, :half], y[:, half:])
+        y = (glu or glu_of(act))(y[:, :half], y[:, half:])
     return y if residual is None else residual + y

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,12 @@ def choice(asked: str | None, metal: bool, chip: str) -> tuple[Takes | None, str
         wins = read(chip)
         if not wins - {CAPTURE}:
             return None, "stock operations: not measured on this Mac yet (tinychat bench --kernels)"
-        return (lambda key: key in wins), f"{len(wins - {CAPTURE})} shapes by our kernels, measured here"
+        won = Counter(key.split()[0] for key in wins - {CAPTURE})
+        by_kind = ", ".join(f"{kind} {count}" for kind, count in sorted(won.items()))
+        tried = len(measured(chip).keys() - {CAPTURE})
+        return (
+            lambda key: key in wins
+        ), f"our kernels where they won here, {won.total()} of {tried}: {by_kind}"
     if text == "off":
         return None, "stock operations: asked for"
     kinds = set(KINDS) if text == "all" else set(text.split(","))
