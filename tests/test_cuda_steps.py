@@ -119,6 +119,7 @@ def test_sampling_on_the_device_follows_the_seed() -> None:
         draws.append([int(backend.to_host(draw(logits))[0]) for _ in range(8)])
     assert draws[0] == draws[1] != draws[2]
     assert CudaBackend().sampler(1.0, 0, 1.0, 0.0, 0) is None
+    assert backend.sampler(1.0, 0, 0.95, 0.0, 1, 1.2, [3]) is None  # a penalty is the host's to apply
 
 
 class FakeGraphs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from tiny_models import tiny
 
 from tinychat_mlx.backends.mlx import MlxBackend, sampling
 from tinychat_mlx.generate import Engine
-from tinychat_mlx.sampler import SamplingParams, distribution
+from tinychat_mlx.sampler import SamplingParams, distribution, penalised
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +47,32 @@ def test_one_step_ahead_gives_the_same_greedy_text(engines: tuple[Engine, Engine
     got, expected = (answer(e, turn, temperature=0, max_tokens=9) for e in (ahead, in_turn))
     assert tokens(got) == tokens(expected)
     assert got[-1].stats.cached_tokens == expected[-1].stats.cached_tokens == 13
+
+
+def test_a_repetition_penalty_is_the_host_s(engines: tuple[Engine, Engine]) -> None:
+    """Qwen2.5 asks for one: it must not cost the step in flight. Prompt and answer both count."""
+    ahead = engines[0]
+    assert ahead.decoder.backend.sampler(0, 0, 1, 0, None, 1.5, [1]) is not None
+    plain = tokens(answer(ahead, [5, 9, 33], temperature=0, max_tokens=30))
+    for penalty in (1.5, 0.7):
+        given = {"temperature": 0, "max_tokens": 30, "repetition_penalty": penalty}
+        for prompt in ([5, 9, 33], [5, 9, 33, plain[0], plain[1], plain[1]]):
+            got, expected = (tokens(answer(e, prompt, **given)) for e in engines)
+            assert got == expected
+        assert got != plain
+    rng, ids = np.random.default_rng(1), [3, 3, 17, 49]
+    x = rng.standard_normal(50).astype(np.float32)
+    shown: list[np.ndarray] = []
+
+    def draw(logits: Any) -> Any:
+        shown.append(np.array(logits))
+        return mx.array([7], mx.int32)
+
+    drawn = sampling.penalising(draw, 1.3, ids)
+    for _ in range(2):
+        drawn(mx.array(x[None]))
+    assert np.allclose(shown[0][0], penalised(x, ids, 1.3), rtol=1e-6)
+    assert np.allclose(shown[1][0], penalised(x, [*ids, 7], 1.3), rtol=1e-6)
 
 
 def test_the_step_begun_ahead_of_a_stop_is_taken_back(engines: tuple[Engine, Engine]) -> None:

@@ -317,11 +317,13 @@ class Backend:
         return fn
 
     def sampler(
-        self, temperature: float, top_k: int, top_p: float, min_p: float, seed: int | None
-    ) -> Callable[[Tensor], Tensor] | None:
+        self, temperature: float, top_k: int, top_p: float, min_p: float, seed: int | None,
+        penalty: float = 1.0, seen: Sequence[int] = (),
+    ) -> Callable[[Tensor], Tensor] | None:  # fmt: skip
         """-> a function logits (1, V) -> token (1,) int32 on the device (-1: logits not finite), not waited for.
 
-        None, the default: tokens are drawn on the host. Meant for devices that run while Python does.
+        penalty: on the tokens seen so far and on each that is drawn (sampler.penalised); 1 is none. None, the default:
+        tokens are drawn on the host. Meant for devices that run while Python does.
         """
         return None
 

@@ -248,12 +248,11 @@ class _Run:
 
     def tokens(self, cache: Cache) -> Iterator[int]:
         """The answer's tokens without end; each enters engine.ids when the next is asked for."""
-        p = self.params
-        if p.repetition_penalty == 1:  # a device does not know the tokens so far
-            draw = self.engine.decoder.backend.sampler(p.temperature, p.top_k, p.top_p, p.min_p, p.seed)
-            if draw is not None:
-                return self.tokens_ahead(cache, draw)
-        return self.tokens_in_turn(cache)
+        p, backend = self.params, self.engine.decoder.backend
+        draw = backend.sampler(
+            p.temperature, p.top_k, p.top_p, p.min_p, p.seed, p.repetition_penalty, self.engine.ids
+        )
+        return self.tokens_in_turn(cache) if draw is None else self.tokens_ahead(cache, draw)
 
     def tokens_in_turn(self, cache: Cache) -> Iterator[int]:
         """Draw on the host, then compute."""

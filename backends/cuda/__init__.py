@@ -215,10 +215,14 @@ class CudaBackend(TorchBackend):
         return Replay(fn, lambda: self._recordable)
 
     def sampler(
-        self, temperature: float, top_k: int, top_p: float, min_p: float, seed: int | None
-    ) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """Draws with the host sampler's random numbers: the same seed, the same tokens, but for rounding."""
-        if self.kernels is None:
+        self, temperature: float, top_k: int, top_p: float, min_p: float, seed: int | None,
+        penalty: float = 1.0, seen: Sequence[int] = (),
+    ) -> Callable[[torch.Tensor], torch.Tensor] | None:  # fmt: skip
+        """Draws with the host sampler's random numbers: the same seed, the same tokens, but for rounding.
+
+        None without kernels, and with a penalty: then the host draws, and no step runs ahead.
+        """
+        if self.kernels is None or penalty != 1:
             return None
         kernels, rng = self.kernels, np.random.default_rng(seed)
 

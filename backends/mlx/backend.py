@@ -325,10 +325,14 @@ class MlxBackend(Backend):
         return run
 
     def sampler(
-        self, temperature: float, top_k: int, top_p: float, min_p: float, seed: int | None
-    ) -> Callable[[Tensor], Tensor] | None:
+        self, temperature: float, top_k: int, top_p: float, min_p: float, seed: int | None,
+        penalty: float = 1.0, seen: Sequence[int] = (),
+    ) -> Callable[[Tensor], Tensor] | None:  # fmt: skip
         """Draws start at once, in order: the device works on while Python reads the token before."""
+        self.enter()
         draw = sampling.drawer(temperature, top_k, top_p, min_p, seed)
+        if penalty != 1:
+            draw = sampling.penalising(draw, penalty, seen)
 
         return lambda logits: self._flight.issue(draw(logits))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tinychat_mlx.backends.mlx.device import mx
@@ -27,6 +27,25 @@ def drawer(
         return checked(mx.random.categorical(kept, key=now), logits[-1])
 
     return draw
+
+
+def penalising(draw: Callable[[Any], Any], penalty: float, seen: Sequence[int]) -> Callable[[Any], Any]:
+    """draw from logits in which tokens seen before are less likely, as sampler.penalised has it.
+
+    Which ones were seen is kept on the device: the token drawn last is not known to Python when the next is drawn.
+    """
+    state: list[Any] = []
+
+    def drawn(logits: Any) -> Any:
+        if not state:
+            state.append(mx.zeros(logits.shape[-1], mx.bool_))
+            state[0][mx.array(sorted(set(seen)), mx.int32)] = True
+        x = logits.astype(mx.float32)
+        token = draw(mx.where(state[0], mx.where(x > 0, x / penalty, x * penalty), x))
+        state[0][token] = True
+        return token
+
+    return drawn
 
 
 def checked(token: Any, logits: Any) -> Any:
