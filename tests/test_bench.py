@@ -440,6 +440,21 @@ def test_the_cost_on_paper_needs_no_mac(capsys: pytest.CaptureFixture[str]) -> N
     m1 = next(r for r in rows if r["chip"] == "M1")
     # 494 M weights of 4.25 bits at 68.25 GB/s: 260 tokens/s is where the bytes alone put it
     assert m1["ceiling"] == pytest.approx(68.25e9 / (494e6 * 4.25 / 8), rel=0.01)
+    chips = {r["chip"]: r for r in rows if r["gb_s"]}
+    assert {f"M{n} {kind}".strip() for n in range(1, 6) for kind in ("", "Pro", "Max")} <= chips.keys()
+    for row in chips.values():  # a bus is bits at a time by millions of transfers a second, in bytes
+        bits, _, rate = row["bandwidth from"].partition(" bit LPDDR")
+        expected = int(bits) * float(rate.partition("-")[2]) / 8000 if rate else row["gb_s"]
+        assert row["gb_s"] == pytest.approx(expected, rel=1e-3) and (rate or bits.startswith("Apple 20"))
+    # an Ultra is two Maxes, a Max two Pros but for the M3's and what Apple rounds
+    for n, kind, half in (
+        (1, "Ultra", "Max"),
+        (2, "Ultra", "Max"),
+        (3, "Ultra", "Max"),
+        (4, "Max", "Pro"),
+        (5, "Max", "Pro"),
+    ):
+        assert chips[f"M{n} {kind}"]["gb_s"] == pytest.approx(2 * chips[f"M{n} {half}"]["gb_s"], rel=0.03)
 
 
 def test_kernels_are_measured_on_a_mac_only(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,9 +18,17 @@ from dataclasses import dataclass
 from typing import Any
 
 SHARE, LAUNCH_S = 0.8, 2.3e-6
-CHIPS = {  # GB/s, specified
-    "M1": 68.25, "M1 Pro": 200.0, "M1 Max": 400.0, "M2": 100.0, "M2 Pro": 200.0, "M2 Max": 400.0,
-    "M3": 100.0, "M3 Pro": 150.0, "M3 Max": 400.0, "M4": 120.0, "M4 Pro": 273.0, "M4 Max": 546.0, "M5": 153.6,
+# GB/s of the form with the largest GPU, and whence: Apple's announcement of that month, which rounds; or what follows
+# from the memory (bits at a time, MT/s). A smaller M3 Max has 300, a smaller M4 Max 410.
+CHIPS = {
+    "M1": (68.25, "128 bit LPDDR4X-4266"),
+    "M1 Pro": (200.0, "Apple 2021-10"), "M1 Max": (400.0, "Apple 2021-10"), "M1 Ultra": (800.0, "Apple 2022-03"),
+    "M2": (100.0, "Apple 2022-06"),
+    "M2 Pro": (200.0, "Apple 2023-01"), "M2 Max": (400.0, "Apple 2023-01"), "M2 Ultra": (800.0, "Apple 2023-06"),
+    "M3": (100.0, "Apple 2023-10"), "M3 Pro": (150.0, "Apple 2023-10"), "M3 Max": (400.0, "Apple 2023-10"),
+    "M3 Ultra": (819.0, "Apple 2025-03"),
+    "M4": (120.0, "Apple 2024-05"), "M4 Pro": (273.0, "Apple 2024-10"), "M4 Max": (546.0, "Apple 2024-10"),
+    "M5": (153.6, "128 bit LPDDR5X-9600"), "M5 Pro": (307.0, "Apple 2026-03"), "M5 Max": (614.0, "Apple 2026-03"),
 }  # fmt: skip
 
 
@@ -126,13 +134,14 @@ def seconds_per_token(shape: Shape, form: Form, gb_s: float, context: int = 0) -
 
 
 def table(shape: Shape, context: int = 0) -> list[dict[str, Any]]:
-    """One row a chip: expected tokens/s of each form, and the ceiling of the bytes alone."""
+    """One row a chip: expected tokens/s of each form, the ceiling of the bytes alone, and whence the bandwidth."""
     rows: list[dict[str, Any]] = []
-    for chip, gb_s in CHIPS.items():
+    for chip, (gb_s, source) in CHIPS.items():
         row: dict[str, Any] = {"chip": chip, "gb_s": gb_s}
         for form in FORMS:
             row[form.name] = round(1 / seconds_per_token(shape, form, gb_s, context), 1)
         row["ceiling"] = round(gb_s * 1e9 / bytes_per_token(shape, OURS[4], context), 1)
+        row["bandwidth from"] = source
         rows.append(row)
     return rows
 
@@ -142,15 +151,17 @@ def reads(shape: Shape, context: int = 0) -> list[dict[str, Any]]:
     megabytes = {f.name: round(bytes_per_token(shape, f, context) / 1e6, 1) for f in FORMS}
     launches = {f.name: launches_per_token(shape, f) for f in FORMS}
     heads: dict[str, dict[str, Any]] = {"MB read a token": megabytes, "launches a token": launches}
-    return [{"chip": what, "gb_s": "", **row, "ceiling": ""} for what, row in heads.items()]
+    return [
+        {"chip": what, "gb_s": "", **row, "ceiling": "", "bandwidth from": ""} for what, row in heads.items()
+    ]
 
 
 def report(name: str, context: int = 0) -> str:
     """The table as text. Raises KeyError for a shape that is not in SHAPES."""
     rows = reads(SHAPES[name], context) + table(SHAPES[name], context)
     lines = [f"{name}, a token after {context}; tokens/s are expected, the ceiling is of our int4 head:"]
-    lines.append("  " + "".join(f"{h:>19}" for h in rows[0]))
-    lines += ["  " + "".join(f"{v:>19}" for v in row.values()) for row in rows]
+    lines.append("  " + "".join(f"{h:>21}" for h in rows[0]))
+    lines += ["  " + "".join(f"{v:>21}" for v in row.values()) for row in rows]
     return "\n".join(lines)
 
 
