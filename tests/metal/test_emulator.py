@@ -274,7 +274,10 @@ def mlx_header() -> str:
     )
 
 
-@pytest.mark.skipif(not mx.__version__.startswith("0.32"), reason="the cut fits the text of MLX 0.32")
+@pytest.mark.skipif(
+    not mx.__version__.startswith("0.32") or mx.__version__ in ("0.32.0", "0.32.1"),
+    reason="the cut fits the text of MLX 0.32, which up to 0.32.1 sums inputs in half",
+)
 def test_mlx_own_kernel_gives_the_right_product() -> None:
     """If this fails, the emulator is wrong, not the kernel: it runs on every Mac."""
     rows, n, k = 2, 64, 1024
