@@ -62,22 +62,22 @@ class MlxCache(Cache):
         }  # fmt: skip
         self._masked: Masked = NOTHING_MASKED
 
-    def span(self, rows: int = 1) -> int:
-        """Room for `rows` more tokens: a power of two, so that a cache is seldom copied, and few programs serve all
-        lengths that a captured step meets.
+    def span(self, more: int = 1) -> int:
+        """Room for `more` tokens: a power of two, so that a cache is seldom copied, and few programs serve all lengths
+        that a captured step meets.
         """
-        return min(self.capacity, max(SPAN, 1 << (self.length + rows - 1).bit_length()))
+        return min(self.capacity, max(SPAN, 1 << (self.length + more - 1).bit_length()))
 
-    def reserve(self, rows: int, evaluate: Callable[..., None]) -> None:
-        """Hold room for `rows` more tokens. evaluate: mx.eval, called for each array, so that the old one is freed."""
-        held = self.span(rows)
+    def reserve(self, more: int, evaluate: Callable[..., None]) -> None:
+        """Hold room for `more` tokens. evaluate: mx.eval, called for each array, so that the old one is freed."""
+        held = self.span(more)
         if held <= self.held:
             return
         for part in self.parts.values():
-            for layer, old in enumerate(part):
-                more = mx.zeros((*old.shape[:2], held - self.held, old.shape[3]), old.dtype)
-                part[layer] = mx.concatenate([old, more], axis=2)
-                del old
+            for layer in range(len(part)):
+                _, heads, rows, size = part[layer].shape
+                empty = mx.zeros((1, heads, held - rows, size), part[layer].dtype)
+                part[layer] = mx.concatenate([part[layer], empty], axis=2)
                 evaluate(part[layer])
         self.held = held
 
