@@ -185,6 +185,19 @@ def test_what_caches_may_still_grow_by_is_taken() -> None:
     assert b.new_cache(shape, 8000).capacity == 8000
 
 
+def test_a_captured_step_waits_for_the_one_before(tiny_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is one program, without halves: MLX writes in place only what the step before has read."""
+    d = decoder(tiny("llama", tiny_root).folder, MlxBackend(exact=True, compiled=True))
+    cache, draw = d.new_cache(16), d.backend.sampler(0.0, 0, 1.0, 0.0, None)
+    assert draw is not None
+    first = draw(d.advance(d.backend.ids([5]), cache))
+    waited: list[Any] = []
+    evaluate = mx.eval
+    monkeypatch.setattr(mx, "eval", lambda *a: waited.extend(a) or evaluate(*a))
+    draw(d.advance(first, cache))
+    assert any(x is first for x in waited)
+
+
 def test_only_a_step_that_writes_our_caches_waits_for_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """mlx-lm runs a whole step ahead, and its caches are copied: with its engine we are as fast."""
     waited: list[Any] = []

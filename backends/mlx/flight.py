@@ -22,18 +22,13 @@ from tinychat_mlx.backends.mlx.device import mx
 
 
 class Flight:
-    """What was issued last. evaluating: what stands round every evaluation.
-
-    Waiting costs time only where there is nothing to gain: on a result that has arrived it returns at once.
-    """
+    """What was issued last. evaluating: what stands round every evaluation."""
 
     def __init__(self, evaluating: Callable[[], AbstractContextManager[None]]) -> None:
         self._evaluating = evaluating
         self._lower: Any = None  # of the last step: made after its lower layers were read, and
         self._upper: Any = None  # after its upper ones were
-        self._writes = (
-            False  # whether the step being made writes our caches: mlx-lm's are copied, as mlx-lm does
-        )
+        self._writes = False  # whether the step being made writes caches of ours; mlx-lm copies its own
 
     def writing(self) -> None:
         """Called while a step is made that writes caches of ours."""
