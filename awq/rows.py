@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
+
+from tinychat_mlx.limits import threads
 
 R = TypeVar("R")
 PIECE_BYTES = 1 << 19  # a float32 piece and the few temporaries made from it fit a 2 MB L2
@@ -23,5 +24,5 @@ def over_rows(n: int, row_bytes: int, work: Callable[[slice], R]) -> list[R]:
     if len(pieces) == 1:
         return [work(pieces[0])]
     if not _pool:
-        _pool.append(ThreadPoolExecutor(os.cpu_count() or 1, "awq"))
+        _pool.append(ThreadPoolExecutor(threads(), "awq"))
     return list(_pool[0].map(work, pieces))

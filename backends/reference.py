@@ -38,6 +38,12 @@ class ReferenceBackend(Backend):
         """Always exact; NumPy chooses its own threads. The arguments are every backend's."""
         self._held = 0
 
+    def weight_bytes(self, weight: Weight) -> int:
+        return 4 * weight.shape[0] * weight.shape[1]
+
+    def kv_bytes(self, shape: CacheShape) -> int:
+        return shape.bytes_per_token(4)
+
     def put(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return array if array.dtype.kind in "iu" and array.dtype != np.uint16 else to_float32(array)
 

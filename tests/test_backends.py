@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tinychat_mlx.backend import Attention, Backend, CacheShape, Mlp, Norm, Rope, Segment
+from tinychat_mlx.loading import create
 from tinychat_mlx.weight import Dense, Packed, pack_codes
 
 RNG = np.random.default_rng(0)
@@ -51,6 +53,44 @@ WEIGHTS = [
     packed(48, 128, 8, 64),
     packed(20, 256, 3, 64),
 ]
+
+
+def held(thing: Any) -> int:
+    """Bytes of all arrays in a handle or a cache of any backend."""
+    if isinstance(thing, (list, tuple)):
+        return sum(map(held, thing))
+    if hasattr(thing, "nbytes") and hasattr(thing, "dtype"):
+        return int(thing.nbytes)
+    fields = getattr(thing, "__dict__", {})
+    return sum(held(v) for name, v in fields.items() if name not in ("partial", "done"))  # cpu's scratch
+
+
+@pytest.mark.parametrize("weight", WEIGHTS, ids=lambda w: f"{type(w).__name__}{w.shape}")
+def test_what_a_weight_takes_is_known_before_it_is_packed(backend: Backend, weight: Dense | Packed) -> None:
+    plain = replace(weight, bias=None)
+    assert backend.weight_bytes(plain) == held(backend.pack(plain))
+
+
+@pytest.mark.parametrize("head_dim", [32, 40])
+def test_what_a_token_takes_is_known_before_there_is_a_cache(backend: Backend, head_dim: int) -> None:
+    shape = CacheShape(3, 2, head_dim)
+    assert 128 * backend.kv_bytes(shape) == held(backend.new_cache(shape, 128))
+
+
+def test_what_a_token_takes_is_known_of_small_caches(
+    backend_name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        "TINYCHAT_KV": "int8",
+        "TINYCHAT_CUDA_KV": "int8",
+        "TINYCHAT_MLX_KV_BITS": "4",
+    }.items():
+        monkeypatch.setenv(name, value)
+    request.getfixturevalue("backend")  # skips where its library is not
+    backend = create(backend_name, exact=False, threads=1)
+    shape = CacheShape(3, 2, 64)
+    assert 128 * backend.kv_bytes(shape) == held(backend.new_cache(shape, 128))
+    assert (backend.kv_bytes(shape) < shape.bytes_per_token(2)) == (backend_name != "reference")
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 8, 9, 33])

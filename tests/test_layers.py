@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "tinychat_mlx"
 # Modules of the core that start a program, and so stand above the apps they start.
 ENTRIES = {"tinychat_mlx/__main__.py", "tinychat_mlx/convert.py"}
-CONTRACT = {"backend", "weight", "errors"}  # all of the core that a backend may see
+# All of the core that a backend may see: the contract, and what asks the operating system alone.
+CONTRACT = {"backend", "weight", "errors", "limits"}
 CORE_IGNORES_DEVICE = {"decoder", "config", "arch", "rope", "generate", "sampler", "weight", "backend"}
 
 
@@ -62,6 +63,13 @@ def test_a_backend_sees_the_contract_itself_and_the_reference(path: Path) -> Non
         parts = module.split(".")
         prefixes = {".".join(parts[:i]) for i in range(1, len(parts) + 1)}
         assert prefixes & allowed or module == PACKAGE, f"{path.name} imports {module}"
+
+
+@pytest.mark.parametrize("name", ["errors", "limits", "places", "words"])
+def test_what_everyone_may_ask_imports_nothing_heavy(name: str) -> None:
+    """Neither NumPy, for a shell's Tab, nor any other part of ours that a backend must not see."""
+    seen = reaches(ROOT / PACKAGE / f"{name}.py", PACKAGE, "numpy")
+    assert seen <= {PACKAGE, f"{PACKAGE}.words"} | {f"{PACKAGE}.words.{n}" for n in ("of_the_system", "size")}
 
 
 @pytest.mark.parametrize("name", sorted(CORE_IGNORES_DEVICE))

@@ -184,6 +184,15 @@ class Backend:
 
     name = "abstract"
 
+    # what it will take, known before anything is loaded -------------------------------------------
+    def weight_bytes(self, weight: Weight) -> int:
+        """Bytes that `pack` keeps of a weight of this form; a small one stands for all of its form."""
+        raise NotImplementedError
+
+    def kv_bytes(self, shape: CacheShape) -> int:
+        """Bytes that `new_cache` takes a token."""
+        raise NotImplementedError
+
     # load ---------------------------------------------------------------------------------------
     def put(self, array: npt.NDArray[Any]) -> Tensor:
         """A small constant (norm weight, inverse frequencies) -> the device."""

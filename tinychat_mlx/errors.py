@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 
+from tinychat_mlx.words import of_the_system
+
 
 class TinychatError(Exception):
     """Base of all errors that the command line prints as one line, without a traceback."""
@@ -69,7 +71,8 @@ def in_words(error: BaseException) -> str:
 
     Our messages say it after a dash, as a command in backticks, or after their last colon, in the imperative.
     """
-    text = " ".join(str(error).split())
+    said = of_the_system(error) if isinstance(error, OSError) else str(error)
+    text = " ".join(said.split())
     remedy = error.remedy if isinstance(error, TinychatError) else ""
     last = text.rpartition(": ")[2].partition(" ")[0].strip(",")
     if not remedy or " — " in text or "`" in text or last in IMPERATIVES or "--" in text:

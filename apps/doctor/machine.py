@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
+from tinychat_mlx import limits
 from tinychat_mlx.apps.doctor.finding import NOTE, OK, Finding, Section
-from tinychat_mlx.apps.terminal import size
 from tinychat_mlx.backends.cpu.cores import default_threads, processor_name
-
-CGROUPS = Path("/sys/fs/cgroup")
+from tinychat_mlx.words import size
 
 
 def machine() -> Section:
@@ -58,87 +56,19 @@ def memory() -> Section:
     import psutil
 
     seen = psutil.virtual_memory()
-    bounds = [b for b in limits() if b[1] < seen.total]
-    free = min([int(seen.available), *(limit - used for _, limit, used in bounds)])
+    free = limits.memory_free()
     found = [
         Finding("total_bytes", int(seen.total), f"{size(seen.total)} in all", OK),
         Finding("free_bytes", free, f"{size(free)} free for programs"),
         Finding("swap_bytes", (swap := int(psutil.swap_memory().total)), f"swap: {size(swap)}"),
     ]
-    for name, limit, used in bounds:
-        text = f"{size(limit)} is all that {name} allows, {size(used)} of it are used"
+    if bound := next((b for b in limits.bounds() if b.limit < seen.total), None):
+        text = f"{size(bound.limit)} is all that {bound.name} allows, {size(bound.used)} of it are used"
         do = "the machine has more: raise the limit (docker run --memory, ulimit -v) for larger models"
-        found.append(Finding("limit_bytes", limit, text, NOTE, do))
-        break
+        found.append(Finding("limit_bytes", bound.limit, text, NOTE, do))
     else:
         found.append(Finding("limit_bytes", None, "no limit set for this process"))
     return Section("memory", "Memory", tuple(found))
-
-
-def limits() -> list[tuple[str, int, int]]:
-    """What keeps this process below the machine's memory -> (name, bytes allowed, bytes used), tightest first."""
-    found = [("the container or control group", limit, used) for limit, used in _memory_cgroups()]
-    if sys.platform != "win32":
-        import resource
-
-        import psutil
-
-        soft = resource.getrlimit(resource.RLIMIT_AS)[0]
-        if soft != resource.RLIM_INFINITY:
-            found.append(("ulimit -v", soft, int(psutil.Process().memory_info().vms)))
-    return sorted(found, key=lambda row: row[1] - row[2])
-
-
-def _memory_cgroups() -> Iterator[tuple[int, int]]:
-    """(limit, used) of each control group above this process, versions 1 and 2."""
-    for folder in cgroup_folders("memory"):
-        for limit, used in (
-            ("memory.max", "memory.current"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-        ):
-            text = _read(folder / limit).strip()
-            if text.isdecimal():
-                yield int(text), max(0, int(_read(folder / used).strip() or 0) - _reclaimable(folder))
-
-
-def _reclaimable(folder: Path) -> int:
-    """Bytes of files that a group holds in memory and gives back when asked: not in use, though counted so."""
-    for line in _read(folder / "memory.stat").splitlines():
-        name, _, value = line.partition(" ")
-        if name in ("inactive_file", "total_inactive_file"):
-            return int(value)
-    return 0
-
-
-def cgroup_folders(controller: str, root: Path = CGROUPS, mine: str | None = None) -> list[Path]:
-    """Folders of this process's control groups, the innermost first (man 7 cgroups).
-
-    Inside a container its own group may be mounted as the root, whatever /proc/self/cgroup calls it.
-    """
-    found: list[Path] = []
-    for line in (_read(Path("/proc/self/cgroup")) if mine is None else mine).splitlines():
-        number, names, path = line.split(":", 2)
-        if number == "0":
-            top = root if (root / "cgroup.controllers").exists() else root / "unified"
-        elif controller in names.split(","):
-            top = root / names if (root / names).is_dir() else root / controller
-        else:
-            continue
-        parts = Path(path.lstrip("/")).parts
-        found += [top.joinpath(*parts[:n]) for n in range(len(parts), -1, -1)]
-    return [f for f in dict.fromkeys(found) if f.is_dir()]
-
-
-def quota() -> float | None:
-    """CPUs that the control groups allow, or None."""
-    allowed = []
-    for folder in cgroup_folders("cpu"):
-        words = _read(folder / "cpu.max").split() or [
-            _read(folder / f"cpu.cfs_{w}_us").strip() for w in ("quota", "period")
-        ]
-        if len(words) == 2 and words[0].isdecimal() and words[1].isdecimal() and int(words[1]):
-            allowed.append(int(words[0]) / int(words[1]))
-    return min(allowed, default=None)
 
 
 # threads -----------------------------------------------------------------------------------------------
@@ -149,7 +79,7 @@ def threads() -> Section:
     logical = os.cpu_count() or 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else logical
     physical = psutil.cpu_count(logical=False)
-    allowed = quota()
+    allowed = limits.cpu_quota()
     asked = os.environ.get("TINYCHAT_THREADS", "")
     n = int(asked) if asked.isdecimal() else default_threads()
     why = _why(n, asked, logical, usable, physical, allowed)
@@ -165,7 +95,10 @@ def threads() -> Section:
         do = "set it to 1, 2, … or unset it"
         found[0] = Finding("threads", None, f"TINYCHAT_THREADS={asked!r} is no number", "broken", do)
     elif n > usable:
-        text, do = f"{n} threads for {usable} usable CPUs: they wait for each other", "unset TINYCHAT_THREADS"
+        text, do = (
+            f"{n} threads for {usable} usable CPUs: they wait for each other",
+            f"unset {why.partition(' ')[0]}",
+        )
         found[0] = Finding("threads", n, text, NOTE, do)
     elif allowed is not None and n > max(1, allowed):
         text = f"{n} threads, but the container gives them {_cpus(allowed)}: they wait for each other"
@@ -177,6 +110,8 @@ def threads() -> Section:
 def _why(n: int, asked: str, logical: int, usable: int, physical: int | None, allowed: float | None) -> str:
     if asked:
         return "TINYCHAT_THREADS asks for it"
+    if limits.threads_asked():
+        return "OMP_NUM_THREADS asks for it"
     if allowed is not None and n == max(1, int(allowed)):
         return f"the container gives it {_cpus(allowed)}"
     if usable < logical:

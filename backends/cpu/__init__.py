@@ -4,8 +4,8 @@ To build the library in a checkout, without installing anything (it lands in tin
 
     cmake -S backends/cpu -B build/dev && cmake --build build/dev
 
-TINYCHAT_CPU_ISA=avx2 (neon, scalar, ...) takes a lower instruction set; TINYCHAT_THREADS=2 a number of threads;
-TINYCHAT_KV=int8 halves the cache.
+TINYCHAT_CPU_ISA=avx2 (neon, scalar, ...) takes a lower instruction set; TINYCHAT_THREADS=2, or else OMP_NUM_THREADS, a
+number of threads; TINYCHAT_KV=int8 halves the cache.
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ from tinychat_mlx.backends.cpu import library as c
 from tinychat_mlx.backends.cpu.cores import default_threads, processor_name
 from tinychat_mlx.backends.cpu.engine import Engine
 from tinychat_mlx.backends.cpu.experts import Experts, Places
-from tinychat_mlx.backends.cpu.kvcache import CpuCache
+from tinychat_mlx.backends.cpu.kvcache import CpuCache, row_bytes
 from tinychat_mlx.backends.cpu.memory import F32, Arena, Scratch, address
-from tinychat_mlx.backends.cpu.pack import CpuWeight, pack
+from tinychat_mlx.backends.cpu.pack import CpuWeight, pack, packed_bytes
 from tinychat_mlx.backends.cpu.rope import RopeTable
 from tinychat_mlx.backends.cpu.store import Shelf
 from tinychat_mlx.backends.cpu.tape import Captured, Tape
 from tinychat_mlx.errors import BackendError
+from tinychat_mlx.limits import memory_total
 from tinychat_mlx.weight import Weight
 
 __all__ = ["CpuBackend"]
@@ -63,8 +64,8 @@ class CpuBackend(Backend):
     name = "cpu"
 
     def __init__(self, exact: bool = False, threads: int | None = None, kv: str | None = None) -> None:
-        """threads None: TINYCHAT_THREADS, or one a fast core. kv: fp16, int8 or fp32; None: TINYCHAT_KV, or fp16
-        (exact: fp32). Raises BackendError without the native library.
+        """threads None: TINYCHAT_THREADS, OMP_NUM_THREADS, or one a fast core. kv: fp16, int8 or fp32; None:
+        TINYCHAT_KV, or fp16 (exact: fp32). Raises BackendError without the native library.
         """
         self.exact = exact
         self._kv = _cache_kind(kv or os.environ.get("TINYCHAT_KV") or ("fp32" if exact else "fp16"))
@@ -78,6 +79,13 @@ class CpuBackend(Backend):
         self._shelf: Shelf | None = None  # while a model is loaded
         self._norms: dict[int, tuple[Norm, c.CNorm]] = {}
         self._ropes: dict[int, RopeTable] = {}
+
+    # what it will take ----------------------------------------------------------------------------
+    def weight_bytes(self, weight: Weight) -> int:
+        return packed_bytes(weight, self.exact)
+
+    def kv_bytes(self, shape: CacheShape) -> int:
+        return shape.num_hidden_layers * sum(row_bytes(shape, self._kv))
 
     # load ---------------------------------------------------------------------------------------
     def put(self, array: npt.NDArray[Any]) -> Tensor:
@@ -237,10 +245,8 @@ class CpuBackend(Backend):
         return np.array(x, np.float32)
 
     def memory(self) -> Memory:
-        import psutil
-
         used = self._arena.used + self._scratch.held
-        return Memory(used, _peak_bytes(), int(psutil.virtual_memory().total))
+        return Memory(used, _peak_bytes(), memory_total())
 
     def describe(self) -> Device:
         e = self.engine

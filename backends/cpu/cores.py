@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tinychat_mlx.limits import cpu_quota, threads_asked
+
 _CPU = Path("/sys/devices/system/cpu")
 _CPUINFO, _BOARD = Path("/proc/cpuinfo"), Path("/proc/device-tree/model")
 # "implementer part" of the Main ID Register -> the core's name, as its maker's manuals have it.
@@ -59,12 +61,17 @@ def _column(cpuinfo: str, key: str) -> list[str]:
 
 
 def default_threads() -> int:
-    """One thread a physical core of the fast kind, within what this process may use."""
+    """As OMP_NUM_THREADS asks; else one thread a physical core of the fast kind, within what this process may use."""
+    cores = _cores()
+    return threads_asked() or max(1, min(cores, int(cpu_quota() or cores)))
+
+
+def _cores() -> int:
     if sys.platform == "darwin":
         fast = _sysctl("hw.perflevel0.physicalcpu")
         return int(fast) if fast.isdigit() else os.cpu_count() or 1
     if sys.platform == "linux":
-        return max(1, min(len(_fast_cores()), _quota()))
+        return len(_fast_cores())
     import psutil
 
     return psutil.cpu_count(logical=False) or os.cpu_count() or 1
@@ -95,12 +102,3 @@ def _read(cpu: int, file: str) -> str:
         return (_CPU / f"cpu{cpu}" / file).read_text().strip()
     except OSError:
         return ""
-
-
-def _quota() -> int:
-    """Whole CPUs a container may use (cgroup 2)."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return 1 << 30
-    return 1 << 30 if quota == "max" else max(1, int(quota) // int(period))

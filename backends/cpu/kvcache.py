@@ -17,6 +17,16 @@ _TILE = 16  # keys side by side, as in kernels/op.h
 _TYPES: dict[int, type[np.generic]] = {c.F16: np.float16, c.F32: np.float32, c.INT8: np.int8}
 
 
+def row_bytes(shape: CacheShape, kind: int) -> tuple[int, int, int]:
+    """Bytes a layer and token of keys, of values, and of the scales of both."""
+    heads, item = shape.num_key_value_heads, np.dtype(_TYPES[kind]).itemsize
+    return heads * shape.head_dim * item, heads * _padded(shape) * item, heads * 8 if kind == c.INT8 else 0
+
+
+def _padded(shape: CacheShape) -> int:
+    return -(-shape.head_dim // 16) * 16
+
+
 class CpuCache(Cache):
     """Keys and values of every layer, in float16; in float32 where exactness is asked for; or in int8.
 
@@ -27,11 +37,9 @@ class CpuCache(Cache):
         super().__init__(shape, capacity)
         self.kind = kind
         self.rows = -(-capacity // 64) * 64
-        self.dim_pad = -(-shape.head_dim // 16) * 16
-        item = {c.F16: 2, c.F32: 4, c.INT8: 1}[kind]
-        self._keys = shape.num_key_value_heads * self.rows * shape.head_dim * item
-        self._values = shape.num_key_value_heads * self.rows * self.dim_pad * item
-        self._scales = shape.num_key_value_heads * self.rows * 4 if kind == c.INT8 else 0
+        self.dim_pad = _padded(shape)
+        self._keys, self._values, scales = (self.rows * n for n in row_bytes(shape, kind))
+        self._scales = scales // 2
         self._layer = self._keys + self._values + 2 * self._scales
         self.data = raw(shape.num_hidden_layers * self._layer)
         chunks = -(-self.rows // _CHUNK)

@@ -50,9 +50,8 @@ def pack(weight: Weight, arena: Arena, run: Run, exact: bool) -> CpuWeight:
     exact keeps float32 matrices in float32; otherwise they are rounded to float16.
     """
     zeros = zeros_of(weight) if isinstance(weight, Packed) else None
-    header = _dense_header(weight, exact) if isinstance(weight, Dense) else _packed_header(weight, zeros)
-    header.has_bias = weight.bias is not None
-    data = arena.take(int(c.open_library().tc_weight_bytes(byref(header))))
+    header = _header(weight, zeros, exact)
+    data = arena.take(_bytes_of(header))
     handle = CpuWeight(weight.name, header, data)
     if isinstance(weight, Packed):
         _pack_codes(weight, header, zeros, run)
@@ -62,6 +61,21 @@ def pack(weight: Weight, arena: Arena, run: Run, exact: bool) -> CpuWeight:
         tail = data[data.size - -(-header.n // 16) * 64 :].view(np.float32)
         tail[: header.n], tail[header.n :] = weight.bias, 0
     return handle
+
+
+def packed_bytes(weight: Weight, exact: bool) -> int:
+    """Bytes of the tiles that `pack` makes of a weight."""
+    return _bytes_of(_header(weight, zeros_of(weight) if isinstance(weight, Packed) else None, exact))
+
+
+def _bytes_of(header: c.CWeight) -> int:
+    return int(c.open_library().tc_weight_bytes(byref(header)))
+
+
+def _header(weight: Weight, zeros: Zeros | None, exact: bool) -> c.CWeight:
+    header = _dense_header(weight, exact) if isinstance(weight, Dense) else _packed_header(weight, zeros)
+    header.has_bias = weight.bias is not None
+    return header
 
 
 def _packed_header(w: Packed, zeros: Zeros | None = None) -> c.CWeight:

@@ -63,7 +63,7 @@ def quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (x / scale.float()[..., None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
-def cache_nbytes(shape: CacheShape, capacity: int, itemsize: int, int8: bool) -> int:
-    """Bytes a cache will take."""
+def token_nbytes(shape: CacheShape, itemsize: int, int8: bool) -> int:
+    """Bytes a cache takes a token."""
     scales = 4 * shape.num_hidden_layers * shape.num_key_value_heads if int8 else 0
-    return capacity * (shape.bytes_per_token(1 if int8 else itemsize) + scales)
+    return shape.bytes_per_token(1 if int8 else itemsize) + scales

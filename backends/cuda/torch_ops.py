@@ -33,7 +33,7 @@ from tinychat_mlx.backend import (
 from tinychat_mlx.backends.cuda import device as devices
 from tinychat_mlx.backends.cuda import weights
 from tinychat_mlx.backends.cuda.attention import attend
-from tinychat_mlx.backends.cuda.cache import CudaCache, cache_nbytes
+from tinychat_mlx.backends.cuda.cache import CudaCache, token_nbytes
 from tinychat_mlx.backends.cuda.experts import Experts, apart
 from tinychat_mlx.backends.cuda.weights import CudaHandle, DenseHandle, TiledHandle
 from tinychat_mlx.errors import BackendError
@@ -75,6 +75,16 @@ class TorchBackend(Backend):
         self._held = self._peak = 0
         self._angles: tuple[torch.Tensor, Rope, torch.Tensor, torch.Tensor] | None = None
 
+    # what it will take --------------------------------------------------------------------------
+    def weight_bytes(self, weight: Weight) -> int:
+        itemsize = self.dtype.itemsize
+        if isinstance(weight, Packed) and (group := weights.stored_group(weight.group_size)) is not None:
+            return weights.tiled_nbytes(weight.shape, 8 if weight.w_bit == 8 else 4, group, itemsize)
+        return weight.shape[0] * weight.shape[1] * itemsize
+
+    def kv_bytes(self, shape: CacheShape) -> int:
+        return token_nbytes(shape, self.dtype.itemsize, self.int8_kv)
+
     # load ---------------------------------------------------------------------------------------
     @guarded
     def put(self, array: npt.NDArray[Any]) -> Tensor:
@@ -87,13 +97,10 @@ class TorchBackend(Backend):
 
     @guarded
     def pack(self, weight: Weight) -> CudaHandle:
-        itemsize = self.dtype.itemsize
-        if isinstance(weight, Packed) and (group := weights.stored_group(weight.group_size)) is not None:
-            w_bit = 8 if weight.w_bit == 8 else 4
-            self._refuse(weights.tiled_nbytes(weight.shape, w_bit, group, itemsize), weight.name)
-            return self._hold(weights.pack_tiled(weight, self.device, self.dtype))
-        self._refuse(weight.shape[0] * weight.shape[1] * itemsize, weight.name)
+        self._refuse(self.weight_bytes(weight), weight.name)
         if isinstance(weight, Packed):
+            if weights.stored_group(weight.group_size) is not None:
+                return self._hold(weights.pack_tiled(weight, self.device, self.dtype))
             self.announce(f"groups of {weight.group_size} have no kernel: held as {self.dtype}")
             weight = Dense(weight.name, weight.to_float32(), weight.bias)
         return self._hold(weights.pack_dense(weight, self.device, self.dtype))
@@ -104,7 +111,7 @@ class TorchBackend(Backend):
 
     @guarded
     def new_cache(self, shape: CacheShape, capacity: int) -> CudaCache:
-        size = cache_nbytes(shape, capacity, self.dtype.itemsize, self.int8_kv)
+        size = capacity * self.kv_bytes(shape)
         advice = "use a smaller --context" + ("" if self.int8_kv else ", or TINYCHAT_CUDA_KV=int8")
         devices.refuse(size, f"a KV cache of {capacity} tokens", self.device, advice)
         cache = CudaCache(shape, capacity, self.device, self.dtype, self.int8_kv)

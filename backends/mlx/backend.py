@@ -35,6 +35,7 @@ from tinychat_mlx.backends.mlx.cache import (
     KV_BITS,
     MlxCache,
     PackedCache,
+    Parts,
     TracedCache,
     bytes_per_token,
     packed_parts,
@@ -44,7 +45,7 @@ from tinychat_mlx.backends.mlx.device import GB, MB, choose_dtype, find_chip, mx
 from tinychat_mlx.backends.mlx.experts import Experts, mixture, pack_experts
 from tinychat_mlx.backends.mlx.flight import Flight
 from tinychat_mlx.backends.mlx.fused import Kernels
-from tinychat_mlx.backends.mlx.weights import pack
+from tinychat_mlx.backends.mlx.weights import nbytes_of, pack
 from tinychat_mlx.errors import BackendError
 from tinychat_mlx.weight import F32, Weight
 
@@ -120,6 +121,16 @@ class MlxBackend(Backend):
             self._fused[name] = mx.compile(f, shapeless=True) if self.chip.metal else f
         return self._fused[name]
 
+    # what it will take ------------------------------------------------------------------------------
+    def weight_bytes(self, weight: Weight) -> int:
+        return nbytes_of(weight, self.dtype.size)
+
+    def kv_bytes(self, shape: CacheShape) -> int:
+        return bytes_per_token(shape, self._parts(shape))
+
+    def _parts(self, shape: CacheShape) -> Parts:
+        return packed_parts(shape, self.dtype, self.kv_bits) if self.kv_bits else parts(shape, self.dtype)
+
     # load -----------------------------------------------------------------------------------------
     def put(self, array: npt.NDArray[Any]) -> Tensor:
         """Integers as they are, floats as float32: `norm` narrows its weights, `rope` must not."""
@@ -136,7 +147,7 @@ class MlxBackend(Backend):
     def pack(self, weight: Weight) -> Any:
         """Raises BackendError where the weights so far are more than this machine may hold."""
         self.enter()
-        self.check_weights(weight.name, weight.nbytes)
+        self.check_weights(weight.name, self.weight_bytes(weight))
         with self.evaluating():
             return pack(weight, self.dtype, self.chip.metal)
 
@@ -156,8 +167,7 @@ class MlxBackend(Backend):
     def new_cache(self, shape: CacheShape, capacity: int) -> MlxCache:
         """Raises BackendError where weights and cache together would not fit."""
         self.enter()
-        held = packed_parts(shape, self.dtype, self.kv_bits) if self.kv_bits else parts(shape, self.dtype)
-        self.check_context(bytes_per_token(shape, held) * capacity, capacity)
+        self.check_context(self.kv_bytes(shape) * capacity, capacity)
         if self.kv_bits:
             cache: MlxCache = PackedCache(shape, capacity, self.dtype, self.kv_bits)
         else:
@@ -289,7 +299,7 @@ class MlxBackend(Backend):
     def pack_experts(self, act: str, experts: Iterable[tuple[Weight, Weight]]) -> Any:
         self.enter()
         pairs = list(experts)
-        self.check_weights(pairs[0][0].name, sum(w.nbytes for pair in pairs for w in pair))
+        self.check_weights(pairs[0][0].name, sum(self.weight_bytes(w) for pair in pairs for w in pair))
         with self.evaluating():
             made = pack_experts(pairs, act, self.dtype, self.chip.metal)
         self._routes_on_host |= not isinstance(made, Experts)

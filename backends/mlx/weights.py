@@ -63,6 +63,14 @@ class PackedHandle:
 MlxHandle = DenseHandle | PackedHandle
 
 
+def nbytes_of(weight: Weight, itemsize: int) -> int:
+    """Bytes of a weight as `pack` keeps it, in a compute dtype of so many bytes."""
+    n, k = weight.shape
+    if not isinstance(weight, Packed):
+        return n * k * itemsize
+    return n * k * weight.w_bit // 8 + 2 * itemsize * n * (k // min(weight.group_size, GROUPS[-1]))
+
+
 def pack(weight: Weight, dtype: Any, share: bool = False) -> MlxHandle:
     """Put a weight on the device, straight from where it lies. share: as in transfer.stacked. Raises BackendError."""
     bias = None if weight.bias is None else mx.array(weight.bias).astype(dtype)

@@ -1,0 +1,43 @@
+"""Where do models lie on this machine? Told without NumPy: a shell's Tab key asks, too."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def hub_cache() -> Path:
+    """Where huggingface_hub keeps models, found as it finds it, without importing it."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    named = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    return Path(named or Path(home) / "hub").expanduser()
+
+
+def conversions() -> Path:
+    """Where what `tinychat chat` made int4 is kept, each as ORG--NAME-int4."""
+    from platformdirs import user_data_path
+
+    return user_data_path("tinychat-mlx", appauthor=False) / "models"
+
+
+def conversion(name: str) -> Path | None:
+    """The folder of a conversion by its own name, as `tinychat models list` prints it."""
+    if Path(name).name != name or "--" not in name:
+        return None
+    folder = conversions() / name
+    return folder if (folder / "config.json").exists() else None
+
+
+def disk_bytes(path: Path) -> int:
+    """Bytes of the files at or below a path; links count nothing, what cannot be read neither."""
+    if path.is_file():
+        return path.lstat().st_size
+    total = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            file = os.path.join(folder, name)
+            try:
+                total += 0 if os.path.islink(file) else os.lstat(file).st_size
+            except OSError:  # it went while we looked
+                continue
+    return total

@@ -1,0 +1,47 @@
+"""How are bytes and the system's refusals said to people?"""
+
+from __future__ import annotations
+
+import errno
+
+# What the operating system refuses -> the reason, and what to do about it.
+REFUSALS = {
+    errno.ENOENT: ("no such file or folder", "check the path"),
+    errno.ENOTDIR: ("a part of this path is a file, not a folder", "check the path"),
+    errno.EISDIR: ("this is a folder", "give a file"),
+    errno.EEXIST: ("it exists already", "give another name"),
+    errno.EACCES: ("no permission", "choose another place, or let its owner do it"),
+    errno.EPERM: ("no permission", "choose another place, or let its owner do it"),
+    errno.EROFS: ("this disk can only be read", "choose another place"),
+    errno.ENOSPC: ("the disk is full", "make room, or choose another disk"),
+    errno.EDQUOT: ("your share of the disk is used up", "make room, or choose another disk"),
+    errno.EFBIG: ("larger than a file may be here", "choose another disk"),
+    errno.ENAMETOOLONG: ("the name is too long", "shorten it"),
+    errno.ELOOP: ("its links lead in a circle", "check the path"),
+    errno.EMFILE: ("too many open files", "raise the limit (ulimit -n)"),
+    errno.EIO: ("the disk cannot read or write it", "check the disk"),
+}
+LONGEST = 120  # letters of a path that are shown
+
+
+def size(n: float) -> str:
+    """Bytes as people say them: 7.1 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" or n >= 100 else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.1f} TB"
+
+
+def of_the_system(error: OSError) -> str:
+    """An error of the operating system -> "path: reason — what to do"."""
+    if error.errno is None:
+        return str(error)
+    paths = [_short(str(p)) for p in (error.filename, error.filename2) if p is not None]
+    where = f"{' -> '.join(paths)}: " if paths else ""
+    reason, remedy = REFUSALS.get(error.errno, (error.strerror or str(error), ""))
+    return f"{where}{reason} — {remedy or 'check it; `tinychat --debug …` shows what was tried'}"
+
+
+def _short(path: str) -> str:
+    return path if len(path) <= LONGEST else f"{path[: LONGEST - 20]}…{path[-19:]}"
