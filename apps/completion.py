@@ -18,6 +18,8 @@ from pathlib import Path
 import click
 from click.shell_completion import CompletionItem, ShellComplete, split_arg_string
 
+from tinychat_mlx import places
+
 VARIABLE = "_TINYCHAT_COMPLETE"  # the shell that asks
 # PROGRAM becomes the words that start this program. Nothing that bash 3.2 lacks. An answer without a line leaves the
 # word to the shell itself, which knows files and folders; zsh and fish are told which of them (below: LEFT).
@@ -170,21 +172,11 @@ class ModelName(click.types.StringParamType):
 def _here() -> Iterator[str]:
     """The demo, the models of the hub's cache, and those we converted."""
     yield "demo"
-    for folder in sorted(_hub_cache().glob("models--*--*")):
+    for folder in sorted(places.hub_cache().glob("models--*--*")):
         if any(folder.glob("snapshots/*/config.json")):
             yield "/".join(folder.name.split("--")[1:])
-    from platformdirs import user_data_path
-
-    ours = user_data_path("tinychat-mlx", appauthor=False) / "models"  # as apps.models.opening.home
-    for folder in sorted(ours.glob("*--*-int4")):
+    for folder in sorted(places.conversions().glob("*--*-int4")):
         yield folder.name.removesuffix("-int4").replace("--", "/", 1)
-
-
-def _hub_cache() -> Path:
-    """As tinychat_mlx.hub.hub_cache, whose package takes long to import."""
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    named = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-    return Path(named or Path(home) / "hub").expanduser()
 
 
 def _recommended() -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from tinychat_mlx.errors import SettingsError
+from tinychat_mlx.words import of_the_system
 
 EXAMPLE = """\
 model = "demo"
@@ -69,7 +70,9 @@ def _read(path: Path) -> dict[str, Any]:
     toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
     try:
         found: dict[str, Any] = toml.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:  # a TOML error is a ValueError and names line and column
+    except OSError as e:
+        raise SettingsError(of_the_system(e)) from None
+    except ValueError as e:  # a TOML error names line and column
         raise SettingsError(f"{path}: {e}") from None
     return found
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tinychat_mlx.apps.options import BACKENDS
-from tinychat_mlx.apps.terminal import size, wrapped
+from tinychat_mlx.apps.options import BACKENDS, check_writable
+from tinychat_mlx.apps.terminal import wrapped
+from tinychat_mlx.words import size
 
 if TYPE_CHECKING:
     from tinychat_mlx.awq.convert import Result
@@ -48,7 +49,9 @@ if TYPE_CHECKING:
 @click.option(
     "--resume", is_flag=True, help="Go on with an interrupted conversion: same result, byte for byte."
 )
-@click.option("--force", is_flag=True, help="Replace what is there.")
+@click.option(
+    "--force", is_flag=True, help="Replace what is there; try even where memory or disk seem too small."
+)
 @click.option("--dry-run", is_flag=True, help="Print time, memory and disk; write nothing.")
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True,
               help="Where the model runs for calibration.")  # fmt: skip
@@ -66,6 +69,7 @@ def convert(source: str, target: Path | None, **options: Any) -> None:
     An SRC that is quantised already keeps its codes and changes its format.
     """
     from tinychat_mlx.apps.models.download import folder_of
+    from tinychat_mlx.awq.convert import check_target
     from tinychat_mlx.awq.settings import Settings
     from tinychat_mlx.checkpoint import Checkpoint
 
@@ -78,12 +82,17 @@ def convert(source: str, target: Path | None, **options: Any) -> None:
         format=options["form"], head=options["head"], calib=options["calib"], tokens=options["calib_tokens"],
         seed=options["seed"], compare=options["report"] is not None,
     )  # fmt: skip
+    target = Path(os.path.abspath(target)) if target is not None else Path.cwd() / "converted"
+    if not options["dry_run"]:
+        check_target(target, options["resume"], options["force"])
+        check_writable(target, "-o")
+        if options["report"] is not None:
+            check_writable(options["report"], "--report")
     checkpoint = Checkpoint.open(folder_of(source))
     if options["dry_run"]:
-        _dry_run(checkpoint, settings, options)
+        _dry_run(checkpoint, target, settings, options)
     else:
-        assert target is not None
-        _convert(checkpoint, Path(os.path.abspath(target)), settings, options)
+        _convert(checkpoint, target, settings, options)
 
 
 def _backend(options: dict[str, Any], exact: bool) -> Backend:
@@ -169,10 +178,11 @@ def _say(
         click.echo(f"plain rounding was kept, its error did not fall: {', '.join(fallen)}", err=True)
 
 
-def _dry_run(source: Checkpoint, settings: Settings, options: dict[str, Any]) -> None:
+def _dry_run(source: Checkpoint, target: Path, settings: Settings, options: dict[str, Any]) -> None:
     from dataclasses import asdict
 
     from tinychat_mlx.awq.estimate import estimate
+    from tinychat_mlx.awq.needs import shortage
 
     found = estimate(source, settings, lambda exact: _backend(options, exact))
     if options["as_json"]:
@@ -183,6 +193,8 @@ def _dry_run(source: Checkpoint, settings: Settings, options: dict[str, Any]) ->
         f"memory  about {_bytes(found.peak_bytes)} at its peak\n"
         f"disk    {_bytes(found.disk_bytes)} while it runs, {_bytes(found.result_bytes)} in the end"
     )
+    if lacks := shortage(found, target):
+        click.echo(f"lacks   {lacks}")
 
 
 def _lasting(seconds: float) -> str:

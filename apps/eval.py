@@ -41,9 +41,13 @@ def evaluate(model: str, text: Path, against: str | None, **options: Any) -> Non
 
     def opened(name: str, exact: bool) -> Model:
         import tinychat_mlx
+        from tinychat_mlx.apps import fit
+        from tinychat_mlx.apps.models.facts import local
 
-        folder_of(name)  # with a bar, if it has to be downloaded
-        return tinychat_mlx.load(name, backend=options["backend"], exact=exact, threads=options["threads"])
+        found = local(name, folder_of(name))  # with a bar, if it has to be downloaded
+        here = {"backend": options["backend"], "exact": exact, "threads": options["threads"]}
+        fit.context_for(found, fit.chosen(here), min(options["window"], found.context), lambda text: None)
+        return tinychat_mlx.load(name, **here)
 
     first = opened(model, options["exact"])
     other = opened(against, True) if against else None

@@ -1,92 +1,177 @@
-"""Which models are at hand, how large are they, and does one fit this machine? Asked before anything is loaded."""
+"""What does a model take in memory on a backend, and does it fit this machine? Known before it is loaded."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tinychat_mlx import hub
-from tinychat_mlx.apps.terminal import size
+from tinychat_mlx import limits
 from tinychat_mlx.errors import BackendError, UsageError, pip_install
+from tinychat_mlx.words import size
 
 if TYPE_CHECKING:
     from tinychat_mlx.apps.models.facts import Facts
+    from tinychat_mlx.apps.models.parts import Part
+    from tinychat_mlx.backend import Backend
 
-SPARE = 1.15  # of the weights' bytes: KV cache, scratch, and the tokenizer
-SYSTEM_SHARE = 0.9  # of the memory that is free; the rest keeps the machine usable
 BASE = 150 << 20  # bytes of Python, NumPy, the tokenizer and a step's activations, where no file says more
 PROCESS = 60 << 20  # bytes of Python, NumPy and the program: what an answer of the bundled demo takes
 TOKENIZER = 10  # bytes of memory for one of tokenizer.json: 131 MB for 13 MB, with a vocabulary of 128256
 LEAST_CONTEXT = 512  # tokens; less is no conversation
+# Arrays (heads, rows, tokens) of float32 that the attention of `reference` holds at once.
+SCORES = 3
 
 
-@dataclass(frozen=True)
-class Need:
-    """Bytes of a model's weights, and how many of them are still to be fetched (0 bytes: unknown)."""
+class Cost(NamedTuple):
+    """Bytes that a model takes on a backend."""
 
-    nbytes: int
-    to_fetch: int = 0
+    weights: int
+    program: int  # with the tokenizer
+    loading: int  # beside the weights, while they are brought in
+    running: int  # activations of the longest step
+    per_token: int  # of the context
+    files: int = 0  # mapped while they are read
 
+    def peak(self, tokens: int) -> int:
+        """The most that a process takes to answer with `tokens` in its cache."""
+        return self.weights + self.program + max(self.loading, self.running + self.per_token * tokens)
 
-def local() -> list[str]:
-    """Models at hand: the demo, and those that the hub's cache holds whole or that we hold converted."""
-    from tinychat_mlx.apps.models.opening import home
-
-    found = [
-        p.parent.name.removesuffix("-int4").replace("--", "/", 1)
-        for p in home().glob("*--*-int4/config.json")
-    ]
-    for folder in sorted(hub.hub_cache().glob("models--*--*")):
-        if any(folder.glob("snapshots/*/config.json")) and not any(folder.glob("blobs/*.incomplete")):
-            found.append("/".join(folder.name.split("--")[1:]))
-    return ["demo", *sorted(set(found))]
-
-
-def look_up(name: str) -> Need:
-    """How large a model at hand is; one that is not, or unknown, is 0. Asks nobody."""
-    ref = None if Path(name).expanduser().is_dir() else hub.parse(name)
-    folder = Path(name).expanduser() if ref is None else hub.cached(ref)
-    return Need(sum(f.stat().st_size for f in folder.glob("*.safetensors")) if folder else 0)
+    def context(self, free: int, most: int) -> int:
+        """Tokens that fit, of `most`; 0: too few for a conversation."""
+        left = free - self.weights - self.program
+        fits = min(most, (left - self.running) // self.per_token) if self.per_token else most
+        return fits if left >= self.loading and fits >= min(LEAST_CONTEXT, most) else 0
 
 
-def available() -> int:
-    """Bytes of memory free for a model."""
-    import psutil
+def cost(facts: Facts, backend: Backend) -> Cost:
+    """What a model takes, from its headers and what the backend says of itself. The one formula there is."""
+    from tinychat_mlx.backend import CacheShape
+    from tinychat_mlx.generate import PREFILL_ROWS
 
-    return int(psutil.virtual_memory().available * SYSTEM_SHARE)
+    c = facts.config
+    # A card has memory of its own; where it shares the system's, its backend leaves more than this alone.
+    program = 0 if backend.name == "cuda" else BASE
+    weights = sum(_held(part, backend) for part in facts.parts) or facts.nbytes
+    if c is None:
+        return Cost(weights, program, 0, 0, 0, facts.nbytes)
+    if program and facts.folder is not None:
+        tokenizer = facts.folder / "tokenizer.json"
+        program = PROCESS + (TOKENIZER * tokenizer.stat().st_size if tokenizer.exists() else 0)
+    # x, its norm, q k v, the heads' outputs; the MLP's inner rows: each rounded up to a power of two
+    wide = 4 * max(c.hidden_size, c.num_attention_heads * c.head_dim) + c.intermediate_size
+    running = round(1.5 * 4 * PREFILL_ROWS * wide)
+    token = backend.kv_bytes(CacheShape(c.num_hidden_layers, c.num_key_value_heads, c.head_dim))
+    loading = 0
+    if backend.name == "reference":
+        loading = 4 * max((p.parameters // p.tensors for p in facts.parts), default=0)
+        token += SCORES * 4 * c.num_attention_heads * PREFILL_ROWS
+    return Cost(weights, program, loading, running, token, facts.nbytes)
 
 
-def describe(name: str, need: Need, freed: int = 0) -> str:
-    """A sentence on size, download and memory."""
-    if not need.nbytes:
-        return f"{name}: loading"
-    fetch = f"{size(need.to_fetch)} to download, " if need.to_fetch else ""
-    return (
-        f"{name}: {fetch}{size(need.nbytes * SPARE)} of memory needed, {size(available() + freed)} free"
-        f"{'' if fits(need, freed) else ' (too little)'}"
-    )
+def _held(part: Part, backend: Backend) -> int:
+    """Bytes of a part's weights as a backend keeps them; norms and biases are float32 everywhere."""
+    if part.sample is None:
+        return 4 * part.parameters
+    n, k = part.sample.shape
+    return round(part.parameters * backend.weight_bytes(part.sample) / (n * k))
 
 
-def fits(need: Need, freed: int = 0) -> bool:
-    return need.nbytes * SPARE <= available() + freed
+# the machine -------------------------------------------------------------------------------------------
+def chosen(options: dict[str, Any]) -> Backend:
+    """The backend that a command's options mean. Raises BackendError, UsageError."""
+    from tinychat_mlx.loading import choose, create
+
+    name = "mlx" if options.get("engine") == "mlx-lm" else choose(options["backend"])[0]
+    return create(name, bool(options.get("exact")), options.get("threads"))
 
 
-def check(name: str, need: Need, backend: str = "auto", freed: int = 0) -> None:
-    """Raises BackendError if the model does not fit, before anything is fetched or loaded.
+def look_for(name: str) -> None:
+    """Raises BackendError if a backend plainly cannot run here, without importing its library."""
+    from tinychat_mlx.loading import has_nvidia
 
-    A GPU with memory of its own is not asked: its backend says what does not fit there.
+    if name == "mlx" and sys.platform != "darwin":
+        raise BackendError("needs a Mac with Apple silicon")
+    if name == "cuda" and not has_nvidia():
+        raise BackendError("no NVIDIA GPU found (`tinychat doctor` says more)")
+    if name == "cuda" and find_spec("torch") is None:
+        raise BackendError(f"needs torch: {pip_install('cuda')}")
+
+
+def free_on(backend: Backend, files: int = 0) -> int:
+    """Bytes that a backend may take on this machine. files: that it is going to map."""
+    memory = backend.memory()
+    own = memory.limit - memory.used
+    if backend.name == "cuda" and own > 0:  # may be a card's own memory, of which the system knows nothing
+        return own
+    return min(own, limits.available(files)) if memory.limit else limits.available(files)
+
+
+# does it fit -------------------------------------------------------------------------------------------
+def usual(facts: Facts, asked: int | None = None) -> int:
+    """Tokens of context that a model is loaded with where memory does not matter."""
+    from tinychat_mlx.loading import DEFAULT_CONTEXT
+
+    return min(asked or DEFAULT_CONTEXT, facts.context)
+
+
+def context_for(
+    facts: Facts, backend: Backend, asked: int | None, say: Callable[[str], None], freed: int = 0
+) -> int | None:
+    """The context to load a model with: as asked, else the usual one, or said aloud the largest that fits.
+
+    freed: bytes that a model about to go gives back. Raises BackendError, before anything is loaded, if it does not fit.
     """
-    from tinychat_mlx.loading import choose
+    takes, tokens = cost(facts, backend), usual(facts, asked)
+    free = free_on(backend, takes.files) + freed
+    if takes.peak(tokens) <= free:
+        return asked
+    fits = takes.context(free, tokens)
+    if asked is not None or not fits:
+        refuse(facts.name, takes, tokens, free, backend.name, fits)
+    say(
+        f"note: a context of {fits:,} tokens, not {tokens:,}: {size(takes.peak(tokens))} of memory would be needed "
+        f"for those, {size(free)} are free"
+    )
+    return fits
 
-    if need.nbytes and not fits(need, freed) and choose(backend)[0] != "cuda":
+
+def _with(tokens: int) -> str:
+    return f" with a context of {tokens:,} tokens" if tokens else ""
+
+
+def fits(facts: Facts, backend: Backend, asked: int | None, freed: int = 0) -> bool:
+    """Whether `context_for` would find room."""
+    takes, tokens = cost(facts, backend), usual(facts, asked)
+    free = free_on(backend, takes.files) + freed
+    return takes.peak(tokens) <= free or (asked is None and takes.context(free, tokens) > 0)
+
+
+def refuse(name: str, takes: Cost, tokens: int, free: int, backend: str, fits: int = 0) -> None:
+    """Raises BackendError if a model with a context of so many tokens does not fit into `free` bytes."""
+    if takes.peak(tokens) > free:
+        way = f"use --context {fits}, " if fits else ""
         raise BackendError(
-            f"{name} needs {size(need.nbytes * SPARE)} of memory, {size(available() + freed)} are free: "
-            "close other programs, or choose a smaller or more strongly quantised model"
+            f"{name} needs {size(takes.peak(tokens))} of memory on the {backend} backend{_with(tokens)}, "
+            f"{size(free)} are free: {way}close other programs, or choose a smaller or more strongly quantised model"
         )
+
+
+def describe(facts: Facts, backend: Backend, asked: int | None, freed: int = 0, to_fetch: int = 0) -> str:
+    """A sentence on download and memory."""
+    takes, tokens = cost(facts, backend), usual(facts, asked)
+    free = free_on(backend, takes.files) + freed
+    fetch = f"{size(to_fetch)} to download, " if to_fetch else ""
+    little = ""
+    if takes.peak(tokens) > free:
+        fits = takes.context(free, tokens)
+        little = f" (enough for {fits:,} tokens)" if fits else " (too little)"
+    return (
+        f"{facts.name}: {fetch}{size(takes.peak(tokens))} of memory needed{_with(tokens)}, "
+        f"{size(free)} free{little}"
+    )
 
 
 # per backend -------------------------------------------------------------------------------------------
@@ -102,64 +187,22 @@ class Room:
     trouble: str = ""
 
 
-def rooms(facts: Facts) -> Iterator[Room]:
-    """For each backend of the package: does it run here, and how much of the model's context would fit?"""
-    from tinychat_mlx.loading import BACKENDS
+def rooms(*kinds: Facts) -> Iterator[tuple[Room, ...]]:
+    """For each backend of the package: does it run here, and how much of each model's context would fit?"""
+    from tinychat_mlx.loading import BACKENDS, create
 
-    for backend in BACKENDS:
+    for name in BACKENDS:
         try:
-            yield room(facts, backend, free_on(backend))
+            look_for(name)
+            backend = create(name, False, None)
+            yield tuple(room(facts, backend) for facts in kinds)
         except (BackendError, UsageError) as error:
-            yield Room(backend, trouble=str(error))
+            yield (Room(name, trouble=str(error)),)
 
 
-def room(facts: Facts, backend: str, free: int) -> Room:
-    """reference computes in float32; the others keep codes as they are, floats and the KV cache in 16 bits."""
-    weights = weight_bytes(facts, backend)
-    kv = facts.kv_bytes(4 if backend == "reference" else 2)
-    fits = min(facts.context, max(0, free - weights - base(facts)) // kv) if kv else 0
-    return Room(backend, free, weights, kv, fits if fits >= min(LEAST_CONTEXT, facts.context) else 0)
-
-
-def weight_bytes(facts: Facts, backend: str) -> int:
-    """Bytes of a model's weights as a backend keeps them."""
-    if backend == "reference":
-        return 4 * facts.parameters
-    return sum(min(p.nbytes, 2 * p.parameters) for p in facts.parts)
-
-
-def base(facts: Facts) -> int:
-    """Bytes of all that is neither weight nor cache: program, tokenizer, activations of the longest step."""
-    from tinychat_mlx.generate import PREFILL_ROWS
-
-    c = facts.config
-    if facts.folder is None or c is None:
-        return BASE
-    tokenizer = facts.folder / "tokenizer.json"
-    words = TOKENIZER * tokenizer.stat().st_size if tokenizer.exists() else 0
-    # x, its norm, q k v, the heads' outputs; the MLP's inner rows: each rounded up to a power of two
-    wide = 4 * max(c.hidden_size, c.num_attention_heads * c.head_dim) + c.intermediate_size
-    return PROCESS + words + round(1.5 * 4 * PREFILL_ROWS * wide)
-
-
-def peak(facts: Facts, tokens: int, backend: str = "cpu") -> int:
-    """The most bytes a process takes to answer with `tokens` in its cache, known before it is loaded."""
-    kv = facts.kv_bytes(4 if backend == "reference" else 2)
-    return weight_bytes(facts, backend) + base(facts) + kv * tokens
-
-
-def free_on(backend: str) -> int:
-    """Bytes that a backend may take on this machine. Raises BackendError saying why it does not run here."""
-    from tinychat_mlx.loading import create, has_nvidia
-
-    if backend == "mlx" and sys.platform != "darwin":
-        raise BackendError("needs a Mac with Apple silicon")
-    if backend == "cuda" and not has_nvidia():
-        raise BackendError("no NVIDIA GPU found (`tinychat doctor` says more)")
-    if backend == "cuda" and find_spec("torch") is None:
-        raise BackendError(f"needs torch: {pip_install('cuda')}")
-    memory = create(backend, False, None).memory()
-    own = memory.limit - memory.used
-    if backend == "cuda" and own > 0:  # may be a card's own memory, of which the system knows nothing
-        return own
-    return min(own, available()) if memory.limit else available()
+def room(facts: Facts, backend: Backend) -> Room:
+    """Does a model fit on a backend, and how much of its context?"""
+    takes = cost(facts, backend)
+    free = free_on(backend, takes.files)
+    fits = takes.context(free, facts.context)
+    return Room(backend.name, free, takes.weights, takes.per_token, fits)

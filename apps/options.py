@@ -6,11 +6,15 @@ config file, that over the model's generation_config.json, that over what is bui
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from tinychat_mlx.errors import UsageError
+from tinychat_mlx.words import of_the_system
 
 if TYPE_CHECKING:
     from tinychat_mlx.model import Model
@@ -26,8 +30,11 @@ LOADING: dict[str, tuple[Any, str]] = {
         "Whose graph computes: mlx-lm knows architectures that ours does not (on a Mac).",
     ),
     "exact": (bool, "Activations in full precision, not int8 (slower, reproduces the reference)."),
-    "threads": (click.IntRange(1), "CPU threads [one a fast core]."),
-    "context": (click.IntRange(16), "Tokens the conversation may hold [all the model can, at most 8192]."),
+    "threads": (click.IntRange(1), "CPU threads [OMP_NUM_THREADS, or one a fast core]."),
+    "context": (
+        click.IntRange(16),
+        "Tokens the conversation may hold [all the model can, at most 8192, and what fits in memory].",
+    ),
     "convert": (
         click.Choice(["ask", "always", "never"]),
         "Make a hub model that is in 16 bits int4, once; without a terminal ask means never.",
@@ -175,24 +182,43 @@ def load_model(
     Raises a TinychatError: what is missing, or does not fit.
     """
     import tinychat_mlx
-    from tinychat_mlx.apps import fit
 
-    name = str(options["model"])
+    name, context = str(options["model"]), options["context"]
     if name != "demo":
-        from tinychat_mlx.apps.models.opening import settle
+        from tinychat_mlx.apps import fit
+        from tinychat_mlx.apps.models.opening import facts_of, settle
 
         name = settle(options, say, freed)
-        need = fit.look_up(name)
-        if freed:
-            say(fit.describe(str(options["model"]), need, freed))
-        fit.check(name, need, options["backend"], freed)
-    loading = {key: options[key] for key in LOADING if key not in ("model", "convert")}
+        if found := facts_of(name, options):
+            context = fit.context_for(found, fit.chosen(options), context, say, freed)
+    loading = {key: options[key] for key in LOADING if key not in ("model", "convert")} | {"context": context}
     if progress is not None:
         loading["progress"] = progress
     model: Model = tinychat_mlx.load(name, **loading)
     if options["engine"] != "tinychat":
         say(model.device.why)
     return model
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Raises UsageError, before any work, if nothing could be written at `path`: it is tried in the nearest folder there is.
+
+    Nothing is left behind.
+    """
+    from tempfile import TemporaryDirectory
+
+    whole = path.absolute()
+    there = next(p for p in (whole, *whole.parents) if os.path.lexists(p))
+    if not there.is_dir():
+        raise UsageError(f"{option} {path}: {there} is a file, not a folder: choose another place")
+    try:
+        path.with_name(f".{path.name}.converting").exists()  # the longest name that is made of it
+        with TemporaryDirectory(prefix=".tinychat-", dir=there):
+            pass
+    except FileNotFoundError:
+        raise UsageError(f"{option} {path}: {there} takes no new files: choose another place") from None
+    except OSError as e:
+        raise UsageError(f"{option} {of_the_system(OSError(e.errno, e.strerror, str(path)))}") from None
 
 
 def text_or_file(value: str | None) -> str | None:
@@ -202,5 +228,7 @@ def text_or_file(value: str | None) -> str | None:
     path = Path(value[1:]).expanduser()
     try:
         return path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as e:
-        raise click.BadParameter(f"cannot read {path}: {e}", param_hint="--system") from None
+    except OSError as e:
+        raise click.BadParameter(of_the_system(e), param_hint="--system") from None
+    except UnicodeDecodeError:
+        raise click.BadParameter(f"{path} is not UTF-8 text: make it UTF-8", param_hint="--system") from None

@@ -108,15 +108,6 @@ def wrapped(text: str, stream: TextIO, indent: int = 0) -> str:
     return "\n".join(lines)
 
 
-def size(n: float) -> str:
-    """Bytes as people say them: 7.1 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.0f} {unit}" if unit == "B" or n >= 100 else f"{n:.1f} {unit}"
-        n /= 1000
-    return f"{n:.1f} TB"
-
-
 @contextmanager
 def quiet_keys() -> Iterator[None]:
     """While an answer streams, keys are neither shown nor lost: the next prompt gets them.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 
+from tinychat_mlx import hub
 from tinychat_mlx.awq.documents import KINDS, Document, documents, kind_of
 from tinychat_mlx.errors import ModelNotFoundError, TinychatError, UsageError
 
@@ -41,17 +41,20 @@ def fetch(dataset: str, characters: int) -> tuple[list[Document], str]:
             found = enough(documents(name, remote, characters), characters)
     except GatedRepoError:
         raise ModelNotFoundError(
-            f"dataset {repo} is gated: accept its terms on its page, then log in with `hf auth login`"
+            f"dataset {repo} is gated: accept its terms on its page, then log in with `{hub.login()}`"
         ) from None
     except RepositoryNotFoundError:
         raise ModelNotFoundError(
-            f"dataset {repo}: no such dataset on the hub (or it is private: log in with `hf auth login`)"
+            f"dataset {repo}: no such dataset on the hub (or it is private: log in with `{hub.login()}`)"
         ) from None
     except TinychatError as error:
         raise type(error)(f"dataset {repo}: {error}") from None
     except (http, OSError) as error:
-        offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
-        why = "HF_HUB_OFFLINE is set" if offline else f"the hub does not give it ({type(error).__name__})"
+        why = (
+            "HF_HUB_OFFLINE is set"
+            if hub.is_offline()
+            else f"the hub does not give it ({type(error).__name__})"
+        )
         raise ModelNotFoundError(f"dataset {repo}: {why}: give a file, or --calib self") from None
     return found, f"{repo}, {name} ({len(found)} documents read of {sizes[name] / 1e6:.1f} MB)"
 

@@ -50,7 +50,9 @@ def put_in_place(folder: Path, target: Path, work: Path) -> None:
             os.rename(target, work / "old")
         os.rename(folder, target)
     except OSError as error:
-        raise TinychatError(f"{target}: cannot be put in place: {error.strerror}") from None
+        raise TinychatError(
+            f"{target}: cannot be put in place: {error.strerror} — repeat with --resume when it can"
+        ) from None
     sync_folder(target.parent)
 
 

@@ -10,6 +10,7 @@ import layouts
 import numpy as np
 import pytest
 
+from tinychat_mlx.apps.bench.shapes import SHAPES
 from tinychat_mlx.checkpoint import SINGLE, Checkpoint
 from tinychat_mlx.errors import FormatError, TinychatError
 from tinychat_mlx.shards import write_sharded
@@ -57,3 +58,15 @@ def refused(path: Path, message: str, error: type[TinychatError] = FormatError) 
     with pytest.raises(error) as caught:
         Checkpoint.open(path)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def huge(path: Path) -> Path:
+    """A model of 4.4 TB, of which no block is on the disk."""
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(SHAPES["tiny"] | {"vocab_size": 1 << 33}))
+    rows = {"dtype": "F16", "shape": [1 << 33, 256], "data_offsets": [0, 1 << 42]}
+    header = json.dumps({"model.embed_tokens.weight": rows}).encode()
+    with (path / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + (1 << 42))
+    return path

@@ -7,7 +7,8 @@
 
 huggingface-hub reads HF_ENDPOINT when it is imported, so what talks to the stand-in runs as a process of its
 own. Files may change while it runs: the next answer has another commit. Answers carry the headers of the real
-hub (X-Repo-Commit, ETag, X-Linked-Size, X-Linked-ETag, X-Error-Code), bodies come whole or by Range.
+hub (X-Repo-Commit, ETag, X-Linked-Size, X-Linked-ETag, X-Error-Code), bodies come whole or by Range. As there,
+large files are redirected to another server, here another port, which is not to see anybody's token.
 `python tests/stand_in_hub.py ROOT` serves a folder until Ctrl-C, to try by hand.
 """
 
@@ -23,10 +24,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
+# A "/" in a revision's name arrives as %2F.
 API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)/?(.*))?")
 RESOLVE = re.compile(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+STORED = re.compile(r"/stored/((?:models|datasets)/[^/]+/[^/]+)/([0-9a-f]{40})/(.+)")  # on the other port
 SAYS = {401: "RepoNotFound", 403: "GatedRepo", 404: "EntryNotFound"}  # X-Error-Code, as the real hub says it
 PIECE = 1 << 16  # bytes sent at once
 
@@ -38,7 +41,10 @@ class Hub:
     private), 403 (gated: as on the real hub its files are listed and not given), 404, 429, 500.
     refusals: how many times a prefix refuses before it gives in; without an entry always.
     spoil: "models/ORG/NAME/FILE" -> "cut" (the connection ends half-way) or "corrupted" (one bit is wrong).
+    busy: headers of an answer 429. token: what is accepted of those who show one ("": anything).
+    revisions: "models/ORG/NAME" -> branch or tag -> the folder with its files. tags: "models/ORG/NAME" -> its tags.
     pause: seconds before each 64 KiB of a body. log: (method, path, Range) of every request; sent: bytes of files.
+    shown: (port, Authorization) of every request.
     """
 
     def __init__(self, root: Path, port: int = 0) -> None:
@@ -46,31 +52,41 @@ class Hub:
         self.refuse: dict[str, int] = {}
         self.refusals: dict[str, int] = {}
         self.spoil: dict[str, str] = {}
+        self.busy = {"Retry-After": "0"}
+        self.token = ""
+        self.revisions: dict[str, dict[str, Path]] = {}
+        self.tags: dict[str, list[str]] = {}
         self.pause = 0.0
         self.log: list[tuple[str, str, str]] = []
+        self.shown: list[tuple[int, str]] = []
         self.sent = 0
-        self.server = ThreadingHTTPServer(("127.0.0.1", port), type("Answers", (_Answers,), {"hub": self}))
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        answers = type("Answers", (_Answers,), {"hub": self})
+        self.servers = [ThreadingHTTPServer(("127.0.0.1", p), answers) for p in (port, 0)]
+        self.port, self.store = (s.server_port for s in self.servers)
+        self.url = f"http://127.0.0.1:{self.port}"
 
     def __enter__(self) -> Hub:  # noqa: PYI034 (Python 3.10 has no Self)
-        Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        for server in self.servers:
+            server.daemon_threads = True
+            Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        for server in self.servers:
+            server.shutdown()
+            server.server_close()
 
     def environ(self, home: Path) -> dict[str, str]:
         """What a process needs to talk to the stand-in alone, with an empty cache in home."""
         return {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_XET": "1",
                 "HF_TOKEN": "", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}  # fmt: skip
 
-    def files(self, repo: str) -> dict[str, bytes]:
-        """ "models/ORG/NAME" -> its files by their paths."""
-        folder = self.root / repo
-        found = sorted(p for p in folder.rglob("*") if p.is_file())
-        return {p.relative_to(folder).as_posix(): p.read_bytes() for p in found}
+    def files(self, repo: str, revision: str = "main") -> dict[str, bytes] | None:
+        """ "models/ORG/NAME" -> its files by their paths at a branch, a tag or a commit; None: there is no such."""
+        named = {"main": self.root / repo} | self.revisions.get(repo, {})
+        if revision in named:
+            return _files(named[revision])
+        return next((f for f in map(_files, named.values()) if commit(f) == revision), None)
 
     def refused(self, path: str, gives_file: bool) -> int:
         """-> the status that a switch sets for this path, or 0."""
@@ -82,6 +98,11 @@ class Hub:
                     self.refusals[prefix] -= 1
                 return status
         return 0
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    found = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in found}
 
 
 def commit(files: dict[str, bytes]) -> str:
@@ -106,26 +127,33 @@ class _Answers(BaseHTTPRequestHandler):
         pass
 
     def answer(self) -> None:
-        path = unquote(urlsplit(self.path).path)
+        path = urlsplit(self.path).path
         asked = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.hub.log.append((self.command, path, self.headers.get("Range", "")))
+        token, port = self.headers.get("Authorization", ""), self.server.server_address[1]
+        self.hub.log.append((self.command, unquote(path), self.headers.get("Range", "")))
+        self.hub.shown.append((port, token))
+        if port == self.hub.store:
+            match = STORED.fullmatch(unquote(path))
+            return self.stored(*match.groups()) if match else self.error(403, "")
+        if token and self.hub.token and token != f"Bearer {self.hub.token}":
+            return self.error(401, "", says="Invalid credentials in Authorization header")
         if match := API.fullmatch(path):
-            kind, name, what, revision, rest = match.groups()
-            self.repo(f"{kind}/{name}", what or "revision", revision or "main", rest or "", asked)
+            kind, name, what, revision, rest = (unquote(g or "") for g in match.groups())
+            self.repo(f"{kind}/{name}", what or "revision", revision or "main", rest, asked)
         elif match := RESOLVE.fullmatch(path):
-            kind, name, revision, file = match.groups()
+            kind, name, revision, file = (unquote(g or "") for g in match.groups())
             self.file(f"{kind or 'models'}/{name}", revision, file)
         else:
             self.error(404, "RepoNotFound")
 
     def known(self, repo: str, revision: str, file: str = "") -> dict[str, bytes] | None:
         """The files of a repo, or None after saying what is wrong."""
-        files = self.hub.files(repo)
+        files = self.hub.files(repo, revision)
         if status := self.hub.refused(f"{repo}/{file}".rstrip("/"), bool(file)):
             self.error(status, "RepoNotFound" if status == 404 and not file else SAYS.get(status, ""))
-        elif not files:
+        elif not self.hub.files(repo):
             self.error(401, "RepoNotFound")  # the real hub does not tell strangers what is private
-        elif revision not in ("main", commit(files)):
+        elif files is None:
             self.error(404, "RevisionNotFound")
         else:
             return files
@@ -155,7 +183,9 @@ class _Answers(BaseHTTPRequestHandler):
             for e in entries
         ]
         about = {"id": name, "modelId": name, "sha": commit(files), "private": False, "gated": gated}
-        self.json(about | {"siblings": siblings, "tags": [], "downloads": 0, "likes": 0})
+        self.json(
+            about | {"siblings": siblings, "tags": self.hub.tags.get(repo, []), "downloads": 0, "likes": 0}
+        )
 
     def file(self, repo: str, revision: str, name: str) -> None:
         files = self.known(repo, revision, name)
@@ -163,12 +193,27 @@ class _Answers(BaseHTTPRequestHandler):
             return
         if name not in files:
             return self.error(404, "EntryNotFound", commit(files))
-        body = files[name]
+        sha, etag = commit(files), f'"{_etag(name, files[name])}"'
+        headers = {"X-Repo-Commit": sha, "ETag": etag, "X-Linked-ETag": etag, "Accept-Ranges": "bytes",
+                   "X-Linked-Size": str(len(files[name])), "Content-Type": "application/octet-stream"}  # fmt: skip
+        if _is_lfs(name):
+            place = f"http://127.0.0.1:{self.hub.store}/stored/{repo}/{sha}/{quote(name)}"
+            return self.send(302, b"", headers | {"Location": place})
+        self.body(repo, name, files[name], headers)
+
+    def stored(self, repo: str, sha: str, name: str) -> None:
+        """The other server's answer: it knows bytes, and nothing of repositories."""
+        files = self.hub.files(repo, sha) or {}
+        if status := self.hub.refused(f"{repo}/{name}", True):
+            return self.error(status, "")
+        self.body(
+            repo, name, files[name], {"ETag": f'"{_etag(name, files[name])}"', "Accept-Ranges": "bytes"}
+        )
+
+    def body(self, repo: str, name: str, body: bytes, headers: dict[str, str]) -> None:
+        """A file, or the part of it that is asked for."""
         if self.hub.spoil.get(f"{repo}/{name}") == "corrupted":
             body = body[: len(body) // 2] + bytes([body[len(body) // 2] ^ 1]) + body[len(body) // 2 + 1 :]
-        etag = f'"{_etag(name, files[name])}"'
-        headers = {"X-Repo-Commit": commit(files), "ETag": etag, "X-Linked-ETag": etag, "Accept-Ranges": "bytes",
-                   "X-Linked-Size": str(len(body)), "Content-Type": "application/octet-stream"}  # fmt: skip
         part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if part is None:
             return self.send(200, body, headers, f"{repo}/{name}")
@@ -198,12 +243,12 @@ class _Answers(BaseHTTPRequestHandler):
     def json(self, value: object) -> None:
         self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-    def error(self, status: int, code: str, sha: str = "") -> None:
-        said = {"X-Error-Code": code, "X-Error-Message": HTTPStatus(status).phrase} if code else {}
+    def error(self, status: int, code: str, sha: str = "", says: str = "") -> None:
+        said = {"X-Error-Code": code} if code else {}
+        said |= {"X-Error-Message": says or HTTPStatus(status).phrase} if code or says else {}
         said |= {"X-Repo-Commit": sha} if sha else {}
-        self.send(
-            status, b"{}", said | ({"Retry-After": "0"} if status == HTTPStatus.TOO_MANY_REQUESTS else {})
-        )
+        said |= self.hub.busy if status == HTTPStatus.TOO_MANY_REQUESTS else {}
+        self.send(status, b"{}", said)
 
 
 def _etag(name: str, body: bytes) -> str:

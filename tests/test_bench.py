@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tinychat_mlx import errors
+from tinychat_mlx import errors, limits
 from tinychat_mlx.apps.bench import gguf_file, measure, shapes
 from tinychat_mlx.apps.bench.machine import Subject as Machine
 from tinychat_mlx.apps.bench.measure import Peer, Plan, _peer_result, _result, _Rounds, parse_peer
-from tinychat_mlx.apps.bench.ours import Subject
+from tinychat_mlx.apps.bench.ours import Subject, layer_weights
 from tinychat_mlx.apps.bench.stats import Sample
 from tinychat_mlx.apps.bench.synthetic import RandomSource
 from tinychat_mlx.apps.bench.worker import Worker
@@ -157,10 +157,12 @@ def test_an_absent_peer_is_one_clear_line(
 def test_a_shape_too_large_for_the_memory_is_refused_before_it_is_built(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure.fit, "available", lambda: 1 << 30)
-    assert main(["bench", "--shape", "llama-2-7b"]) == 1
-    # 6.48 G weights of 4.25 bits and two tables of 131 M at 8.25 bits: 3.71 GB, and 15 % around them
-    assert "llama-2-7b needs 4.3 GB" in capsys.readouterr().err
+    monkeypatch.setattr(limits, "memory_free", lambda mapped=0: 1 << 30)
+    assert main(["bench", "--shape", "llama-2-7b", "--backend", "cpu"]) == 1
+    # 6.48 G weights of 4.125 bits and two tables of 131 M at 8.25 bits: 3.61 GB; 640 tokens of 524 kB: 0.34 GB; the
+    # program 0.16 GB, activations of 512 rows (4 x 4096 + 11008 wide) 0.08 GB
+    line = capsys.readouterr().err
+    assert "llama-2-7b needs 4.2 GB of memory on the cpu backend with a context of 640 tokens" in line
 
 
 # figures -------------------------------------------------------------------------------------------------
@@ -324,7 +326,7 @@ def test_the_work_of_a_prompt_is_counted_as_published() -> None:
     """Two operations a weight of the layers: parameter counts of the models' cards, less their embeddings."""
     published = {"qwen2.5-0.5b": 0.36e9, "qwen3-0.6b": 0.44e9, "qwen3-4b": 3.6e9, "qwen2.5-7b": 6.53e9}
     for name, count in published.items():
-        assert measure.layer_weights(parse_config(shapes.find(name))) == pytest.approx(count, rel=0.02), name
+        assert layer_weights(parse_config(shapes.find(name))) == pytest.approx(count, rel=0.02), name
 
 
 @pytest.mark.parametrize("name", sorted(shapes.SHAPES))

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import folders
 import pytest
 
 if sys.platform == "win32":
@@ -156,10 +157,7 @@ def test_a_model_that_does_not_load_leaves_the_meter_as_it_was(chats: Chats) -> 
 
 
 def test_a_model_too_large_for_memory_is_refused_before_it_is_loaded(chats: Chats, tmp_path: Path) -> None:
-    huge = tmp_path / "huge"
-    huge.mkdir()
-    with (huge / "model.safetensors").open("wb") as file:
-        file.truncate(1 << 42)  # 4.4 TB, and no block of it on the disk
+    huge = folders.huge(tmp_path / "huge")
     chat = chats(rows=60, columns=160)
     text = chat.say(f"/model {huge}")
     assert "error:" in text and "GB are free" in text and "TB of memory" in text
@@ -167,16 +165,26 @@ def test_a_model_too_large_for_memory_is_refused_before_it_is_loaded(chats: Chat
 
 
 def test_models_at_hand_are_listed_and_offered(chats: Chats, tmp_path: Path) -> None:
+    """A whole one stays so while a newer upload of it is half here."""
+    commit = "0123456789" * 4
     for name, whole in (("org--whole", True), ("org--half", False)):
-        folder = tmp_path / "hub" / f"models--{name}" / "snapshots" / "abc"
+        repo = tmp_path / "hub" / f"models--{name}"
+        folder = repo / "snapshots" / commit
         folder.mkdir(parents=True)
+        for made in ("refs", "blobs"):
+            (repo / made).mkdir()
+        (repo / "refs" / "main").write_text(commit)
+        (repo / "blobs" / "x.incomplete").write_text("")
         (folder / "config.json").write_text("{}")
-        (folder.parent.parent / "blobs").mkdir()
-        if not whole:
-            (folder.parent.parent / "blobs" / "x.incomplete").write_text("")
-    chat = chats(env={"HF_HUB_CACHE": str(tmp_path / "hub")})
+        if whole:
+            (folder / "model.safetensors").write_text("")
+    ours = tmp_path / "share" / "tinychat-mlx" / "models" / "org--other-int4"
+    ours.mkdir(parents=True)
+    (ours / "config.json").write_text("{}")
+    chat = chats(env={"HF_HUB_CACHE": str(tmp_path / "hub"), "XDG_DATA_HOME": str(tmp_path / "share")})
     text = chat.say("/model")
     assert "* demo" in text and "org/whole" in text and "org/half" not in text
+    assert sys.platform != "linux" or "org--other-int4" in text
     chat.type("/model org/")
     chat.wait(lambda text: text.count("org/whole") == 2)
 

@@ -20,7 +20,8 @@ import pytest
 from arm import lane as arm
 from emulators import absent
 
-from tinychat_mlx.apps.doctor import devices, disk, machine, probe, report, software, speed
+from tinychat_mlx import places
+from tinychat_mlx.apps.doctor import devices, machine, probe, report, software, speed
 from tinychat_mlx.apps.doctor.examine import examine
 from tinychat_mlx.apps.doctor.finding import BROKEN, Finding, Section, problems
 from tinychat_mlx.backends.cpu import cores
@@ -227,34 +228,6 @@ def test_limits_of_this_process_are_seen(tmp_path: Path) -> None:
         assert f"1 of {os.cpu_count()} CPUs" in found["threads"]["threads_why"]
 
 
-@POSIX
-@pytest.mark.parametrize(
-    ("groups", "files"),
-    [
-        ("0::/a/b", {"cgroup.controllers": "", "a/memory.max": "7000", "a/memory.current": "900",
-                     "a/memory.stat": "anon 1\ninactive_file 400", "a/b/memory.max": "max", "a/cpu.max": "150000 100000"}),
-        ("0::/not/mounted", {"cgroup.controllers": "", "memory.max": "7000", "memory.current": "500", "cpu.max": "150000 100000"}),
-        ("4:memory:/a\n3:cpu,cpuacct:/a\n0::/",
-         {"memory/a/memory.limit_in_bytes": "7000", "memory/a/memory.usage_in_bytes": "500",
-          "memory/memory.limit_in_bytes": "9223372036854771712",
-          "cpu,cpuacct/a/cpu.cfs_quota_us": "150000", "cpu,cpuacct/a/cpu.cfs_period_us": "100000"}),
-    ],
-    ids=["version 2", "version 2 in a container", "version 1"],
-)  # fmt: skip
-def test_a_containers_limits_are_read(
-    groups: str, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    found = machine.cgroup_folders
-    monkeypatch.setattr(machine, "cgroup_folders", lambda controller: found(controller, tmp_path, groups))
-    assert ("the container or control group", 7000, 500) in machine.limits()
-    assert machine.quota() == 1.5
-    section = machine.memory().as_json()
-    assert section["limit_bytes"] == 7000 and section["free_bytes"] == 6500
-
-
 @LINUX
 @pytest.mark.parametrize(("n", "allowed"), [(2, 1.0), (2, 2.0), (1, 1.0), (4, 2.5)])
 def test_threads_and_a_containers_quota_do_not_contradict(
@@ -262,7 +235,7 @@ def test_threads_and_a_containers_quota_do_not_contradict(
 ) -> None:
     monkeypatch.delenv("TINYCHAT_THREADS", raising=False)
     monkeypatch.setattr(machine, "default_threads", lambda: n)
-    monkeypatch.setattr(machine, "quota", lambda: allowed)
+    monkeypatch.setattr(machine.limits, "cpu_quota", lambda: allowed)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
     found = {f.key: f for f in machine.threads().findings}
     assert ("wait for each other" in found["threads"].line) == (n > allowed) == bool(found["threads"].do)
@@ -606,4 +579,4 @@ def test_a_pi_is_told_apart(lane: arm.Lane, isa: str) -> None:
         row = next(p for p in found["problems"] if p["where"] == "machine.processor")
         assert "an Arm processor, emulated on" in row["what"]
         assert found["backends"]["cpu"]["device"]["name"] == found["machine"]["processor"]
-    assert disk.disk_bytes(lane.packages[0] / "tinychat_mlx" / "tinychat_cpu.so") > 0
+    assert places.disk_bytes(lane.packages[0] / "tinychat_mlx" / "tinychat_cpu.so") > 0

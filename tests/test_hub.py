@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from email.utils import formatdate
 from pathlib import Path
 
 import pytest
-from hub_client import SLACK, Client
+from hub_client import PROGRAM, SLACK, Client
 from stand_in_hub import Hub
 from tiny_dense import save
 
@@ -179,7 +181,7 @@ def test_what_the_hub_refuses_is_said_with_what_to_do(client: Client, status: in
     client.hub.refuse["models/org/model"] = status
     line = client.refused("models", "pull", "org/model")
     assert says in line
-    assert ("hf auth login" in line) == (status in (401, 403, 404, 429))
+    assert ("auth login" in line) == (status in (401, 403, 404, 429))
     assert not list(client.cache.rglob("*.safetensors"))
 
 
@@ -194,6 +196,151 @@ def test_a_rate_limit_that_passes_is_waited_for(client: Client) -> None:
     client.hub.refuse["models/org/model"], client.hub.refusals["models/org/model"] = 429, 3
     assert client.run("models", "pull", "org/model").returncode == 0
     assert client.hub.refusals["models/org/model"] == 0
+
+
+def in_seconds(seconds: float) -> str:
+    """A date as HTTP has it: whole seconds, so up to one too early."""
+    return formatdate(time.time() + seconds + 1, usegmt=True)
+
+
+@pytest.mark.parametrize("form", ["seconds", "date", "RateLimit"])
+def test_the_wait_that_the_hub_asks_for_is_kept(client: Client, form: str) -> None:
+    """Without it the pauses of these tests are hundredths of a second."""
+    client.hub.refuse["models/org/model"], client.hub.refusals["models/org/model"] = 429, 1
+    start = time.monotonic()
+    said = {"seconds": {"Retry-After": "2"}, "RateLimit": {"RateLimit": '"api";r=0;t=2'}}
+    client.hub.busy = said.get(form) or {
+        "Retry-After": in_seconds(4)
+    }  # a second or so goes by before it is asked
+    done = client.run("models", "pull", "org/model")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"limits requests \(429\): trying again in [234] s", done.stderr)
+    assert time.monotonic() - start >= 2
+
+
+@pytest.mark.parametrize("form", ["seconds", "date", "RateLimit"])
+def test_a_wait_that_is_too_long_is_said_and_not_made(client: Client, form: str) -> None:
+    client.hub.refuse["models/org/model"] = 429
+    said = {"seconds": {"Retry-After": "300"}, "RateLimit": {"RateLimit": '"api";r=0;t=300'}}
+    client.hub.busy = said.get(form) or {"Retry-After": in_seconds(300)}
+    start = time.monotonic()
+    line = client.refused("models", "pull", "org/model")
+    seconds = re.search(r"wait (\d+) seconds, then repeat the command", line)
+    assert seconds and 270 < int(seconds[1]) <= 301 and time.monotonic() - start < 30
+    assert len(client.hub.log) == 1
+
+
+def test_weights_come_from_another_server_and_the_token_stays_behind(client: Client) -> None:
+    client.hub.token, weights = "hf_of_someone", f"models/org/model/{WEIGHTS}"
+    client.hub.spoil[weights] = "cut"
+    client.refused("models", "pull", "org/model", HF_TOKEN="hf_of_someone")
+    client.hub.spoil.clear()
+    client.hub.log.clear()
+    (partial,) = client.partial()
+    have = partial.stat().st_size
+    assert have > SIZE / 2
+    done = client.run("models", "pull", "org/model", HF_TOKEN="hf_of_someone")
+    assert done.returncode == 0, done.stderr
+    assert client.files()[WEIGHTS] == (DEMO / WEIGHTS).read_bytes()
+    shown = {port: {token for at, token in client.hub.shown if at == port} for port, _ in client.hub.shown}
+    assert shown == {client.hub.port: {"Bearer hf_of_someone"}, client.hub.store: {""}}
+    stored = [span for _, path, span in client.hub.log if path.startswith("/stored/")]
+    assert stored == [f"bytes={have}-"]  # the Range went along
+
+
+def test_a_token_that_the_hub_rejects_is_called_so(client: Client) -> None:
+    client.hub.token = "hf_right"
+    line = client.refused("models", "pull", "org/model", HF_TOKEN="hf_wrong")
+    assert "does not accept your token" in line and "auth login" in line and "unset HF_TOKEN" in line
+    assert "hf_wrong" not in line and "no such model" not in line
+
+
+def test_the_command_that_logs_in_is_one_that_works(client: Client) -> None:
+    """For someone whose PATH has no venv in it."""
+    client.hub.refuse[f"models/org/model/{WEIGHTS}"] = 403
+    line = client.refused("models", "pull", "org/model", PATH="/usr/bin:/bin")
+    command = re.search(r"`([^`]+)`", line)
+    assert command and shutil.which(command[1].split()[0], path="/usr/bin:/bin")
+    done = subprocess.run(
+        f"{command[1]} --help", shell=True, env=client.environ(PATH="/usr/bin:/bin"), capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and "log" in done.stdout.lower(), done.stderr
+
+
+def test_a_branch_and_a_tag_are_revisions(client: Client, tmp_path: Path) -> None:
+    """Each with files of its own, found again offline by its own name."""
+    named = {name: tmp_path / name.replace("/", "-") for name in ("v1.0", "refs/pr/1", "feature/long")}
+    for name, folder in named.items():
+        shutil.copytree(DEMO, folder)
+        (folder / "README.md").write_text(name)
+    client.hub.revisions["models/org/model"] = named
+    run = ("--max-tokens", "1", "--temperature", "0", "hi")
+    for name in named:
+        done = client.run("models", "pull", f"org/model@{name}", "--quiet")
+        assert done.returncode == 0, done.stderr
+        assert (Path(done.stdout.strip()) / "README.md").read_text() == name
+        offline = client.run("run", "-m", f"org/model@{name}", *run, HF_HUB_OFFLINE="1")
+        assert offline.returncode == 0, offline.stderr
+    listed = json.loads(client.run("models", "list", "--json").stdout)
+    (short,) = (r["name"] for r in listed if r["kind"] == "hub")
+    assert re.fullmatch(r"org/model@[0-9a-f]{8}", short)  # main itself is not here
+    assert client.run("run", "-m", short, *run, HF_HUB_OFFLINE="1").returncode == 0
+    assert "not in the local cache" in client.refused("run", "-m", "org/model", *run, HF_HUB_OFFLINE="1")
+
+
+def test_the_licence_is_the_one_that_the_hub_tells(client: Client) -> None:
+    client.hub.tags["models/org/model"] = ["safetensors", "license:llama3.2", "region:us"]
+    assert json.loads(client.run("models", "show", "org/model", "--json").stdout)["licence"] == "llama3.2"
+    client.hub.tags.clear()
+    assert json.loads(client.run("models", "show", "org/model", "--json").stdout)["licence"] is None
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX's")
+def test_a_terminal_shows_a_bar_with_rate_and_time_left(client: Client) -> None:
+    from chat_screen import Screen
+
+    client.hub.pause = 0.03  # 2 MB a second
+    command = [sys.executable, "-c", PROGRAM.format(more=""), "models", "pull", "org/model"]
+    screen = Screen(command, 12, 100, client.environ(TERM="xterm-256color", COLUMNS="100", LANG="C.UTF-8"))
+    bar = r"org/model +[━╸╺ ]+ +[\d.]+/3\.5 MB +[\d.]+ MB/s left 0?0:0\d"
+    screen.wait(lambda text: re.search(bar, text) is not None, 30)
+    client.hub.pause = 0.0
+    screen.wait("all checksums right", 30)
+    assert screen.exit_code() == 0
+    assert not re.search(bar, screen.text)  # it is gone when it is done
+
+
+# damaged on the hub ------------------------------------------------------------------------------------
+def with_header(header: bytes) -> bytes:
+    return len(header).to_bytes(8, "little") + header + b"\0" * 64
+
+
+DAMAGED = {
+    "config.json": (b'{"model_type": ', "config.json: not JSON at line 1"),
+    "generation_config.json": (b"[0.7]", "generation_config.json: holds a list, not an object"),
+    "model.safetensors.index.json": (b"\xff\xfe", "model.safetensors.index.json: not JSON"),
+    "model.safetensors.index.json, another": (b'{"weight_map": 3}', "model.safetensors.index.json: no weight_map"),
+    WEIGHTS: (with_header(b'{"a": {"dtype": "F16", "shape": [4]}}'), "'a' is not described by dtype, shape"),
+    f"{WEIGHTS}, not JSON": (with_header(b'{"a": }'), "header is not JSON at byte 14"),
+    f"{WEIGHTS}, a list": (with_header(b'["a"]'), "no '{' at byte 8"),
+    f"{WEIGHTS}, a number": (with_header(b'{"a": 7}'), "'a' is not described by dtype, shape"),
+    f"{WEIGHTS}, short": (b"abc", "3 bytes long"),
+    f"{WEIGHTS}, empty": (b"", "0 bytes long"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["show", "pull", "run"])
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_what_is_damaged_on_the_hub_is_said_of_the_hub(client: Client, kind: str, command: str) -> None:
+    """Not of a defect of ours, as broken JSON once was; and nobody is told to download the same again."""
+    data, says = DAMAGED[kind]
+    (client.hub.root / "models" / "org" / "model" / kind.partition(",")[0]).write_bytes(data)
+    args = {"show": ("models", "show", "org/model"), "pull": ("models", "pull", "org/model"),
+            "run": ("run", "-m", "org/model", "hi")}  # fmt: skip
+    line = client.refused(*args[command])
+    assert says in line and "org/model" in line
+    assert line.endswith("— take another upload of it") and "download it again" not in line
 
 
 def test_an_unknown_revision_is_named_and_a_commit_is_pinned(client: Client) -> None:

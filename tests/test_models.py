@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,25 +13,35 @@ from typing import Any
 
 import folders
 import layouts
+import numpy as np
 import pytest
 from hub_client import Client
 from stand_in_hub import Hub
 from tiny_dense import save
 
 from tinychat_mlx import hub as hubs
+from tinychat_mlx import limits, places
 from tinychat_mlx.apps import fit
 from tinychat_mlx.apps.bench.ours import layer_weights
 from tinychat_mlx.apps.bench.shapes import SHAPES
+from tinychat_mlx.apps.cli import main
 from tinychat_mlx.apps.config import settings
 from tinychat_mlx.apps.models import facts, opening
 from tinychat_mlx.apps.models.recommended import recommended, with_fit
 from tinychat_mlx.awq.settings import Settings
+from tinychat_mlx.awq.tensors import rounded_rows
+from tinychat_mlx.backends.cpu import CpuBackend
+from tinychat_mlx.backends.reference import ReferenceBackend
 from tinychat_mlx.checkpoint import Checkpoint
 from tinychat_mlx.config import parse_config
 from tinychat_mlx.errors import BackendError, ConfigError, UsageError
+from tinychat_mlx.formats.mlx import mlx_entries
 from tinychat_mlx.loading import DEMO, load
+from tinychat_mlx.tensorfile import entry, write
+from tinychat_mlx.weight import Dense
 
 COMMIT = "0123456789" * 4
+DENSE = Path(__file__).resolve().parent / "data" / "demo-fp16"
 
 
 @pytest.fixture
@@ -46,7 +57,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home with the dense model org/dense in its cache; the hub is not asked."""
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("TINYCHAT_CONFIG", str(tmp_path / "config.toml"))
-    monkeypatch.setattr(opening, "home", lambda: tmp_path / "models")
+    monkeypatch.setattr(places, "conversions", lambda: tmp_path / "models")
     monkeypatch.setattr(opening, "_left_dense", set())
     put(tmp_path / "hub", "org/dense", save)
     return tmp_path
@@ -84,8 +95,8 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     keys: list[str] = []
     monkeypatch.setattr(opening, "detect", lambda: type("Terminal", (), {"interactive": True}))
     monkeypatch.setattr(opening.click, "getchar", lambda: keys.pop(0))
-    quick = opening._settings
-    monkeypatch.setattr(opening, "_settings", lambda found: _quick(quick(found)))
+    quick = opening.int4_settings
+    monkeypatch.setattr(opening, "int4_settings", lambda found: _quick(quick(found)))
     return keys
 
 
@@ -142,6 +153,106 @@ def test_a_model_on_the_hub_is_described_from_its_headers_alone(client: Client) 
     assert "int8 g128" in shown and "temperature 0.5" in shown and "(built in)" in shown
 
 
+def mixed(folder: Path) -> Path:
+    """The dense demo in 4 bits, but for v_proj in the first two layers, and down_proj in all: in 8."""
+    source = Checkpoint.open(DENSE)
+    config, tensors = parse_config(source.config), []
+    wide: dict[str, Any] = {}
+    for name in sorted(n for n in source.names() if n in source):
+        module = name.removesuffix(".weight")
+        if len(source.info(name)[1]) == 1:
+            tensors.append(entry(name, source.vector(name).astype(np.float16)))
+            continue
+        eight = module.endswith(("down_proj", "0.self_attn.v_proj", "1.self_attn.v_proj"))
+        wide |= {module: {"bits": 8, "group_size": 64}} if eight else {}
+        weight = source.weight(module)
+        assert isinstance(weight, Dense)
+        tensors += mlx_entries(rounded_rows(weight, 8 if eight else 4, 64))
+    folder.mkdir()
+    write(folder / "model.safetensors", tensors)
+    block = {"bits": 4, "group_size": 64, **wide}
+    (folder / "config.json").write_text(json.dumps(source.config | {"quantization": block}))
+    assert config.num_hidden_layers == 6
+    return folder
+
+
+def test_projections_in_another_form_have_rows_of_their_own(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(mixed(tmp_path / "mixed"))
+    assert main(["models", "show", folder, "--json", "--modules"]) == 0
+    told = json.loads(capfd.readouterr().out)
+    rows = {(p["name"], p["form"]): p["tensors"] for p in told["parts"] if p["name"].startswith("layers")}
+    assert rows == {("layers", "int4 g64"): 30, ("layers: self_attn.v_proj", "int8 g64"): 2,
+                    ("layers: self_attn.v_proj", "int4 g64"): 4, ("layers: mlp.down_proj", "int8 g64"): 6}  # fmt: skip
+    forms = {m["name"]: m["form"] for m in told["modules"]}
+    assert forms["model.layers.1.self_attn.v_proj"] == forms["model.layers.5.mlp.down_proj"] == "int8 g64"
+    assert forms["model.layers.2.self_attn.v_proj"] == "int4 g64" and len(forms) == 43 + 13
+    assert sum(m["nbytes"] for m in told["modules"]) == told["bytes"]
+    assert main(["models", "show", folder, "--modules"]) == 0
+    shown = capfd.readouterr().out
+    assert "layers: mlp.down_proj" in shown and "model.layers.1.self_attn.v_proj" in shown
+    assert main(["models", "show", folder]) == 0
+    assert "model.layers.1" not in capfd.readouterr().out
+
+
+def test_a_dense_model_is_shown_as_int4_as_well(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "show", str(DENSE), "--json"]) == 0
+    told = json.loads(capfd.readouterr().out)
+    int4 = facts.as_int4(facts.local("dense", DENSE), Settings())
+    assert told["as_int4"]["bytes"] == int4.nbytes < 0.4 * told["bytes"]
+    weights = {r["backend"]: r["weights"] for r in told["as_int4"]["fits"]}
+    assert weights["cpu"] == fit.cost(int4, CpuBackend(threads=1)).weights
+    assert main(["models", "show", str(DENSE)]) == 0
+    shown = capfd.readouterr().out
+    assert re.search(r"^as int4 +3\.3 MB: `tinychat convert ", shown, re.MULTILINE) and "cpu as int4" in shown
+    assert main(["models", "show", "demo", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["as_int4"] is None
+
+
+def test_what_is_not_downloaded_is_to_download(client: Client) -> None:
+    far = client.run("models", "show", "org/dense").stdout
+    assert " to download" in far and " on disk" not in far and "`tinychat chat -m org/dense` offers" in far
+    client.run("models", "pull", "org/dense")
+    near = client.run("models", "show", "org/dense").stdout
+    assert " on disk" in near and " to download" not in near
+
+
+QUICK = """
+from dataclasses import replace
+from tinychat_mlx.apps.models import opening
+best = opening.int4_settings
+opening.int4_settings = lambda found: replace(best(found), method="rtn")
+"""
+
+
+def test_every_name_that_is_listed_can_be_chatted_with(client: Client) -> None:
+    """Among them the conversion under its own name, which no hub id has."""
+    run = ("--max-tokens", "1", "--temperature", "0", "w1")
+    client.run("models", "pull", "org/model")
+    made = client.run("run", "-m", "org/dense", "--convert", "always", *run, more=QUICK)
+    assert made.returncode == 0, made.stderr
+    listed = json.loads(client.run("models", "list", "--json").stdout)
+    names = [r["name"] for r in listed]
+    assert names == ["demo", "org--dense-int4", "org/dense", "org/model"] and all(r["runs"] for r in listed)
+    for name in names:
+        done = client.run("run", "-m", name, "-v", *run, HF_HUB_OFFLINE="1")
+        assert done.returncode == 0, (name, done.stderr)
+        shown = client.run("models", "show", name, "--json", HF_HUB_OFFLINE="1")
+        assert json.loads(shown.stdout)["runs"], (name, shown.stderr)
+    assert client.run("models", "rm", "org--dense-int4", "--yes").returncode == 0
+    assert "no such folder" in client.refused("run", "-m", "org--dense-int4", "w1")
+
+
+def test_help_says_whole_sentences(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["models", "--help"]) == 0
+    rows = capfd.readouterr().out.partition("Commands:\n")[2].splitlines()
+    assert len(rows) == 4 and all(row.endswith(".") and not row.endswith("...") for row in rows)
+
+
 def test_a_model_that_cannot_run_says_why_and_is_not_fetched(client: Client) -> None:
     config = client.hub.root / "models" / "org" / "dense" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "mamba2"}))
@@ -165,15 +276,21 @@ def test_the_list_tells_whole_from_half_and_what_runs(client: Client) -> None:
     assert "org/half" in client.run("models", "list").stdout
 
 
-def test_memory_decides_what_fits_and_at_which_context() -> None:
-    found = facts.local("demo", DEMO)
-    held = sum(p.nbytes for p in found.parts)
-    for tokens in (600, 4000):
-        room = fit.room(found, "cpu", held + fit.base(found) + tokens * found.kv_bytes())
-        assert room.context == tokens and room.weights == held
-    assert fit.room(found, "cpu", 1 << 40).context == found.context
-    assert fit.room(found, "cpu", held + fit.base(found) + 100 * found.kv_bytes()).context == 0
-    assert fit.room(found, "reference", 1 << 40).weights == 4 * found.parameters
+def test_memory_decides_what_fits_and_at_which_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, cpu = facts.local("demo", DEMO), CpuBackend(threads=1)
+    takes = fit.cost(found, cpu)
+    for free, tokens in ((600, 600), (4000, 4000), (1 << 30, found.context), (100, 0)):
+        room = takes.weights + takes.program + takes.running + free * found.kv_bytes()
+        monkeypatch.setattr(limits, "available", lambda mapped=0, room=room: room)
+        assert fit.room(found, cpu).context == tokens
+        assert takes.context(room, found.context) == tokens
+        assert fit.fits(found, cpu, None) == (tokens > 0)
+    plain = fit.cost(found, ReferenceBackend())
+    vectors = next(p.parameters for p in found.parts if p.name == "norms and biases")
+    assert plain.weights == 4 * found.parameters and takes.per_token == found.kv_bytes()
+    # What `convert` writes has 4 bits a weight in the layers here and 16 a group of 128; 8 and 32 in the rim.
+    parts = {p.name: p.parameters for p in found.parts}
+    assert takes.weights == parts["layers"] * 4.125 / 8 + parts["embedding and head"] * 8.25 / 8 + 4 * vectors
 
 
 def test_recommended_models_are_of_the_sizes_that_they_say() -> None:
@@ -331,7 +448,7 @@ def test_an_interrupted_conversion_goes_on(
 
 
 def test_what_does_not_fit_is_refused_with_the_way_out(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit, "available", lambda: 1000)
+    monkeypatch.setattr(limits, "memory_free", lambda mapped=0: 1000)
     with pytest.raises(BackendError, match=r"too little.*--convert always"):
         opening.settle(options(), lambda text: None)
 
@@ -340,17 +457,17 @@ def test_a_conversion_that_has_no_room_is_not_offered(
     home: Path, answers: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(fit, "available", lambda: 20 << 20)
+    monkeypatch.setattr(limits, "memory_free", lambda mapped=0: 20 << 20)
     assert opening.settle(options(), said.append) == "org/dense"
-    assert "needs more memory" in said[-1]
+    assert "the conversion needs 1" in said[-1] and "it runs as it is" in said[-1]
 
 
 def test_a_mixture_of_experts_is_offered_as_well(home: Path) -> None:
     found = facts.local("org/dense", home / "hub" / "models--org--dense" / "snapshots" / COMMIT)
-    assert opening._settings(found) is not None
+    assert opening.int4_settings(found) is not None
     config = json.loads((Path(str(found.folder)) / "config.json").read_text())
     experts = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
-    settings = opening._settings(replace(found, config=parse_config(config | experts)))
+    settings = opening.int4_settings(replace(found, config=parse_config(config | experts)))
     assert settings is not None and settings.method == "awq+"
 
 

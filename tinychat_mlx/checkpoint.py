@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinychat_mlx.errors import ConfigError, FormatError, ModelNotFoundError, TinychatError
+from tinychat_mlx.errors import FormatError, ModelNotFoundError, TinychatError
 from tinychat_mlx.fingerprint import fingerprint
 from tinychat_mlx.formats import detect
 from tinychat_mlx.formats.stacked import File, unstacked
@@ -55,6 +55,10 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
             raise ModelNotFoundError(f"{folder}: no such folder: check the path")
+        if not os.path.lexists(folder / "config.json"):
+            raise ModelNotFoundError(
+                f"{folder} is no model's folder: config.json is not in it — check the path"
+            )
         self.folder = folder
         self.fingerprint = fingerprint(folder)  # before a file is opened
         self.config = read_json(folder / "config.json")
@@ -155,22 +159,28 @@ class Checkpoint:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """-> the object in a JSON file. Raises ConfigError naming line and column."""
+    """-> the object in a JSON file. Raises FormatError naming line and column."""
+    with open_regular(path) as file:
+        check_json_size(path, os.fstat(file.fileno()).st_size)
+        return parse_json(path, file.read())
+
+
+def check_json_size(where: Path | str, size: int) -> None:
+    if size > MAX_JSON:
+        raise FormatError(f"{where}: more than {MAX_JSON >> 20} MiB — is it the right file?")
+
+
+def parse_json(where: Path | str, text: bytes) -> dict[str, Any]:
+    """-> the object in the text of a JSON file. Raises FormatError naming line and column."""
     try:
-        with open_regular(path) as file:
-            if os.fstat(file.fileno()).st_size > MAX_JSON:
-                raise ConfigError(f"{path}: more than {MAX_JSON >> 20} MiB — is it the right file?")
-            text = file.read()
         parsed = json.loads(text)
-    except FormatError as error:
-        raise ConfigError(str(error)) from None
     except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise ConfigError(f"{path}: not JSON at {where}: {error.msg}") from None
+        at = f"line {error.lineno}, column {error.colno}"
+        raise FormatError(f"{where}: not JSON at {at}: {error.msg}") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, a number of a million digits, endless brackets
-        raise ConfigError(f"{path}: not JSON: {str(error)[:100]}") from None
+        raise FormatError(f"{where}: not JSON: {str(error)[:100]}") from None
     if not isinstance(parsed, dict):
-        raise ConfigError(f"{path}: holds a {type(parsed).__name__}, not an object")
+        raise FormatError(f"{where}: holds a {type(parsed).__name__}, not an object")
     return parsed
 
 
@@ -200,10 +210,7 @@ def _open_files(folder: Path) -> dict[str, File]:
 
 def _open_shards(folder: Path) -> dict[str, File]:
     index = folder / INDEX
-    try:
-        weight_map = read_json(index).get("weight_map")
-    except ConfigError as error:
-        raise FormatError(f"{error} — download it again") from None
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         weight_map = {}
     listed = list(weight_map.values())

@@ -10,7 +10,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from tinychat_mlx import hub
+from tinychat_mlx import hub, places
 from tinychat_mlx.backend import Backend
 from tinychat_mlx.checkpoint import Checkpoint
 from tinychat_mlx.config import parse_config
@@ -77,21 +77,29 @@ def capacity_of(context: int | None, limit: int) -> int:
     return context or min(limit, DEFAULT_CONTEXT)
 
 
+def at_hand(name: str) -> Path | None:
+    """The folder that a name stands for, as `tinychat models list` prints names; None if it is not here. Asks nobody."""
+    if name == "demo":
+        return DEMO
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    ref = hub.parse(name)
+    return hub.cached(ref) if ref else places.conversion(name)
+
+
 def find_folder(
     model: str | Path, watch: hub.Watch = lambda done, total: None, say: hub.Say = lambda text: None
 ) -> Path:
-    """A folder as it is, "demo", or a hub id (ORG/NAME, ORG/NAME@REVISION), fetched into the hub's cache if need be.
+    """A folder as it is, "demo", a conversion, or a hub id (ORG/NAME[@REVISION]), fetched into the hub's cache if need be.
 
     A model that is in the cache is taken as it is, and nobody is asked. watch(bytes here, in all) and say(note)
     follow a download. Raises ModelNotFoundError, DownloadError, FormatError.
     """
     text = str(model)
-    if text == "demo":
-        return DEMO
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
+    if (here := at_hand(text)) is not None:
+        return here
+    if Path(model).expanduser().exists():
         raise ModelNotFoundError(f"{text} is a file: give the folder that holds config.json")
     looks_local = text.startswith((".", "/", "~")) or os.sep != "/" and os.sep in text
     if looks_local or hub.parse(text) is None:

@@ -163,7 +163,8 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"{path}: cannot be read ({error}) — download it again") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise TokenizerError(f"{path}: cannot be read ({reason}) — download it again") from error
 
 
 def _line(error: Exception) -> str:

@@ -35,6 +35,7 @@ DTYPES = {
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1",
 }  # fmt: skip
 _NUMPY = {name: np.dtype(code) for name, code in DTYPES.items()}
+Where = Path | str  # a file, as messages name it
 _AGAIN = "the file is damaged: download it again"
 
 
@@ -57,9 +58,9 @@ class TensorFile:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self._map = _map(self.path)
-        header, start = _header(self.path, self._map)
-        self.metadata = _metadata(self.path, header.pop(METADATA, {}))
-        self._spans = _spans(self.path, header, start, len(self._map))
+        end = header_end(self.path, self._map, len(self._map))
+        with memoryview(self._map) as view, view[8:end] as header:
+            self.metadata, self._spans = described(self.path, header, len(self._map))
 
     @property
     def names(self) -> Iterable[str]:
@@ -121,7 +122,11 @@ def open_regular(path: Path) -> BinaryIO:
     except FileNotFoundError:
         raise FormatError(f"{path}: the file is not there — download the model again") from None
     except (OSError, ValueError) as error:  # Windows opens no folder: the other systems see it below
-        reason = "is a folder, not a file" if path.is_dir() else f"cannot be opened: {error}"
+        reason = (
+            "is a folder, not a file"
+            if path.is_dir()
+            else f"cannot be opened: {getattr(error, 'strerror', None) or error}"
+        )
         raise FormatError(f"{path}: {reason}") from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
@@ -132,15 +137,19 @@ def open_regular(path: Path) -> BinaryIO:
 def _map(path: Path) -> mmap.mmap:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        if size < 8:
-            _bad(path, f"{size} bytes long, a header length alone has 8", "download it again")
+        _check_length(path, size)
         try:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             raise FormatError(f"{path}: cannot be mapped: {error}") from None
 
 
-def _bad(path: Path, what: str, remedy: str = _AGAIN) -> NoReturn:
+def _check_length(path: Where, size: int) -> None:
+    if size < 8:
+        _bad(path, f"{size} bytes long, a header length alone has 8", "download it again")
+
+
+def _bad(path: Where, what: str, remedy: str = _AGAIN) -> NoReturn:
     raise FormatError(f"{path}: {what} — {remedy}")
 
 
@@ -148,8 +157,12 @@ class _BadHeader(ValueError):
     """Valid JSON that no safetensors header may hold."""
 
 
-def _header(path: Path, data: mmap.mmap) -> tuple[dict[str, Any], int]:
-    """Parse the header, a JSON object without duplicate keys; -> it, the byte where the data begins."""
+def header_end(path: Where, data: bytes | mmap.mmap, size: int) -> int:
+    """-> the byte at which the header ends; data: at least the first 23 bytes of the `size` that the file has.
+
+    Raises FormatError if it is no safetensors file.
+    """
+    _check_length(path, size)
     if data[:23] == b"version https://git-lfs":
         _bad(path, "a Git LFS pointer, not the weights", "run `git lfs pull` in its folder")
     length = int.from_bytes(data[:8], "little")
@@ -159,15 +172,21 @@ def _header(path: Path, data: mmap.mmap) -> tuple[dict[str, Any], int]:
             f"header length {length} at byte 0, at most {MAX_HEADER} allowed",
             "is it safetensors at all?",
         )
-    if 8 + length > len(data):
-        _bad(path, f"header ends at byte {8 + length}, the file has {len(data)}", "download it again")
+    if 8 + length > size:
+        _bad(path, f"header ends at byte {8 + length}, the file has {size}", "download it again")
     if data[8:9] != b"{" or not length:
         _bad(path, "no '{' at byte 8, where the header begins", "is it safetensors at all?")
-    with memoryview(data) as view, view[8 : 8 + length] as header:
-        return _parse(path, header), 8 + length
+    return 8 + length
 
 
-def _parse(path: Path, header: memoryview) -> dict[str, Any]:
+def described(path: Where, header: memoryview, size: int) -> tuple[dict[str, str], dict[str, Span]]:
+    """A header -> the metadata and every tensor in it, all checked. Raises FormatError."""
+    table = _parse(path, header)
+    metadata = _metadata(path, table.pop(METADATA, {}))
+    return metadata, _spans(path, table, 8 + len(header), size)
+
+
+def _parse(path: Where, header: memoryview) -> dict[str, Any]:
     try:
         text = str(header, "utf-8")
     except UnicodeDecodeError as error:
@@ -212,14 +231,14 @@ def _no_number(text: str) -> NoReturn:
     raise _BadHeader(f"{text[:20]} where only whole numbers belong")
 
 
-def _metadata(path: Path, table: Any) -> dict[str, str]:
+def _metadata(path: Where, table: Any) -> dict[str, str]:
     if type(table) is not dict or not all(type(v) is str for v in table.values()):
         _bad(path, f"{METADATA} is not a table of strings")
     strings: dict[str, str] = table
     return strings
 
 
-def _spans(path: Path, header: dict[str, Any], start: int, size: int) -> dict[str, Span]:
+def _spans(path: Where, header: dict[str, Any], start: int, size: int) -> dict[str, Span]:
     """Check each tensor against its own shape, then all of them against the file: no hole, no overlap.
 
     start: the file's byte where the data begins; size: the file's bytes.
@@ -238,7 +257,7 @@ def _spans(path: Path, header: dict[str, Any], start: int, size: int) -> dict[st
     return spans
 
 
-def _span(path: Path, name: str, entry: Any, start: int) -> Span:
+def _span(path: Where, name: str, entry: Any, start: int) -> Span:
     where = f"tensor {show(name)}"
     if type(entry) is not dict or entry.keys() != {"dtype", "shape", "data_offsets"}:
         _bad(path, f"{where} is not described by dtype, shape and data_offsets")

@@ -20,16 +20,17 @@ from typing import Any
 from tinychat_mlx import __version__
 from tinychat_mlx.apps import fit
 from tinychat_mlx.apps.bench import gguf_file, shapes
-from tinychat_mlx.apps.bench.ours import layer_weights
 from tinychat_mlx.apps.bench.stats import Sample
 from tinychat_mlx.apps.bench.worker import Worker
+from tinychat_mlx.apps.models.facts import of_shape
+from tinychat_mlx.apps.models.opening import facts_of
 from tinychat_mlx.config import parse_config
 from tinychat_mlx.errors import BackendError, UsageError
 from tinychat_mlx.generate import PREFILL_ROWS
+from tinychat_mlx.loading import create
 
 Config = dict[str, Any]
 Say = Callable[[str], None]
-BITS = {"int4": 4.25, "int8": 8.25, "fp16": 16.0}  # a weight, with scale and offset of a group of 128
 
 
 @dataclass(frozen=True)
@@ -80,14 +81,19 @@ def check(plan: Plan) -> None:
             for package in ("llama_cpp", "gguf"):
                 if find_spec(package) is None:
                     raise BackendError(f"{gguf_file.MISSING}: {package} is not installed")
+    if plan.backend not in ("cpu", "reference"):
+        return  # a library that takes memory itself; its backend refuses in the process that measures
+    backend = create(plan.backend, plan.exact, plan.threads)
+    tokens = plan.depth + plan.pp + plan.tg
     if plan.shape is None:
         assert plan.model is not None
-        fit.check(plan.model, fit.look_up(plan.model))
+        if found := facts_of(plan.model, {}):
+            fit.context_for(found, backend, tokens, lambda text: None)
         return
-    config = shapes.find(plan.shape)
-    outer = config["vocab_size"] * config["hidden_size"] * (1 if config["tie_word_embeddings"] else 2)
-    bits = layer_weights(parse_config(config)) * BITS["int4"] + outer * BITS[plan.head]
-    fit.check(plan.shape, fit.Need(round(bits / 8)))
+    shape = shapes.find(plan.shape)
+    found = of_shape(plan.shape, parse_config(shape), bool(shape["tie_word_embeddings"]), plan.head)
+    takes = fit.cost(found, backend)
+    fit.refuse(plan.shape, takes, tokens, fit.free_on(backend), backend.name)
 
 
 def parse_peer(text: str, head: str) -> tuple[str, str, bool]:

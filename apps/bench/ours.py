@@ -137,13 +137,7 @@ class Subject:
     def _kv_bytes(self, tokens: float) -> float:
         """Of a cache as each layer sees it, its window no further."""
         config = self.decoder.config
-        data, rows = getattr(self._talk, "data", None), getattr(self._talk, "rows", 0)
-        if isinstance(data, np.ndarray) and rows:  # the cpu backend's, in whatever form it was asked for
-            token = data.nbytes / rows
-        else:
-            wide = self.exact or self.decoder.backend.name == "reference"
-            token = cache_shape(config).bytes_per_token(4 if wide else 2)
-        layer = token / config.num_hidden_layers
+        layer = self.decoder.backend.kv_bytes(cache_shape(config)) / config.num_hidden_layers
         return layer * sum(min(tokens, w or tokens) for w in config.window)
 
     def prefill(self) -> float:

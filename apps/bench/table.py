@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tinychat_mlx.apps.terminal import size
+from tinychat_mlx.words import size
 
 
 def show(result: dict[str, Any]) -> None:

@@ -15,8 +15,8 @@ from tinychat_mlx.apps.chat.prompt import Fragments, Reader, make_reader
 from tinychat_mlx.apps.chat.session import Message, Session
 from tinychat_mlx.apps.chat.settings import Settings
 from tinychat_mlx.apps.chat.view import View, colour_of
-from tinychat_mlx.apps.terminal import size
 from tinychat_mlx.errors import ContextFullError, TinychatError, in_words
+from tinychat_mlx.words import size
 
 if TYPE_CHECKING:
     from tinychat_mlx.model import Model

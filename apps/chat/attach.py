@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinychat_mlx.apps.terminal import size
 from tinychat_mlx.errors import UsageError
+from tinychat_mlx.words import size
 
 MOST_BYTES = 1_000_000  # far above any context here; a larger file is a mistake
 _MENTION = re.compile(r'(?<!\S)@(?:"([^"]+)"|(\S+))')

@@ -24,6 +24,7 @@ from tinychat_mlx.apps.options import (
     text_or_file,
 )
 from tinychat_mlx.apps.terminal import Terminal, detect, quiet_keys
+from tinychat_mlx.words import of_the_system
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -144,7 +145,7 @@ def open_data(view: View) -> Path | None:
     try:
         return data_folder()
     except OSError as e:
-        view.warn(f"this chat is not saved: {e}")
+        view.warn(f"this chat is not saved: {of_the_system(e)}")
         return None
 
 

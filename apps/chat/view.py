@@ -10,7 +10,8 @@ from rich.text import Text
 
 from tinychat_mlx import __version__
 from tinychat_mlx.apps.chat.stream import MarkdownAnswer, PlainAnswer
-from tinychat_mlx.apps.terminal import Terminal, size
+from tinychat_mlx.apps.terminal import Terminal
+from tinychat_mlx.words import size
 
 if TYPE_CHECKING:
     from tinychat_mlx.generate import Stats

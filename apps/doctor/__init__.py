@@ -51,6 +51,10 @@ def doctor(as_json: bool, report: str | None, quick: bool, backend: str | None) 
 
     if as_json and report == "-":
         raise click.UsageError("--json and --report - both want stdout: give --report a file")
+    if report not in (None, "-"):
+        from tinychat_mlx.apps.doctor.report import check
+
+        check(report)
     from tinychat_mlx.apps.doctor import view
     from tinychat_mlx.apps.doctor.examine import examine
     from tinychat_mlx.apps.doctor.finding import problems

@@ -6,9 +6,9 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from tinychat_mlx import hub
+from tinychat_mlx import limits, places
 from tinychat_mlx.apps.doctor.finding import NOTE, OK, Finding, Section
-from tinychat_mlx.apps.terminal import size
+from tinychat_mlx.words import size
 
 LOW_DISK = 2_000_000_000  # bytes; a small model and its conversion
 
@@ -16,7 +16,7 @@ LOW_DISK = 2_000_000_000  # bytes; a small model and its conversion
 def disk() -> Section:
     """Each cache with its folder, its bytes and the command that empties it; the room that is left."""
     found = [_cache(*row) for row in caches()]
-    free = _free(hub.hub_cache())
+    free = limits.disk_free(places.hub_cache())
     if free < LOW_DISK:
         text, do = f"{size(free)} free where models go", "make room, or point HF_HOME at another disk"
         found.append(Finding("free_bytes", free, text, NOTE, do))
@@ -30,13 +30,12 @@ def caches() -> list[tuple[str, str, Path, str]]:
     from platformdirs import user_cache_path, user_data_path
 
     from tinychat_mlx.apps.chat.session import cache_folder
-    from tinychat_mlx.apps.models.opening import home
 
     data = Path(os.environ.get("TINYCHAT_DATA") or user_data_path("tinychat-mlx", appauthor=False))
     ours = user_cache_path("tinychat-mlx")
     return [
-        ("models", "models (Hugging Face cache)", hub.hub_cache(), "tinychat models rm MODEL"),
-        ("conversions", "conversions to int4", home(), "tinychat models rm MODEL"),
+        ("models", "models (Hugging Face cache)", places.hub_cache(), "tinychat models rm MODEL"),
+        ("conversions", "conversions to int4", places.conversions(), "tinychat models rm MODEL"),
         ("weights", "packed weights", packed_weights(), ""),
         ("prefixes", "what was computed of chats", cache_folder(), ""),
         ("cubins", "compiled CUDA kernels", ours / "cuda", ""),
@@ -61,32 +60,10 @@ def packed_weights() -> Path:
 
 def _cache(key: str, what: str, path: Path, command: str) -> Finding:
     there = os.path.lexists(path)
-    nbytes = disk_bytes(path)
+    nbytes = places.disk_bytes(path)
     delete = command or (f'rmdir /s "{path}"' if os.name == "nt" else f"rm -r '{path}'")
     value = {"path": str(path), "exists": there, "bytes": nbytes, "delete": delete}
     if not there:
         return Finding(key, value, f"{what}: none")
     return Finding(key, value, f"{what}: {size(nbytes)} in {path}; `{delete}`" if nbytes else f"{what}: empty",
                    shared=f"{what}: {size(nbytes)}")  # fmt: skip
-
-
-def disk_bytes(path: Path) -> int:
-    """Bytes of the files at or below a path; links count nothing, what cannot be read neither."""
-    if path.is_file():
-        return path.lstat().st_size
-    total = 0
-    for folder, _, names in os.walk(path):
-        for name in names:
-            try:
-                found = os.lstat(os.path.join(folder, name))
-            except OSError:  # it went while we looked
-                continue
-            total += found.st_size if not os.path.islink(os.path.join(folder, name)) else 0
-    return total
-
-
-def _free(path: Path) -> int:
-    """Bytes free where a path is, or will be."""
-    import shutil
-
-    return shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists())).free

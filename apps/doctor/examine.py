@@ -35,7 +35,7 @@ def examine(backend: str | None, measure: bool) -> tuple[list[Section], bool]:
             name = backends.chosen if backends.works else ""
             sections.append(speed(name, answer.get("bandwidth"), free))
     sections += [disk.disk(), settings.configuration()]
-    sections.append(settings.default_model(options, backends.chosen if backends.works else "", free))
+    sections.append(settings.default_model(options, backends.chosen if backends.works else ""))
     ok = backends.works and not any(f.state == BROKEN for f in _needed(sections))
     return sections, ok
 

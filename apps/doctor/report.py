@@ -8,6 +8,7 @@ home. Names of the user and of the machine are replaced wherever they stand as a
 from __future__ import annotations
 
 import getpass
+import os
 import re
 import socket
 import sys
@@ -18,6 +19,7 @@ import click
 
 from tinychat_mlx.apps.doctor.finding import Finding, Section
 from tinychat_mlx.apps.doctor.view import ASCII, summary
+from tinychat_mlx.apps.options import check_writable
 from tinychat_mlx.errors import UsageError
 
 PUBLIC = ("/proc/", "/sys/", "/dev/", "/usr/", "/etc/", "/opt/cuda")
@@ -79,18 +81,23 @@ def people() -> list[str]:
     return sorted(found, key=len, reverse=True)
 
 
+def check(target: str) -> None:
+    """Raises UsageError, before anything is measured, if a report cannot be written there."""
+    path = Path(target).expanduser()
+    if os.path.lexists(path):
+        raise UsageError(f"--report {target}: it exists already: give another name")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(
+            f"--report {target}: there is no folder {path.parent}: give a file in one that is there"
+        )
+    check_writable(path, "--report")
+
+
 def write(target: str, text: str) -> None:
-    """To a file that is not there yet, or to stdout. Raises UsageError."""
+    """To a file that is not there yet, or to stdout."""
     if target == "-":
         click.echo(text, nl=False)
         return
-    try:
-        with Path(target).expanduser().open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise UsageError(f"--report {target}: it exists already: give another name") from None
-    except OSError as e:
-        raise UsageError(
-            f"--report {target}: {e.strerror}: give a file in a folder that can be written"
-        ) from None
+    with Path(target).expanduser().open("x", encoding="utf-8") as file:
+        file.write(text)
     print(f"wrote {target}: read it before you share it", file=sys.stderr)

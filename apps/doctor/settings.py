@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from tinychat_mlx import hub
 from tinychat_mlx.apps import environment
 from tinychat_mlx.apps.doctor.finding import BROKEN, NOTE, OK, Finding, Section
-from tinychat_mlx.apps.terminal import size
 from tinychat_mlx.errors import ConfigError, TinychatError
+from tinychat_mlx.words import size
 
 if TYPE_CHECKING:
     from tinychat_mlx.apps.models import facts
@@ -79,20 +79,20 @@ def defaults() -> dict[str, str]:
     return {"model": model, "origin": origin, "backend": look("backend")[0]}
 
 
-def default_model(options: dict[str, str], backend: str, free: int) -> Section:
+def default_model(options: dict[str, str], backend: str) -> Section:
     """What `tinychat` alone would chat with, and whether it fits. backend: "" where none comes up."""
-    return Section("model", "Default model", (_model(options["model"], options["origin"], backend, free),))
+    return Section("model", "Default model", (_model(options["model"], options["origin"], backend),))
 
 
-def _model(name: str, origin: str, backend: str, free: int) -> Finding:
+def _model(name: str, origin: str, backend: str) -> Finding:
     from tinychat_mlx.apps.models.facts import local
     from tinychat_mlx.apps.models.opening import converted
-    from tinychat_mlx.loading import DEMO
+    from tinychat_mlx.loading import at_hand
 
     path = Path(name).expanduser()
     ref = None if name == "demo" or path.is_dir() else hub.parse(name)
     kind = "demo" if name == "demo" else "a folder" if ref is None else "a model of the hub"
-    folder = (converted(name) or hub.cached(ref)) if ref else DEMO if name == "demo" else path
+    folder = converted(name) or at_hand(name) or (None if ref else path)
     value: dict[str, Any] = {"name": name, "origin": origin, "here": folder is not None}
     if folder is None:
         do = f"tinychat models pull {name}"
@@ -103,7 +103,7 @@ def _model(name: str, origin: str, backend: str, free: int) -> Finding:
         found = local(name, folder)
         if found.trouble:
             raise ConfigError(found.trouble)
-        fits = _context(found, backend, free)
+        fits = _context(found, backend)
     except (TinychatError, OSError) as e:
         do = "choose another with -m, TINYCHAT_MODEL or `model` in the config file"
         return Finding("model", value, f"{name} ({origin}): {e}", BROKEN, do, f"{kind}; it cannot be read")
@@ -120,11 +120,8 @@ def _model(name: str, origin: str, backend: str, free: int) -> Finding:
     return Finding("model", value, f"{name} ({about}; {origin}) {why}", OK, "", f"{kind} ({about}) {why}")
 
 
-def _context(found: facts.Facts, backend: str, free: int) -> int:
-    """Tokens of context that fit; free: bytes that this process may take of the system's memory."""
+def _context(found: facts.Facts, backend: str) -> int:
+    """Tokens of context that fit."""
     from tinychat_mlx.apps import fit
 
-    if not backend:
-        return 0
-    room = fit.free_on(backend)
-    return fit.room(found, backend, room if backend == "cuda" else min(free, room)).context
+    return fit.room(found, fit.chosen({"backend": backend})).context if backend else 0

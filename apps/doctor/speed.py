@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tinychat_mlx.apps.doctor.finding import NOTE, OK, Finding, Section
-from tinychat_mlx.apps.terminal import size
+from tinychat_mlx.words import size
 
 ROOM = 1 << 30  # bytes that must be free: the probe reads half of it
 SIZES = ("qwen2.5-0.5b", "llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b")

@@ -33,7 +33,7 @@ def list_(recommended: bool, everything: bool, as_json: bool) -> None:
     show_shelf(as_json)
 
 
-@models.command()
+@models.command(short_help="Fetch a model from the hub, or update it.")
 @click.argument("name", metavar="ORG/NAME[@REVISION]")
 @click.option("--verify", is_flag=True, help="Also read what is here already, and check its hashes.")
 @click.option("-q", "--quiet", is_flag=True, help="Print the folder alone.")
@@ -47,17 +47,18 @@ def pull(name: str, verify: bool, quiet: bool) -> None:
     click.echo(run(name, verify, quiet))
 
 
-@models.command()
+@models.command(short_help="Say what a model is, and whether it fits this machine.")
 @click.argument("name", metavar="MODEL")
+@click.option("--modules", is_flag=True, help="Also every module with its form.")
 @as_json
-def show(name: str, as_json: bool) -> None:
+def show(name: str, modules: bool, as_json: bool) -> None:
     """Say what a model is and whether it fits; of one on the hub only headers are read."""
     from tinychat_mlx.apps.models.show import show as run
 
-    run(name, as_json)
+    run(name, as_json, modules)
 
 
-@models.command()
+@models.command(short_help="Remove a model, or a conversion.")
 @click.argument("name", metavar="MODEL[@REVISION]")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 def rm(name: str, yes: bool) -> None:

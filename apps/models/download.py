@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from tinychat_mlx import hub
-from tinychat_mlx.apps.terminal import size
+from tinychat_mlx.words import size
 
 
 def note(text: str) -> None:
@@ -26,10 +26,10 @@ def note(text: str) -> None:
 
 def folder_of(name: str) -> Path:
     """The folder of a model by its name, downloaded with a bar if need be."""
-    from tinychat_mlx.loading import find_folder
+    from tinychat_mlx.loading import at_hand, find_folder
 
-    ref = None if Path(name).expanduser().is_dir() else hub.parse(name)
-    if ref is None or hub.cached(ref) is not None:
+    ref = hub.parse(name)
+    if ref is None or at_hand(name) is not None:
         return find_folder(name)
     return download(hub.look(ref, note))
 

@@ -1,6 +1,6 @@
 """From a hub id to a folder to chat with: what is at hand, a download, a conversion if the user wants one.
 
-A model in 16 bits is converted to int4 on request; the result stays in `home()` and answers to the same id from
+A model in 16 bits is converted to int4 on request; the result stays in `places.conversions()` and answers to the same id from
 then on. ORG/NAME@main, or any other revision, means the upload as it is.
 """
 
@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tinychat_mlx import hub
+from tinychat_mlx import hub, places
 from tinychat_mlx.apps import fit
 from tinychat_mlx.apps.models.download import download, lasting
-from tinychat_mlx.apps.terminal import detect, size
-from tinychat_mlx.errors import BackendError, ConfigError, UsageError
+from tinychat_mlx.apps.terminal import detect
+from tinychat_mlx.errors import BackendError, ConfigError, TinychatError, UsageError
+from tinychat_mlx.words import size
 
 if TYPE_CHECKING:
     from tinychat_mlx.apps.models.facts import Facts
@@ -29,16 +30,9 @@ ASK_FROM = 1e9  # bytes; smaller downloads start unasked
 _left_dense: set[str] = set()  # those this process was told to run as they are
 
 
-def home() -> Path:
-    """Where conversions are kept."""
-    from platformdirs import user_data_path
-
-    return user_data_path("tinychat-mlx", appauthor=False) / "models"
-
-
 def conversion(ref: hub.Ref) -> Path:
     """Where the int4 form of a hub model is, or would be."""
-    return home() / f"{ref.repo.replace('/', '--')}-int4"
+    return places.conversions() / f"{ref.repo.replace('/', '--')}-int4"
 
 
 def converted(name: str) -> Path | None:
@@ -73,6 +67,22 @@ def settle(options: Options, say: Say, freed: int = 0) -> str:
     return _offer(ref, options, say, freed)
 
 
+def facts_of(name: str, options: Options) -> Facts | None:
+    """What is known of a model that is here; None: it is not, or only mlx-lm can read it. Raises a TinychatError."""
+    from tinychat_mlx.apps.models import facts
+    from tinychat_mlx.loading import at_hand
+
+    folder = at_hand(name)
+    if folder is None:
+        return None
+    try:
+        return facts.local(name, folder)
+    except TinychatError:
+        if options.get("engine") != "mlx-lm":
+            raise
+        return None
+
+
 def _fetch(ref: hub.Ref, options: Options, say: Say, freed: int) -> None:
     """Look before the download: is it a model that runs here, does it fit, is there disk for it?"""
     from tinychat_mlx.apps.models import facts
@@ -82,10 +92,11 @@ def _fetch(ref: hub.Ref, options: Options, say: Say, freed: int) -> None:
     if found.trouble and options.get("engine") != "mlx-lm":
         raise ConfigError(f"{ref} cannot run here: {found.trouble}")
     hub.check_room(remote)
-    need = fit.Need(found.nbytes, remote.missing)
-    say(f"{fit.describe(str(ref), need, freed)}, {found.quantization}")
+    backend = fit.chosen(options)
+    asked = options.get("context")
+    say(f"{fit.describe(found, backend, asked, freed, remote.missing)}, {found.quantization}")
     if not may_convert(ref, found, options):
-        fit.check(str(ref), need, options["backend"], freed)
+        fit.context_for(found, backend, asked, lambda text: None, freed)
     if remote.missing > ASK_FROM and detect().interactive and _key("download it?", "Yn") == "n":
         raise UsageError(f"{ref} was not downloaded — say yes, or choose another model")
     download(remote)
@@ -94,10 +105,10 @@ def _fetch(ref: hub.Ref, options: Options, say: Say, freed: int) -> None:
 def may_convert(ref: hub.Ref, found: Facts, options: Options) -> bool:
     """Whether an int4 form could be made and is not ruled out; then a model too large as it is may be fetched."""
     wanted = options.get("convert") == "always" or (options.get("convert") == "ask" and detect().interactive)
-    return wanted and ref.revision == "main" and found.dense and _settings(found) is not None
+    return wanted and ref.revision == "main" and found.dense and int4_settings(found) is not None
 
 
-def _settings(found: Facts) -> Settings | None:
+def int4_settings(found: Facts) -> Settings | None:
     """The conversion that suits a model, None where there is none."""
     from tinychat_mlx.awq.settings import Settings, quantised_shapes
 
@@ -116,18 +127,18 @@ def _offer(ref: hub.Ref, options: Options, say: Say, freed: int) -> str:
     folder = hub.cached(ref)
     assert folder is not None, "it was fetched"
     found = facts.local(str(ref), folder)
-    settings = _settings(found)
+    settings = int4_settings(found)
     if settings is None:
         return str(ref)
-    dense = fit.Need(found.nbytes)
     if options["convert"] == "always":
         return _convert(ref, folder, settings, options, say)
     if not detect().interactive:
         how = (
             f"to make it int4 once and for all, repeat the command with --convert always ({conversion(ref)})"
         )
-        if not fit.fits(dense, freed):
-            raise BackendError(f"{fit.describe(str(ref), dense, freed)}: {how}")
+        backend, asked = fit.chosen(options), options.get("context")
+        if not fit.fits(found, backend, asked, freed):
+            raise BackendError(f"{fit.describe(found, backend, asked, freed)}: {how}")
         say(f"note: {ref} is in {found.quantization}; {how}")
         return str(ref)
     return _ask(ref, folder, found, settings, options, say, freed)
@@ -136,16 +147,22 @@ def _offer(ref: hub.Ref, options: Options, say: Say, freed: int) -> str:
 def _ask(
     ref: hub.Ref, folder: Path, found: Facts, settings: Settings, options: Options, say: Say, freed: int
 ) -> str:
+    from tinychat_mlx.apps.models.facts import as_int4
+    from tinychat_mlx.awq.needs import shortage
+
     say(f"{ref} is in {found.quantization}: measuring what a conversion to int4 would take")
     plan = _estimate(folder, settings, options)
-    here = fit.Need(found.nbytes)
-    fits = "it fits as it is" if fit.fits(here, freed) else "as it is, it does not fit"
+    backend, asked = fit.chosen(options), options.get("context")
+    fits = "it fits as it is" if fit.fits(found, backend, asked, freed) else "as it is, it does not fit"
+    tokens = fit.usual(found, asked)
+    small, large = (fit.cost(f, backend).peak(tokens) for f in (as_int4(found, settings), found))
     say(
-        f"as int4: {size(plan.result_bytes)} instead of {size(found.nbytes)} to keep in memory and to read for every "
-        f"token ({fits}). Converting takes about {lasting(plan.seconds)}, {size(plan.peak_bytes)} of memory, "
-        f"{size(plan.disk_bytes)} of disk; the result goes to {conversion(ref)}"
+        f"as int4: {size(small)} instead of {size(large)} of memory with a context of {tokens:,} tokens ({fits}), and "
+        f"{size(plan.result_bytes)} instead of {size(found.nbytes)} to read for every token. Converting takes about "
+        f"{lasting(plan.seconds)}, {size(plan.peak_bytes)} of memory, {size(plan.disk_bytes)} of disk; the result goes to "
+        f"{conversion(ref)}"
     )
-    if trouble := _trouble(plan):
+    if trouble := shortage(plan, conversion(ref)):
         say(f"{trouble}: it runs as it is")
         return str(ref)
     answer = _key("convert it? yes, no, always", "Yna")
@@ -156,18 +173,6 @@ def _ask(
         options["convert"] = "always"
         remember(say)
     return _convert(ref, folder, settings, options, say)
-
-
-def _trouble(plan: Estimate) -> str:
-    """What forbids a conversion on this machine, or ""."""
-    import shutil
-
-    there = next(p for p in (home(), *home().parents) if p.exists())
-    if plan.peak_bytes > fit.available():
-        return f"a conversion needs more memory than the {size(fit.available())} that are free"
-    if plan.disk_bytes > (free := shutil.disk_usage(there).free):
-        return f"a conversion needs more disk than the {size(free)} that are free"
-    return ""
 
 
 def _estimate(folder: Path, settings: Settings, options: Options) -> Estimate:
@@ -184,7 +189,7 @@ def _backend(options: Options, exact: bool) -> Any:
 
 
 def _convert(ref: hub.Ref, folder: Path, settings: Settings, options: Options, say: Say) -> str:
-    """Quantise into `home()`, going on with what an interrupted attempt left -> the folder."""
+    """Quantise into `places.conversions()`, going on with what an interrupted attempt left -> the folder."""
     from dataclasses import replace
 
     from tinychat_mlx.apps.convert import Screen

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from tinychat_mlx import hub
 from tinychat_mlx.apps.models.download import download, note
-from tinychat_mlx.apps.terminal import size
 from tinychat_mlx.checkpoint import Checkpoint
 from tinychat_mlx.config import parse_config
 from tinychat_mlx.errors import ConfigError, TinychatError, UsageError
+from tinychat_mlx.words import size
 
 
 def pull(name: str, verify: bool, quiet: bool) -> Path:
@@ -29,7 +29,10 @@ def pull(name: str, verify: bool, quiet: bool) -> Path:
     except ConfigError as error:  # whole, but not for us
         note(f"note: this model does not run here: {error}")
     except TinychatError as error:
-        raise type(error)(f"{ref} arrived as the hub has it, but is not right: {error}") from None
+        what = str(error).partition(" — ")[0]
+        raise type(error)(
+            f"{ref} arrived as the hub has it, but is not right: {what} — take another upload of it"
+        ) from None
     return folder
 
 

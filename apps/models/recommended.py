@@ -13,8 +13,7 @@ from tinychat_mlx.apps import fit
 from tinychat_mlx.apps.models.download import note
 from tinychat_mlx.apps.models.opening import converted
 from tinychat_mlx.apps.models.table import print_table
-from tinychat_mlx.apps.terminal import size
-from tinychat_mlx.loading import choose
+from tinychat_mlx.words import size
 
 
 def recommended() -> list[dict[str, Any]]:
@@ -33,7 +32,7 @@ def with_fit(model: dict[str, Any], free: int) -> dict[str, Any]:
 
 
 def show_recommended(everything: bool, as_json: bool) -> None:
-    backend = choose("auto")[0]
+    backend = fit.chosen({"backend": "auto"})
     free = fit.free_on(backend)
     rows = [with_fit(m, free) for m in recommended()]
     shown = rows if everything else [r for r in rows if r["fits_context"]]
@@ -56,7 +55,7 @@ def show_recommended(everything: bool, as_json: bool) -> None:
     )
     hidden = len(rows) - len(shown)
     note(
-        f"{backend}: {size(free)} of memory free"
+        f"{backend.name}: {size(free)} of memory free"
         + (f"; {hidden} larger models do not fit (--all shows them)" if hidden else "")
         + "; what is larger to download than to hold is in 16 bits: `tinychat chat -m MODEL` offers to convert it"
     )

@@ -8,11 +8,10 @@ from typing import Any
 
 import click
 
-from tinychat_mlx import hub
-from tinychat_mlx.apps.models.opening import home
-from tinychat_mlx.apps.models.shelf import disk_bytes
-from tinychat_mlx.apps.terminal import detect, size
+from tinychat_mlx import hub, places
+from tinychat_mlx.apps.terminal import detect
 from tinychat_mlx.errors import ModelNotFoundError, TinychatError, UsageError
+from tinychat_mlx.words import size
 
 
 def remove(name: str, yes: bool) -> None:
@@ -23,7 +22,7 @@ def remove(name: str, yes: bool) -> None:
     if ref is not None and "@" in name:
         return _remove_revision(ref, yes)
     folder = _folder(name, ref)
-    what = f"{name}: {size(disk_bytes(folder))} in {folder}"
+    what = f"{name}: {size(places.disk_bytes(folder))} in {folder}"
     if _agreed(what, yes):
         _delete(folder)
         click.echo(f"removed {what}", err=True)
@@ -31,7 +30,7 @@ def remove(name: str, yes: bool) -> None:
 
 def _folder(name: str, ref: hub.Ref | None) -> Path:
     """The folder to go: right in the cache or among our conversions, and no link."""
-    candidates = [hub.repo_folder(ref.repo)] if ref else [home() / name]
+    candidates = [hub.repo_folder(ref.repo)] if ref else [places.conversions() / name]
     if ref is None and (Path(name).name != name or "--" not in name):
         raise UsageError(
             f"{name!r} is neither a Hugging Face id nor a conversion: `tinychat models list` names both"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import click
@@ -13,26 +12,25 @@ from tinychat_mlx import hub
 from tinychat_mlx.apps import fit
 from tinychat_mlx.apps.models import facts
 from tinychat_mlx.apps.models.download import note
-from tinychat_mlx.apps.models.opening import converted, home
+from tinychat_mlx.apps.models.opening import converted, int4_settings
+from tinychat_mlx.apps.models.parts import Part
 from tinychat_mlx.apps.models.table import hanging, print_table
-from tinychat_mlx.apps.terminal import safe, size
-from tinychat_mlx.loading import find_folder
+from tinychat_mlx.apps.terminal import safe
+from tinychat_mlx.loading import at_hand, find_folder
+from tinychat_mlx.words import size
 
 
 def find(name: str) -> facts.Facts:
-    """Facts of a folder, the demo, a conversion, a model of the cache, or one on the hub. Raises a TinychatError."""
-    kept = home() / name
-    if Path(name).name == name and name.endswith("-int4") and (kept / "config.json").exists():
-        return facts.local(name, kept)
-    ref = None if name == "demo" or Path(name).expanduser().is_dir() else hub.parse(name)
-    if ref is None:
-        return facts.local(name, find_folder(name))
-    if folder := hub.cached(ref) or converted(name):
+    """Facts of whatever `chat -m` takes: what is here as it is, or one on the hub. Raises a TinychatError."""
+    ref = hub.parse(name)
+    if folder := at_hand(name) or converted(name):
         return facts.local(name, folder)
-    return facts.remote(hub.look(ref, note), note)
+    return facts.remote(hub.look(ref, note), note) if ref else facts.local(name, find_folder(name))
 
 
-def as_table(found: facts.Facts, rooms: list[fit.Room]) -> dict[str, Any]:
+def as_table(
+    found: facts.Facts, rooms: list[fit.Room], int4: facts.Facts | None, small: list[fit.Room]
+) -> dict[str, Any]:
     """What --json prints."""
     return {
         "name": found.name,
@@ -40,7 +38,7 @@ def as_table(found: facts.Facts, rooms: list[fit.Room]) -> dict[str, Any]:
         "architecture": found.architecture,
         "parameters": found.parameters,
         "quantization": found.quantization,
-        "parts": [asdict(p) for p in found.parts],
+        "parts": [_row(p) for p in found.parts],
         "bytes": found.nbytes,
         "context": found.context,
         "kv_bytes_per_token": found.kv_bytes(),
@@ -50,41 +48,73 @@ def as_table(found: facts.Facts, rooms: list[fit.Room]) -> dict[str, Any]:
         "runs": not found.trouble,
         "why": found.trouble,
         "fits": [asdict(r) for r in rooms],
+        "as_int4": {"bytes": int4.nbytes, "fits": [asdict(r) for r in small]} if int4 else None,
     }
 
 
-def show(name: str, as_json: bool) -> None:
+def _row(part: Part) -> dict[str, Any]:
+    return {"name": part.name, "form": part.form, "tensors": part.tensors, "parameters": part.parameters,
+            "nbytes": part.nbytes}  # fmt: skip
+
+
+def show(name: str, as_json: bool, modules: bool = False) -> None:
+    """Print what is known; modules: of each of them, too."""
     found = find(name)
-    rooms = [] if found.trouble else list(fit.rooms(found))
+    settings = None if found.trouble else int4_settings(found)
+    int4 = facts.as_int4(found, settings) if settings else None
+    both = [] if found.trouble else list(fit.rooms(found, int4) if int4 else fit.rooms(found))
+    rooms, small = [r[0] for r in both], [r[-1] for r in both if len(r) > 1]
     if as_json:
-        return click.echo(json.dumps(as_table(found, rooms)))
-    where = found.folder if found.folder else "on the hub, not downloaded"
-    about = {
-        "model": f"{found.name} ({where})",
-        "architecture": f"{found.architecture}, {found.parameters / 1e9:.3g} billion parameters"
-        if found.parameters >= 1e8
-        else f"{found.architecture}, {found.parameters / 1e6:.3g} million parameters",
-        "weights": f"{size(found.nbytes)} on disk",
-        "context": f"{found.context:,} tokens, {size(found.kv_bytes())} of keys and values each (fp16)",
-        "chat template": "yes" if found.template else "no: it continues text",
-        "licence": found.licence or "not stated",
-        "sampling": _sampling(found),
-    }
-    if (int4 := converted(name)) is not None:
-        about["int4"] = f"{int4} answers to this name in `tinychat chat`"
-    if found.trouble:
-        about["runs here"] = f"no: {found.trouble}"
-        del about["context"]
+        each = {"modules": [m._asdict() for m in found.modules]} if modules else {}
+        return click.echo(json.dumps(as_table(found, rooms, int4, small) | each))
+    about = _about(found, int4)
+    if (kept := converted(name)) is not None:
+        about["int4"] = f"{kept} answers to this name in `tinychat chat`"
     _print_pairs({k: safe(v) for k, v in about.items()})
     click.echo()
     print_table(
         ["part", "form", "tensors", "parameters", "bytes"],
-        [[p.name, p.form, f"{p.tensors:,}", f"{p.parameters:,}", size(p.nbytes)] for p in found.parts],
+        [[safe(p.name), p.form, f"{p.tensors:,}", f"{p.parameters:,}", size(p.nbytes)] for p in found.parts],
         right={2, 3, 4},
     )
-    if rooms:
+    if modules:
         click.echo()
-        print_table(["backend", "memory", "free", "fits"], [_room_row(r, found) for r in rooms], right={1, 2})
+        print_table(
+            ["module", "form", "parameters", "bytes"],
+            [[safe(m.name), m.form, f"{m.parameters:,}", size(m.nbytes)] for m in found.modules],
+            right={2, 3},
+        )
+    if both:
+        click.echo()
+        rows = [_room_row(r, found, " as int4" if i else "") for each in both for i, r in enumerate(each)]
+        print_table(["backend", "memory", "free", "fits"], rows, right={1, 2})
+
+
+def _about(found: facts.Facts, int4: facts.Facts | None) -> dict[str, str]:
+    where = found.folder if found.folder else "on the hub, not downloaded"
+    billions = found.parameters >= 1e8
+    count = f"{found.parameters / 1e9:.3g} billion" if billions else f"{found.parameters / 1e6:.3g} million"
+    about = {
+        "model": f"{found.name} ({where})",
+        "architecture": f"{found.architecture}, {count} parameters",
+        "weights": f"{size(found.nbytes)} {'on disk' if found.folder else 'to download'}",
+    }
+    if int4 is not None:
+        chat, made = f"`tinychat chat -m {found.name}` offers", f"{found.name.rstrip('/')}-int4"
+        way = (
+            f"{chat} to convert it" if hub.parse(found.name) else f"`tinychat convert {found.name} -o {made}`"
+        )
+        about["as int4"] = f"{size(int4.nbytes)}: {way}"
+    if found.trouble:
+        about["runs here"] = f"no: {found.trouble}"
+    else:
+        kv = size(found.kv_bytes())
+        about["context"] = f"{found.context:,} tokens, {kv} of keys and values each (fp16)"
+    return about | {
+        "chat template": "yes" if found.template else "no: it continues text",
+        "licence": found.licence or "not stated",
+        "sampling": _sampling(found),
+    }
 
 
 def _sampling(found: facts.Facts) -> str:
@@ -102,13 +132,14 @@ def _print_pairs(pairs: dict[str, str]) -> None:
         click.echo(hanging(f"{name:<{width}}{value}", width))
 
 
-def _room_row(room: fit.Room, found: facts.Facts) -> list[str]:
+def _room_row(room: fit.Room, found: facts.Facts, form: str) -> list[str]:
+    name = f"{room.backend}{form}"
     if room.trouble:
-        return [room.backend, "", "", safe(room.trouble)]
+        return [name, "", "", safe(room.trouble)]
     if not room.context:
         what = "no: too little memory"
     elif room.context == found.context:
         what = f"yes, at its full context of {room.context:,} tokens"
     else:
         what = f"yes, up to {room.context:,} tokens (--context)"
-    return [room.backend, size(room.weights), size(room.free), what]
+    return [name, size(room.weights), size(room.free), what]

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from tinychat_mlx.errors import ModelNotFoundError
-from tinychat_mlx.hub.ask import File, Remote, look, read
+from tinychat_mlx.hub.ask import File, Remote, look, read_header, read_json
 from tinychat_mlx.hub.cache import (
     COMMIT,
     Ref,
     cached,
-    hub_cache,
     is_offline,
     is_whole,
     parse,
@@ -18,7 +17,8 @@ from tinychat_mlx.hub.cache import (
     shards_of,
 )
 from tinychat_mlx.hub.fetch import Watch, check_room, fetch
-from tinychat_mlx.hub.http import Say
+from tinychat_mlx.hub.http import Say, login
+from tinychat_mlx.places import hub_cache
 
 __all__ = [
     "COMMIT",
@@ -34,9 +34,11 @@ __all__ = [
     "hub_cache",
     "is_offline",
     "is_whole",
+    "login",
     "look",
     "parse",
-    "read",
+    "read_header",
+    "read_json",
     "repo_folder",
     "shards_of",
 ]  # fmt: skip

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinychat_mlx.checkpoint import INDEX, SINGLE, UNREAD
+from tinychat_mlx.checkpoint import INDEX, SINGLE, UNREAD, check_json_size, parse_json
 from tinychat_mlx.errors import DownloadError, FormatError, ModelNotFoundError
 from tinychat_mlx.hub.cache import COMMIT, Ref, is_offline, repo_folder, shards_of
 from tinychat_mlx.hub.http import TIMEOUT, Say, endpoint, get, patiently
+from tinychat_mlx.tensorfile import described, header_end
 
 WANTED = (".json", ".jinja", ".model", ".txt")  # beside the weights: configs, tokenizer, template
 HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+HEAD_BYTES = 1 << 17  # of a file of weights: holds the header of most
 SIDE = re.compile(r"(README\.md|(licen[sc]e|notice|use_policy)[\w.-]*)", re.IGNORECASE)
 
 
@@ -108,7 +111,8 @@ def _weight_files(remote: Remote, files: dict[str, File], say: Say) -> set[str]:
     if "config.json" not in files:
         raise ModelNotFoundError(f"{ref} has no config.json: it is no model that transformers could load")
     if INDEX in files:
-        shards = shards_of(json.loads(read(remote, INDEX, say)))
+        with _uploads(remote):
+            shards = shards_of(read_json(remote, files[INDEX], say))
         if absent := sorted(shards - files.keys()):
             raise FormatError(f"{ref}: {INDEX} names {absent[0]}, which the hub does not have — take another")
         return shards
@@ -119,6 +123,36 @@ def _weight_files(remote: Remote, files: dict[str, File], say: Say) -> set[str]:
         f"{ref} has no {SINGLE}" + (f" (its weights are in {other})" if other else "") + ": only "
         "safetensors is read — look for an upload of the model in that format"
     )
+
+
+def read_json(remote: Remote, file: File, say: Say = lambda text: None) -> dict[str, Any]:
+    """-> the object in a JSON file. Raises FormatError."""
+    with _uploads(remote):
+        check_json_size(file.path, file.size)
+        return parse_json(file.path, read(remote, file.path, say))
+
+
+def read_header(
+    remote: Remote, file: File, say: Say = lambda text: None
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """-> dtype and shape of each tensor in a file of weights, from its first bytes. Raises FormatError."""
+    with _uploads(remote):
+        head = read(remote, file.path, say, (0, min(HEAD_BYTES, file.size))) if file.size else b""
+        end = header_end(file.path, head, file.size)
+        if end > len(head):
+            head = read(remote, file.path, say, (0, end))
+        spans = described(file.path, memoryview(head)[8:end], file.size)[1]
+    return {name: (span.dtype, span.shape) for name, span in spans.items()}
+
+
+@contextmanager
+def _uploads(remote: Remote) -> Iterator[None]:
+    """What is damaged on the hub is no fault of a download: another of the same would not help."""
+    try:
+        yield
+    except FormatError as error:
+        what = str(error).partition(" — ")[0]
+        raise FormatError(f"{remote.ref} is damaged on the hub: {what} — take another upload of it") from None
 
 
 def read(

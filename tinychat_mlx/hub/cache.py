@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 
 from tinychat_mlx.checkpoint import INDEX, SINGLE, is_plain_name, read_json
 from tinychat_mlx.errors import FormatError, TinychatError
+from tinychat_mlx.places import hub_cache
 
 _NAME = r"[A-Za-z0-9_](?:[\w.-]{0,94}[\w])?"
 HUB_ID = re.compile(rf"({_NAME}/{_NAME})(?:@([\w][\w./-]{{0,254}}))?", re.ASCII)
-COMMIT = re.compile(r"[0-9a-f]{40}")
+COMMIT, SHORT = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{7,39}")
 
 
 class Ref(NamedTuple):
@@ -42,13 +43,6 @@ def parse(name: str) -> Ref | None:
     return Ref(match[1], match[2] or "main")
 
 
-def hub_cache() -> Path:
-    """Where huggingface_hub keeps models, found as it finds it, without importing it."""
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    named = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-    return Path(named or Path(home) / "hub").expanduser()
-
-
 def repo_folder(repo: str) -> Path:
     return hub_cache() / f"models--{repo.replace('/', '--')}"
 
@@ -60,14 +54,17 @@ def is_offline() -> bool:
 
 
 def cached(ref: Ref) -> Path | None:
-    """-> the snapshot in the cache, if all its weights are there. Asks nobody."""
-    commit = ref.revision
+    """-> the snapshot in the cache, if all its weights are there. A commit may be shortened. Asks nobody."""
+    folder, commit = repo_folder(ref.repo), ref.revision
     if not COMMIT.fullmatch(commit):
         try:
-            commit = (repo_folder(ref.repo) / "refs" / ref.revision).read_text().strip()
+            commit = (folder / "refs" / ref.revision).read_text().strip()
         except OSError:
-            return None
-    snapshot = repo_folder(ref.repo) / "snapshots" / commit
+            meant = [s.name for s in folder.glob(f"snapshots/{commit}*")] if SHORT.fullmatch(commit) else []
+            if len(meant) != 1:
+                return None
+            commit = meant[0]
+    snapshot = folder / "snapshots" / commit
     return snapshot if COMMIT.fullmatch(commit) and is_whole(snapshot) else None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +10,11 @@ from typing import Any
 
 from tinychat_mlx.errors import DownloadError, FormatError
 from tinychat_mlx.hub.ask import File, Remote, partial, size_of
-from tinychat_mlx.hub.cache import COMMIT, hub_cache, repo_folder
+from tinychat_mlx.hub.cache import COMMIT, repo_folder
 from tinychat_mlx.hub.http import PIECE, Say, get, patiently
+from tinychat_mlx.limits import disk_free
+from tinychat_mlx.places import hub_cache
+from tinychat_mlx.words import size
 
 Watch = Callable[[int, int], None]  # bytes here, bytes in all
 
@@ -54,8 +56,7 @@ def fetch(
 def check_room(remote: Remote) -> None:
     """Raises DownloadError if the cache's disk cannot take what is missing."""
     folder = hub_cache()
-    there = next(p for p in (folder, *folder.parents) if p.exists())
-    free = shutil.disk_usage(there).free
+    free = disk_free(folder)
     if remote.missing > free:
         raise DownloadError(
             f"{remote.ref} needs {size(remote.missing)} more on the disk of {folder}, which has "
@@ -172,11 +173,6 @@ def _drop_if_damaged(remote: Remote, file: File, say: Say) -> None:
     if hasher.hexdigest() != file.digest:
         say(f"{file.path} in the cache is damaged: fetching it again")
         path.unlink()
-
-
-def size(n: int) -> str:
-    """Bytes as people say them: 7.1 MB."""
-    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
 
 
 @contextmanager

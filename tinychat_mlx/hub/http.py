@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 from tinychat_mlx.errors import DownloadError, ModelNotFoundError, TinychatError
@@ -23,6 +27,16 @@ Say = Callable[[str], None]
 
 def endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def login() -> str:
+    """The command that logs in to the hub, spelled so that it works from here: a venv need not be in the PATH."""
+    for name, words in (("hf", "auth login"), ("huggingface-cli", "login")):
+        if shutil.which(name):
+            return f"{name} {words}"
+        if found := shutil.which(name, path=os.path.dirname(sys.executable)):
+            return f"{shlex.quote(found)} {words}"
+    return f"{shlex.quote(sys.executable)} -c 'import huggingface_hub as h; h.login()'"
 
 
 @contextmanager
@@ -87,12 +101,15 @@ def _status(error: Exception) -> int:
 
 
 def _retry_after(error: Exception) -> float:
-    """Seconds that the hub asks to wait: Retry-After, or t in RateLimit ("api";r=0;t=55)."""
+    """Seconds that the hub asks to wait: Retry-After, a number or a date, or t in RateLimit ("api";r=0;t=55)."""
     headers = getattr(getattr(error, "response", None), "headers", {})
-    for text in (headers.get("Retry-After", ""), *re.findall(r";\s*t=(\d+)", headers.get("RateLimit", ""))):
-        if text.isdecimal():
-            return float(text)
-    return 0.0
+    said = str(headers.get("Retry-After", "")).strip()
+    if said.isdecimal():
+        return float(said)
+    with suppress(TypeError, ValueError):
+        return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
+    found = re.search(r";\s*t=(\d+)", headers.get("RateLimit", ""))
+    return float(found[1]) if found else 0.0
 
 
 def _reason(error: Exception) -> str:
@@ -112,7 +129,7 @@ def explain(error: Exception, ref: Ref) -> TinychatError:
 
     page, status = f"{endpoint()}/{ref.repo}", _status(error)
     if isinstance(error, errors.GatedRepoError):
-        how = "" if get_token() else ", log in with `hf auth login` (or set HF_TOKEN)"
+        how = "" if get_token() else f", log in with `{login()}` (or set HF_TOKEN)"
         return ModelNotFoundError(f"{ref} is gated: accept its terms on {page}{how}, and try again")
     if isinstance(error, errors.RevisionNotFoundError):
         return ModelNotFoundError(
@@ -121,13 +138,13 @@ def explain(error: Exception, ref: Ref) -> TinychatError:
     if isinstance(error, errors.RepositoryNotFoundError):
         return ModelNotFoundError(
             f"{ref.repo}: no such model on the hub, or it is private: check the name on {page}"
-            + ("" if get_token() else ", or log in with `hf auth login`")
+            + ("" if get_token() else f", or log in with `{login()}`")
         )
     if isinstance(error, errors.EntryNotFoundError):
         return DownloadError(f"{ref}: a file that the hub lists is gone: try again")
     if status == 401:
         return DownloadError(
-            "the hub does not accept your token: log in again with `hf auth login`, or unset HF_TOKEN"
+            f"the hub does not accept your token: log in again with `{login()}`, or unset HF_TOKEN"
         )
     if status == 403:
         return ModelNotFoundError(f"{ref}: the hub refuses access (403): see {page} for who may download it")
@@ -135,7 +152,7 @@ def explain(error: Exception, ref: Ref) -> TinychatError:
         wait = f"{_retry_after(error):.0f} seconds" if _retry_after(error) else "some minutes"
         return DownloadError(
             f"the hub limits requests (429): wait {wait}, then repeat the command; logged in "
-            "(`hf auth login`) you may ask more often"
+            f"(`{login()}`) you may ask more often"
         )
     if status >= 500:
         return DownloadError(

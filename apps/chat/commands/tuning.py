@@ -11,10 +11,11 @@ from rich.text import Text
 
 from tinychat_mlx.apps import fit
 from tinychat_mlx.apps.chat.commands import command, one_of
-from tinychat_mlx.apps.models.opening import settle
+from tinychat_mlx.apps.models import shelf
+from tinychat_mlx.apps.models.opening import facts_of, settle
 from tinychat_mlx.apps.options import BACKENDS, CHATTING, SAMPLING, text_or_file
-from tinychat_mlx.apps.terminal import size
 from tinychat_mlx.errors import TinychatError, UsageError
+from tinychat_mlx.words import size
 
 if TYPE_CHECKING:
     from tinychat_mlx.apps.chat.app import Chat
@@ -26,14 +27,14 @@ POLICIES: tuple[str, ...] = tuple(CHATTING["on_full"][0].choices)
 @command(
     "model",
     "[NAME]",
-    words=lambda chat, typed: ((m, -len(typed), "") for m in fit.local() if m.startswith(typed)),
+    words=lambda chat, typed: ((m, -len(typed), "") for m in shelf.names() if m.startswith(typed)),
 )
 def model(chat: Chat, name: str) -> None:
     """Show the models at hand, or switch to one (a folder, a hub id, demo)."""
     if name:
         switch(chat, chat.loading | {"model": name})
         return
-    for each in fit.local():
+    for each in shelf.names():
         chat.view.say(f"{'*' if each == chat.loading.get('model') else ' '} {each}")
     chat.view.note("any folder with a config.json and any Hugging Face id will do too")
 
@@ -55,19 +56,21 @@ def switch(chat: Chat, loading: dict[str, Any]) -> None:
     if chat.load is None:
         raise UsageError("the model cannot be changed here: start `tinychat chat -m MODEL`")
     before, freed = chat.loading, chat.model.nbytes
-    name = settle(
-        loading, chat.view.note, freed
-    )  # downloads, asks and converts while the old one is still here
-    need = fit.look_up(name)
-    fit.check(name, need, loading["backend"], freed)
+    # downloads, asks and converts while the old one is still here
+    name = settle(loading, chat.view.note, freed)
+    both = True
+    if name != "demo" and (found := facts_of(name, loading)):
+        backend, asked = fit.chosen(loading), loading.get("context")
+        chat.view.note(fit.describe(found, backend, asked, freed))
+        fit.context_for(found, backend, asked, lambda text: None, freed)
+        both = fit.fits(found, backend, asked)
     chat.model.keep(whole=True)
-    both = need.nbytes <= fit.available()
     if not both:  # the old one must go first
         del chat.model
         chat.last = None
         gc.collect()
     try:
-        chat.model = chat.load(loading, freed)
+        chat.model = chat.load(loading, freed if both else 0)
         chat.loading = loading
         chat.session.set_model(loading["model"])
     except (TinychatError, OSError, KeyboardInterrupt):
