@@ -185,15 +185,16 @@ def _dry_run(source: Checkpoint, target: Path, settings: Settings, options: dict
     from tinychat_mlx.awq.needs import shortage
 
     found = estimate(source, settings, lambda exact: _backend(options, exact))
+    lacks = shortage(found, target)
     if options["as_json"]:
-        click.echo(json.dumps(asdict(found)))
+        click.echo(json.dumps(asdict(found) | {"lacks": lacks or None}))
         return
     click.echo(
         f"time    about {_lasting(found.seconds)} on this machine\n"
         f"memory  about {_bytes(found.peak_bytes)} at its peak\n"
         f"disk    {_bytes(found.disk_bytes)} while it runs, {_bytes(found.result_bytes)} in the end"
     )
-    if lacks := shortage(found, target):
+    if lacks:
         click.echo(f"lacks   {lacks}")
 
 

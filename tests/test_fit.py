@@ -177,6 +177,8 @@ def test_a_conversion_without_memory_is_refused_before_anything_is_written(
     assert "the conversion needs" in err and "--force" in err and not list(tmp_path.iterdir())
     assert main([*command, "--dry-run"]) == 0
     assert "lacks   the conversion needs" in capfd.readouterr().out
+    assert main([*command, "--dry-run", "--json"]) == 0
+    assert "the conversion needs" in json.loads(capfd.readouterr().out)["lacks"]
     assert main([*command, "--force"]) == 0 and (tmp_path / "out" / "config.json").exists()
     free(monkeypatch, wanted.peak_bytes + 1_000_000)
     shutil.rmtree(tmp_path / "out")
