@@ -263,6 +263,23 @@ def test_a_model_that_cannot_run_says_why_and_is_not_fetched(client: Client) -> 
     assert not any(path.endswith("tokenizer.json") for _, path, _ in client.hub.log)
 
 
+def test_a_kind_of_numbers_that_is_not_read_is_no_damage(client: Client) -> None:
+    """An upload in FP8: config.json says so in the words that help, and its size is known all the same."""
+    folder = client.hub.root / "models" / "org" / "dense"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    rows = {"dtype": "F8_E4M3", "shape": [64], "data_offsets": [0, 64]}
+    header = json.dumps({"model.embed_tokens.weight": rows}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
+    shown = client.run("models", "show", "org/dense")
+    assert shown.returncode == 0 and re.search(r"runs here +no: .*fp8", shown.stdout, re.IGNORECASE), shown
+    assert re.search(r"weights +\d+ B to download", shown.stdout)
+    assert "cannot run here: config.json" in client.refused("run", "-m", "org/dense", "w1")
+    (folder / "config.json").write_text(json.dumps(config))
+    line = client.refused("models", "show", "org/dense")
+    assert "has dtype 'F8_E4M3'; read are" in line and "take another upload" in line
+
+
 def test_the_list_tells_whole_from_half_and_what_runs(client: Client) -> None:
     client.run("models", "pull", "org/model")
     half = client.cache / "models--org--half" / "blobs"

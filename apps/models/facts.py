@@ -13,7 +13,7 @@ from tinychat_mlx.apps.models.parts import FLOATS, Listing, Module, Part, module
 from tinychat_mlx.backend import CacheShape
 from tinychat_mlx.checkpoint import INDEX, SINGLE, Checkpoint, read_json
 from tinychat_mlx.config import ModelConfig, parse_config
-from tinychat_mlx.errors import TinychatError
+from tinychat_mlx.errors import FormatError, TinychatError
 from tinychat_mlx.formats import detect
 from tinychat_mlx.formats.stored import Shape
 from tinychat_mlx.sampler import from_generation_config
@@ -99,12 +99,28 @@ def remote(found: hub.Remote, say: hub.Say = lambda text: None) -> Facts:
 
     config = table("config.json")
     tensors: dict[str, tuple[str, Shape]] = {}
-    for file in found.files:
-        if file.path.endswith(".safetensors"):
-            tensors |= hub.read_header(found, file, say)
+    try:
+        for file in found.files:
+            if file.path.endswith(".safetensors"):
+                tensors |= hub.read_header(found, file, say)
+    except FormatError:
+        if not _refused(config):
+            raise
+        tensors = {}  # of a kind that config.json names, and that is not read
     template = "chat_template.jinja" in files or "chat_template" in table("tokenizer_config.json")
     generation = table("generation_config.json")
-    return _facts(str(found.ref), None, config, generation, Listing(tensors), template, found.licence)
+    about = _facts(str(found.ref), None, config, generation, Listing(tensors), template, found.licence)
+    return about if tensors else replace(about, nbytes=found.weight_bytes)
+
+
+def _refused(config: dict[str, Any]) -> bool:
+    """Whether config.json alone tells that a model does not run here."""
+    try:
+        parse_config(config)
+        detect.declared(config)
+    except TinychatError:
+        return True
+    return False
 
 
 def _facts(

@@ -111,8 +111,9 @@ def _weight_files(remote: Remote, files: dict[str, File], say: Say) -> set[str]:
     if "config.json" not in files:
         raise ModelNotFoundError(f"{ref} has no config.json: it is no model that transformers could load")
     if INDEX in files:
+        index = read_json(remote, files[INDEX], say)
         with _uploads(remote):
-            shards = shards_of(read_json(remote, files[INDEX], say))
+            shards = shards_of(index)
         if absent := sorted(shards - files.keys()):
             raise FormatError(f"{ref}: {INDEX} names {absent[0]}, which the hub does not have — take another")
         return shards
@@ -152,7 +153,7 @@ def _uploads(remote: Remote) -> Iterator[None]:
         yield
     except FormatError as error:
         what = str(error).partition(" — ")[0]
-        raise FormatError(f"{remote.ref} is damaged on the hub: {what} — take another upload of it") from None
+        raise FormatError(f"{remote.ref}, as the hub has it: {what} — take another upload of it") from None
 
 
 def read(
