@@ -107,7 +107,8 @@ class Shelf:
                 return
         self._index = index["weights"]
         with suppress(OSError):
-            os.utime(path)  # when it was used last
+            now = time.time_ns()  # the system's own stamp is a few milliseconds behind
+            os.utime(path, ns=(now, now))  # when it was used last
         if not durable:
             _later(settle, path, wait=False)
 
