@@ -34,7 +34,7 @@ POSIX = pytest.mark.skipif(sys.platform == "win32", reason="asks POSIX tools")
 
 def environment(home: Path, *paths: Path, **more: str) -> dict[str, str]:
     """A user's who has only `home`; modules in `paths` come first."""
-    ours = ("TINYCHAT_", "HF_", "XDG_", "NO_COLOR", "TRANSFORMERS_")
+    ours = ("TINYCHAT_", "HF_", "XDG_", "NO_COLOR", "TRANSFORMERS_", "OMP_")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     python = os.pathsep.join(map(str, [*paths, ROOT]))
     return kept | {"PYTHONPATH": python, "HOME": str(home), "USERPROFILE": str(home)} | more
@@ -60,7 +60,8 @@ def said(*args: str, env: dict[str, str], prefix: tuple[str, ...] = ()) -> dict[
 def output(*command: str) -> str:
     if shutil.which(command[0]) is None:
         pytest.skip(f"{command[0]} is not here")
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}  # which nproc obeys
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=plain).stdout
 
 
 @pytest.fixture(scope="module")
