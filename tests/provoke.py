@@ -510,8 +510,8 @@ WITH: list[tuple[str, Callable[[Path, pytest.MonkeyPatch], Any]]] = [
     ("mlx", mlx_absent),
     ("mlx", lambda tmp, patch: mlx_part("winners").choice("magic", True, "M1")),
     ("mlx", lambda tmp, patch: mlx_part("interop").read_config(wrote(tmp / "config.json", "[]").parent)),
-    ("mlx", lambda tmp, patch: mlx_part("backend").MlxBackend._check_fits(
-        SimpleNamespace(chip=SimpleNamespace(limit=0, name="M1")), "w", 1)),
+    ("mlx", lambda tmp, patch: mlx_part("backend").MlxBackend.check_weights(
+        SimpleNamespace(_taken=lambda: 0, chip=SimpleNamespace(limit=0, name="M1")), "w", 1)),
     ("mlx", lambda tmp, patch: mlx_part("weights").arrays_of(
         [Packed("w", np.zeros((1, 14), np.uint32), np.ones((1, 1)), np.ones((1, 1)), 7, 64)], None, False)),
     ("mlx", lambda tmp, patch: (patch.setattr(mlx_part("interop"), "load_model", print), mlx_part("interop").MlxLmDecoder(

@@ -57,8 +57,8 @@ WEIGHTS = [
 
 def held(thing: Any) -> int:
     """Bytes of all arrays in a handle or a cache of any backend."""
-    if isinstance(thing, (list, tuple)):
-        return sum(map(held, thing))
+    if isinstance(thing, (list, tuple, dict)):
+        return sum(map(held, thing.values() if isinstance(thing, dict) else thing))
     if hasattr(thing, "nbytes") and hasattr(thing, "dtype"):
         return int(thing.nbytes)
     fields = getattr(thing, "__dict__", {})
