@@ -234,7 +234,8 @@ def test_limits_of_this_process_are_seen(tmp_path: Path) -> None:
 def test_threads_and_a_containers_quota_do_not_contradict(
     n: int, allowed: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("TINYCHAT_THREADS", raising=False)
+    for name in ("TINYCHAT_THREADS", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(machine, "default_threads", lambda: n)
     monkeypatch.setattr(machine.limits, "cpu_quota", lambda: allowed)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
