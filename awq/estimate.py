@@ -16,7 +16,7 @@ import numpy as np
 from tinychat_mlx.awq import head
 from tinychat_mlx.awq.experts import LEAST, Mixture, add_experts, round_experts
 from tinychat_mlx.awq.layer import Moments, QuantizedLayer, empty_moments, quantize_layer, round_layer
-from tinychat_mlx.awq.record import STEP_ROWS, LayerRun, Recorder, Routing, embedded_rows, steps
+from tinychat_mlx.awq.record import STEP_ROWS, LayerRun, Recorder, Routing, alone, embedded_rows, steps
 from tinychat_mlx.awq.selftext import RoundedSource, conversations, sampled
 from tinychat_mlx.awq.settings import WINDOW, Settings, default_tokens, open_dense, quantised_shapes
 from tinychat_mlx.awq.sites import LayerWeights, experts, layer_shapes, mixture, routers, shapes, sites
@@ -213,8 +213,7 @@ def _writing_seconds(config: ModelConfig, source: Checkpoint, device: Backend, t
     seconds = length * fastest(top) * config.vocab_size / len(sample.w)
     for number, layers in kinds(config).items():
         start = time.perf_counter()
-        loaded = loader.layer(number)
-        layer = replace(loaded, attention=replace(loaded.attention, layer=0))  # the caches hold one
+        layer = alone(loader.layer(number))
         loading = time.perf_counter() - start
         seconds += layers * (loading + length * fastest(partial(block, layer)))
     return seconds

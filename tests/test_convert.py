@@ -17,6 +17,7 @@ import tiny_dense
 
 import tinychat_mlx
 from tinychat_mlx.apps.cli import main
+from tinychat_mlx.backend import Backend
 from tinychat_mlx.checkpoint import Checkpoint
 from tinychat_mlx.tensorfile import TensorFile, entry, write
 from tinychat_mlx.weight import Packed
@@ -384,6 +385,25 @@ def test_the_report_shows_every_method_beside_the_others(home: Path) -> None:
     assert 0 < quality["awq+"]["kl_mean"] < quality["rtn"]["kl_mean"] and quality["rtn"]["tokens"] > 2048
     for name in ("sizes", "quality", "error-o_in"):
         assert ElementTree.parse(folder / f"{name}.svg").getroot().tag.endswith("svg")
+
+
+def test_every_backend_estimates_converts_and_reports(
+    home: Path, backend_name: str, backend: Backend, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, folder, text = (
+        home / f"on-{backend_name}",
+        home / f"r-{backend_name}",
+        tiny_dense.text(home, 900, 8),
+    )
+    more = ("--w-bit", "4", "--backend", backend_name, "--threads", "2")
+    assert main([*arguments(home, target, *more), "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["seconds"] > 0
+    assert main(arguments(home, target, *more, "--report", str(folder), "--report-text", str(text))) == 0
+    of = json.loads((folder / "report.json").read_text())["quality"]["of"]
+    assert of["awq+"]["kl_mean"] < of["rtn"]["kl_mean"]
+    # Another rounding of activations chooses a few other codes; plain rounding loses three times as much.
+    dense = logits(home / "dense")
+    assert kl(target, dense) < 1.1 * kl(converted(home, "b-4", "--w-bit", "4"), dense)
 
 
 @pytest.mark.parametrize("form", ["mlx", "awq"])
