@@ -38,6 +38,7 @@ def evaluate(model: str, text: Path, against: str | None, **options: Any) -> Non
     from tinychat_mlx.awq.calibrate import encoded
     from tinychat_mlx.awq.evaluate import evaluate as measure
     from tinychat_mlx.awq.evaluate import scores
+    from tinychat_mlx.awq.record import window_of
 
     def opened(name: str, exact: bool) -> Model:
         import tinychat_mlx
@@ -47,7 +48,7 @@ def evaluate(model: str, text: Path, against: str | None, **options: Any) -> Non
 
     first = opened(model, options["exact"])
     other = opened(against, True) if against else None
-    window = min(options["window"], first.config.max_position_embeddings)
+    window = window_of(first.config, options["window"])
     ids = encoded(str(text), first.tokenizer)[: options["max_tokens"]]
     quality = measure(
         ids,

@@ -16,8 +16,9 @@ from tinychat_mlx.awq.finish import (
     write_folder,
 )
 from tinychat_mlx.awq.layer import SiteReport
+from tinychat_mlx.awq.record import window_of
 from tinychat_mlx.awq.reformat import reformatted, reformatted_config
-from tinychat_mlx.awq.settings import WINDOW, Settings, open_dense
+from tinychat_mlx.awq.settings import Settings, open_dense
 from tinychat_mlx.awq.stream import Conversion, Ids, Progress, Watch, WorkFolder, shards
 from tinychat_mlx.backend import Backend
 from tinychat_mlx.checkpoint import Checkpoint
@@ -62,7 +63,7 @@ def convert(
         return _reformat(source, target, settings, work, resume, force)
     config = open_dense(source, settings)
     work.begin(settings.fingerprint(source), resume, force)
-    window = min(WINDOW, config.max_position_embeddings)
+    window = window_of(config)
     run = Conversion(source, config, settings, backend, work, window)
     try:
         layers = run.run(

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinychat_mlx.awq.calibrate import held_out
-from tinychat_mlx.awq.evaluate import WINDOW, Quality, Scores, evaluate
+from tinychat_mlx.awq.evaluate import Quality, Scores, evaluate
+from tinychat_mlx.awq.record import window_of
 from tinychat_mlx.awq.settings import Settings
 from tinychat_mlx.awq.stream import Progress, Watch
 from tinychat_mlx.awq.whole import Rounded, streamed
@@ -47,7 +48,7 @@ def cost(
     backend: exact? -> a device. text: a file, or None for what calibration left. Raises UsageError.
     """
     raw = parse_config(source.config)
-    window = min(WINDOW, raw.max_position_embeddings)
+    window = window_of(raw)
     held = held_out(raw, source, lambda: backend(False), settings, window, text, watch)
     config = parse_config(source.config, capacity_of(None, raw.max_position_embeddings))  # as `load` does
     models: dict[str, Source] = {settings.method: result}

@@ -16,9 +16,18 @@ import numpy as np
 from tinychat_mlx.awq import head
 from tinychat_mlx.awq.experts import LEAST, Mixture, add_experts, round_experts
 from tinychat_mlx.awq.layer import Moments, QuantizedLayer, empty_moments, quantize_layer, round_layer
-from tinychat_mlx.awq.record import STEP_ROWS, LayerRun, Recorder, Routing, alone, embedded_rows, steps
+from tinychat_mlx.awq.record import (
+    STEP_ROWS,
+    LayerRun,
+    Recorder,
+    Routing,
+    alone,
+    embedded_rows,
+    steps,
+    window_of,
+)
 from tinychat_mlx.awq.selftext import RoundedSource, conversations, sampled
-from tinychat_mlx.awq.settings import WINDOW, Settings, default_tokens, open_dense, quantised_shapes
+from tinychat_mlx.awq.settings import Settings, default_tokens, open_dense, quantised_shapes
 from tinychat_mlx.awq.sites import LayerWeights, experts, layer_shapes, mixture, routers, shapes, sites
 from tinychat_mlx.awq.stream import observe
 from tinychat_mlx.awq.tensors import rim_group, rim_names, rounded_rows
@@ -70,10 +79,6 @@ def kinds(config: ModelConfig) -> dict[int, int]:
     for layer in range(config.num_hidden_layers):
         found.setdefault(mixture(config, layer) is not None, []).append(layer)
     return {layers[0]: len(layers) for layers in found.values()}
-
-
-def window_of(config: ModelConfig) -> int:
-    return min(WINDOW, config.max_position_embeddings)
 
 
 def _layer_seconds(

@@ -13,12 +13,12 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from tinychat_mlx.awq.record import WINDOW
 from tinychat_mlx.backend import Cache, Tensor
 from tinychat_mlx.errors import UsageError
 from tinychat_mlx.weight import F32
 
 F64 = npt.NDArray[np.float64]
-WINDOW = 512
 ROWS = 128  # logits (ROWS, V) of two models are in memory at once
 RESAMPLES = 200  # of windows, for the standard error of a percentile
 

@@ -227,10 +227,3 @@ def _solved(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64], old: F32, w_
     assert x.shape[0] == groups
     usable = np.isfinite(x) & (x > old / 2) & (x < old * 2)
     return np.where(usable, storable(np.where(usable, x, old), w_bit), old)
-
-
-def squared_error(w: F32, w_hat: F32, h: F32) -> npt.NDArray[np.float64]:
-    """w, w_hat (K, N) -> e H eᵀ of each row (N,)."""
-    e = w - w_hat
-    error: npt.NDArray[np.float64] = np.einsum("kn,kn->n", e, h @ e, dtype=np.float64)
-    return error

@@ -35,6 +35,7 @@ from tinychat_mlx.config import ModelConfig
 from tinychat_mlx.decoder import Graph, Layer, Loader, Source
 from tinychat_mlx.weight import F32, Weight, join, take_rows
 
+WINDOW = 512  # tokens of a text read at once, at most: for calibration, and where loss is measured
 STEP_ROWS = 2048  # calibration rows in one step: what bounds the memory of a layer's intermediates
 
 
@@ -139,6 +140,11 @@ class Recorder(Backend):
 
     def describe(self) -> Device:
         return self.inner.describe()
+
+
+def window_of(config: ModelConfig, most: int = WINDOW) -> int:
+    """Tokens that a model reads at once."""
+    return min(most, config.max_position_embeddings)
 
 
 class Windows:

@@ -6,15 +6,13 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from tinychat_mlx.checkpoint import Checkpoint
 from tinychat_mlx.errors import ConfigError
 from tinychat_mlx.formats.awq_gemm import awq_config, awq_entries
-from tinychat_mlx.formats.mlx import float_entry, mlx_entries
+from tinychat_mlx.formats.mlx import float_entry, half, mlx_entries
 from tinychat_mlx.formats.stored import FLOATS
 from tinychat_mlx.tensorfile import Entry
-from tinychat_mlx.weight import Array, Packed, to_float32
+from tinychat_mlx.weight import Array, Packed
 
 
 def reformatted(source: Checkpoint, format: str, keep: frozenset[str]) -> Iterator[Entry]:
@@ -35,16 +33,16 @@ def reformatted(source: Checkpoint, format: str, keep: frozenset[str]) -> Iterat
         dtype, shape = source.info(name)
         if not _is_part(source, name):
             stored = "F16" if dtype in FLOATS else dtype
-            yield Entry(name, stored, shape, partial(_half, source, name, dtype))
+            yield Entry(name, stored, shape, partial(_stored, source, name, dtype))
 
 
 def _is_part(source: Checkpoint, name: str) -> bool:
     return name.rpartition(".")[0] in source.modules
 
 
-def _half(source: Checkpoint, name: str, dtype: str) -> Array:
+def _stored(source: Checkpoint, name: str, dtype: str) -> Array:
     array = source.read(name)
-    return to_float32(array).astype(np.float16) if dtype in FLOATS else array
+    return half(name, array) if dtype in FLOATS else array
 
 
 def reformatted_config(source: Checkpoint, format: str, head: str | None) -> dict[str, Any]:

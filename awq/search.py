@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinychat_mlx.awq.moments import BlockMoments
-from tinychat_mlx.awq.quantizer import grid_of, rounded
+from tinychat_mlx.awq.quantizer import grid_of, round_values
 from tinychat_mlx.awq.rows import over_rows
 from tinychat_mlx.awq.sites import Index
 from tinychat_mlx.weight import F32
@@ -43,7 +43,7 @@ def scaled_error(w: F32, s: F32, w_bit: int, group_size: int) -> F32:
     out = np.empty_like(w)
 
     def piece(rows: slice) -> None:
-        out[rows] = rounded(w[rows] * s, w_bit, group_size) / s - w[rows]
+        out[rows] = round_values(w[rows] * s, w_bit, group_size) / s - w[rows]
 
     over_rows(len(w), 4 * w.shape[1], piece)
     return out

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -268,20 +267,6 @@ class Conversion:
 def _read_report(path: Path) -> tuple[SiteReport, ...]:
     found = json.loads(path.read_text(encoding="utf-8"))["sites"]
     return tuple(SiteReport(**{**site, "roles": tuple(site["roles"])}) for site in found)
-
-
-def timed(watch: Watch) -> tuple[Watch, dict[str, float]]:
-    """A watch that also notes how many seconds each phase took."""
-    seconds: dict[str, float] = {}
-    last = [time.perf_counter()]
-
-    def wrapped(p: Progress) -> None:
-        now = time.perf_counter()
-        seconds[p.phase] = seconds.get(p.phase, 0.0) + now - last[0]
-        last[0] = now
-        watch(p)
-
-    return wrapped, seconds
 
 
 def shards(work: WorkFolder, layers: int) -> Iterator[Path]:

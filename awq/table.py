@@ -23,7 +23,8 @@ from statistics import median
 
 from tinychat_mlx.awq.calibrate import calibration_ids, encoded
 from tinychat_mlx.awq.convert import convert
-from tinychat_mlx.awq.evaluate import WINDOW, Quality, Scores, evaluate, scores
+from tinychat_mlx.awq.evaluate import Quality, Scores, evaluate, scores
+from tinychat_mlx.awq.record import window_of
 from tinychat_mlx.awq.settings import Settings
 from tinychat_mlx.awq.stream import Ids
 from tinychat_mlx.awq.whole import streamed
@@ -67,7 +68,7 @@ class Laboratory:
         self.config = parse_config(self.source.config)
         self.backend, self.threads = choose(args.backend)[0], args.threads
         self.device, self.running = self.make(exact=True), self.make(exact=False)
-        self.window = min(WINDOW, self.config.max_position_embeddings)
+        self.window = window_of(self.config)
         self.ids = encoded(args.text, Tokenizer.load(self.source.folder))[: args.max_tokens]
         self.dense = self.scores(self.source)
         self.texts: dict[tuple[str, int], tuple[Ids, float, float]] = {}

@@ -13,7 +13,7 @@ from tinychat_mlx.awq.sites import mixture, module_name, routers
 from tinychat_mlx.config import ModelConfig
 from tinychat_mlx.decoder import Source
 from tinychat_mlx.formats.awq_gemm import awq_entries
-from tinychat_mlx.formats.mlx import float_entry, mlx_entries
+from tinychat_mlx.formats.mlx import float_entry, half, mlx_entries
 from tinychat_mlx.formats.stacked import stack
 from tinychat_mlx.tensorfile import Entry
 from tinychat_mlx.weight import Dense, Packed, Weight, to_float32
@@ -26,7 +26,7 @@ def weight_entries(weight: Weight, format: str) -> list[Entry]:
     if isinstance(weight, Packed) and format == "awq":
         return awq_entries(weight)
     if isinstance(weight, Dense):
-        return mlx_entries(Dense(weight.name, to_float32(weight.w).astype(np.float16), weight.bias))
+        return mlx_entries(Dense(weight.name, half(weight.name, weight.w), weight.bias))
     return mlx_entries(weight)
 
 

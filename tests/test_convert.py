@@ -271,11 +271,25 @@ def damaged(home: Path, name: str, change: Any) -> Path:
 BAD = "model.layers.1.mlp.down_proj.weight"
 
 
+def large(name: str, weights: dict[str, np.ndarray], value: float) -> dict[str, np.ndarray]:
+    """A tensor in float32 with one value that float16 cannot hold."""
+    wide = weights[name].astype(np.float32)
+    wide.flat[7] = value
+    return {name: wide}
+
+
 @pytest.mark.parametrize(
     ("name", "change", "settings", "says"),
     [
         ("nan", lambda w: w[BAD].__setitem__((3, 5), np.nan), {}, BAD),
         ("infinite", lambda w: w["model.norm.weight"].__setitem__(0, np.inf), {}, "model.norm.weight"),
+        (
+            "large-norm",
+            lambda w: w.update(large("model.norm.weight", w, 65520)),
+            {},
+            "model.norm.weight' holds a",
+        ),
+        ("large-linear", lambda w: w.update(large(BAD, w, -3e6)), {}, f"{BAD}' holds a number beyond 65504"),
         ("absent", lambda w: w.pop(BAD), {}, "model.layers.1.mlp.down_proj"),
         ("group", lambda w: None, {"--group-size": "128"}, "self_attn.o_proj"),
         ("family", lambda w: None, {"model_type": "llamma"}, "llamma"),
@@ -485,6 +499,34 @@ def test_a_float32_source_of_the_same_numbers_gives_the_same_codes(home: Path) -
     assert main(args) == 0
     same = converted(home, "b-4", "--w-bit", "4") / "model.safetensors"
     assert (home / "from-f32" / "model.safetensors").read_bytes() == same.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("bits", "refused"), [(0x477F, False), (0xC780, True), (0x7F80, True), (0xFFC0, True)]
+)
+def test_a_bfloat16_number_beyond_float16_is_refused(tmp_path: Path, bits: int, refused: bool) -> None:
+    """65280 is the last that float16 holds, -65536 the first that it does not; then infinity and NaN."""
+    norm = np.full(64, 0x3F80, np.uint16)
+    norm[5] = bits
+    source = tiny_dense.save(tmp_path / "dense")
+    tensors = {n: entry(n, a) for n, a in tiny_dense.tensors(tiny_dense.CONFIG).items()}
+    tensors["model.norm.weight"] = entry("model.norm.weight", norm, "BF16")
+    write(source / "model.safetensors", tensors.values())
+    args = ["convert", str(source), "-o", str(tmp_path / "out"), "--method", "rtn", "--group-size", "32"]
+    assert main(args) == int(refused) and (tmp_path / "out").exists() != refused
+
+
+def test_a_weight_whose_offset_float16_cannot_hold_is_refused_by_name(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of -65000 to 60000 in 3 bits the scale is 17920 and the zero point 4: their product is 71680."""
+    source = damaged(home, "wide", lambda w: w[BAD].__setitem__((3, slice(2)), (60000, -65000)))
+    args = ["convert", str(source), "-o", str(home / "from-wide"), "--group-size", "32", "--w-bit", "3"]
+    assert main([*args, "--method", "rtn"]) == 1
+    error = capsys.readouterr().err
+    assert "model.layers.1.mlp.down_proj: has numbers beyond 65504" in error and error.count("\n") == 1
+    assert not (home / "from-wide").exists()
+    assert main([*args, "--method", "rtn", "--w-bit", "8", "--force"]) == 0  # a finer scale is smaller
 
 
 def test_a_bfloat16_source_converts(home: Path) -> None:

@@ -32,7 +32,7 @@ from tinychat_mlx.apps.models import facts, opening, remove
 from tinychat_mlx.apps.models.pull import pull
 from tinychat_mlx.awq import calibrate, dataset, documents, finish, reformat, selftext, stream
 from tinychat_mlx.awq.convert import convert
-from tinychat_mlx.awq.settings import Settings, open_dense, refuse_quantised
+from tinychat_mlx.awq.settings import Settings, open_dense
 from tinychat_mlx.backend import CacheShape, Segment
 from tinychat_mlx.backends.cpu import CpuBackend, _cache_kind, _threads
 from tinychat_mlx.backends.cpu import library as native
@@ -348,7 +348,6 @@ PROVOKE: list[Callable[[Path, pytest.MonkeyPatch], Any]] = [
     asked_of_the_hub("dataset_info", "RepositoryNotFoundError", lambda: dataset.fetch("org/data", 10)),
     asked_of_the_hub("dataset_info", "", lambda: dataset.fetch("org/data:none.txt", 10)),
     lambda tmp, patch: reformat.reformatted_config(stored(8, "mlx"), "awq", None),
-    lambda tmp, patch: refuse_quantised(stored(4, "mlx")),
     lambda tmp, patch: documents.document({"instruction": 1, "output": 2}, "x"),
     # the cpu backend
     lambda tmp, patch: _packed_header(SimpleNamespace(shape=(4, 64), w_bit=5, group_size=32, name="w")),
