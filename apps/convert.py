@@ -11,14 +11,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tinychat_mlx.apps.options import BACKENDS
+from tinychat_mlx.errors import UsageError
 
 if TYPE_CHECKING:
     from tinychat_mlx.awq.convert import Result
     from tinychat_mlx.awq.cost import Cost
+    from tinychat_mlx.awq.estimate import Estimate
     from tinychat_mlx.awq.settings import Settings
     from tinychat_mlx.awq.stream import Progress
     from tinychat_mlx.backend import Backend
     from tinychat_mlx.checkpoint import Checkpoint
+
+
+# Options that say how codes are chosen, and how much was lost.
+QUANTISING = ("method", "w_bit", "group_size", "head", "calib", "calib_tokens", "seed", "report_text")
 
 
 @click.command()
@@ -63,6 +69,7 @@ def convert(source: str, target: Path | None, **options: Any) -> None:
     """
     from tinychat_mlx.apps.models.download import folder_of
     from tinychat_mlx.awq.settings import Settings
+    from tinychat_mlx.awq.threads import limited
     from tinychat_mlx.checkpoint import Checkpoint
 
     if target is None and not options["dry_run"]:
@@ -75,11 +82,29 @@ def convert(source: str, target: Path | None, **options: Any) -> None:
         seed=options["seed"], compare=options["report"] is not None,
     )  # fmt: skip
     checkpoint = Checkpoint.open(folder_of(source))
-    if options["dry_run"]:
-        _dry_run(checkpoint, settings, options)
-    else:
-        assert target is not None
-        _convert(checkpoint, Path(os.path.abspath(target)), settings, options)
+    _refuse_unused(checkpoint)
+    with limited(options["threads"]):
+        if options["dry_run"]:
+            _dry_run(checkpoint, settings, options)
+        else:
+            assert target is not None
+            _convert(checkpoint, Path(os.path.abspath(target)), settings, options)
+
+
+def _refuse_unused(source: Checkpoint) -> None:
+    """Raise UsageError where an option is given that a change of format does not obey."""
+    from click.core import ParameterSource
+
+    if source.quantization.format == "dense":
+        return
+    ctx = click.get_current_context()
+    for p in ctx.command.params:
+        given = ctx.get_parameter_source(p.name or "") == ParameterSource.COMMANDLINE
+        if given and p.name in QUANTISING:
+            raise UsageError(
+                f"{source.folder} is quantised already ({source.quantization.describe()}) and keeps its codes: "
+                f"leave out {p.opts[-1]}, or give the original model"
+            )
 
 
 def _backend(options: dict[str, Any], exact: bool) -> Backend:
@@ -92,7 +117,8 @@ def _convert(source: Checkpoint, target: Path, settings: Settings, options: dict
     from tinychat_mlx.awq.calibrate import calibration_ids
     from tinychat_mlx.awq.convert import convert as run
 
-    start = time.perf_counter()
+    _check_report(source, options)
+    start, before = time.perf_counter(), _identity(target)
     screen = Screen(quiet=options["as_json"])
     try:
         with screen.bar:
@@ -101,13 +127,33 @@ def _convert(source: Checkpoint, target: Path, settings: Settings, options: dict
                 screen.show, options["resume"], options["force"],
             )  # fmt: skip
     except KeyboardInterrupt:
+        now = _identity(target)
+        there = (
+            "nothing" if now is None else "what was there before" if now == before else "the finished model"
+        )
         click.echo(
-            f"interrupted: nothing is at {target}; repeat the command with --resume to go on", err=True
+            f"interrupted: at {target} is {there}; repeat the command with --resume to go on", err=True
         )
         raise
     seconds = time.perf_counter() - start
     cost = _report(source, result, settings, options, seconds, screen) if options["report"] else None
     _say(source, result, settings, seconds, cost, options["as_json"])
+
+
+def _identity(folder: Path) -> int | None:
+    """What tells a folder from another that takes its name."""
+    return folder.stat().st_ino if folder.exists() else None
+
+
+def _check_report(source: Checkpoint, options: dict[str, Any]) -> None:
+    """Before any work. Raises UsageError."""
+    from tinychat_mlx.awq.cost import check_text
+    from tinychat_mlx.awq.target import check_folder
+
+    if options["report"] is not None:
+        check_folder(Path(os.path.abspath(options["report"])))
+    if options["report_text"] is not None:
+        check_text(source, options["report_text"])
 
 
 def _report(
@@ -128,7 +174,7 @@ def _report(
         with screen.bar:
             small, text = Checkpoint.open(result.folder), options["report_text"]
             measured = cost(
-                source, small, settings, lambda exact: _backend(options, exact), text, screen.show
+                source, small, settings, lambda exact: _backend(options, exact), text, screen.show, result.ids
             )
     write_report(options["report"], source, result, settings, seconds, measured)
     return measured
@@ -139,14 +185,18 @@ def _say(
 ) -> None:
     from dataclasses import asdict
 
-    fallen = [f"layer {i} {s.key}" for i, layer in enumerate(result.layers) for s in layer if s.fell_back]
+    from tinychat_mlx.awq.report import about, moved_text, site_name
+
+    fallen = [site_name(i, s) for i, layer in enumerate(result.layers) for s in layer if s.fell_back]
     if as_json:
         layers = [[asdict(site) for site in layer] for layer in result.layers]
         summary = {
             "folder": str(result.folder), "bytes": result.nbytes, "source_bytes": source.nbytes,
-            "seconds": seconds, "settings": asdict(settings), "plain_rounding": fallen, "layers": layers,
+            "seconds": seconds, "settings": about(settings, result), "plain_rounding": fallen, "layers": layers,
             "quality": cost.as_dict() if cost else None,
         }  # fmt: skip
+        if result.moved is not None:
+            summary["moved_steps"] = result.moved
         click.echo(json.dumps(summary))
         return
     share = result.nbytes / source.nbytes
@@ -154,10 +204,12 @@ def _say(
         f"{result.folder}: {result.nbytes / 1e6:.1f} MB, {share:.0%} of {source.nbytes / 1e6:.1f} MB, "
         f"in {seconds:.0f} s"
     )
+    if result.moved is not None:
+        click.echo(moved_text(result.moved))
     if cost is not None:
         q = cost.of[settings.method]
         click.echo(
-            f"perplexity {q.ppl:.3f} (dense {q.against_ppl:.3f}), KL {q.kl_mean:.5f} ± {q.kl_mean_se:.5f}, "
+            f"perplexity {q.ppl:.3f} (dense {q.against_ppl:.3f}), KL {q.told('kl_mean', '.5f')}, "
             f"top-1 {q.top1:.2%}, on {q.tokens} tokens: {cost.text}"
         )
     if fallen:
@@ -175,13 +227,26 @@ def _dry_run(source: Checkpoint, settings: Settings, options: dict[str, Any]) ->
         return
     click.echo(
         f"time    about {found.seconds / 60:.1f} min on this machine\n"
-        f"memory  about {found.peak_bytes / 1e9:.2f} GB at its peak\n"
+        f"memory  about {found.peak_bytes / 1e9:.2f} GB at its peak{_memory_parts(found)}\n"
         f"disk    {found.disk_bytes / 1e9:.2f} GB while it runs, {found.result_bytes / 1e9:.2f} GB in the end"
     )
 
 
+def _memory_parts(found: Estimate) -> str:
+    """What is in memory when."""
+    parts = []
+    if found.own_text_bytes:
+        parts.append(
+            f"{found.own_text_bytes / 1e9:.2f} while the whole model, at 8 bits, writes its own text"
+        )
+    if found.layer_bytes:
+        one = f"one decoder layer of float weights ({found.layer_bytes / 1e9:.2f}), its activations and codes"
+        parts.append(f"{found.layers_bytes / 1e9:.2f} with {one}")
+    return f": {'; '.join(parts)}" if parts else ""
+
+
 class Screen:
-    """Progress on stderr: a bar with the time left, and a line for each layer."""
+    """Progress on stderr: a bar with the time left, and a line for each layer; without a terminal, lines alone."""
 
     def __init__(self, quiet: bool) -> None:
         from rich.console import Console
@@ -194,20 +259,44 @@ class Screen:
             TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal, speed_estimate_period=600,
         )  # fmt: skip
         self.tasks: dict[str, Any] = {}
+        self.begun: dict[
+            str, tuple[float, int]
+        ] = {}  # phase -> when it was first heard of, and what was done then
 
     def show(self, p: Progress) -> None:
         if p.phase not in self.tasks:
             self.tasks[p.phase] = self.bar.add_task(p.phase, total=p.total)
+        if p.phase not in self.begun or p.note == "kept":
+            self.begun[p.phase] = time.perf_counter(), p.done
         self.bar.update(self.tasks[p.phase], completed=p.done, total=p.total)
         if p.layer:
             sites = "  ".join(
                 f"{s.key} {s.rtn:.2e}→{s.error:.2e}{' (plain)' if s.fell_back else ''}" for s in p.layer
             )
-            self.console.print(
-                f"layer {p.done}/{p.total}  {sites}  {_memory()}", highlight=False, soft_wrap=True
-            )
+            place = "" if p.layer[0].key == "head" else f"layer {p.done}/{p.total}  "
+            self._print(f"{place}{sites}  {_memory()}{self._left(p)}")
         elif p.note and (p.done == p.total or p.phase == "finish"):
-            self.console.print(f"{p.phase}: {p.note}", highlight=False, soft_wrap=True)
+            self._print(f"{p.phase}: {p.note}")
+        elif (
+            not self.console.is_terminal
+            and p.done
+            and p.phase != "finish"
+            and p.done * 4 // p.total > (p.done - 1) * 4 // p.total
+        ):
+            self._print(f"{p.phase} {p.done / p.total:.0%}{self._left(p)}")
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, highlight=False, soft_wrap=True)
+
+    def _left(self, p: Progress) -> str:
+        """How long the rest of a phase will take, where no bar says it."""
+        start, before = self.begun[p.phase]
+        if self.console.is_terminal or p.done <= before or p.done == p.total:
+            return ""
+        from tinychat_mlx.apps.models.download import lasting
+
+        left = (time.perf_counter() - start) / (p.done - before) * (p.total - p.done)
+        return f", {lasting(left)} left"
 
 
 def _memory() -> str:

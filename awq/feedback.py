@@ -12,7 +12,6 @@ G, in the order in which they are quantised.
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
+from tinychat_mlx.awq import threads
 from tinychat_mlx.awq.cholesky import upper_factor
 from tinychat_mlx.awq.quantizer import Grid, grid_between, storable
 from tinychat_mlx.awq.rows import over_rows
@@ -128,7 +128,8 @@ def quantised(w: F32, f: Factor, h: F32, w_bit: int, group_size: int, rounds: in
         return codes
 
     middle = w.shape[1] // 2
-    with threadpool_limits(max(1, (os.cpu_count() or 1) // 2), "blas"), ThreadPoolExecutor(2, "awq") as pool:
+    workers = min(2, threads.count())
+    with threadpool_limits(threads.count() // workers, "blas"), ThreadPoolExecutor(workers, "awq") as pool:
         a, b = pool.map(half, (slice(middle), slice(middle, None)))
     q, scales, zeros = (
         np.concatenate(pair, 1) for pair in ((a.q, b.q), (a.scales, b.scales), (a.zeros, b.zeros))

@@ -21,6 +21,7 @@ from tinychat_mlx.formats.stored import FLOATS
 
 HEADS = {"int8": 8, "int4": 4, "fp16": 16}
 FORMATS = ("mlx", "awq")
+LEAST = 128  # calibration tokens; fewer say nothing about an input of hundreds of channels
 CHECK_ROWS = 1 << 22  # numbers looked at at once
 # Bits of infinity, and of the first number that float16 rounds to infinity (65520; bfloat16's next is 65536).
 BEYOND = {"F16": (0x7C00, 0x7C00), "BF16": (0x7F80, 0x4780), "F32": (0x7F800000, 0x477FF000)}
@@ -49,6 +50,8 @@ class Settings:
             if getattr(self, name) not in values:
                 known = ", ".join(map(str, values))
                 raise UsageError(f"{name} is {getattr(self, name)!r}; known are {known}")
+        if 0 < self.tokens < LEAST:
+            raise UsageError(f"{self.tokens} calibration tokens: at least {LEAST} are needed, or 0 to choose")
         if self.format == "awq" and self.w_bit != 4:
             raise UsageError(f"the AutoAWQ format holds 4 bits, not {self.w_bit}: use --format mlx")
 

@@ -27,6 +27,7 @@ from tinychat_mlx.awq.evaluate import Quality, Scores, evaluate, scores
 from tinychat_mlx.awq.record import window_of
 from tinychat_mlx.awq.settings import Settings
 from tinychat_mlx.awq.stream import Ids
+from tinychat_mlx.awq.threads import limited
 from tinychat_mlx.awq.whole import streamed
 from tinychat_mlx.backend import Backend
 from tinychat_mlx.checkpoint import Checkpoint
@@ -196,8 +197,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="also one JSON line with every seed")
     args = parser.parse_args(argv)
     try:
-        lab, planned = Laboratory(args), list(rows(args))
-        fill(lab, planned)
+        with limited(args.threads):
+            lab, planned = Laboratory(args), list(rows(args))
+            fill(lab, planned)
     except (TinychatError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -30,9 +30,9 @@ from tinychat_mlx.apps.chat.commands import conversation, storage, tuning
 from tinychat_mlx.apps.doctor import report
 from tinychat_mlx.apps.models import facts, opening, remove
 from tinychat_mlx.apps.models.pull import pull
-from tinychat_mlx.awq import calibrate, dataset, documents, finish, reformat, selftext, stream
-from tinychat_mlx.awq.convert import convert
+from tinychat_mlx.awq import calibrate, dataset, documents, finish, selftext, stream
 from tinychat_mlx.awq.settings import Settings, open_dense
+from tinychat_mlx.awq.target import check_target
 from tinychat_mlx.backend import CacheShape, Segment
 from tinychat_mlx.backends.cpu import CpuBackend, _cache_kind, _threads
 from tinychat_mlx.backends.cpu import library as native
@@ -117,12 +117,6 @@ def asked_of_the_hub(
     return made
 
 
-def stored(w_bit: int, form: str) -> Any:
-    """A checkpoint that is quantised."""
-    how = SimpleNamespace(w_bit=w_bit, group_size=64, format=form, describe=lambda: form)
-    return SimpleNamespace(folder="model", config={}, quantization=how)
-
-
 def said(*texts: str) -> session.Session:
     return session.Session(messages=chat(*texts).session.messages)
 
@@ -164,7 +158,7 @@ def put_in_place(tmp: Path, patch: pytest.MonkeyPatch) -> Any:
     (tmp / "out").mkdir()
     (tmp / "work").mkdir()
     patch.setattr("os.rename", broken_move)
-    return finish.put_in_place(tmp / "out", tmp / "target", tmp / "work")
+    return finish.put_in_place(tmp / "out", tmp / "target", tmp / "work", tmp / "work" / "renaming")
 
 
 def refusing(*_: Any, **__: Any) -> Any:
@@ -330,7 +324,7 @@ PROVOKE: list[Callable[[Path, pytest.MonkeyPatch], Any]] = [
     lambda tmp, patch: template._open_final_message([{"content": "x"}], "content", "{{ nothing }}"),
     # quantising
     lambda tmp, patch: selftext.turns(SimpleNamespace(render=lambda *a, **k: "", encode=no_words), np.random.default_rng(0)),
-    lambda tmp, patch: convert(stored(4, "mlx"), tmp / "no" / "x", Settings(), refusing, refusing),
+    lambda tmp, patch: check_target(tmp / "model", tmp / "no" / "x", False),
     lambda tmp, patch: open_dense(odd_sizes(100, tmp), Settings(group_size=32)),
     lambda tmp, patch: open_dense(odd_sizes(100, tmp), Settings(group_size=32, format="awq")),
     other_tokenizer,
@@ -347,7 +341,6 @@ PROVOKE: list[Callable[[Path, pytest.MonkeyPatch], Any]] = [
     asked_of_the_hub("dataset_info", "GatedRepoError", lambda: dataset.fetch("org/data", 10)),
     asked_of_the_hub("dataset_info", "RepositoryNotFoundError", lambda: dataset.fetch("org/data", 10)),
     asked_of_the_hub("dataset_info", "", lambda: dataset.fetch("org/data:none.txt", 10)),
-    lambda tmp, patch: reformat.reformatted_config(stored(8, "mlx"), "awq", None),
     lambda tmp, patch: documents.document({"instruction": 1, "output": 2}, "x"),
     # the cpu backend
     lambda tmp, patch: _packed_header(SimpleNamespace(shape=(4, 64), w_bit=5, group_size=32, name="w")),

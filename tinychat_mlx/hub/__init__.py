@@ -15,6 +15,7 @@ from tinychat_mlx.hub.cache import (
     is_whole,
     parse,
     repo_folder,
+    repo_of,
     shards_of,
 )
 from tinychat_mlx.hub.fetch import Watch, check_room, fetch
@@ -38,6 +39,7 @@ __all__ = [
     "parse",
     "read",
     "repo_folder",
+    "repo_of",
     "shards_of",
 ]  # fmt: skip
 
