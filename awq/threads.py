@@ -21,10 +21,13 @@ def count() -> int:
 
 @contextmanager
 def limited(threads: int | None) -> Iterator[None]:
-    """While this lasts, NumPy's products and ours take so many threads; None: as many as there are cores."""
-    _given.append(threads or count())
+    """While this lasts, NumPy's products and our own work take so many threads; None: what they take anyway."""
+    if threads is None:
+        yield
+        return
+    _given.append(threads)
     try:
-        with threadpool_limits(_given[-1], "blas"):
+        with threadpool_limits(threads, "blas"):
             yield
     finally:
         _given.pop()
