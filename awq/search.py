@@ -2,7 +2,8 @@
 
 A linear is judged by the quadratic form of its inputs' second moments, group by group, so the cost does not
 grow with the number of calibration tokens. The paper judges q, k, v by the whole attention and gate, up by
-the whole MLP; their own outputs order the candidates nearly alike and need no forward pass each.
+the whole MLP, which takes a forward pass for each candidate. On the demo what is chosen by groups errs 0.3 % more (at
+most 3 %) than the best candidate by the linears' whole outputs; by the whole MLP's 5 % at 4 bits, 1 % at 3.
 """
 
 from __future__ import annotations
