@@ -15,15 +15,21 @@ import click
 
 from tinychat_mlx.apps.options import BACKENDS, check_writable
 from tinychat_mlx.apps.terminal import wrapped
+from tinychat_mlx.errors import UsageError
 from tinychat_mlx.words import size
 
 if TYPE_CHECKING:
     from tinychat_mlx.awq.convert import Result
     from tinychat_mlx.awq.cost import Cost
+    from tinychat_mlx.awq.estimate import Estimate
     from tinychat_mlx.awq.settings import Settings
     from tinychat_mlx.awq.stream import Progress
     from tinychat_mlx.backend import Backend
     from tinychat_mlx.checkpoint import Checkpoint
+
+
+# Options that say how codes are chosen, and how much was lost.
+QUANTISING = ("method", "w_bit", "group_size", "head", "calib", "calib_tokens", "seed", "report_text")
 
 
 @click.command()
@@ -69,8 +75,8 @@ def convert(source: str, target: Path | None, **options: Any) -> None:
     An SRC that is quantised already keeps its codes and changes its format.
     """
     from tinychat_mlx.apps.models.download import folder_of
-    from tinychat_mlx.awq.convert import check_target
     from tinychat_mlx.awq.settings import Settings
+    from tinychat_mlx.awq.threads import limited
     from tinychat_mlx.checkpoint import Checkpoint
 
     if target is None and not options["dry_run"]:
@@ -84,15 +90,49 @@ def convert(source: str, target: Path | None, **options: Any) -> None:
     )  # fmt: skip
     target = Path(os.path.abspath(target)) if target is not None else Path.cwd() / "converted"
     if not options["dry_run"]:
-        check_target(target, options["resume"], options["force"])
-        check_writable(target, "-o")
-        if options["report"] is not None:
-            check_writable(options["report"], "--report")
+        _check_places(source, target, options)
     checkpoint = Checkpoint.open(folder_of(source))
-    if options["dry_run"]:
-        _dry_run(checkpoint, target, settings, options)
-    else:
-        _convert(checkpoint, target, settings, options)
+    _refuse_unused(checkpoint)
+    with limited(options["threads"]):
+        if options["dry_run"]:
+            _dry_run(checkpoint, target, settings, options)
+        else:
+            _convert(checkpoint, target, settings, options)
+
+
+def _check_places(source: str, target: Path, options: dict[str, Any]) -> None:
+    """Before anything is downloaded. Raises UsageError."""
+    from tinychat_mlx.awq.target import check_target
+
+    if not options["resume"]:  # or the finished folder may be there
+        check_target(Path(source) if Path(source).is_dir() else None, target, options["force"])
+    check_writable(target, "-o")
+    if options["report"] is not None:
+        check_writable(options["report"], "--report")
+
+
+def _refuse_unused(source: Checkpoint) -> None:
+    """Raise UsageError where an option is given that a change of format does not obey, or nothing would change."""
+    from click.core import ParameterSource
+
+    if source.quantization.format == "dense":
+        return
+    ctx, what = click.get_current_context(), source.quantization.describe()
+    given = {
+        p.name: p.opts[-1]
+        for p in ctx.command.params
+        if ctx.get_parameter_source(p.name or "") == ParameterSource.COMMANDLINE
+    }
+    for name in given.keys() & set(QUANTISING):
+        raise UsageError(
+            f"{source.folder} is quantised already ({what}) and keeps its codes: leave out {given[name]}, or give "
+            "the original model"
+        )
+    if source.quantization.format == ctx.params["form"] and "form" not in given:
+        raise UsageError(
+            f"{source.folder} is {what} already: use it as it is, convert the model that it was made of, or change "
+            "its format with --format awq"
+        )
 
 
 def _backend(options: dict[str, Any], exact: bool) -> Backend:
@@ -105,7 +145,8 @@ def _convert(source: Checkpoint, target: Path, settings: Settings, options: dict
     from tinychat_mlx.awq.calibrate import calibration_ids
     from tinychat_mlx.awq.convert import convert as run
 
-    start = time.perf_counter()
+    _check_report(source, options)
+    start, before = time.perf_counter(), _identity(target)
     screen = Screen(quiet=options["as_json"])
     try:
         with screen.shown():
@@ -114,12 +155,29 @@ def _convert(source: Checkpoint, target: Path, settings: Settings, options: dict
                 screen.show, options["resume"], options["force"],
             )  # fmt: skip
     except KeyboardInterrupt:
-        note = f"interrupted: nothing is at {target}; repeat the command with --resume to go on"
+        now = _identity(target)
+        there = (
+            "nothing" if now is None else "what was there before" if now == before else "the finished model"
+        )
+        note = f"interrupted: at {target} is {there}; repeat the command with --resume to go on"
         click.echo(wrapped(note, sys.stderr), err=True)
         raise
     seconds = time.perf_counter() - start
     cost = _report(source, result, settings, options, seconds, screen) if options["report"] else None
     _say(source, result, settings, seconds, cost, options["as_json"])
+
+
+def _identity(folder: Path) -> int | None:
+    """What tells a folder from another that takes its name."""
+    return folder.stat().st_ino if folder.exists() else None
+
+
+def _check_report(source: Checkpoint, options: dict[str, Any]) -> None:
+    """Before any work. Raises UsageError."""
+    from tinychat_mlx.awq.cost import check_text
+
+    if options["report_text"] is not None:
+        check_text(source, options["report_text"])
 
 
 def _report(
@@ -140,7 +198,7 @@ def _report(
         with screen.shown():
             small, text = Checkpoint.open(result.folder), options["report_text"]
             measured = cost(
-                source, small, settings, lambda exact: _backend(options, exact), text, screen.show
+                source, small, settings, lambda exact: _backend(options, exact), text, screen.show, result.ids
             )
     folder = options["report"]
     write_report(folder, source, result, settings, seconds, measured)
@@ -153,14 +211,18 @@ def _say(
 ) -> None:
     from dataclasses import asdict
 
-    fallen = [f"layer {i} {s.key}" for i, layer in enumerate(result.layers) for s in layer if s.fell_back]
+    from tinychat_mlx.awq.report import about, moved_text, site_name
+
+    fallen = [site_name(i, s) for i, layer in enumerate(result.layers) for s in layer if s.fell_back]
     if as_json:
         layers = [[asdict(site) for site in layer] for layer in result.layers]
         summary = {
             "folder": str(result.folder), "bytes": result.nbytes, "source_bytes": source.nbytes,
-            "seconds": seconds, "settings": asdict(settings), "plain_rounding": fallen, "layers": layers,
+            "seconds": seconds, "settings": about(settings, result), "plain_rounding": fallen, "layers": layers,
             "quality": cost.as_dict() if cost else None,
         }  # fmt: skip
+        if result.moved is not None:
+            summary["moved_steps"] = result.moved
         click.echo(json.dumps(summary))
         return
     share = result.nbytes / source.nbytes
@@ -168,10 +230,12 @@ def _say(
         f"{result.folder}: {result.nbytes / 1e6:.1f} MB, {share:.0%} of {source.nbytes / 1e6:.1f} MB, "
         f"in {seconds:.0f} s"
     )
+    if result.moved is not None:
+        click.echo(moved_text(result.moved))
     if cost is not None:
         q = cost.of[settings.method]
         click.echo(
-            f"perplexity {q.ppl:.3f} (dense {q.against_ppl:.3f}), KL {q.kl_mean:.5f} ± {q.kl_mean_se:.5f}, "
+            f"perplexity {q.ppl:.3f} (dense {q.against_ppl:.3f}), KL {q.told('kl_mean', '.5f')}, "
             f"top-1 {q.top1:.2%}, on {q.tokens} tokens: {cost.text}"
         )
     if fallen:
@@ -191,7 +255,7 @@ def _dry_run(source: Checkpoint, target: Path, settings: Settings, options: dict
         return
     click.echo(
         f"time    about {_lasting(found.seconds)} on this machine\n"
-        f"memory  about {_bytes(found.peak_bytes)} at its peak\n"
+        f"memory  about {_bytes(found.peak_bytes)} at its peak{_memory_parts(found)}\n"
         f"disk    {_bytes(found.disk_bytes)} while it runs, {_bytes(found.result_bytes)} in the end"
     )
     if lacks:
@@ -206,8 +270,19 @@ def _bytes(n: int) -> str:
     return f"{n / 1e9:.2f} GB" if n >= 1e9 else size(n)
 
 
+def _memory_parts(found: Estimate) -> str:
+    """What is in memory when."""
+    parts = []
+    if found.own_text_bytes:
+        parts.append(f"{_bytes(found.own_text_bytes)} while the whole model, at 8 bits, writes its own text")
+    if found.layer_bytes:
+        one = f"one decoder layer of float weights ({_bytes(found.layer_bytes)}), its activations and codes"
+        parts.append(f"{_bytes(found.layers_bytes)} with {one}")
+    return f": {'; '.join(parts)}" if parts else ""
+
+
 class Screen:
-    """Progress on stderr: a bar with the time left, and a line for each layer."""
+    """Progress on stderr: a bar with the time left, and a line for each layer; without a terminal, lines alone."""
 
     def __init__(self, quiet: bool) -> None:
         from rich.console import Console
@@ -222,6 +297,9 @@ class Screen:
             TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal, speed_estimate_period=600,
         )  # fmt: skip
         self.tasks: dict[str, Any] = {}
+        self.begun: dict[
+            str, tuple[float, int]
+        ] = {}  # phase -> when it was first heard of, and what was done then
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -236,16 +314,37 @@ class Screen:
     def show(self, p: Progress) -> None:
         if p.phase not in self.tasks:
             self.tasks[p.phase] = self.bar.add_task(p.phase, total=p.total)
+        if p.phase not in self.begun or p.note == "kept":
+            self.begun[p.phase] = time.perf_counter(), p.done
         self.bar.update(self.tasks[p.phase], completed=p.done, total=p.total)
         if p.layer:
             sites = "  ".join(
                 f"{s.key} {s.rtn:.2e}→{s.error:.2e}{' (plain)' if s.fell_back else ''}" for s in p.layer
             )
-            self.console.print(
-                f"layer {p.done}/{p.total}  {sites}  {_memory()}", highlight=False, soft_wrap=True
-            )
+            place = "" if p.layer[0].key == "head" else f"layer {p.done}/{p.total}  "
+            self._print(f"{place}{sites}  {_memory()}{self._left(p)}")
         elif p.note and (p.done == p.total or p.phase == "finish"):
-            self.console.print(f"{p.phase}: {p.note}", highlight=False, soft_wrap=True)
+            self._print(f"{p.phase}: {p.note}")
+        elif (
+            not self.console.is_terminal
+            and p.done
+            and p.phase != "finish"
+            and p.done * 4 // p.total > (p.done - 1) * 4 // p.total
+        ):
+            self._print(f"{p.phase} {p.done / p.total:.0%}{self._left(p)}")
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, highlight=False, soft_wrap=True)
+
+    def _left(self, p: Progress) -> str:
+        """How long the rest of a phase will take, where no bar says it."""
+        start, before = self.begun[p.phase]
+        if self.console.is_terminal or p.done <= before or p.done == p.total:
+            return ""
+        from tinychat_mlx.apps.models.download import lasting
+
+        left = (time.perf_counter() - start) / (p.done - before) * (p.total - p.done)
+        return f", {lasting(left)} left"
 
 
 def _memory() -> str:

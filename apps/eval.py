@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tinychat_mlx.apps.options import BACKENDS
+from tinychat_mlx.errors import UsageError
 
 if TYPE_CHECKING:
     from tinychat_mlx.awq.evaluate import Quality
@@ -38,6 +39,7 @@ def evaluate(model: str, text: Path, against: str | None, **options: Any) -> Non
     from tinychat_mlx.awq.calibrate import encoded
     from tinychat_mlx.awq.evaluate import evaluate as measure
     from tinychat_mlx.awq.evaluate import scores
+    from tinychat_mlx.awq.record import window_of
 
     def opened(name: str, exact: bool) -> Model:
         import tinychat_mlx
@@ -51,7 +53,12 @@ def evaluate(model: str, text: Path, against: str | None, **options: Any) -> Non
 
     first = opened(model, options["exact"])
     other = opened(against, True) if against else None
-    window = min(options["window"], first.config.max_position_embeddings)
+    if other is not None and other.config.vocab_size != first.config.vocab_size:
+        raise UsageError(
+            f"{model} has {first.config.vocab_size} tokens, {against} {other.config.vocab_size}: "
+            "give two models of one vocabulary"
+        )
+    window = window_of(first.config, options["window"])
     ids = encoded(str(text), first.tokenizer)[: options["max_tokens"]]
     quality = measure(
         ids,
@@ -66,12 +73,14 @@ def evaluate(model: str, text: Path, against: str | None, **options: Any) -> Non
 
 
 def _lines(q: Quality) -> str:
-    lines = [f"perplexity  {q.ppl:.4f} ± {q.ppl_se:.4f}   ({q.tokens} tokens in windows of {q.window})"]
+    lines = [f"perplexity  {q.told('ppl', '.4f')}   ({q.tokens} tokens in windows of {q.window})"]
     if q.kl_mean is not None:
         lines += [
-            f"other       {q.against_ppl:.4f} ± {q.against_ppl_se:.4f}   (its perplexity)",
-            f"KL mean     {q.kl_mean:.5f} ± {q.kl_mean_se:.5f} nats",
-            f"KL 99 %     {q.kl_p99:.5f} ± {q.kl_p99_se:.5f} nats",
-            f"top-1       {q.top1:.2%} ± {q.top1_se:.2%} agree",
+            f"other       {q.told('against_ppl', '.4f')}   (its perplexity)",
+            f"KL mean     {q.told('kl_mean', '.5f')} nats",
+            f"KL 99 %     {q.told('kl_p99', '.5f')} nats",
+            f"top-1       {q.told('top1', '.2%')} agree",
         ]
+    if "±" not in lines[0]:
+        lines.append("(a single window: of fewer than two no standard error can be told)")
     return "\n".join(lines)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tinychat_mlx.awq.documents import Document, documents
+from tinychat_mlx.awq.documents import Document, documents, kind_of
 from tinychat_mlx.awq.selftext import write_text
-from tinychat_mlx.awq.settings import Settings, default_tokens
+from tinychat_mlx.awq.settings import LEAST, Settings, default_tokens
 from tinychat_mlx.awq.stream import Ids, Progress, Watch
 from tinychat_mlx.backend import Backend
 from tinychat_mlx.checkpoint import Checkpoint
@@ -20,7 +20,6 @@ from tinychat_mlx.tokenizer import Tokenizer
 
 CHARACTERS = 5  # of a token, on average: how much of a dataset is read
 LEFT = 2048  # tokens left of a calibration text: of fewer no standard error can be told
-LEAST = 128  # tokens; fewer say nothing about an input of hundreds of channels
 
 
 def calibration_ids(
@@ -153,6 +152,8 @@ def read_documents(calib: str, wanted: int = 0) -> tuple[list[Document], str]:
         return _read(path), path.name
     if path.exists() or calib.startswith((".", "/", "~")) or "/" not in calib:
         raise UsageError(f"--calib {calib}: neither a file, nor `self`, nor a dataset's id (ORG/NAME)")
+    if ":" not in calib and kind_of(calib) is not None:
+        raise UsageError(f"--calib {calib}: no such file: check the path")
     from tinychat_mlx.awq.dataset import fetch
 
     return fetch(calib, 4 * CHARACTERS * wanted)

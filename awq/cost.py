@@ -8,19 +8,25 @@ time (see whole.py), so that measuring takes less memory than converting. The fi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from tinychat_mlx.awq.calibrate import held_out
-from tinychat_mlx.awq.evaluate import WINDOW, Quality, Scores, evaluate
+from tinychat_mlx.awq.calibrate import encoded, held_out
+from tinychat_mlx.awq.convert import convert
+from tinychat_mlx.awq.evaluate import Quality, Scores, evaluate
+from tinychat_mlx.awq.record import window_of
 from tinychat_mlx.awq.settings import Settings
-from tinychat_mlx.awq.stream import Progress, Watch
+from tinychat_mlx.awq.stream import Ids, Progress, Watch
 from tinychat_mlx.awq.whole import Rounded, streamed
 from tinychat_mlx.backend import Backend
 from tinychat_mlx.checkpoint import Checkpoint
 from tinychat_mlx.config import parse_config
 from tinychat_mlx.decoder import Source
+from tinychat_mlx.errors import UsageError
 from tinychat_mlx.loading import capacity_of
+from tinychat_mlx.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -41,19 +47,20 @@ def cost(
     backend: Callable[[bool], Backend],
     text: str | None,
     watch: Watch,
+    ids: Ids | None = None,
 ) -> Cost:
-    """Measure a finished conversion as it runs by default, the dense model exactly.
+    """Measure a finished conversion as it runs by default, the dense model exactly; beside awq+ also what the
+    published algorithm makes with the same calibration tokens, ids: it is made for that, and thrown away.
 
     backend: exact? -> a device. text: a file, or None for what calibration left. Raises UsageError.
     """
     raw = parse_config(source.config)
-    window = min(WINDOW, raw.max_position_embeddings)
+    window = window_of(raw)
     held = held_out(raw, source, lambda: backend(False), settings, window, text, watch)
     config = parse_config(source.config, capacity_of(None, raw.max_position_embeddings))  # as `load` does
-    models: dict[str, Source] = {settings.method: result}
-    if settings.method != "rtn":
-        models = {"rtn": Rounded(source, result)} | models
-    done, total = 0, (len(models) + 1) * config.num_hidden_layers
+    published = settings.method == "awq+" and ids is not None
+    names = ["rtn", *(["awq"] if published else []), settings.method] if settings.method != "rtn" else ["rtn"]
+    done, total = 0, (len(names) + 1) * config.num_hidden_layers
 
     def layer_done() -> None:
         nonlocal done
@@ -64,5 +71,22 @@ def cost(
         return streamed(config, model, backend(exact), held.ids, window, layer_done)
 
     dense = scores(source, True)
-    found = {name: evaluate(held.ids, scores(model, False), dense, window) for name, model in models.items()}
-    return Cost(held.origin, found)
+
+    def measured(name: str) -> Quality:
+        if name == settings.method:
+            return evaluate(held.ids, scores(result, False), dense, window)
+        if name == "rtn":
+            return evaluate(held.ids, scores(Rounded(source, result), False), dense, window)
+        with TemporaryDirectory(dir=result.folder.parent, prefix=f".{result.folder.name}.") as folder:
+            plain, target = replace(settings, method=name, compare=False), Path(folder) / name
+            assert ids is not None
+            convert(source, target, plain, backend, lambda *_: ids)
+            return evaluate(held.ids, scores(Checkpoint.open(target), False), dense, window)
+
+    return Cost(held.origin, {name: measured(name) for name in names})
+
+
+def check_text(source: Checkpoint, file: str) -> None:
+    """Raises UsageError where nothing can be measured on a text."""
+    if (tokens := len(encoded(file, Tokenizer.load(source.folder)))) < 2:
+        raise UsageError(f"{file}: {tokens} tokens: at least two are needed: give a longer text")

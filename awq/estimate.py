@@ -16,11 +16,22 @@ import numpy as np
 from tinychat_mlx.awq import head
 from tinychat_mlx.awq.experts import LEAST, Mixture, add_experts, round_experts
 from tinychat_mlx.awq.layer import Moments, QuantizedLayer, empty_moments, quantize_layer, round_layer
-from tinychat_mlx.awq.needs import Needs, kinds, needs
-from tinychat_mlx.awq.record import STEP_ROWS, LayerRun, Recorder, Routing, embedded_rows, steps
+from tinychat_mlx.awq.needs import Needs, needs
+from tinychat_mlx.awq.record import (
+    STEP_ROWS,
+    LayerRun,
+    Recorder,
+    Routing,
+    alone,
+    embedded_rows,
+    steps,
+    window_of,
+)
+from tinychat_mlx.awq.reformat import reformatted
 from tinychat_mlx.awq.selftext import RoundedSource, conversations, sampled
-from tinychat_mlx.awq.settings import WINDOW, Settings, open_dense
+from tinychat_mlx.awq.settings import Settings, open_dense
 from tinychat_mlx.awq.sites import LayerWeights, mixture
+from tinychat_mlx.awq.sizes import BASE_BYTES, kinds
 from tinychat_mlx.awq.stream import observe
 from tinychat_mlx.awq.tensors import rim_group, rim_names, rounded_rows
 from tinychat_mlx.backend import Backend, CacheShape, Segment
@@ -44,6 +55,8 @@ class Estimate(Needs):
 
 def estimate(source: Checkpoint, settings: Settings, backend: Make) -> Estimate:
     """Check everything a conversion checks, then measure."""
+    if source.quantization.format != "dense":
+        return _of_reformat(source, settings)
     start = time.perf_counter()
     config = open_dense(source, settings)
     seconds = time.perf_counter() - start
@@ -59,8 +72,13 @@ def estimate(source: Checkpoint, settings: Settings, backend: Make) -> Estimate:
     return Estimate(**asdict(takes), seconds=seconds)
 
 
-def window_of(config: ModelConfig) -> int:
-    return min(WINDOW, config.max_position_embeddings)
+def _of_reformat(source: Checkpoint, settings: Settings) -> Estimate:
+    """A change of format: every module is looked at once now, and made twice more when it is written."""
+    start = time.perf_counter()
+    tensors = reformatted(source, settings.format).tensors
+    seconds, nbytes = time.perf_counter() - start, sum(tensor.nbytes for tensor in tensors)
+    peak = BASE_BYTES + 4 * max(tensor.nbytes for tensor in tensors)
+    return Estimate(peak, nbytes, nbytes, seconds=3 * seconds + nbytes / WRITE_BYTES_S)
 
 
 def _layer_seconds(
@@ -200,8 +218,7 @@ def _writing_seconds(config: ModelConfig, source: Checkpoint, device: Backend, t
     seconds = length * fastest(top) * config.vocab_size / len(sample.w)
     for number, layers in kinds(config).items():
         start = time.perf_counter()
-        loaded = loader.layer(number)
-        layer = replace(loaded, attention=replace(loaded.attention, layer=0))  # the caches hold one
+        layer = alone(loader.layer(number))
         loading = time.perf_counter() - start
         seconds += layers * (loading + length * fastest(partial(block, layer)))
     return seconds

@@ -13,12 +13,12 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from tinychat_mlx.awq.record import WINDOW
 from tinychat_mlx.backend import Cache, Tensor
 from tinychat_mlx.errors import UsageError
 from tinychat_mlx.weight import F32
 
 F64 = npt.NDArray[np.float64]
-WINDOW = 512
 ROWS = 128  # logits (ROWS, V) of two models are in memory at once
 RESAMPLES = 200  # of windows, for the standard error of a percentile
 
@@ -54,10 +54,17 @@ class Quality:
     top1_se: float | None = None
     against_ppl: float | None = None
     against_ppl_se: float | None = None
+    kl_sums: tuple[float, ...] = ()  # over the tokens of each window, for `kl_ratio`
 
     def as_dict(self) -> dict[str, float]:
         """Without what was not measured, as the standard errors of a single window."""
-        return {key: v for key, v in asdict(self).items() if v is not None and np.isfinite(v)}
+        found = {key: v for key, v in asdict(self).items() if key != "kl_sums"}
+        return {key: v for key, v in found.items() if v is not None and np.isfinite(v)}
+
+    def told(self, key: str, form: str) -> str:
+        """A measure with its standard error, where one is known."""
+        value, error = getattr(self, key), getattr(self, f"{key}_se")
+        return f"{value:{form}} ± {error:{form}}" if np.isfinite(error) else f"{value:{form}}"
 
 
 def scores(decoder: Decoding, to_host: Callable[[Tensor], F32]) -> Scores:
@@ -92,7 +99,22 @@ def evaluate(
         return quality
     p99 = float(np.percentile(np.concatenate(kl), 99))
     measured = (*clustered(kl), p99, percentile_error(kl, 99), *clustered(same), *perplexity(other))
-    return Quality(quality.ppl, quality.ppl_se, quality.tokens, window, *measured)
+    sums = tuple(float(w.sum()) for w in kl)
+    return Quality(quality.ppl, quality.ppl_se, quality.tokens, window, *measured, sums)
+
+
+def kl_ratio(model: Quality, base: Quality) -> tuple[float, float]:
+    """KL of one model over another's on the same text -> the ratio, its standard error.
+
+    Windows are taken in pairs: one that is hard for a model is hard for the other, so the ratio is known better
+    than either (ratio estimator).
+    """
+    a, b = np.array(model.kl_sums), np.array(base.kl_sums)
+    ratio, count = float(a.sum() / b.sum()), len(a)
+    if count < 2:
+        return ratio, float("nan")
+    off = a - ratio * b
+    return ratio, float(np.sqrt(count / (count - 1) * np.square(off).sum()) / b.sum())
 
 
 def perplexity(nll: Sequence[F64]) -> tuple[float, float]:

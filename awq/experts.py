@@ -25,7 +25,7 @@ from tinychat_mlx.awq.layer import (
     fed,
     feedback_weights,
     quantize_site,
-    rounded,
+    round_site,
     site_moments,
 )
 from tinychat_mlx.awq.moments import BlockMoments, FullMoments
@@ -143,7 +143,7 @@ class Mixture:
 
     def _plain(self, e: int, down_s: F32) -> dict[str, Packed]:
         w = self._reread(e, down_s)
-        return _packed(w, rounded(w, self.first, self.form))
+        return _packed(w, round_site(w, self.first, self.form))
 
     def _gate_up(
         self, e: int, down_s: F32, s: F32, alpha: float, published: F32 | None
@@ -151,7 +151,7 @@ class Mixture:
         """Quantise an expert's gate and up for the tokens it sees, with the scales that all share."""
         site, form, w, rows = self.first, self.form, self._reread(e, down_s), self.rows[e]
         scaled, others = multiplied(w, site, s), {}
-        tries = [Attempt(scaled, rounded(scaled, site, form), s, alpha)]
+        tries = [Attempt(scaled, round_site(scaled, site, form), s, alpha)]
         if self.method == "awq+":
             m = FullMoments.empty(len(s))
             for piece in _pieces(rows):
@@ -168,7 +168,7 @@ class Mixture:
             own.add(self.routed.h[rows])
             judge = Judge(w.stacked(site), own)
             tries.append(Attempt(scaled, clipped(scaled, site, own, s, form), s, alpha))
-        plain = judge.error(Attempt(w, rounded(w, site, form), np.ones(1, np.float32), 0.0), site)
+        plain = judge.error(Attempt(w, round_site(w, site, form), np.ones(1, np.float32), 0.0), site)
         errors = [judge.error(attempt, site) for attempt in tries]
         least = int(np.argmin(errors))
         report = SiteReport(site.key, site.roles, plain, errors[least], alpha, least == 0, others)

@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
+from tinychat_mlx.awq import threads
 from tinychat_mlx.awq.cholesky import upper_factor
 from tinychat_mlx.awq.quantizer import Grid, grid_between, storable
 from tinychat_mlx.awq.rows import over_rows
-from tinychat_mlx.limits import threads
 from tinychat_mlx.weight import F32
 
 Order = npt.NDArray[np.intp]
@@ -128,7 +128,8 @@ def quantised(w: F32, f: Factor, h: F32, w_bit: int, group_size: int, rounds: in
         return codes
 
     middle = w.shape[1] // 2
-    with threadpool_limits(max(1, threads() // 2), "blas"), ThreadPoolExecutor(2, "awq") as pool:
+    workers = min(2, threads.count())
+    with threadpool_limits(threads.count() // workers, "blas"), ThreadPoolExecutor(workers, "awq") as pool:
         a, b = pool.map(half, (slice(middle), slice(middle, None)))
     q, scales, zeros = (
         np.concatenate(pair, 1) for pair in ((a.q, b.q), (a.scales, b.scales), (a.zeros, b.zeros))
@@ -227,10 +228,3 @@ def _solved(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64], old: F32, w_
     assert x.shape[0] == groups
     usable = np.isfinite(x) & (x > old / 2) & (x < old * 2)
     return np.where(usable, storable(np.where(usable, x, old), w_bit), old)
-
-
-def squared_error(w: F32, w_hat: F32, h: F32) -> npt.NDArray[np.float64]:
-    """w, w_hat (K, N) -> e H eᵀ of each row (N,)."""
-    e = w - w_hat
-    error: npt.NDArray[np.float64] = np.einsum("kn,kn->n", e, h @ e, dtype=np.float64)
-    return error

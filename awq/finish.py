@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,15 +12,13 @@ from typing import Any
 
 from tinychat_mlx import __version__
 from tinychat_mlx.awq.settings import Settings
-from tinychat_mlx.awq.tensors import quantization_block, router_names
 from tinychat_mlx.checkpoint import Checkpoint
-from tinychat_mlx.config import ModelConfig
+from tinychat_mlx.config import parse_config
 from tinychat_mlx.errors import TinychatError
-from tinychat_mlx.formats.awq_gemm import awq_config
+from tinychat_mlx.hub.cache import repo_of
 from tinychat_mlx.shards import copy_side_files, write_json, write_sharded
 from tinychat_mlx.tensorfile import Entry, TensorFile, entries, replacing, sync_folder
-
-RENAMING = "renaming"  # a file of the work folder: from here on the target may be the finished folder
+from tinychat_mlx.weight import Packed
 
 
 def merged(shards: Iterable[Path]) -> list[Entry]:
@@ -40,65 +39,77 @@ def write_folder(
     sync_folder(folder)
 
 
-def put_in_place(folder: Path, target: Path, work: Path) -> None:
-    """Rename the finished folder to its name; an older one of that name goes when the new one is there."""
-    (work / RENAMING).touch()
+def put_in_place(folder: Path, target: Path, work: Path, renaming: Path) -> None:
+    """Rename the finished folder to its name; an older one of that name goes when the new one is there.
+
+    renaming: a file that says that from here on the target may be the finished folder.
+    """
+    old = work / "old"
+    renaming.touch()
     sync_folder(work)
     try:
         if target.exists():
-            shutil.rmtree(work / "old", ignore_errors=True)
-            os.rename(target, work / "old")
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(target, old)
         os.rename(folder, target)
     except OSError as error:
+        if old.exists() and not target.exists():
+            os.rename(old, target)
         raise TinychatError(
-            f"{target}: cannot be put in place: {error.strerror} — repeat with --resume when it can"
+            f"{target}: cannot be put in place: {error.strerror} — allow it, then repeat with --resume"
         ) from None
     sync_folder(target.parent)
 
 
-def model_config(
-    raw: dict[str, Any], settings: Settings, config: ModelConfig, source: Checkpoint
-) -> dict[str, Any]:
-    """config.json with every key it had, the weights' dtype, and what was quantised."""
-    out = {key: value for key, value in raw.items() if key not in ("quantization", "quantization_config")}
-    for key in ("dtype", "torch_dtype"):
-        if key in out:
-            out[key] = "float16"
-    if not {"dtype", "torch_dtype"} & set(out):
-        out["torch_dtype"] = "float16"
-    if settings.format == "awq":
-        head = [config.spec.name("head")] if source.has(config.spec.name("head")) else []
-        kept = (head + router_names(config)) or None
-        return out | {"quantization_config": awq_config(settings.group_size, kept)}
-    block = quantization_block(config, source, settings.w_bit, settings.group_size, settings.head_bits)
-    return out | {"quantization": block, "quantization_config": block}
+CARRIED = ("license", "license_name", "license_link", "language")  # of the model card's head
 
 
 def card_text(source: Checkpoint, settings: Settings) -> str:
     """The model card: YAML for the hub, then what was done. A change of format says that and no more."""
-    front = _front_matter(source.folder / "README.md")
-    base = front.get("base_model") or source.config.get("_name_or_path") or source.folder.resolve().name
-    requantised = source.quantization.format == "dense"
-    w_bit = settings.w_bit if requantised else source.quantization.w_bit
-    head = {
-        "base_model": base,
-        "base_model_relation": "quantized",
-        "library_name": "mlx" if settings.format == "mlx" else "transformers",
-        "license": front.get("license", "other"),
-        "pipeline_tag": "text-generation",
-        "tags": ["awq", f"{w_bit}-bit"] + (["mlx"] if settings.format == "mlx" else []),
-    }
-    yaml = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items())
+    front, name = _front_matter(source.folder / "README.md"), shown_name(source)
+    dense, old = source.quantization.format == "dense", source.quantization
+    w_bit, awq = (settings.w_bit, settings.method != "rtn") if dense else (old.w_bit, "awq" in old.format)
+    tags = (
+        ["awq"] * (awq or settings.format == "awq") + [f"{w_bit}-bit"] + ["mlx"] * (settings.format == "mlx")
+    )
+    head = [
+        *_base_model(source, front),
+        f'library_name: "{"mlx" if settings.format == "mlx" else "transformers"}"',
+        *(line for key in CARRIED for line in front.get(key, ())),
+        'pipeline_tag: "text-generation"',
+        f"tags: {json.dumps(tags)}",
+    ]
     bits = f"{settings.w_bit} bits in groups of {settings.group_size} (method {settings.method})"
     edges = "float16" if settings.head_bits == 16 else f"{settings.head_bits} bits"
     done = (
-        f"Weights of {base} in {bits}, embedding and head in {edges}. "
+        f"Weights of {name} in {bits}, embedding and head in {edges}. "
         f"Calibration: {calibration_text(settings)}."
-        if requantised
-        else f"The {source.quantization.format} weights of {base} in the {settings.format} format, codes unchanged."
+        if dense
+        else f"The {old.format} weights of {name} in the {settings.format} format, codes unchanged."
     )
-    title = f"# {source.folder.resolve().name}, {w_bit}-bit"
-    return f"---\n{yaml}\n---\n\n{title}\n\n{done}\nMade by tinychat-mlx {__version__}.\n"
+    yaml = "\n".join(head)
+    return f"---\n{yaml}\n---\n\n# {name}, {w_bit}-bit\n\n{done}\nMade by tinychat-mlx {__version__}.\n"
+
+
+def shown_name(source: Checkpoint) -> str:
+    """What a model is called: its id on the hub, else its folder's name."""
+    return repo_of(source.folder) or source.folder.resolve().name
+
+
+def _base_model(source: Checkpoint, front: dict[str, list[str]]) -> list[str]:
+    """The lines that say what was quantised. A folder has no id on the hub, and its card names what it came of."""
+    if name := repo_of(source.folder):
+        return [f"base_model: {json.dumps(name)}", "base_model_relation: quantized"]
+    relation = "".join(front.get("base_model_relation", ())).partition(":")[2].strip().strip("\"'")
+    if source.quantization.format != "dense" and relation == "quantized":
+        return [*front.get("base_model", ()), "base_model_relation: quantized"]
+    return []
+
+
+def edge_bits(result: Checkpoint) -> int:
+    """Bits of the embedding, as they are stored."""
+    weight = result.weight(parse_config(result.config).spec.name("embed"))
+    return weight.w_bit if isinstance(weight, Packed) else 16
 
 
 def calibration_text(settings: Settings) -> str:
@@ -109,13 +120,17 @@ def calibration_text(settings: Settings) -> str:
     return Path(settings.calib).name if Path(settings.calib).is_file() else settings.calib
 
 
-def _front_matter(path: Path) -> dict[str, str]:
-    """The simple `key: value` lines of a model card's head; enough for the licence and the base model."""
+def _front_matter(path: Path) -> dict[str, list[str]]:
+    """The lines of each key of a model card's head, as they are: a value may go on over indented lines and lists."""
     if not path.is_file():
         return {}
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    if not lines or lines[0] != "---" or "---" not in lines[1:]:
+    if not lines or lines[0].strip() != "---" or "---" not in lines[1:]:
         return {}
-    head = lines[1 : lines.index("---", 1)]
-    pairs = (line.partition(":") for line in head if not line.startswith((" ", "-")))
-    return {key.strip(): value.strip().strip("\"'") for key, _, value in pairs if value.strip()}
+    found: dict[str, list[str]] = {}
+    own: list[str] = []
+    for line in lines[1 : lines.index("---", 1)]:
+        if key := re.match(r"([A-Za-z_][\w-]*)\s*:", line):
+            own = found.setdefault(key[1], [])
+        own.append(line)
+    return found

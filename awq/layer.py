@@ -14,6 +14,7 @@ from tinychat_mlx.awq.moments import BlockMoments, FullMoments
 from tinychat_mlx.awq.quantizer import Quantized, round_to_nearest
 from tinychat_mlx.awq.search import clip, search_fed_scale, search_scale
 from tinychat_mlx.awq.sites import UNCLIPPED, LayerWeights, Site, fold, shared, sites
+from tinychat_mlx.formats.mlx import half
 from tinychat_mlx.weight import F32, Dense, Packed, Weight
 
 METHODS = ("rtn", "awq", "awq+")
@@ -62,7 +63,7 @@ class QuantizedLayer:
         return self.weights.has(name)
 
     def vector(self, name: str) -> F32:
-        return _half(self.weights.vector(name))
+        return as_stored(name, self.weights.vector(name))
 
     def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
         """A module: its parts' codes one below the other, or its floats in float16; rows as the checkpoint has them."""
@@ -70,20 +71,19 @@ class QuantizedLayer:
         if not all(part in self.parts for part in found.parts):
             plain = self.weights.weight(module)
             assert isinstance(plain, Dense)
-            return Dense(
-                module, plain.w.astype(np.float16), None if plain.bias is None else _half(plain.bias)
-            )
+            bias = None if plain.bias is None else as_stored(module, plain.bias)
+            return Dense(module, half(module, plain.w), bias)
         order, parts = found.stored_order(self.weights.config), [self.parts[part] for part in found.parts]
         q, scales, zeros = (
             np.concatenate([getattr(p, f) for p in parts])[order] for f in ("q", "scales", "zeros")
         )
         bias = self.weights.bias(found)
         whole = Quantized(q, scales, zeros, parts[0].w_bit, parts[0].group_size)
-        return whole.packed(module, None if bias is None else _half(bias))
+        return whole.packed(module, None if bias is None else as_stored(module, bias))
 
 
-def _half(a: F32) -> F32:
-    return a.astype(np.float16).astype(np.float32)
+def as_stored(name: str, a: F32) -> F32:
+    return half(name, a).astype(np.float32)
 
 
 Moments = BlockMoments | FullMoments
@@ -148,7 +148,7 @@ def quantize_site(
     weights: LayerWeights, site: Site, m: Moments, form: Form, compare: bool
 ) -> tuple[Attempt, SiteReport]:
     """Scale, fold and quantise the linears of one site; plain rounding where that is no worse."""
-    plain, others = Attempt(weights, rounded(weights, site, form), np.ones(1, np.float32), 0.0), {}
+    plain, others = Attempt(weights, round_site(weights, site, form), np.ones(1, np.float32), 0.0), {}
     if isinstance(m, FullMoments):
         prepared = Prepared.of(weights.stacked(site), m, form)
         judge = Judge(prepared.wanted, m)
@@ -205,7 +205,7 @@ class Judge:
         return self.loss(w_hat) / self.signal
 
 
-def rounded(weights: LayerWeights, site: Site, form: Form) -> dict[str, Quantized]:
+def round_site(weights: LayerWeights, site: Site, form: Form) -> dict[str, Quantized]:
     return {r: round_to_nearest(weights.linears[r], form.w_bit, form.group_size) for r in site.roles}
 
 

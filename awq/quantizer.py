@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from tinychat_mlx.formats.mlx import half
 from tinychat_mlx.weight import F32, Packed, pack_codes
 
 U8 = npt.NDArray[np.uint8]
@@ -62,10 +63,14 @@ class Quantized:
         return Quantized(self.q[rows], self.scales[rows], self.zeros[rows], self.w_bit, self.group_size)
 
     def packed(self, name: str, bias: F32 | None) -> Packed:
-        """-> the canonical weight. At 3 and 4 bits -zero · scale is exact in float16, at 8 bits rounded."""
-        biases = (-self.zeros * self.scales).astype(np.float16)
+        """-> the canonical weight. At 3 and 4 bits -zero · scale is exact in float16, at 8 bits rounded.
+
+        Raises FormatError for weights so large that float16 cannot hold their scale.
+        """
+        with np.errstate(invalid="ignore"):
+            scales, biases = (half(name, a) for a in (self.scales, -self.zeros * self.scales))
         words = pack_codes(self.q, self.w_bit)
-        return Packed(name, words, self.scales.astype(np.float16), biases, self.w_bit, self.group_size, bias)
+        return Packed(name, words, scales, biases, self.w_bit, self.group_size, bias)
 
 
 def storable(scales: F32, w_bit: int) -> F32:
@@ -76,15 +81,16 @@ def storable(scales: F32, w_bit: int) -> F32:
     that would be a step at either end, so there the scale keeps 11 bits and zero · scale is rounded.
     """
     if w_bit == 8:
-        return _half(scales)
+        return _float16(scales)
     bits = np.ascontiguousarray(scales, np.float32).view(np.uint32)
-    rounded = (bits + np.uint32(1 << 16)) & np.uint32(0xFFFE0000)  # keeps 6 of 23 stored mantissa bits
-    return _half(rounded.view(np.float32))
+    seven = (bits + np.uint32(1 << 16)) & np.uint32(0xFFFE0000)  # keeps 6 of 23 stored mantissa bits
+    return _float16(seven.view(np.float32))
 
 
-def _half(scales: F32) -> F32:
-    """float16's nearest, at least its smallest number."""
-    half: F32 = scales.astype(np.float16).astype(np.float32)
+def _float16(scales: F32) -> F32:
+    """float16's nearest, at least its smallest number; infinite where that is too small, which `packed` refuses."""
+    with np.errstate(over="ignore"):
+        half: F32 = scales.astype(np.float16).astype(np.float32)
     np.maximum(half, np.float32(2**-24), out=half)
     return half
 
@@ -110,7 +116,7 @@ def round_to_nearest(w: F32, w_bit: int, group_size: int) -> Quantized:
     return Quantized(q, grid.scales[..., 0], grid.zeros[..., 0], w_bit, group_size)
 
 
-def rounded(w: F32, w_bit: int, group_size: int) -> F32:
+def round_values(w: F32, w_bit: int, group_size: int) -> F32:
     """w (N, K) -> its values after rounding to nearest, without keeping codes."""
     groups = w.reshape(w.shape[0], -1, group_size)
     return grid_of(groups, w_bit).nearest(groups).reshape(w.shape)

@@ -35,6 +35,7 @@ from tinychat_mlx.config import ModelConfig
 from tinychat_mlx.decoder import Graph, Layer, Loader, Source
 from tinychat_mlx.weight import F32, Weight, join, take_rows
 
+WINDOW = 512  # tokens of a text read at once, at most: for calibration, and where loss is measured
 STEP_ROWS = 2048  # calibration rows in one step: what bounds the memory of a layer's intermediates
 
 
@@ -141,23 +142,48 @@ class Recorder(Backend):
         return self.inner.describe()
 
 
-class LayerRun:
-    """One layer on a device, its experts apart, ready to take the calibration rows piece by piece.
+def window_of(config: ModelConfig, most: int = WINDOW) -> int:
+    """Tokens that a model reads at once."""
+    return min(most, config.max_position_embeddings)
 
-    Windows of `window` consecutive rows are conversations of their own; a step takes several.
+
+class Windows:
+    """Steps over rows of a text that is cut into windows, each a conversation of its own from position 0.
+
+    The caches, for one layer, are made once and their lengths stay 0, so every step begins anew.
     """
+
+    def __init__(self, config: ModelConfig, backend: Backend, window: int) -> None:
+        self.backend, self.window = backend, window
+        self._shape = CacheShape(1, config.num_key_value_heads, config.head_dim)
+        self._caches: list[Cache] = []
+
+    def step(self, rows: int) -> Step:
+        """A step over whole windows; the last may be shorter."""
+        while len(self._caches) * self.window < rows:
+            self._caches.append(self.backend.new_cache(self._shape, self.window))
+        starts = range(0, rows, self.window)
+        sizes = [min(self.window, rows - at) for at in starts]
+        return self.backend.step([Segment(*pair) for pair in zip(self._caches, sizes, strict=False)])
+
+
+def alone(layer: Layer) -> Layer:
+    """A layer that finds its keys and values in a cache of one layer."""
+    return replace(layer, attention=replace(layer.attention, layer=0))
+
+
+class LayerRun:
+    """One layer on a device, its experts apart, ready to take the calibration rows piece by piece."""
 
     def __init__(
         self, config: ModelConfig, layer: int, source: Source, backend: Recorder, window: int
     ) -> None:
-        self.config, self.backend, self.window = config, backend, window
+        self.backend, self.windows = backend, Windows(config, backend, window)
         self.graph = Graph(config, backend)
-        loaded = Loader(config, source, backend).layer(layer)
-        self.layer = replace(loaded, attention=replace(loaded.attention, layer=0))  # a cache for one layer
+        self.layer = alone(Loader(config, source, backend).layer(layer))
         self.sites = sites(config, layer)
-        self.keys = {name: site.key for site in self.sites for name in self._names(loaded, site)}
+        self.keys = {name: site.key for site in self.sites for name in self._names(self.layer, site)}
         self.routings: list[Routing] = []  # of each pass, where the layer has experts
-        self._caches: list[Cache] = []
 
     @staticmethod
     def _names(layer: Layer, site: Site) -> list[str]:
@@ -171,19 +197,6 @@ class LayerRun:
             first |= {"gate": mlp.router}
         role = site.roles[0]
         return [first[role].name] if role in first else []
-
-    def inputs(self, x: F32, key: str) -> F32:
-        """Rows x (T, C) of one step -> the input (T, K) of the site `key`."""
-        got: list[F32] = []
-
-        def seen(name: str, tensor: Tensor) -> None:
-            if self.keys.get(name) == key:
-                got.append(self.backend.to_host(tensor))
-                raise Reached
-
-        with suppress(Reached):
-            self._run(x, seen)
-        return got[0]
 
     def forward(self, x: F32, seen: Callable[[str, F32], None] | None = None) -> F32:
         """Rows x (T, C) of one step -> the layer's output; seen(key, input) is called at every site."""
@@ -208,21 +221,12 @@ class LayerRun:
             self._run(x, show)
 
     def _run(self, x: F32, seen: Callable[[str, Tensor], None]) -> Tensor:
-        step = self.backend.step(self._segments(len(x)))
+        step = self.windows.step(len(x))
         self.backend.seen, self.backend.routed = seen, None
         y = self.graph.block(self.backend.put(x), self.layer, step)
         if self.backend.routed is not None:
             self.routings.append(self.backend.routed)
         return y
-
-    def _segments(self, rows: int) -> list[Segment]:
-        """Fresh caches for the windows of a step: storage is kept, lengths stay 0."""
-        c, n = self.config, -(-rows // self.window)
-        shape = CacheShape(1, c.num_key_value_heads, c.head_dim)
-        while len(self._caches) < n:
-            self._caches.append(self.backend.new_cache(shape, self.window))
-        sizes = [min(self.window, rows - i * self.window) for i in range(n)]
-        return [Segment(cache, size) for cache, size in zip(self._caches, sizes, strict=False)]
 
 
 class ExpertRun:
@@ -285,11 +289,8 @@ def embedded_rows(
     used, at = np.unique(ids, return_inverse=True)
     config = replace(config, vocab_size=len(used))
     inputs = Loader(config, _Rows(source, config.spec.name("embed"), used.astype(np.intp)), backend).inputs()
-    graph, pieces = Graph(config, backend), []
-    cache_of = CacheShape(1, config.num_key_value_heads, config.head_dim)
+    graph, windows, pieces = Graph(config, backend), Windows(config, backend, window), []
     for rows in steps(len(ids), window):
-        sizes = [min(window, rows.stop - a) for a in range(rows.start, rows.stop, window)]
-        step = backend.step([Segment(Cache(cache_of, window), size) for size in sizes])
-        x = graph.embedded(inputs, backend.ids(at[rows].tolist()), step)
+        x = graph.embedded(inputs, backend.ids(at[rows].tolist()), windows.step(rows.stop - rows.start))
         pieces.append(backend.to_host(x))
     return np.concatenate(pieces)

@@ -2,69 +2,172 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 
+from tinychat_mlx.awq.configjson import carried, dense_linears
 from tinychat_mlx.checkpoint import Checkpoint
-from tinychat_mlx.errors import ConfigError
+from tinychat_mlx.config import parse_config
+from tinychat_mlx.errors import FormatError
+from tinychat_mlx.formats import awq_gemm
 from tinychat_mlx.formats.awq_gemm import awq_config, awq_entries
-from tinychat_mlx.formats.mlx import float_entry, mlx_entries
+from tinychat_mlx.formats.mlx import half, mlx_entries
+from tinychat_mlx.formats.stacked import stack, stack_of
 from tinychat_mlx.formats.stored import FLOATS
 from tinychat_mlx.tensorfile import Entry
-from tinychat_mlx.weight import Array, Packed, to_float32
+from tinychat_mlx.weight import Array, Packed
+
+ROWS = 4096  # of an embedding made float at once
 
 
-def reformatted(source: Checkpoint, format: str, keep: frozenset[str]) -> Iterator[Entry]:
-    """Every tensor of a quantised checkpoint in `format`, floats in float16. Raises FormatError.
+@dataclass(frozen=True)
+class Reformatted:
+    """config.json and tensors, each made when it is written; moved: by how much of a step between codes a weight
+    differs at most, for the new format stores scales and zero points otherwise."""
 
-    keep: modules that the AutoAWQ format holds in float16 (embedding and head).
+    config: dict[str, Any]
+    tensors: list[Entry]
+    moved: float
+
+
+def reformatted(source: Checkpoint, format: str) -> Reformatted:
+    """Look at every tensor of a quantised checkpoint; floats become float16.
+
+    Raises FormatError where the format cannot hold it.
     """
-    owned = set()
-    for module in sorted(source.modules):
-        weight = source.weight(module)
-        assert isinstance(weight, Packed)
-        if format == "awq" and module in keep:
-            yield float_entry(f"{module}.weight", weight.to_float32(), "F16")
+    awq, config = format == "awq", parse_config(source.config)
+    spec = config.spec
+    rim = {spec.name("embed"), spec.name("head")} if awq else set()  # AutoAWQ has them in float16
+    codes = sorted(source.modules - rim)
+    if not codes:
+        raise FormatError(
+            f"{source.folder}: only embedding and head are quantised, which AutoAWQ has in float16: use --format mlx"
+        )
+    found = {module: _form(source, module, awq) for module in codes}
+    group = min(size for _, size, _ in found.values()) if awq else 0  # AutoAWQ has one for all
+    made = lru_cache(1)(partial(_entries, source, awq, group))
+    tensors = [_later(made, module) for module in codes]
+    kept = dense_linears(config, source, set(codes))
+    if awq:
+        block = {"quantization_config": awq_config(group, kept or None)}
+    else:
+        tensors = _stacked(codes, tensors)
+        kept += [name for name in (spec.name("embed"),) if name not in source.modules]
+        whole = _mlx_block({module: form[:2] for module, form in found.items()}) | dict.fromkeys(kept, False)
+        block = {"quantization": whole, "quantization_config": whole}
+    floats = [_float(source, module) for module in sorted(rim & source.modules)]
+    floats += _others(source, {f"{module}.bias" for module in codes})
+    moved = max(part for _, _, part in found.values())
+    return Reformatted(
+        carried(source.config, spec) | block, [t for own in tensors for t in own] + floats, moved
+    )
+
+
+def _packed(source: Checkpoint, module: str) -> Packed:
+    weight = source.weight(module)
+    assert isinstance(weight, Packed)
+    return weight
+
+
+def _form(source: Checkpoint, module: str, awq: bool) -> tuple[int, int, float]:
+    """-> bits and group size of a module's codes, and how far its weights move."""
+    weight = _packed(source, module)
+    moved = awq_gemm.moved(weight) if awq else _moved_by_float16(weight)
+    return weight.w_bit, weight.group_size, moved
+
+
+def _moved_by_float16(weight: Packed) -> float:
+    scales, biases = (a.astype(np.float32) for a in (weight.scales, weight.biases))
+    s, b = (half(weight.name, a).astype(np.float32) for a in (scales, biases))
+    top = 2**weight.w_bit - 1
+    off = np.maximum(np.abs(b - biases), np.abs(top * (s - scales) + b - biases))
+    moved = np.divide(off, np.abs(scales), out=np.zeros_like(off), where=off > 0)
+    return float(moved.max(initial=0))
+
+
+def _entries(source: Checkpoint, awq: bool, group: int, module: str) -> list[Entry]:
+    weight = _packed(source, module)
+    return awq_entries(_split(weight, group)) if awq else mlx_entries(weight)
+
+
+def _split(weight: Packed, group: int) -> Packed:
+    """Groups cut into equal ones of the same scale: no weight changes."""
+    times = weight.group_size // group
+    scales, biases = (np.repeat(a, times, axis=1) if times > 1 else a for a in (weight.scales, weight.biases))
+    return replace(weight, scales=scales, biases=biases, group_size=group)
+
+
+def _later(made: Any, module: str) -> list[Entry]:
+    """A module's tensors, made once to be looked at and again when they are written: one module is in memory."""
+    return [entry._replace(data=partial(_made, made, module, i)) for i, entry in enumerate(made(module))]
+
+
+def _made(made: Any, module: str, i: int) -> Array:
+    data: Array = made(module)[i].data
+    return data
+
+
+def _stacked(modules: list[str], tensors: list[list[Entry]]) -> list[list[Entry]]:
+    """The same tensors, those of a layer's experts put together as mlx-lm has them. Raises FormatError."""
+    out: list[list[Entry]] = []
+    stacks: dict[str, dict[int, list[Entry]]] = {}
+    for module, own in zip(modules, tensors, strict=True):
+        if (found := stack_of(module)) is None:
+            out.append(own)
         else:
-            yield from awq_entries(weight) if format == "awq" else mlx_entries(weight)
-        owned.add(f"{module}.bias")
-    for name in sorted(n for n in source.names() if n in source and n not in owned):
-        dtype, shape = source.info(name)
-        if not _is_part(source, name):
-            stored = "F16" if dtype in FLOATS else dtype
-            yield Entry(name, stored, shape, partial(_half, source, name, dtype))
+            stacks.setdefault(found[0], {})[found[1]] = own
+    for name, experts in stacks.items():
+        each = [experts[e] for e in sorted(experts)]
+        forms = {tuple((e.dtype, e.shape) for e in own) for own in each}
+        if len(forms) > 1 or sorted(experts) != list(range(len(experts))):
+            raise FormatError(f"{name}: its experts are not all stored alike: quantise the original")
+        out.append([stack(same) for same in zip(*each, strict=True)])
+    return out
 
 
-def _is_part(source: Checkpoint, name: str) -> bool:
-    return name.rpartition(".")[0] in source.modules
-
-
-def _half(source: Checkpoint, name: str, dtype: str) -> Array:
-    array = source.read(name)
-    return to_float32(array).astype(np.float16) if dtype in FLOATS else array
-
-
-def reformatted_config(source: Checkpoint, format: str, head: str | None) -> dict[str, Any]:
-    """config.json of the same model in another format. Raises ConfigError where that cannot hold it."""
-    blocks = ("quantization", "quantization_config", "compression_config")
-    raw = {key: value for key, value in source.config.items() if key not in blocks}
-    for key in ("dtype", "torch_dtype"):
-        if key in raw:
-            raw[key] = "float16"
-    bits, size = source.quantization.w_bit, source.quantization.group_size
-    if format == "awq":
-        if bits != 4:
-            raise ConfigError(f"{source.folder}: {bits} bits a weight: AutoAWQ holds 4, use --format mlx")
-        kept = [head] if head is not None and source.has(head) else None
-        return raw | {"quantization_config": awq_config(size, kept)}
+def _mlx_block(forms: dict[str, tuple[int, int]]) -> dict[str, Any]:
+    """module -> (bits, group) as `quantization`: the form of most, and what differs from it by name."""
+    (bits, size), _ = Counter(forms.values()).most_common(1)[0]
     block: dict[str, Any] = {"group_size": size, "bits": bits, "mode": "affine"}
-    for module in sorted(source.modules):
-        weight = source.weight(module)
-        assert isinstance(weight, Packed)
-        block["group_size"] = min(128, size) if size > 0 else weight.group_size
-        if (weight.w_bit, weight.group_size) != (bits, block["group_size"]):
-            block[module] = {"group_size": weight.group_size, "bits": weight.w_bit}
-    return raw | {"quantization": block, "quantization_config": block}
+    for module, form in forms.items():
+        if form != (bits, size):
+            found = stack_of(module)
+            block[found[0] if found else module] = {"group_size": form[1], "bits": form[0]}
+    return block
+
+
+def _float(source: Checkpoint, module: str) -> Entry:
+    """A quantised embedding or head as float16."""
+    shape = _packed(source, module).shape
+    return Entry(f"{module}.weight", "F16", shape, partial(_dequantised, source, module))
+
+
+def _dequantised(source: Checkpoint, module: str) -> Array:
+    weight = _packed(source, module)
+    out = np.empty(weight.shape, np.float16)
+    for at in range(0, len(out), ROWS):
+        rows = slice(at, at + ROWS)
+        parts = weight.qweight[rows], weight.scales[rows], weight.biases[rows]
+        piece = Packed(module, *parts, weight.w_bit, weight.group_size)
+        out[rows] = half(f"{module}.weight", piece.to_float32())
+    return out
+
+
+def _others(source: Checkpoint, written: set[str]) -> Iterator[Entry]:
+    """What is no part of a quantised module."""
+    for name in sorted(source.names() - written):
+        module, _, part = name.rpartition(".")
+        if name in source and (part == "bias" or module not in source.modules):
+            dtype, shape = source.info(name)
+            stored = "F16" if dtype in FLOATS else dtype
+            yield Entry(name, stored, shape, partial(_plain, source, name, dtype))
+
+
+def _plain(source: Checkpoint, name: str, dtype: str) -> Array:
+    array = source.read(name)
+    return half(name, array) if dtype in FLOATS else array

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from tinychat_mlx.awq import plot
 from tinychat_mlx.awq.convert import Result
 from tinychat_mlx.awq.cost import Cost
 from tinychat_mlx.awq.evaluate import Quality
-from tinychat_mlx.awq.finish import calibration_text
+from tinychat_mlx.awq.finish import calibration_text, edge_bits, shown_name
 from tinychat_mlx.awq.layer import SiteReport
 from tinychat_mlx.awq.settings import Settings
 from tinychat_mlx.checkpoint import Checkpoint
@@ -33,10 +34,12 @@ def write_report(
     """Write report.md, report.json and the plots into folder. cost: None where codes were only moved."""
     folder.mkdir(parents=True, exist_ok=True)
     sizes = {"source": _sizes(source), "result": _sizes(Checkpoint.open(result.folder))}
-    about = {"settings": asdict(settings), "seconds": seconds}
-    about |= {"source_bytes": source.nbytes, "result_bytes": result.nbytes, "sizes": sizes}
+    said = {"settings": about(settings, result), "seconds": seconds}
+    said |= {"source_bytes": source.nbytes, "result_bytes": result.nbytes, "sizes": sizes}
+    if result.moved is not None:
+        said["moved_steps"] = result.moved
     layers = [[asdict(site) for site in layer] for layer in result.layers]
-    write_json(folder / "report.json", about | {"quality": cost and cost.as_dict(), "layers": layers})
+    write_json(folder / "report.json", said | {"quality": cost and cost.as_dict(), "layers": layers})
     plots = {
         "sizes": plot.stacks({k: {p: b / 1e6 for p, b in v.items()} for k, v in sizes.items()}, "Size", "MB")
     }
@@ -48,6 +51,31 @@ def write_report(
     for name, svg in plots.items():
         _write(folder / f"{name}.svg", svg)
     _write(folder / "report.md", _markdown(source, result, settings, seconds, cost, list(plots)))
+
+
+def about(settings: Settings, result: Result) -> dict[str, Any]:
+    """The settings as far as they were obeyed: a change of format keeps the codes that were there."""
+    if result.moved is None:
+        return asdict(settings)
+    kept = Checkpoint.open(result.folder).quantization
+    return {
+        "format": settings.format,
+        "w_bit": kept.w_bit,
+        "group_size": kept.group_size,
+        "method": "codes kept",
+    }
+
+
+def moved_text(moved: float) -> str:
+    """How exactly a change of format kept the weights."""
+    if moved == 0:
+        return "codes, scales and zero points are unchanged"
+    return f"codes are unchanged; scales and zero points as stored move a weight by at most {moved:.4f} of a step"
+
+
+def site_name(layer: int, site: SiteReport) -> str:
+    """Where a site is, in a line of text."""
+    return "head" if site.key == "head" else f"layer {layer} {site.key}"
 
 
 def quality_bars(cost: Cost) -> dict[str, plot.Bars]:
@@ -72,10 +100,10 @@ def methods(site: SiteReport, method: str) -> dict[str, float]:
 
 
 def by_site(layers: tuple[tuple[SiteReport, ...], ...], method: str) -> dict[str, Series]:
-    """-> site -> method -> error of each layer; without methods that only some layers were tried with."""
+    """-> site -> method -> error of each layer, of methods that all layers were tried with; the head is no layer."""
     out: dict[str, Series] = {}
     for layer in layers:
-        for site in layer:
+        for site in (s for s in layer if s.key != "head"):
             for name, error in methods(site, method).items():
                 out.setdefault(site.key, {}).setdefault(name, []).append(error)
     most = {key: max(map(len, series.values())) for key, series in out.items()}
@@ -99,17 +127,19 @@ def _markdown(
     cost: Cost | None,
     plots: list[str],
 ) -> str:
-    ratio, edges = source.nbytes / max(result.nbytes, 1), f"embedding and head {settings.head_bits} bits"
+    ratio, said = source.nbytes / max(result.nbytes, 1), about(settings, result)
+    edges = f"embedding and head {edge_bits(Checkpoint.open(result.folder))} bits"
     lines = [
-        f"# {source.folder.resolve().name}: {settings.w_bit} bits, groups of {settings.group_size}, {settings.method}",
+        f"# {shown_name(source)}: {said['w_bit']} bits, groups of {said['group_size']}, {said['method']}",
         "",
         f"- size: {source.nbytes / 1e6:.1f} MB → {result.nbytes / 1e6:.1f} MB ({ratio:.2f} : 1), {edges}",
-        f"- calibration: {calibration_text(settings)}",
+        *([f"- calibration: {calibration_text(settings)}"] if result.moved is None else []),
         f"- time: {seconds:.0f} s",
         "",
         "![sizes](sizes.svg)",
         "",
-        *(_quality_lines(cost) if cost is not None else ["The codes are unchanged: nothing was lost.", ""]),
+        *([moved_text(result.moved).capitalize() + ".", ""] if result.moved is not None else []),
+        *(_quality_lines(cost) if cost is not None else []),
         *_layer_lines(result, settings.method, [name for name in plots if name.startswith("error-")]),
     ]
     return "\n".join(lines)
@@ -133,7 +163,7 @@ def _quality_lines(cost: Cost) -> list[str]:
         "",
         "| | perplexity | KL mean, nats | KL 99 %, nats | top-1 agreement |",
         "|---|---|---|---|---|",
-        f"| dense | {first.against_ppl:.4f} ± {first.against_ppl_se:.4f} | | | |",
+        f"| dense | {first.told('against_ppl', '.4f')} | | | |",
         *(f"| {name} | {quality_row(q)} |" for name, q in cost.of.items()),
         "",
         how,
@@ -145,9 +175,9 @@ def _quality_lines(cost: Cost) -> list[str]:
 
 def quality_row(q: Quality) -> str:
     """The cells of a Markdown table, without the outer bars."""
-    return (
-        f"{q.ppl:.4f} ± {q.ppl_se:.4f} | {q.kl_mean:.5f} ± {q.kl_mean_se:.5f} "
-        f"| {q.kl_p99:.4f} ± {q.kl_p99_se:.4f} | {q.top1:.2%} ± {q.top1_se:.2%}"
+    return " | ".join(
+        q.told(key, form)
+        for key, form in {"ppl": ".4f", "kl_mean": ".5f", "kl_p99": ".4f", "top1": ".2%"}.items()
     )
 
 
@@ -168,8 +198,10 @@ def _layer_lines(result: Result, method: str, plots: list[str]) -> list[str]:
         for site in layer:
             found = methods(site, method)
             errors = " | ".join(f"{found[n]:.2e}" if n in found else "" for n in names)
-            plain = " (plain rounding kept: the error did not fall)" if site.fell_back else ""
-            lines.append(f"| {i} | {site.key}{plain} | {errors} | {site.alpha:.2f} |")
+            said = ["plain rounding kept: the error did not fall"] if site.fell_back else []
+            notes = "; ".join([*said, *([site.note] if site.note else [])])
+            key = f"{site.key} ({notes})" if notes else site.key
+            lines.append(f"| {'head' if site.key == 'head' else i} | {key} | {errors} | {site.alpha:.2f} |")
     return [*lines, ""]
 
 

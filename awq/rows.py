@@ -1,16 +1,16 @@
-"""Work over the rows of a weight matrix in pieces that stay in a core's cache, on all cores."""
+"""Work over the rows of a weight matrix in pieces that stay in a core's cache, on all threads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import TypeVar
 
-from tinychat_mlx.limits import threads
+from tinychat_mlx.awq import threads
 
 R = TypeVar("R")
 PIECE_BYTES = 1 << 19  # a float32 piece and the few temporaries made from it fit a 2 MB L2
-_pool: list[ThreadPoolExecutor] = []
 
 
 def over_rows(n: int, row_bytes: int, work: Callable[[slice], R]) -> list[R]:
@@ -23,6 +23,9 @@ def over_rows(n: int, row_bytes: int, work: Callable[[slice], R]) -> list[R]:
     pieces = [slice(at, min(at + size, n)) for at in range(0, n, size)]
     if len(pieces) == 1:
         return [work(pieces[0])]
-    if not _pool:
-        _pool.append(ThreadPoolExecutor(threads(), "awq"))
-    return list(_pool[0].map(work, pieces))
+    return list(_pool(threads.count()).map(work, pieces))
+
+
+@cache
+def _pool(size: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(size, "awq")

@@ -2,7 +2,8 @@
 
 A linear is judged by the quadratic form of its inputs' second moments, group by group, so the cost does not
 grow with the number of calibration tokens. The paper judges q, k, v by the whole attention and gate, up by
-the whole MLP; their own outputs order the candidates nearly alike and need no forward pass each.
+the whole MLP, which takes a forward pass for each candidate. On the demo what is chosen by groups errs 0.3 % more (at
+most 3 %) than the best candidate by the linears' whole outputs; by the whole MLP's 5 % at 4 bits, 1 % at 3.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinychat_mlx.awq.moments import BlockMoments
-from tinychat_mlx.awq.quantizer import grid_of, rounded
+from tinychat_mlx.awq.quantizer import grid_of, round_values
 from tinychat_mlx.awq.rows import over_rows
 from tinychat_mlx.awq.sites import Index
 from tinychat_mlx.weight import F32
@@ -43,7 +44,7 @@ def scaled_error(w: F32, s: F32, w_bit: int, group_size: int) -> F32:
     out = np.empty_like(w)
 
     def piece(rows: slice) -> None:
-        out[rows] = rounded(w[rows] * s, w_bit, group_size) / s - w[rows]
+        out[rows] = round_values(w[rows] * s, w_bit, group_size) / s - w[rows]
 
     over_rows(len(w), 4 * w.shape[1], piece)
     return out

@@ -1,8 +1,9 @@
 """The model writes its own calibration text, so that nothing need be downloaded.
 
-Many conversations decode together, one row each. A chat model is given the beginning of a user's turn and
-writes question and answer; any other starts from one of the openings below. The weights are rounded to
-8 bits for this, which changes hardly a token and halves the memory.
+Many conversations decode together, one row each. A chat model is given the beginning of a user's turn, in every
+other conversation with the first words of a question, and writes question and answer; any other model starts from
+one of the openings below. The weights are rounded to 8 bits for this, which changes hardly a token and halves the
+memory.
 """
 
 from __future__ import annotations
@@ -26,6 +27,13 @@ OPENINGS = (
     "Once upon a time", "The history of", "According to", "Abstract:", "Chapter 1", "Dear", "To make",
     "import", "def ", "#include <", "function ", "SELECT", "<html>", "# ", "1.", "Q: ", "2 + 2 =",
     "Le", "Der", "El", "Il", "Die", "Les", "На", "中", "日本", "O", "En", "Question:",
+)  # fmt: skip
+# What a user's turn begins with. Where all begin so, the demo loses 9 % more at 3 bits (it knows no other language);
+# where every other does, awq+ loses 4 % less than where none does.
+QUESTIONS = (
+    "What", "How", "Why", "Who", "When", "Where", "Can you", "Write", "Tell me", "Explain", "I", "My", "Please",
+    "Is", "Give me", "In", "The", "Let's", "Make a list of", "Do you", "Which", "Hi", "```python", "def ", "2 + 2",
+    "1.", "Was ist", "Wie", "¿Qué", "Comment", "Qu'est-ce", "如何", "什么", "日本", "Что", "Translate",
 )  # fmt: skip
 # At 1 a small model derails now and then: KL of the demo at 4 bits 0.0032, at 0.9 0.0029, with real text 0.0028.
 TEMPERATURE = 0.9
@@ -151,8 +159,10 @@ def turns(tokenizer: Tokenizer, rng: np.random.Generator) -> tuple[list[int], li
             before, found, text = text.partition(mark)
             if not found:
                 raise TokenizerError("the template does not show a message as it is")
-            parts.append(tokenizer.encode(before, special=False))
-        return parts[0], parts[1], parts[2]
+            parts.append(before)
+        parts[0] += (*QUESTIONS, *[""] * len(QUESTIONS))[rng.integers(2 * len(QUESTIONS))]
+        first, to_answer, to_question = (tokenizer.encode(part, special=False) for part in parts)
+        return first, to_answer, to_question
     except TokenizerError:
         opening, again = (tokenizer.encode(OPENINGS[rng.integers(len(OPENINGS))]) for _ in range(2))
         return opening, again, again

@@ -16,14 +16,15 @@ from tinychat_mlx.awq.sites import experts, layer_shapes, mixture, module_name, 
 from tinychat_mlx.checkpoint import Checkpoint
 from tinychat_mlx.config import ModelConfig, parse_config
 from tinychat_mlx.decoder import Source
-from tinychat_mlx.errors import ConfigError, FormatError, UsageError
+from tinychat_mlx.errors import FormatError, UsageError
 from tinychat_mlx.formats.stored import FLOATS
-from tinychat_mlx.weight import to_float32
 
 HEADS = {"int8": 8, "int4": 4, "fp16": 16}
 FORMATS = ("mlx", "awq")
-WINDOW = 512  # tokens of a calibration conversation, at most
-CHECK_ROWS = 1 << 22  # numbers looked at at once for NaN
+LEAST = 128  # calibration tokens; fewer say nothing about an input of hundreds of channels
+CHECK_ROWS = 1 << 22  # numbers looked at at once
+# Bits of infinity, and of the first number that float16 rounds to infinity (65520; bfloat16's next is 65536).
+BEYOND = {"F16": (0x7C00, 0x7C00), "BF16": (0x7F80, 0x4780), "F32": (0x7F800000, 0x477FF000)}
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Settings:
             if getattr(self, name) not in values:
                 known = ", ".join(map(str, values))
                 raise UsageError(f"{name} is {getattr(self, name)!r}; known are {known}")
+        if 0 < self.tokens < LEAST:
+            raise UsageError(f"{self.tokens} calibration tokens: at least {LEAST} are needed, or 0 to choose")
         if self.format == "awq" and self.w_bit != 4:
             raise UsageError(f"the AutoAWQ format holds 4 bits, not {self.w_bit}: use --format mlx")
 
@@ -105,7 +108,7 @@ def open_dense(source: Checkpoint, settings: Settings) -> ModelConfig:
                 f"{name}: {n} outputs are no multiple of 8, which AutoAWQ needs: use --format mlx"
             )
     check_complete(config, source)
-    check_finite(source)
+    check_numbers(source)
     return config
 
 
@@ -136,25 +139,27 @@ def check_complete(config: ModelConfig, source: Source) -> None:
             raise FormatError(f"no tensor {name!r}, which config.json asks for — is the model complete?")
 
 
-def check_finite(source: Checkpoint) -> None:
-    """Look at every weight once. Raises FormatError naming the first tensor with a NaN or an infinity."""
+def check_numbers(source: Checkpoint) -> None:
+    """Look at every weight once. Raises FormatError naming the first tensor with a NaN, an infinity or a number
+    that float16, in which results are stored, cannot hold.
+    """
     for name in sorted(n for n in source.names() if n in source and source.info(n)[0] in FLOATS):
-        flat = source.read(name).reshape(-1)
-        for at in range(0, flat.size, CHECK_ROWS):
-            piece = flat[at : at + CHECK_ROWS]
-            if not np.isfinite(to_float32(piece) if piece.dtype == np.uint16 else piece).all():
+        flat, (damaged, large) = source.read(name).reshape(-1), BEYOND[source.info(name)[0]]
+        bits = flat.view(np.uint32 if flat.dtype == np.float32 else np.uint16)
+        positive = bits.dtype.type(np.iinfo(bits.dtype).max >> 1)  # without signs, bits are in order of size
+        for at in range(0, bits.size, CHECK_ROWS):
+            largest = (bits[at : at + CHECK_ROWS] & positive).max()
+            if largest >= damaged:
                 raise FormatError(
                     f"{source.where(name)}: {name!r} holds a NaN or an infinity — "
                     "the weights are damaged: download the model again"
+                )
+            if largest >= large:
+                raise FormatError(
+                    f"{source.where(name)}: {name!r} holds a number beyond 65504, the largest of float16, in which "
+                    "results are stored — take another upload of the model"
                 )
 
 
 def plan_text(fingerprint: dict[str, Any]) -> str:
     return json.dumps(fingerprint, indent=1, sort_keys=True, default=str)
-
-
-def refuse_quantised(source: Checkpoint) -> None:
-    if source.quantization.format != "dense":
-        raise ConfigError(
-            f"{source.folder}: already quantised ({source.quantization.describe()}): it can only change its format"
-        )

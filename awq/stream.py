@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -64,25 +63,39 @@ class WorkFolder:
 
     def __init__(self, target: Path) -> None:
         self.path = target.parent / f".{target.name}.converting"
+        self.calibration = self.path / "calibration.npy"
+        self.renaming = self.path / "renaming"  # from here on the target may be the finished folder
 
-    def begin(self, plan: dict[str, Any], resume: bool, force: bool) -> None:
-        """Make the folder, or check that what lies there is the same conversion. Raises UsageError."""
+    def check(self, resume: bool, force: bool) -> None:
+        """Raises UsageError where an interrupted conversion would be lost unasked."""
+        if self.path.exists() and not (resume or force) and any(self.path.iterdir()):
+            raise UsageError(
+                f"{self.path} holds an interrupted conversion: add --resume to finish it, --force to begin anew"
+            )
+
+    def begin(self, plan: dict[str, Any], resume: bool) -> None:
+        """Make the folder, or go on in it if what lies there is the same conversion. Raises TinychatError."""
         text, file = plan_text(plan), self.path / "plan.json"
-        if self.path.exists() and resume:
-            if file.exists() and file.read_text(encoding="utf-8") != text:
-                raise UsageError(
-                    f"{self.path} was begun with other settings or another model: "
-                    "repeat the first command exactly, or leave out --resume and add --force"
-                )
-        elif self.path.exists():
-            if not force and any(self.path.iterdir()):
-                raise UsageError(
-                    f"{self.path} holds an interrupted conversion: add --resume to finish it, --force to begin anew"
-                )
-            shutil.rmtree(self.path)
-        self.path.mkdir(exist_ok=True)
+        try:
+            if not resume and self.path.exists():
+                shutil.rmtree(self.path)
+            self.path.mkdir(exist_ok=True)
+            found = file.read_text(encoding="utf-8") if file.exists() else text
+        except OSError as error:
+            raise TinychatError(
+                f"{self.path}: cannot be made: {error.strerror or error} — remove it, or choose another place"
+            ) from None
+        if found != text:
+            raise UsageError(
+                f"{self.path} was begun with other settings, another model, backend or version: "
+                "repeat the first command exactly, or leave out --resume and add --force"
+            )
         with replacing(file) as f:
             f.write(text.encode())
+
+    def is_renamed(self) -> bool:
+        """Whether the finished folder has got its name."""
+        return self.renaming.exists() and not (self.path / "out").exists()
 
     def shard(self, layer: int) -> Path:
         return self.path / f"layer-{layer:04}.safetensors"
@@ -111,6 +124,9 @@ class WorkFolder:
         return done
 
     def remove(self) -> None:
+        """The file that says that all is done goes last."""
+        for path in [p for p in self.path.glob("*") if p != self.renaming]:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         shutil.rmtree(self.path, ignore_errors=True)
 
 
@@ -166,6 +182,7 @@ class Conversion:
         reports = [_read_report(self.work.report(i)) for i in range(done)]
         for i, report in enumerate(reports):
             watch(Progress("layers", min(i + 1, layers), layers, "kept", report))
+        watch(Progress("layers", min(done, layers), layers))
         for layer in range(done, layers):
             weights = LayerWeights.read(config, layer, self.source)
             quantized = self._rounded(weights) if x is None else self._quantized(weights, x)
@@ -203,7 +220,7 @@ class Conversion:
 
     def _first_rows(self, calibration: Callable[[Watch], Ids], watch: Watch, done: int) -> F32:
         """The rows (streams, T, C) that enter the first unfinished layer; see `_record`."""
-        tokens = self.work.path / "calibration.npy"
+        tokens = self.work.calibration
         if not tokens.exists():
             self.work.save(tokens, calibration(watch))
         if done:
@@ -268,20 +285,6 @@ class Conversion:
 def _read_report(path: Path) -> tuple[SiteReport, ...]:
     found = json.loads(path.read_text(encoding="utf-8"))["sites"]
     return tuple(SiteReport(**{**site, "roles": tuple(site["roles"])}) for site in found)
-
-
-def timed(watch: Watch) -> tuple[Watch, dict[str, float]]:
-    """A watch that also notes how many seconds each phase took."""
-    seconds: dict[str, float] = {}
-    last = [time.perf_counter()]
-
-    def wrapped(p: Progress) -> None:
-        now = time.perf_counter()
-        seconds[p.phase] = seconds.get(p.phase, 0.0) + now - last[0]
-        last[0] = now
-        watch(p)
-
-    return wrapped, seconds
 
 
 def shards(work: WorkFolder, layers: int) -> Iterator[Path]:

@@ -4,8 +4,8 @@
         --calib tests/data/demo_calib.jsonl
 
 A median over calibration seeds for each; "self" is text the model wrote itself. What can be shared is made
-once: the calibration text of a seed, and the dense model's last rows on the measured text. Prints Markdown,
-and JSON on request; progress goes to stderr.
+once: the calibration text of a seed, and the dense model's last rows on the measured text. Prints the README's
+rows as they stand there, then a table of all that was measured, and JSON on request; progress goes to stderr.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from statistics import median
 
 from tinychat_mlx.awq.calibrate import calibration_ids, encoded
 from tinychat_mlx.awq.convert import convert
-from tinychat_mlx.awq.evaluate import WINDOW, Quality, Scores, evaluate, scores
+from tinychat_mlx.awq.evaluate import Quality, Scores, evaluate, kl_ratio, scores
+from tinychat_mlx.awq.record import window_of
 from tinychat_mlx.awq.settings import Settings
 from tinychat_mlx.awq.stream import Ids
+from tinychat_mlx.awq.threads import limited
 from tinychat_mlx.awq.whole import streamed
 from tinychat_mlx.backend import Backend
 from tinychat_mlx.checkpoint import Checkpoint
@@ -58,6 +60,13 @@ class Row:
         own = key in ("seconds", "forwards")
         return float(median(getattr(r if own else r.quality, key) for r in self.runs))
 
+    def share(self, base: Row) -> tuple[float, float]:
+        """KL over another line's, medians -> the ratio, the standard error that the windows give one seed's."""
+        inner = sorted(self.runs, key=lambda r: r.quality.kl_mean or 0)[(len(self.runs) - 1) // 2]
+        return self.middle("kl_mean") / base.middle("kl_mean"), kl_ratio(inner.quality, base.runs[0].quality)[
+            1
+        ]
+
 
 class Laboratory:
     """One dense model on one device, measured once; its conversions are measured against it."""
@@ -67,7 +76,7 @@ class Laboratory:
         self.config = parse_config(self.source.config)
         self.backend, self.threads = choose(args.backend)[0], args.threads
         self.device, self.running = self.make(exact=True), self.make(exact=False)
-        self.window = min(WINDOW, self.config.max_position_embeddings)
+        self.window = window_of(self.config)
         self.ids = encoded(args.text, Tokenizer.load(self.source.folder))[: args.max_tokens]
         self.dense = self.scores(self.source)
         self.texts: dict[tuple[str, int], tuple[Ids, float, float]] = {}
@@ -155,6 +164,23 @@ def fill(lab: Laboratory, planned: list[tuple[Row, list[Settings]]]) -> None:
             )
 
 
+def readme(found: list[Row]) -> str:
+    """The README's table: a line for each number of bits, a column for each method and kind of text."""
+    bits = list(dict.fromkeys(row.w_bit for row in found))
+    columns = [row for row in found if row.w_bit == bits[0] and row.method != "rtn"]
+    heads = [f"{row.method}, {'self' if row.calib == 'self' else 'real text'}" for row in columns]
+    lines = [f"| bits | rtn | {' | '.join(heads)} |", "|---" * (len(columns) + 2) + "|"]
+    for w_bit in bits:
+        base, *others = (row for row in found if row.w_bit == w_bit)
+        cells = [f"{base.middle('kl_mean'):#.3g}"]
+        for row in others:
+            share, error = row.share(base)
+            cells.append(f"{row.middle('kl_mean'):#.3g} ({share:.2f} ± {error:.2f} ×)")
+        lines.append(f"| {w_bit} | {' | '.join(cells)} |")
+    passes = " | ".join(f"{row.middle('forwards'):.1f}" for row in columns)
+    return "\n".join([*lines, f"| forward passes | | {passes} |"])
+
+
 def markdown(found: list[Row], backend: str) -> str:
     lines = [
         "| bits | method | calibration | perplexity | KL mean | of rtn's | KL 99 % | top-1 | seconds | forwards |",
@@ -164,17 +190,19 @@ def markdown(found: list[Row], backend: str) -> str:
     lines.append(f"| 16 | dense | none | {first.against_ppl:.3f} | | | | | | |")
     for row in found:
         base = next(r for r in found if r.method == "rtn" and r.w_bit == row.w_bit)
-        share = row.middle("kl_mean") / base.middle("kl_mean")
+        share, error = row.share(base)
+        of_rtn = f"{share:.3f}" if row is base else f"{share:.3f} ± {error:.3f}"
         forwards = "" if row.method == "rtn" else f"{row.middle('forwards'):.1f}"
         lines.append(
             f"| {row.w_bit} | {row.method} | {row.calib} | {row.middle('ppl'):.3f} | {row.middle('kl_mean'):.5f} "
-            f"| {share:.2f} | {row.middle('kl_p99'):.4f} | {row.middle('top1'):.2%} | {row.middle('seconds'):.1f} "
+            f"| {of_rtn} | {row.middle('kl_p99'):.4f} | {row.middle('top1'):.2%} | {row.middle('seconds'):.1f} "
             f"| {forwards} |"
         )
     seeds = max(len(row.runs) for row in found)
     return "\n".join([*lines, ""]) + (
         f"\n{first.tokens} held-out tokens in windows of {first.window}; medians over {seeds} calibration seeds; "
-        f"standard error of rtn's KL at {found[0].w_bit} bits {first.kl_mean_se:.5f}. Seconds: the whole conversion "
+        f"standard error of rtn's KL at {found[0].w_bit} bits {first.kl_mean_se:.5f}; that of a ratio takes windows in "
+        f"pairs. Seconds: the whole conversion "
         f"({backend}), the making of its calibration text included. Forwards: the same in passes of the calibration "
         "tokens through the dense model on the same backend."
     )
@@ -195,12 +223,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="also one JSON line with every seed")
     args = parser.parse_args(argv)
     try:
-        lab, planned = Laboratory(args), list(rows(args))
-        fill(lab, planned)
+        with limited(args.threads):
+            lab, planned = Laboratory(args), list(rows(args))
+            fill(lab, planned)
     except (TinychatError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     found = [row for row, _ in planned]
+    print(readme(found), end="\n\n")
     print(markdown(found, lab.device.describe().name))
     if args.json:
         print(

@@ -9,11 +9,11 @@ import numpy as np
 
 from tinychat_mlx.awq.layer import QuantizedLayer
 from tinychat_mlx.awq.quantizer import Quantized, round_to_nearest
-from tinychat_mlx.awq.sites import mixture, module_name, routers
+from tinychat_mlx.awq.sites import mixture
 from tinychat_mlx.config import ModelConfig
 from tinychat_mlx.decoder import Source
 from tinychat_mlx.formats.awq_gemm import awq_entries
-from tinychat_mlx.formats.mlx import float_entry, mlx_entries
+from tinychat_mlx.formats.mlx import float_entry, half, mlx_entries
 from tinychat_mlx.formats.stacked import stack
 from tinychat_mlx.tensorfile import Entry
 from tinychat_mlx.weight import Dense, Packed, Weight, to_float32
@@ -26,7 +26,7 @@ def weight_entries(weight: Weight, format: str) -> list[Entry]:
     if isinstance(weight, Packed) and format == "awq":
         return awq_entries(weight)
     if isinstance(weight, Dense):
-        return mlx_entries(Dense(weight.name, to_float32(weight.w).astype(np.float16), weight.bias))
+        return mlx_entries(Dense(weight.name, half(weight.name, weight.w), weight.bias))
     return mlx_entries(weight)
 
 
@@ -107,23 +107,3 @@ def joined_rows(weight: Dense, pieces: Iterable[Quantized]) -> Packed:
     packed = [piece.packed(weight.name, weight.bias) for piece in pieces]
     stack = [np.concatenate([getattr(p, f) for p in packed]) for f in ("qweight", "scales", "biases")]
     return replace(packed[0], qweight=stack[0], scales=stack[1], biases=stack[2])
-
-
-def quantization_block(
-    config: ModelConfig, source: Source, w_bit: int, group_size: int, head_bits: int
-) -> dict[str, object]:
-    """`quantization` of config.json as MLX writes it; what differs from the body is named."""
-    block: dict[str, object] = {"group_size": group_size, "bits": w_bit, "mode": "affine"}
-    group = rim_group(config, group_size)
-    for role in ("embed", "head"):
-        name = config.spec.name(role)
-        if role == "head" and not source.has(name):
-            continue
-        block[name] = False if head_bits == 16 else {"group_size": group, "bits": head_bits}
-    return block | dict.fromkeys(router_names(config), False)
-
-
-def router_names(config: ModelConfig) -> list[str]:
-    """The modules of the layers that stay in float16."""
-    layers = [(i, moe) for i in range(config.num_hidden_layers) if (moe := mixture(config, i)) is not None]
-    return [module_name(config, i, role) for i, moe in layers for role in routers(moe)]

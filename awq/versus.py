@@ -27,6 +27,7 @@ from tinychat_mlx.awq.settings import Settings
 from tinychat_mlx.awq.stream import Ids
 from tinychat_mlx.awq.table import Laboratory, Row, Run
 from tinychat_mlx.awq.tensors import rim_group
+from tinychat_mlx.awq.threads import limited
 from tinychat_mlx.checkpoint import Checkpoint
 from tinychat_mlx.errors import BackendError, ConfigError, TinychatError, UsageError
 
@@ -124,8 +125,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = Settings(
             w_bit=args.w_bit, group_size=args.group_size, calib=args.calib, tokens=args.tokens, seed=args.seed
         )
-        lab = Laboratory(args)
-        found = compare(lab, settings)
+        with limited(args.threads):
+            lab = Laboratory(args)
+            found = compare(lab, settings)
     except (TinychatError, OSError) as error:
         say(f"error: {error}")
         return 1

@@ -7,14 +7,13 @@ go through layer after layer; only the last rows (T, C), the final norm and the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
 
 from tinychat_mlx.awq.evaluate import ROWS, Scores
-from tinychat_mlx.awq.record import embedded_rows, steps
+from tinychat_mlx.awq.record import Windows, alone, embedded_rows, steps
 from tinychat_mlx.awq.tensors import rounded_rows
-from tinychat_mlx.backend import Backend, CacheShape, Segment
+from tinychat_mlx.backend import Backend
 from tinychat_mlx.config import ModelConfig
 from tinychat_mlx.decoder import Graph, Loader, Source
 from tinychat_mlx.weight import F32, Dense, Packed, Weight
@@ -76,13 +75,11 @@ def last_rows(
     """-> what leaves the last layer (T, C); every window of the text starts at position 0."""
     config, backend = graph.config, graph.backend
     x = embedded_rows(config, loader.source, backend, np.asarray(ids, np.int32), window)
-    shape = CacheShape(1, config.num_key_value_heads, config.head_dim)
+    windows = Windows(config, backend, window)
     for number in range(config.num_hidden_layers):
-        layer = loader.layer(number)
-        layer = replace(layer, attention=replace(layer.attention, layer=0))  # a cache for one layer
+        layer = alone(loader.layer(number))
         for piece in steps(len(x), window):
-            starts = range(piece.start, piece.stop, window)
-            parts = [Segment(backend.new_cache(shape, window), min(window, piece.stop - s)) for s in starts]
-            x[piece] = backend.to_host(graph.block(backend.put(x[piece]), layer, backend.step(parts)))
+            step = windows.step(piece.stop - piece.start)
+            x[piece] = backend.to_host(graph.block(backend.put(x[piece]), layer, step))
         watch()
     return x

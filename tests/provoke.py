@@ -31,9 +31,10 @@ from tinychat_mlx.apps.doctor import report
 from tinychat_mlx.apps.doctor import settings as doctors
 from tinychat_mlx.apps.models import facts, opening, remove
 from tinychat_mlx.apps.models.pull import pull
-from tinychat_mlx.awq import calibrate, dataset, documents, finish, reformat, selftext, stream, versus
-from tinychat_mlx.awq.convert import check_target, convert
-from tinychat_mlx.awq.settings import Settings, open_dense, refuse_quantised
+from tinychat_mlx.awq import calibrate, dataset, documents, finish, selftext, stream, versus
+from tinychat_mlx.awq.convert import convert
+from tinychat_mlx.awq.settings import Settings, open_dense
+from tinychat_mlx.awq.target import check_target
 from tinychat_mlx.backend import CacheShape, Segment
 from tinychat_mlx.backends.cpu import CpuBackend, _cache_kind, _threads
 from tinychat_mlx.backends.cpu import engine as engines
@@ -120,12 +121,6 @@ def asked_of_the_hub(
     return made
 
 
-def stored(w_bit: int, form: str) -> Any:
-    """A checkpoint that is quantised."""
-    how = SimpleNamespace(w_bit=w_bit, group_size=64, format=form, describe=lambda: form)
-    return SimpleNamespace(folder="model", config={}, quantization=how)
-
-
 def said(*texts: str) -> session.Session:
     return session.Session(messages=chat(*texts).session.messages)
 
@@ -167,7 +162,7 @@ def put_in_place(tmp: Path, patch: pytest.MonkeyPatch) -> Any:
     (tmp / "out").mkdir()
     (tmp / "work").mkdir()
     patch.setattr("os.rename", broken_move)
-    return finish.put_in_place(tmp / "out", tmp / "target", tmp / "work")
+    return finish.put_in_place(tmp / "out", tmp / "target", tmp / "work", tmp / "work" / "renaming")
 
 
 def refusing(*_: Any, **__: Any) -> Any:
@@ -403,9 +398,10 @@ PROVOKE: list[Callable[[Path, pytest.MonkeyPatch], Any]] = [
     lambda tmp, patch: options.check_writable(Path("/proc/x"), "-o"),
     lambda tmp, patch: options.text_or_file(f"@{tmp / 'absent'}"),
     lambda tmp, patch: options.text_or_file(f"@{wrote(tmp / 'x', bytes([255]))}"),
-    lambda tmp, patch: check_target(tmp, False, False),
-    lambda tmp, patch: check_target(tmp / "no" / "x", False, False),
-    lambda tmp, patch: check_target(wrote(tmp / "x", "") / "y", False, False),
+    lambda tmp, patch: check_target(None, tmp, False),
+    lambda tmp, patch: check_target(None, tmp / "no" / "x", False),
+    lambda tmp, patch: check_target(None, wrote(tmp / "x", "") / "y", False),
+    lambda tmp, patch: check_target(tmp / "model", tmp, True),
     lambda tmp, patch: doctor.doctor.main(["--json", "--report", "-"], standalone_mode=False),
     lambda tmp, patch: converting.convert.main(["demo"], standalone_mode=False),
     lambda tmp, patch: converting.convert.main(["demo", "-o", "x", "--report-text", __file__], standalone_mode=False),
@@ -443,7 +439,8 @@ PROVOKE: list[Callable[[Path, pytest.MonkeyPatch], Any]] = [
     lambda tmp, patch: template._open_final_message([{"content": "x"}], "content", "{{ nothing }}"),
     # quantising
     lambda tmp, patch: selftext.turns(SimpleNamespace(render=lambda *a, **k: "", encode=no_words), np.random.default_rng(0)),
-    lambda tmp, patch: convert(Checkpoint.open(loading.DEMO), tmp / "x", Settings(), refusing, refusing),
+    lambda tmp, patch: converting.convert.main([str(loading.DEMO), "-o", str(tmp / "x")], standalone_mode=False),
+    lambda tmp, patch: converting.convert.main([str(loading.DEMO), "-o", str(tmp / "x"), "--seed", "1"], standalone_mode=False),
     lambda tmp, patch: (patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1)),
                         convert(Checkpoint.open(loading.DEMO), tmp / "x", Settings(format="awq"), refusing, refusing)),
     lambda tmp, patch: (patch.setattr(limits, "memory_free", lambda mapped=0: 1),
@@ -469,8 +466,6 @@ PROVOKE: list[Callable[[Path, pytest.MonkeyPatch], Any]] = [
     asked_of_the_hub("dataset_info", "GatedRepoError", lambda: dataset.fetch("org/data", 10)),
     asked_of_the_hub("dataset_info", "RepositoryNotFoundError", lambda: dataset.fetch("org/data", 10)),
     asked_of_the_hub("dataset_info", "", lambda: dataset.fetch("org/data:none.txt", 10)),
-    lambda tmp, patch: reformat.reformatted_config(stored(8, "mlx"), "awq", None),
-    lambda tmp, patch: refuse_quantised(stored(4, "mlx")),
     lambda tmp, patch: documents.document({"instruction": 1, "output": 2}, "x"),
     # the cpu backend
     lambda tmp, patch: _packed_header(SimpleNamespace(shape=(4, 64), w_bit=5, group_size=32, name="w")),

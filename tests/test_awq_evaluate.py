@@ -12,7 +12,7 @@ import tiny_dense
 
 import tinychat_mlx
 from tinychat_mlx.apps.cli import main
-from tinychat_mlx.awq.evaluate import ROWS, Scores, clustered, evaluate, percentile_error
+from tinychat_mlx.awq.evaluate import ROWS, Scores, clustered, evaluate, kl_ratio, percentile_error
 from tinychat_mlx.errors import UsageError
 
 V = 11
@@ -75,6 +75,26 @@ def test_standard_errors_are_those_of_repeated_samples() -> None:
     assert np.std(percentiles) == pytest.approx(float(np.mean(percentile_errors)), rel=0.35)
 
 
+def test_the_error_of_a_ratio_takes_windows_in_pairs() -> None:
+    """Against leaving out one window after the other; two models that are far off in the same windows."""
+    r, tables = np.random.default_rng(2), []
+    sharp = np.where(np.arange(V) < 2, 4.0, 0.2)[:, None]  # after tokens 0 and 1 there is much to be lost
+    dense = r.normal(size=(V, V)) * sharp
+    tables = [(dense + off * r.normal(size=(V, V)) * sharp).astype(np.float32) for off in (0.1, 0.3)]
+    ids = np.where(
+        r.random(4000) < np.repeat(r.random(40), 100), r.integers(0, 2, 4000), r.integers(2, V, 4000)
+    )
+    one, two = (evaluate(ids.tolist(), model(t), model(dense.astype(np.float32)), window=100) for t in tables)
+    ratio, error = kl_ratio(one, two)
+    assert ratio == pytest.approx((one.kl_mean or 0) / (two.kl_mean or 1))
+    a, b = np.array(one.kl_sums), np.array(two.kl_sums)
+    left_out = np.array([(a.sum() - x) / (b.sum() - y) for x, y in zip(a, b, strict=True)])
+    jackknife = np.sqrt(39 / 40 * np.square(left_out - left_out.mean()).sum())
+    assert error == pytest.approx(jackknife, rel=0.05)  # they agree to the order of 1 / windows
+    unpaired = ratio * np.hypot(*(q.kl_mean_se / q.kl_mean for q in (one, two)))  # type: ignore[operator]
+    assert error < 0.5 * unpaired
+
+
 def test_too_little_text_is_refused() -> None:
     with pytest.raises(UsageError, match="at least two"):
         evaluate([3], model(np.zeros((V, V), np.float32)))
@@ -106,3 +126,26 @@ def test_the_command_measures_what_the_library_does(
     assert found["kl_mean"] == pytest.approx(np.concatenate(kl).mean(), rel=1e-3)
     assert main(args) == 0
     assert "perplexity" in capsys.readouterr().out
+
+
+def test_a_single_window_has_no_standard_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dense = tiny_dense.save(tmp_path / "dense")
+    (tmp_path / "short.txt").write_text("w1 w2 w3 w4 w5")
+    args = ["eval", "-m", str(dense), "--against", str(dense), "--text", str(tmp_path / "short.txt")]
+    assert main([*args, "--backend", "reference"]) == 0
+    out = capsys.readouterr().out
+    assert "±" not in out and "nan" not in out and "a single window" in out
+    assert main([*args, "--backend", "reference", "--json"]) == 0
+    assert not [key for key in json.loads(capsys.readouterr().out) if key.endswith("_se")]
+
+
+def test_models_of_two_vocabularies_are_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense, text = tiny_dense.save(tmp_path / "dense"), tiny_dense.text(tmp_path, 200)
+    wider = tiny_dense.CONFIG | {"vocab_size": 128}
+    other = tiny_dense.save(tmp_path / "wider", tiny_dense.tensors(wider), vocab_size=128)
+    args = ["eval", "-m", str(dense), "--against", str(other), "--text", str(text), "--backend", "reference"]
+    assert main(args) == 2
+    error = capsys.readouterr().err
+    assert "96 tokens" in error and "128" in error and "one vocabulary" in error and error.count("\n") == 1

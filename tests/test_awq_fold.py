@@ -180,8 +180,9 @@ def test_recorded_inputs_are_those_of_the_linears(tiny_root: Path) -> None:
     attn = seen["o_in"] @ weights.linears["o"].T + weights.biases["o"]
     mlp = seen["down_in"] @ weights.linears["down"].T + weights.biases["down"]
     assert np.allclose(x + attn + mlp, y, atol=1e-4 * float(np.abs(y).max()))
-    for site in sites(config, 0):
-        assert np.array_equal(run.inputs(x, site.key), seen[site.key])
+    short: dict[str, np.ndarray] = {}
+    run.all_inputs(x, short.__setitem__)
+    assert set(short) == set(seen) and all(np.array_equal(short[key], seen[key]) for key in seen)
 
 
 def test_a_norm_that_stores_one_less_is_divided_as_a_whole(tiny_root: Path) -> None:

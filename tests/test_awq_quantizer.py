@@ -8,7 +8,7 @@ import pytest
 from tinychat_mlx.awq import feedback
 from tinychat_mlx.awq.cholesky import BLOCK, solve, upper_factor
 from tinychat_mlx.awq.moments import BlockMoments, FullMoments
-from tinychat_mlx.awq.quantizer import grid_of, round_to_nearest, rounded, storable
+from tinychat_mlx.awq.quantizer import grid_of, round_to_nearest, round_values, storable
 from tinychat_mlx.awq.search import SHRINKS, clip, scale_of, search_fed_scale, search_scale
 from tinychat_mlx.errors import FormatError
 
@@ -24,6 +24,12 @@ def inputs(tokens: int, k: int, seed: int = 1) -> np.ndarray:
     r = np.random.default_rng(seed)
     mix = np.eye(k) + 0.3 * r.normal(size=(k, k)) / np.sqrt(k)
     return (r.normal(size=(tokens, k)) @ mix * np.exp(r.normal(size=k))).astype(np.float32)
+
+
+def squared_error(w: np.ndarray, w_hat: np.ndarray, h: np.ndarray) -> np.ndarray:
+    """w, w_hat (K, N) -> e H eᵀ of each row (N,)."""
+    e = (w - w_hat).astype(np.float64)
+    return np.einsum("kn,kn->n", e, h.astype(np.float64) @ e)
 
 
 def by_definition(w: np.ndarray, w_bit: int, g: int) -> np.ndarray:
@@ -53,7 +59,7 @@ def test_rounding_is_awqs_rule(w_bit: int, group_size: int) -> None:
     wrong = np.abs(got - expected) > 1e-6
     # A weight on the border of two codes may go either way in float32; such are rare, and one step apart.
     assert wrong.mean() < 1e-3 and np.abs(got - expected).max() <= step * 1.001
-    assert np.array_equal(rounded(w, w_bit, group_size), got)
+    assert np.array_equal(round_values(w, w_bit, group_size), got)
 
 
 @pytest.mark.parametrize("w_bit", [3, 4])
@@ -88,7 +94,7 @@ def test_moments_give_the_loss_of_the_tokens_themselves() -> None:
         assert np.allclose(blocks.loss(delta)[:, g], partial, rtol=1e-4)  # 300 terms of float32
     h = full.sums / full.tokens
     whole = np.square(x64 @ delta.T).mean(0)
-    assert np.allclose(feedback.squared_error(delta.T, np.zeros_like(delta.T), h), whole, rtol=1e-4)
+    assert np.allclose(squared_error(delta.T, np.zeros_like(delta.T), h), whole, rtol=1e-4)
     assert np.allclose(full.blocks(32).blocks, blocks.blocks, rtol=1e-3, atol=1e-2)
     assert np.allclose(blocks.mean_abs, np.abs(x64).mean(0), rtol=1e-4)
 
@@ -181,14 +187,14 @@ def test_feedback_is_gptqs_update() -> None:
 def test_each_step_of_awq_plus_lowers_the_error(w_bit: int) -> None:
     w, x = weights(64, 128).T.copy(), inputs(1000, 128)
     h = feedback.damped(x.T @ x, 1 / len(x))
-    plain = rounded(np.ascontiguousarray(w.T), w_bit, 64).T
+    plain = round_values(np.ascontiguousarray(w.T), w_bit, 64).T
     codes = feedback.feed_back(w, feedback.factor(h), w_bit, 64)
-    errors = [feedback.squared_error(w, v, h).sum() for v in (plain, codes.values())]
+    errors = [squared_error(w, v, h).sum() for v in (plain, codes.values())]
     feedback.refit_scales(w, codes, h)
-    errors.append(feedback.squared_error(w, codes.values(), h).sum())
-    before = feedback.squared_error(w, codes.values(), h)
+    errors.append(squared_error(w, codes.values(), h).sum())
+    before = squared_error(w, codes.values(), h)
     feedback.descend(w, codes, h)
-    after = feedback.squared_error(w, codes.values(), h)
+    after = squared_error(w, codes.values(), h)
     errors.append(after.sum())
     assert errors[1] < 0.7 * errors[0] and errors[2] < errors[1] and errors[3] < 0.95 * errors[2]
     assert (after <= before * (1 + 1e-4)).all()  # descent never makes a row worse, but for float32

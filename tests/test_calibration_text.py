@@ -12,12 +12,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from stand_in_hub import Hub
 
 from tinychat_mlx.awq.calibrate import left_over, packed
 from tinychat_mlx.awq.documents import Document, documents
+from tinychat_mlx.awq.selftext import QUESTIONS, turns
 from tinychat_mlx.errors import UsageError, pip_install
+from tinychat_mlx.loading import DEMO
+from tinychat_mlx.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAT = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
@@ -117,6 +121,17 @@ class Letters:
 
     def encode(self, text: str) -> list[int]:
         return [ord(c) for c in text]
+
+
+def test_every_other_conversation_begins_with_the_first_words_of_a_question() -> None:
+    """Behind what the template puts before a user's words; answers and later questions are the model's alone."""
+    tokenizer, rng = Tokenizer.load(DEMO), np.random.default_rng(0)
+    before, after = tokenizer.render([{"role": "user", "content": "HERE"}]).split("HERE")
+    found = [turns(tokenizer, rng) for _ in range(400)]
+    words = [tokenizer.decode(first, skip_special=False).removeprefix(before) for first, _, _ in found]
+    assert {word for word in words if word} <= set(QUESTIONS)
+    assert len(set(words)) > 0.9 * len(QUESTIONS) and abs(words.count("") - 200) < 40  # 4 standard deviations
+    assert {tokenizer.decode(answer, skip_special=False) for _, answer, _ in found} == {after}
 
 
 def test_what_is_left_for_the_report_was_not_calibrated_on() -> None:

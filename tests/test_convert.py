@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -18,6 +13,7 @@ import tiny_dense
 
 import tinychat_mlx
 from tinychat_mlx.apps.cli import main
+from tinychat_mlx.awq import sizes
 from tinychat_mlx.checkpoint import Checkpoint
 from tinychat_mlx.tensorfile import TensorFile, entry, write
 from tinychat_mlx.weight import Packed
@@ -82,8 +78,6 @@ def test_the_folder_is_whole(home: Path) -> None:
         "LICENSE",
     ):
         assert (target / name).read_bytes() == (home / "dense" / name).read_bytes()
-    card = (target / "README.md").read_text()
-    assert card.startswith("---\n") and 'base_model: "org/base"' in card and 'license: "mit"' in card
     file = TensorFile(target / "model.safetensors")
     assert file.metadata == {"format": "mlx"} and not (target / "model.safetensors.index.json").exists()
     dense = TensorFile(home / "dense" / "model.safetensors")
@@ -159,60 +153,6 @@ def test_both_formats_hold_the_same_weights_and_convert_into_each_other(home: Pa
     assert np.array_equal(logits(there), logits(gemm))
 
 
-def run(home: Path, target: Path, *more: str, kill_at: int = 0) -> int:
-    """convert in a process of its own, which kills itself before its kill_at-th rename -> its exit code."""
-    code = (
-        "import os, signal, sys\n"
-        "from tinychat_mlx.apps.cli import main\n"
-        f"left, real = [{kill_at}], (os.replace, os.rename)\n"
-        "def counted(rename):\n"
-        "    def wrapped(*a, **k):\n"
-        "        left[0] -= 1\n"
-        "        if left[0] == 0:\n"
-        "            os.kill(os.getpid(), signal.SIGKILL)\n"
-        "        return rename(*a, **k)\n"
-        "    return wrapped\n"
-        "os.replace, os.rename = map(counted, real)\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, *arguments(home, target, *more)]
-    return subprocess.run(command, env=env, capture_output=True, timeout=300, check=False).returncode
-
-
-# Every file appears by a rename. In order: 1 plan, 2 calibration, 3-5 rows, measurements and shard of layer 0,
-# 6-8 of layer 1, 9-10 of layer 2, 11 embedding; then weights, config, 5 side files, card, and the last rename.
-@pytest.mark.parametrize("kill_at", [2, 4, 7, 10, 12, 20])
-def test_killed_anywhere_and_resumed_it_ends_with_the_same_bytes(home: Path, kill_at: int) -> None:
-    whole = home / "whole"
-    if not whole.exists():
-        assert run(home, whole) == 0
-    target = home / f"killed-{kill_at}"
-    assert run(home, target, kill_at=kill_at) == -signal.SIGKILL
-    assert not target.exists() and (home / f".{target.name}.converting").exists()
-    assert main(arguments(home, target)) == 2  # not by accident: it says --resume or --force
-    assert run(home, target, "--resume") == 0
-    assert files(target) == files(whole)
-    assert not (home / f".{target.name}.converting").exists()
-
-
-@pytest.mark.parametrize("first", [True, False], ids=["left out", "added"])
-def test_a_report_may_be_left_out_or_added_when_resuming(home: Path, first: bool) -> None:
-    """Killed after layer 0: the published method is measured at some layers only, the codes are the same."""
-    report = ("--report", str(home / f"late-{first}"), "--report-text", str(home / "text-0.jsonl"))
-    target, whole = home / f"resumed-{first}", converted(home, "b-4", "--w-bit", "4")
-    assert run(home, target, *report[: 4 * first], kill_at=6) == -signal.SIGKILL
-    assert main(arguments(home, target, "--resume", *report[4 * first :])) == 0
-    assert files(target) == files(whole)
-    if not first:
-        text = (home / "late-False" / "report.md").read_text()
-        cells = [row.count("|") for row in text.partition("## Layer by layer")[2].splitlines() if "|" in row]
-        assert len(cells) > 12 and len(set(cells)) == 1 and "| rtn | awq | awq+ |" in text
-        assert (home / "late-False" / "error-o_in.svg").read_text().count(
-            "<title>"
-        ) == 6  # 3 layers, 2 methods
-
-
 def test_two_runs_with_one_seed_are_the_same_and_self_written_text_is_seeded(home: Path) -> None:
     def made(name: str, seed: str) -> dict[str, bytes]:
         target = home / name
@@ -234,51 +174,6 @@ def test_two_runs_with_one_seed_are_the_same_and_self_written_text_is_seeded(hom
     assert one["model.safetensors"] != other["model.safetensors"]
 
 
-def test_resuming_with_other_settings_is_refused(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    target = home / "changed"
-    assert run(home, target, kill_at=5) == -signal.SIGKILL
-    assert main(arguments(home, target, "--resume", "--w-bit", "3")) == 2
-    assert "other settings" in capsys.readouterr().err
-    assert main(arguments(home, target, "--force", "--w-bit", "3")) == 0
-
-
-def test_a_full_disk_leaves_nothing_at_the_target(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tinychat_mlx.awq import finish
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as m:
-        m.setattr(finish, "write_sharded", full)
-        assert main(arguments(home, home / "full")) == 1
-    assert not (home / "full").exists()
-    assert main(arguments(home, home / "full", "--resume")) == 0
-
-
-def test_an_interrupt_leaves_nothing_at_the_target(
-    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from tinychat_mlx.awq import stream
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as m:
-        m.setattr(stream.Conversion, "_rim", stop)
-        assert main(arguments(home, home / "stopped")) == 130
-    assert not (home / "stopped").exists() and "--resume" in capsys.readouterr().err
-
-
-def test_what_exists_is_not_replaced_without_force(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    target = home / "there"
-    target.mkdir()
-    (target / "precious").write_text("mine")
-    assert main(arguments(home, target, "--method", "rtn")) == 2
-    assert "--force" in capsys.readouterr().err and (target / "precious").read_text() == "mine"
-    assert main(arguments(home, target, "--method", "rtn", "--force")) == 0
-    assert not (target / "precious").exists() and (target / "config.json").exists()
-
-
 def damaged(home: Path, name: str, change: Any) -> Path:
     weights = tiny_dense.tensors(tiny_dense.CONFIG)
     change(weights)
@@ -288,16 +183,34 @@ def damaged(home: Path, name: str, change: Any) -> Path:
 BAD = "model.layers.1.mlp.down_proj.weight"
 
 
+def large(name: str, weights: dict[str, np.ndarray], value: float) -> dict[str, np.ndarray]:
+    """A tensor in float32 with one value that float16 cannot hold."""
+    wide = weights[name].astype(np.float32)
+    wide.flat[7] = value
+    return {name: wide}
+
+
 @pytest.mark.parametrize(
     ("name", "change", "settings", "says"),
     [
         ("nan", lambda w: w[BAD].__setitem__((3, 5), np.nan), {}, BAD),
         ("infinite", lambda w: w["model.norm.weight"].__setitem__(0, np.inf), {}, "model.norm.weight"),
+        (
+            "large-norm",
+            lambda w: w.update(large("model.norm.weight", w, 65520)),
+            {},
+            "model.norm.weight' holds a",
+        ),
+        ("large-linear", lambda w: w.update(large(BAD, w, -3e6)), {}, f"{BAD}' holds a number beyond 65504"),
         ("absent", lambda w: w.pop(BAD), {}, "model.layers.1.mlp.down_proj"),
         ("group", lambda w: None, {"--group-size": "128"}, "self_attn.o_proj"),
         ("family", lambda w: None, {"model_type": "llamma"}, "llamma"),
         ("empty", lambda w: None, {"--calib": ""}, "at least"),
         ("no-file", lambda w: None, {"--calib": "./nowhere.txt"}, "nowhere.txt"),
+        ("typo", lambda w: None, {"--calib": "texts/typo.txt"}, "texts/typo.txt: no such file"),
+        ("typo.gz", lambda w: None, {"--calib": "texts/typo.jsonl.gz"}, "no such file"),
+        ("few", lambda w: None, {"--calib-tokens": "10"}, "10 calibration tokens: at least 128"),
+        ("few-own", lambda w: None, {"--calib": "self", "--calib-tokens": "127"}, "127 calibration tokens"),
         ("blank", lambda w: None, {"--calib": '{"text": " "}\n\n'}, "0 tokens, at least"),
         ("binary", lambda w: None, {"--calib": "\x93\udcff"}, "not UTF-8 text"),
         ("line", lambda w: None, {"--calib": '{"messages": 3}\n'}, "line 1"),
@@ -385,70 +298,23 @@ def test_dry_run_writes_nothing_and_knows_the_size(home: Path, capsys: pytest.Ca
     assert re.search(r"about \d+ s on this machine", said) and " 0.0" not in said
 
 
-def test_the_report_shows_every_method_beside_the_others(
-    home: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder, calib = home / "report", tiny_dense.text(home, 5000, seed=7)
-    more = ("--report", str(folder), "--calib", str(calib), "--calib-tokens", "600")
-    assert main(arguments(home, home / "reported", *more)) == 0
-    assert f"wrote {folder / 'report.md'}\n" in capsys.readouterr().err
-    found = json.loads((folder / "report.json").read_text())
-    assert len(found["layers"]) == 3
-    for layer in found["layers"]:
-        for site in layer:
-            assert 0 < site["error"] < site["rtn"] and site["error"] < site["others"]["awq"] <= site["rtn"]
-    text = (folder / "report.md").read_text()
-    assert "rtn | awq | awq+" in text
-    for key in ("attn_in", "o_in", "mlp_in", "down_in"):
-        assert f"error-{key}.svg" in text
-        assert (folder / f"error-{key}.svg").read_text().count("<title>") == 9  # 3 layers, 3 methods
-    for part, size in found["sizes"].items():
-        assert sum(size.values()) == found[f"{part}_bytes"] and size["embedding and head"] > 0
-    assert found["quality"]["text"] == "what the calibration left of text-7.jsonl"
-    assert found["quality"]["text"] in text
-    assert "KL decides" in text and "closer together than their standard errors say nothing" in text
-    quality = found["quality"]["of"]
-    assert 0 < quality["awq+"]["kl_mean"] < quality["rtn"]["kl_mean"] and quality["rtn"]["tokens"] > 2048
-    for name in ("sizes", "quality", "error-o_in"):
-        assert ElementTree.parse(folder / f"{name}.svg").getroot().tag.endswith("svg")
-
-
-@pytest.mark.parametrize("form", ["mlx", "awq"])
-def test_the_reports_figures_are_those_of_eval(
-    home: Path, form: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text, folder, target = tiny_dense.text(home, 900, seed=8), home / f"report-{form}", home / f"told-{form}"
-    more = ("--report", str(folder), "--report-text", str(text), "--format", form, "--method", "rtn")
-    assert main(arguments(home, target, *more)) == 0
-    quality = json.loads((folder / "report.json").read_text())["quality"]
-    assert quality["text"] == "text-8.jsonl" and set(quality["of"]) == {"rtn"}
-    capsys.readouterr()
-    args = ["eval", "-m", str(target), "--against", str(home / "dense"), "--text", str(text), "--json"]
-    assert main([*args, "--backend", "reference"]) == 0
-    measured = json.loads(capsys.readouterr().out)
-    assert measured["kl_mean"] > 1e-5
-    for key, value in quality["of"]["rtn"].items():
-        # Rows of several windows or of one, float32 sums of 128 terms in another order: 1e-5 of a logit.
-        assert value == pytest.approx(measured[key], rel=2e-3), key
-
-
-def test_without_text_left_over_the_report_says_that_the_model_wrote_its_own(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tinychat_mlx.awq import calibrate
-
-    monkeypatch.setattr(calibrate, "default_tokens", lambda _: 640)
-    folder = home / "report-self"
-    assert main(arguments(home, home / "reported-self", "--method", "rtn", "--report", str(folder))) == 0
-    quality = json.loads((folder / "report.json").read_text())["quality"]
-    assert quality["text"].startswith("text the model wrote itself, for the calibration left no more than")
-    assert quality["of"]["rtn"]["tokens"] == 315  # 5 windows of 64, the first token of each not predicted
-
-
-def test_a_report_does_not_change_the_model(home: Path) -> None:
-    whole = converted(home, "b-4", "--w-bit", "4")
-    more = ("--report", str(home / "rb"), "--report-text", str(home / "text-0.jsonl"))
-    assert files(converted(home, "reported-b", "--w-bit", "4", *more)) == files(whole)
+def test_dry_run_says_what_is_in_memory_when(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One decoder layer of float32 weights; and, where it writes its own text, the whole model at 8 bits."""
+    args = arguments(home, home / "never")
+    layer = (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128) * 4  # q, o; k, v; gate, up, down
+    assert main([*args, "--dry-run", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["layer_bytes"] == layer and found["own_text_bytes"] == 0
+    assert found["peak_bytes"] == found["layers_bytes"]
+    own = [*args, "--calib", "self"]
+    assert main([*own, "--dry-run", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    whole = 3 * layer / 4 + 96 * 64  # a byte a weight
+    assert whole < found["own_text_bytes"] - sizes.BASE_BYTES
+    assert found["peak_bytes"] == max(found["own_text_bytes"], found["layers_bytes"])
+    assert main([*own, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "the whole model, at 8 bits, writes its own text" in out and "one decoder layer of float" in out
 
 
 def test_json_says_what_was_done(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -494,6 +360,37 @@ def test_a_float32_source_of_the_same_numbers_gives_the_same_codes(home: Path) -
     assert (home / "from-f32" / "model.safetensors").read_bytes() == same.read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("bits", "refused"), [(0x477F, False), (0xC780, True), (0x7F80, True), (0xFFC0, True)]
+)
+def test_a_bfloat16_number_beyond_float16_is_refused(
+    tmp_path: Path, bits: int, refused: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """65280 is the last that float16 holds, -65536 the first that it does not; then infinity and NaN."""
+    norm = np.full(64, 0x3F80, np.uint16)
+    norm[5] = bits
+    source = tiny_dense.save(tmp_path / "dense")
+    tensors = {n: entry(n, a) for n, a in tiny_dense.tensors(tiny_dense.CONFIG).items()}
+    tensors["model.norm.weight"] = entry("model.norm.weight", norm, "BF16")
+    write(source / "model.safetensors", tensors.values())
+    args = ["convert", str(source), "-o", str(tmp_path / "out"), "--method", "rtn", "--group-size", "32"]
+    assert main(args) == int(refused) and (tmp_path / "out").exists() != refused
+    assert ("'model.norm.weight' holds a" in capsys.readouterr().err) == refused  # before anything is written
+
+
+def test_a_weight_whose_offset_float16_cannot_hold_is_refused_by_name(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of -65000 to 60000 in 3 bits the scale is 17920 and the zero point 4: their product is 71680."""
+    source = damaged(home, "wide", lambda w: w[BAD].__setitem__((3, slice(2)), (60000, -65000)))
+    args = ["convert", str(source), "-o", str(home / "from-wide"), "--group-size", "32", "--w-bit", "3"]
+    assert main([*args, "--method", "rtn"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "model.layers.1.mlp.down_proj: has numbers beyond 65504" in error
+    assert not (home / "from-wide").exists()
+    assert main([*args, "--method", "rtn", "--w-bit", "8", "--force"]) == 0  # a finer scale is smaller
+
+
 def test_a_bfloat16_source_converts(home: Path) -> None:
     source = tiny_dense.save(home / "dense-bf16")
     wide = {n: a.astype(np.float32).view(np.uint32) for n, a in tiny_dense.tensors(tiny_dense.CONFIG).items()}
@@ -502,3 +399,28 @@ def test_a_bfloat16_source_converts(home: Path) -> None:
     assert main(["convert", str(source), "-o", str(home / "from-bf16"), *arguments(home, home)[4:]]) == 0
     limit = kl(converted(home, "m-rtn", "--method", "rtn", "--w-bit", "3"), logits(home / "dense"))
     assert kl(home / "from-bf16", logits(source)) < limit
+
+
+def test_without_a_terminal_each_line_says_how_long_the_rest_takes(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer takes ten seconds by this clock, one that an interrupted run had done takes none."""
+    from tinychat_mlx.apps.convert import Screen
+    from tinychat_mlx.awq.layer import SiteReport
+    from tinychat_mlx.awq.stream import Progress
+
+    seconds = [100.0]
+    monkeypatch.setattr("tinychat_mlx.apps.convert.time.perf_counter", lambda: seconds[0])
+    screen, site = Screen(quiet=False), (SiteReport("o_in", ("o",), 2e-3, 1e-3, 0.5, False),)
+    screen.show(Progress("layers", 1, 10, "kept", site))
+    screen.show(Progress("layers", 1, 10))
+    for done in (2, 3):
+        seconds[0] += 10
+        screen.show(Progress("layers", done, 10, "", site))
+    lines = capsys.readouterr().err.splitlines()
+    assert ["left" in line for line in lines] == [False, True, True]
+    assert lines[1].endswith(", 80 s left") and lines[2].endswith(", 70 s left")
+    screen.show(Progress("calibrate", 1, 100))
+    seconds[0] += 49
+    screen.show(Progress("calibrate", 50, 100))
+    assert capsys.readouterr().err.splitlines() == ["calibrate 50%, 50 s left"]

@@ -13,16 +13,20 @@ import tinychat_mlx
 from tinychat_mlx.arch import ARCHITECTURES
 from tinychat_mlx.awq.convert import Result, convert
 from tinychat_mlx.awq.settings import Settings
+from tinychat_mlx.backend import Backend
 from tinychat_mlx.backends.reference import ReferenceBackend
 from tinychat_mlx.checkpoint import Checkpoint
+from tinychat_mlx.loading import create
 
 MIXTURES = sorted(name for name, (kind, _) in VARIANTS.items() if ARCHITECTURES[kind].moe)
 
 
-def converted(variant: str, root: Path, target: Path, tokens: int = 256, **settings: Any) -> Result:
+def converted(
+    variant: str, root: Path, target: Path, tokens: int = 256, make: Any = ReferenceBackend, **settings: Any
+) -> Result:
     ids = np.random.default_rng(3).integers(3, 97, tokens).astype(np.int32)
     source = Checkpoint.open(tiny(variant, root).folder)
-    return convert(source, target, Settings(group_size=32, **settings), ReferenceBackend, lambda *_: ids)
+    return convert(source, target, Settings(group_size=32, **settings), make, lambda *_: ids)
 
 
 def off(folder: Path, variant: str, root: Path) -> float:
@@ -45,4 +49,21 @@ def test_eight_bits_hardly_move_the_logits(variant: str, tiny_root: Path, tmp_pa
 @pytest.mark.parametrize("variant", MIXTURES)
 def test_every_method_converts_mixtures(variant: str, method: str, tiny_root: Path, tmp_path: Path) -> None:
     converted(variant, tiny_root, tmp_path / "out", method=method, w_bit=8)
+    assert off(tmp_path / "out", variant, tiny_root) < 0.02
+
+
+@pytest.mark.parametrize("variant", ["llama-tied", "gemma2", "opt", "qwen2_moe"])
+def test_every_backend_converts(
+    variant: str, backend_name: str, backend: Backend, tiny_root: Path, tmp_path: Path
+) -> None:
+    """Dense layers, windows, learned positions, experts: exact for the float model, as it runs for the codes."""
+    made = []
+
+    def make(exact: bool) -> Backend:
+        made.append(backend if exact else create(backend_name, False, 2))
+        return made[-1]
+
+    result = converted(variant, tiny_root, tmp_path / "out", make=make, method="awq+", w_bit=8)
+    assert [b.name for b in made] == [backend_name] * 2
+    assert all(site.error < 1e-3 for layer in result.layers for site in layer)
     assert off(tmp_path / "out", variant, tiny_root) < 0.02

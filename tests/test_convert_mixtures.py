@@ -80,11 +80,7 @@ def test_mlx_lm_reads_the_folder_and_gives_our_logits(variant: str, tiny_root: P
     mx = pytest.importorskip("mlx.core", reason="MLX is not installed")
     utils = pytest.importorskip("mlx_lm.utils", reason="mlx-lm is not installed")
     converted(variant, tiny_root, tmp_path / "out", method="awq")
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    # transformers 5, which made the tiny model, spells these keys as mlx-lm does not read them
-    older = {"num_experts": config.get("num_experts", config.get("num_local_experts"))}
-    older["rope_theta"] = config["rope_parameters"]["rope_theta"]
-    model, _ = utils.load_model(tmp_path / "out", model_config=older)
+    model, _ = utils.load_model(tmp_path / "out")
     model.set_dtype(mx.float32)
     theirs, ours = np.array(model(mx.array([SOME]))[0]), logits(tmp_path / "out")
     # The same codes, scales and biases; sums of at most 100 products in another order, through four layers.

@@ -16,7 +16,7 @@ from tinychat_mlx import limits
 from tinychat_mlx.apps import fit
 from tinychat_mlx.apps.cli import main
 from tinychat_mlx.apps.models import facts
-from tinychat_mlx.awq import needs
+from tinychat_mlx.awq import needs, sizes
 from tinychat_mlx.awq.convert import convert
 from tinychat_mlx.awq.settings import Settings
 from tinychat_mlx.backends.cpu import CpuBackend
@@ -204,7 +204,7 @@ def test_a_file_of_text_is_named_where_writing_it_takes_the_memory(monkeypatch: 
     source = Checkpoint.open(DENSE)
     config = parse_config(source.config)
     deep = replace(config, num_hidden_layers=4000, window=config.window * 1000)
-    monkeypatch.setattr(needs, "kinds", lambda config: {0: config.num_hidden_layers})
+    monkeypatch.setattr(sizes, "kinds", lambda config: {0: config.num_hidden_layers})
     assert "--calib FILE" in needs.smaller(deep, source, Settings())
     assert not needs.smaller(deep, source, Settings(calib="text.txt"))
     assert not needs.smaller(deep, source, Settings(method="rtn"))

@@ -235,8 +235,8 @@ def inexportable(kind: str) -> Packed:
         biases[row, group] = -16 * scales[row, group]
     elif kind == "zero -1":
         biases[row, group] = scales[row, group]
-    elif kind == "scale not float16":
-        scales[row, group] = np.float32(1 / 3)
+    elif kind == "scale finer than float16":  # 2^-24 or 2^-23
+        scales[row, group] = np.float32(1.4 * 2**-24)
         biases[row, group] = -3 * scales[row, group]
     elif kind == "scale 0 with a bias":
         scales[row, group], biases[row, group] = 0, -0.3
@@ -251,7 +251,7 @@ KINDS = [
     "half a zero",
     "zero 16",
     "zero -1",
-    "scale not float16",
+    "scale finer than float16",
     "scale 0 with a bias",
     "scale over float16",
     "NaN",

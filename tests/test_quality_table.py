@@ -36,15 +36,24 @@ def test_the_table_holds_what_eval_measures(home: Path, capsys: pytest.CaptureFi
     assert table.main([*arguments(home), *more]) == 0
     out = capsys.readouterr()
     lines, found = out.out.splitlines(), json.loads(out.out.splitlines()[-1])
-    rows = {(c[1], c[2]): c for c in map(cells, lines[3:8])}
+    whole = lines.index("") + 1
+    rows = {(c[1], c[2]): c for c in map(cells, lines[whole + 3 : whole + 8])}
     calibs = [(m, c) for m in ("awq", "awq+") for c in ("calib.jsonl", "self")]
     assert list(rows) == [("rtn", "none"), *calibs]
     assert "[9/9]" in out.err and "min left" in out.err
-    assert float(rows["awq+", "calib.jsonl"][5]) < 0.9 and rows["rtn", "none"][5] == "1.00"
+    share, error = map(float, rows["awq+", "calib.jsonl"][5].split(" ± "))
+    assert share < 0.9 and 0 < error < 0.1 and rows["rtn", "none"][5] == "1.000"
     assert [len(r["seeds"]) for r in found] == [1, 2, 2, 2, 2]
     seeds = found[3]["seeds"]
     assert seeds[0]["kl_mean"] != seeds[1]["kl_mean"] and all(s["forwards"] > 0 for s in seeds)
     assert rows["awq+", "calib.jsonl"][4] == f"{(seeds[0]['kl_mean'] + seeds[1]['kl_mean']) / 2:.5f}"
+
+    short = [cells(line) for line in lines[:4]]
+    assert short[0] == ["bits", "rtn", "awq, real text", "awq, self", "awq+, real text", "awq+, self"]
+    assert short[2][:2] == ["3", f"{float(rows['rtn', 'none'][4]):#.3g}"] and short[3][0] == "forward passes"
+    kl, ratio = short[2][4].split(" (")
+    assert float(kl) == pytest.approx(float(rows["awq+", "calib.jsonl"][4]), rel=5e-3)  # three digits
+    assert ratio == f"{share:.2f} ± {error:.2f} ×)" and short[3][4] == rows["awq+", "calib.jsonl"][9]
 
     small = home / "small"
     args = ["--method", "awq+", "--w-bit", "3", "--group-size", "32", "--calib", str(home / "calib.jsonl")]

@@ -195,13 +195,14 @@ def _convert(ref: hub.Ref, folder: Path, settings: Settings, options: Options, s
     from tinychat_mlx.apps.convert import Screen
     from tinychat_mlx.awq.calibrate import calibration_ids
     from tinychat_mlx.awq.convert import convert
+    from tinychat_mlx.awq.threads import limited
     from tinychat_mlx.checkpoint import Checkpoint
 
     target = conversion(ref)
     target.parent.mkdir(parents=True, exist_ok=True)
     screen = Screen(quiet=False)
     try:
-        with screen.bar:
+        with screen.bar, limited(options.get("threads")):
             made = convert(
                 Checkpoint.open(folder), target, settings, lambda exact: _backend(options, exact), calibration_ids,
                 lambda p: screen.show(replace(p, layer=(), note="")), resume=True,

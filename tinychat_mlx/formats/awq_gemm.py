@@ -16,7 +16,7 @@ from tinychat_mlx.formats import nibbles
 from tinychat_mlx.formats.mlx import float_entry
 from tinychat_mlx.formats.stored import Stored, biases_of
 from tinychat_mlx.tensorfile import Entry, entry
-from tinychat_mlx.weight import Array, Packed
+from tinychat_mlx.weight import F32, Array, Packed
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -78,32 +78,59 @@ def awq_entries(packed: Packed, dtype: str = "F16") -> list[Entry]:
 def with_zeros(packed: Packed) -> tuple[nibbles.Words, nibbles.Codes, Array]:
     """-> qweight, zeros (N, K/G) uint8, scales (N, K/G) float16 > 0, with w = (q - zero) * scale.
 
-    zero = -bias / scale must be a whole number of 0..15, to 1e-3, or the bias its product rounded to the
-    float16 it is stored in (which moves the quotient by up to 15 / 2048). A negative scale is turned
-    round: q -> 15 - q, zero -> 15 - zero. Raises FormatError.
+    A negative scale is turned round: q -> 15 - q, zero -> 15 - zero. Raises FormatError where a zero point is no
+    whole number of 0..15, or more than the rounding of scale and bias as stored would have to be undone.
     """
-    scales, biases = packed.scales.astype(np.float32), packed.biases.astype(np.float32)
-    with np.errstate(all="ignore"):
-        quotient = np.where(scales == 0, -biases, -biases / scales)  # scale 0: only weights 0 can be said
-        zeros = np.rint(quotient)
-        whole = np.abs(quotient - zeros) <= 1e-3
-        if packed.biases.dtype == np.float16:
-            whole |= (-zeros * scales).astype(np.float16) == packed.biases
-        half = scales.astype(np.float16)
-    bad = ~(whole & (zeros >= 0) & (zeros <= 15) & (half == scales))
+    zeros, scales, off = _nearest(packed)
+    bad = ~((off <= _allowed(packed)) & (zeros >= 0) & (zeros <= 15))
     if bad.any():
         row, group = np.argwhere(bad)[0]
+        scale, bias = packed.scales[row, group], packed.biases[row, group]
         raise _not_awq(
             packed,
-            f"row {row}, group {group} has scale {scales[row, group]:g} and bias {biases[row, group]:g}: "
+            f"row {row}, group {group} has scale {scale:g} and bias {bias:g}: "
             "not a float16 scale with a zero point of 0..15",
         )
     flip = scales < 0
     if not flip.any():
-        return packed.qweight, zeros.astype(np.uint8), half
+        return packed.qweight, zeros.astype(np.uint8), scales
     ones = np.where(flip, np.uint32(0xFFFFFFFF), np.uint32(0))[..., None]  # 15 - q is q with its bits turned
     qweight = (packed.qweight.reshape(*flip.shape, -1) ^ ones).reshape(packed.qweight.shape)
-    return qweight, np.where(flip, 15 - zeros, zeros).astype(np.uint8), np.abs(half)
+    return qweight, np.where(flip, 15 - zeros, zeros).astype(np.uint8), np.abs(scales)
+
+
+def moved(packed: Packed) -> float:
+    """By how much of a step between codes a weight moves at most, where `awq_entries` writes it."""
+    return float(_nearest(packed)[2].max(initial=0))
+
+
+def _nearest(packed: Packed) -> tuple[F32, Array, F32]:
+    """-> zero points, float16 scales, and of each group how far a weight moves at most, in steps."""
+    scales, biases = packed.scales.astype(np.float32), packed.biases.astype(np.float32)
+    with np.errstate(all="ignore"):
+        zeros = np.rint(
+            np.where(scales == 0, -biases, -biases / scales)
+        )  # scale 0: only weights 0 can be said
+        half = scales.astype(np.float16)
+        wide = half.astype(np.float32)
+        # Between codes a weight moves in proportion: code 0 and code 15 move most.
+        ends = np.maximum(
+            np.abs(-zeros * wide - biases), np.abs(15 * (wide - scales) - zeros * wide - biases)
+        )
+        off: F32 = np.where(ends == 0, np.float32(0), ends / np.abs(scales))
+    return zeros, half, off
+
+
+def _allowed(packed: Packed) -> float:
+    """The most that rounding can have moved a weight, in steps: scale and bias by half a unit in the last place each.
+
+    bias / scale is at most 15, and so is the code. Numbers whose float32 ends in 16 zeros were bfloat16.
+    """
+    unit = 2.0**-11
+    if packed.scales.dtype == packed.biases.dtype == np.float32:
+        words = (np.ascontiguousarray(a).view(np.uint32) for a in (packed.scales, packed.biases))
+        unit = 2.0**-11 if any((a & 0xFFFF).any() for a in words) else 2.0**-8
+    return 15 * 2 * unit
 
 
 def _not_awq(packed: Packed, what: str) -> FormatError:

@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tinychat_mlx.errors import FormatError
 from tinychat_mlx.formats.stored import FLOATS, Stored
 from tinychat_mlx.tensorfile import Entry, entry
 from tinychat_mlx.weight import Array, Dense, Packed, Weight, to_float32
 
 BITS = (3, 4, 8)
 GROUPS = (32, 64, 128)
+PIECE = 1 << 22  # numbers made float16 at once
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,26 @@ def mlx_entries(weight: Weight, dtype: str = "F16") -> list[Entry]:
 
 
 def float_entry(name: str, array: Array, dtype: str) -> Entry:
-    """A float array rounded to F16, BF16 or F32."""
-    if dtype != "BF16":
-        return entry(name, array.astype({"F16": np.float16, "F32": np.float32}[dtype], copy=False))
-    return entry(name, to_bfloat16(to_float32(array)), "BF16")
+    """A float array rounded to F16, BF16 or F32. Raises FormatError for a number too large for F16."""
+    if dtype == "BF16":
+        return entry(name, to_bfloat16(to_float32(array)), "BF16")
+    return entry(name, half(name, array) if dtype == "F16" else to_float32(array))
+
+
+def half(name: str, array: Array) -> Array:
+    """Floats, bfloat16 as bits -> float16's nearest. Raises FormatError for what float16 cannot hold."""
+    if array.dtype == np.float16:
+        return array
+    out, flat = np.empty(array.size, np.float16), array.reshape(-1)
+    for at in range(0, out.size, PIECE):  # so that a large matrix is never whole in float32
+        with np.errstate(over="ignore"):
+            out[at : at + PIECE] = to_float32(flat[at : at + PIECE])
+    if (out.view(np.uint16) & 0x7FFF).max(initial=0) >= 0x7C00:  # all bits of the exponent: infinite, or NaN
+        raise FormatError(
+            f"{name}: has numbers beyond 65504, the largest of float16, in which results are stored — "
+            "take another upload of the model"
+        )
+    return out.reshape(array.shape)
 
 
 def to_bfloat16(a: Array) -> Array:

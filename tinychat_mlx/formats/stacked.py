@@ -14,7 +14,7 @@ from tinychat_mlx.tensorfile import Entry
 from tinychat_mlx.weight import Array
 
 _STACK = re.compile(r"(.+)\.switch_mlp\.(gate_proj|up_proj|down_proj)\.(\w+)")
-_EXPERT = re.compile(r"(.+)\.experts\.\d+\.(\w+)\.(\w+)")
+_EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)")
 _MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
 
@@ -63,15 +63,23 @@ def unstacked(files: dict[str, File]) -> Iterator[tuple[str, File]]:
             yield f"{block}.experts.{expert}.{role}.{suffix}", ExpertFile(file, name, expert)
 
 
+def stack_of(module: str) -> tuple[str, int] | None:
+    """An expert's linear, by its Hugging Face name -> MLX's name of the stack that holds it, its place there."""
+    match = _EXPERT.fullmatch(module)
+    if match is None:
+        return None
+    block, expert, role = match.groups()
+    role = {theirs: ours for ours, theirs in _MIXTRAL.items()}.get(role, role)
+    return f"{block}.switch_mlp.{role}", int(expert)
+
+
 def stack(experts: Sequence[Entry]) -> Entry:
     """One tensor of every expert, in their order -> MLX's stacked tensor (E, …), made when it is written."""
-    first = experts[0]
-    match = _EXPERT.fullmatch(first.name)
-    assert match is not None, first.name
-    block, role, suffix = match.groups()
-    role = {theirs: ours for ours, theirs in _MIXTRAL.items()}.get(role, role)
-    shape = (len(experts), *first.shape)
-    return Entry(f"{block}.switch_mlp.{role}.{suffix}", first.dtype, shape, partial(_stacked, experts))
+    module, _, suffix = experts[0].name.rpartition(".")
+    found = stack_of(module)
+    assert found is not None, experts[0].name
+    shape = (len(experts), *experts[0].shape)
+    return Entry(f"{found[0]}.{suffix}", experts[0].dtype, shape, partial(_stacked, experts))
 
 
 def _stacked(experts: Sequence[Entry]) -> Array:

@@ -14,6 +14,7 @@ from tinychat_mlx.hub.cache import (
     is_whole,
     parse,
     repo_folder,
+    repo_of,
     shards_of,
 )
 from tinychat_mlx.hub.fetch import Watch, check_room, fetch
@@ -40,6 +41,7 @@ __all__ = [
     "read_header",
     "read_json",
     "repo_folder",
+    "repo_of",
     "shards_of",
 ]  # fmt: skip
 

@@ -47,6 +47,13 @@ def repo_folder(repo: str) -> Path:
     return hub_cache() / f"models--{repo.replace('/', '--')}"
 
 
+def repo_of(folder: Path) -> str | None:
+    """ORG/NAME of a snapshot, wherever its cache lies; None for any other folder."""
+    snapshots = folder.resolve().parent
+    found = re.fullmatch(r"models--(.+?)--(.+)", snapshots.parent.name)
+    return f"{found[1]}/{found[2]}" if found and snapshots.name == "snapshots" else None
+
+
 def is_offline() -> bool:
     """Whether the environment forbids asking the hub, by huggingface_hub's own rule."""
     said = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
