@@ -56,6 +56,7 @@ NOT_RUN = {  # how a command begins -> why it is not run here
     "pip install": "needs a network",
     "make ": "sets up a virtual environment from a network; `make -n` is run",
     "tinychat bench --shape llama-3.2-1b --head int4 --against": "needs packages that the tests have not",
+    "tinychat bench --shape llama-3.2-1b --kernels": "needs a Mac",
 }
 APPENDED = {  # to a command that would take more than seconds, ask, or say nothing: the last of two values counts
     ". .venv/bin/activate": "&& command -v tinychat",

@@ -17,6 +17,7 @@ from tinychat_mlx.generate import PREFILL_ROWS
 from tinychat_mlx.loading import capacity_of
 
 GREEDY = Choice()
+COUNTED = 32  # tokens of which a head's tiles are counted
 COLD = 256 << 20  # bytes of weights that a round of products reads: more than caches hold
 
 
@@ -127,12 +128,26 @@ class Subject:
         return round(weights - self._head_left_out() + self._kv_bytes(self.depth + (self.tg + 1) / 2))
 
     def _head_left_out(self) -> float:
-        """Bytes of the head that a decoded token did not read: the cpu backend takes its lower halves where it must."""
+        """Bytes of the head that a decoded token did not read: cpu and mlx take its lower halves where they must."""
         head = self.decoder.head
+        if left_out := getattr(head, "left_out", None):
+            return float(left_out(self._share()))
         if not self._tiles:
             return 0.0
         tiles, lower = -(-head.shape[0] // 16), head.shape[0] * head.shape[1] / 2
         return float(lower - self._tiles / self._steps / tiles * head.data.nbytes)  # type: ignore[attr-defined]
+
+    def _share(self) -> float:
+        """The share of the head's tiles that are read whole on mlx: counted apart, as counting waits for the device."""
+        decoder, backend = self.decoder, self.decoder.backend
+        shortlist = backend.kernels.shortlist  # type: ignore[attr-defined]
+        tally: list[Any] = []
+        shortlist.tally = tally
+        self._prompt.rewind(0)
+        for at in range(0, min(self.pp, 2 * COUNTED) - 1, 2):
+            decoder.forward(self.ids[at : at + 2], self._prompt, choice=GREEDY)
+        shortlist.tally = None
+        return float(np.mean([backend.to_host(share) for share in tally]))
 
     def _kv_bytes(self, tokens: float) -> float:
         """Of a cache as each layer sees it, its window no further."""
@@ -162,7 +177,7 @@ class Subject:
         else:  # the device draws, one step ahead of the host: generate.tokens_ahead
             token = backend.ids(self.ids[:1])
             for _ in range(self.tg):
-                following = draw(decoder.advance(token, cache))
+                following = draw(decoder.advance(token, cache, GREEDY))
                 backend.to_host(token)
                 token = following
             backend.to_host(token)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from tinychat_mlx.apps.doctor.finding import NOTE, OK, Finding, Section
@@ -49,12 +50,15 @@ def _expected(backend: str, bandwidth: float, peak: float | None, free: int) -> 
     """tokens/s at most, of int4 models with an int8 head that `tinychat convert` made."""
     from tinychat_mlx.backends.mlx import cost  # computes on paper; imports no MLX
 
+    form = replace(
+        cost.OURS[8], shortlist=None
+    )  # every weight, as they must fit, and all of them may be read
     rows: list[dict[str, Any]] = []
     for name in SIZES:
         shape = cost.SHAPES[name]
         weights = shape.num_hidden_layers * sum(n * k for n, k in shape.linears)
-        saved = weights * CPU_SAVES / cost.OURS[8].group_size / 8 if backend == "cpu" else 0
-        nbytes = round(cost.bytes_per_token(shape, cost.OURS[8]) - saved)
+        saved = weights * CPU_SAVES / form.group_size / 8 if backend == "cpu" else 0
+        nbytes = round(cost.bytes_per_token(shape, form) - saved)
         prompt = peak / (2 * weights) if peak else None
         rows.append({"model": name, "bytes_per_token": nbytes, "tok_s": bandwidth / nbytes,
                      "prompt_tok_s": prompt, "fits": nbytes < free})  # fmt: skip

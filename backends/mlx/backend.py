@@ -17,6 +17,7 @@ from tinychat_mlx.backend import (
     Backend,
     Cache,
     CacheShape,
+    Choice,
     Device,
     Memory,
     Mlp,
@@ -45,9 +46,11 @@ from tinychat_mlx.backends.mlx.device import GB, MB, choose_dtype, find_chip, mx
 from tinychat_mlx.backends.mlx.experts import Experts, mixture, pack_experts
 from tinychat_mlx.backends.mlx.flight import Flight
 from tinychat_mlx.backends.mlx.fused import Kernels
-from tinychat_mlx.backends.mlx.weights import nbytes_of, pack
+from tinychat_mlx.backends.mlx.halves import halved, key_of, suits
+from tinychat_mlx.backends.mlx.head import OnDevice, array_of
+from tinychat_mlx.backends.mlx.weights import GROUPS, ends_of, nbytes_of, pack
 from tinychat_mlx.errors import BackendError
-from tinychat_mlx.weight import F32, Weight
+from tinychat_mlx.weight import F32, Joined, Packed, Weight
 
 SCRATCH = 256 * MB  # left free beside weights and caches: activations of a prefill piece
 
@@ -83,6 +86,7 @@ class MlxBackend(Backend):
         self._thread, self._lock = 0, threading.Lock()
         self._caches: weakref.WeakSet[MlxCache] = weakref.WeakSet()
         self._flight = Flight(self.evaluating)
+        self._halves = False  # a head is kept in halves: a step obeys the choice it is for
         self._routes_on_host = False  # experts of mixed forms: such a step cannot be captured
         self._made: dict[tuple[int, str], tuple[Any, Any]] = {}
         self._fused: dict[str, Callable[..., Any]] = {}
@@ -149,7 +153,19 @@ class MlxBackend(Backend):
         self.enter()
         self.check_weights(weight.name, self.weight_bytes(weight))
         with self.evaluating():
-            return pack(weight, self.dtype, self.chip.metal)
+            if not isinstance(weight, Packed) or not self._halves_pay(weight):
+                return pack(weight, self.dtype, self.chip.metal)
+            self._halves = True
+            ends = ends_of([weight], self.dtype, self.chip.metal)
+            return halved(weight.name, weight.qweight, *ends, self._fuse)
+
+    def _halves_pay(self, weight: Packed) -> bool:
+        """Whether it may be a head, whose kernels were chosen. What is joined is none; the embedding is, where it is tied."""
+        if self.kernels is None or isinstance(weight, Joined):
+            return False
+        if not suits(weight.shape, weight.w_bit, weight.bias is not None):
+            return False
+        return self.kernels.takes(key_of(weight.shape, min(weight.group_size, GROUPS[-1]), self.dtype))
 
     def check_weights(self, name: str, nbytes: int) -> None:
         """Raises BackendError where nbytes more, of `name`, are too many."""
@@ -285,6 +301,13 @@ class MlxBackend(Backend):
         y = None if self.kernels is None else self.kernels.product(x, w, norm)
         return super().norm_linear(x, norm, w) if y is None else y
 
+    def head(self, x: Tensor, norm: Norm, w: Any, choice: Choice | None = None) -> Tensor:
+        y = None
+        if self.kernels is not None and x.shape[0] == 1:
+            folds = norm.kind == "rms"
+            y = self.kernels.head(x if folds else self.norm(x, norm), w, norm if folds else None, choice)
+        return super().head(x, norm, w, choice) if y is None else y
+
     def linear_add(self, x: Tensor, w: Any, residual: Tensor) -> Tensor:
         y = None if self.kernels is None else self.kernels.product(x, w, residual=residual)
         return super().linear_add(x, w, residual) if y is None else y
@@ -315,20 +338,26 @@ class MlxBackend(Backend):
 
     # whole steps ----------------------------------------------------------------------------------
     def capture(self, fn: StepFn) -> StepFn:
-        """Through mx.compile: one program for each span of keys, with the position as an input."""
+        """Through mx.compile: one program for each span of keys, with the position as an input.
+
+        And, if a head obeys it, one for a choice, whose numbers are an input, and one for none.
+        """
         if not self.compiled or self._routes_on_host:
             return fn
-        programs: dict[int, Callable[..., Any]] = {}
+        programs: dict[tuple[int, bool], Callable[..., Any]] = {}
 
         def run(ids: Tensor, step: Step) -> Tensor:
             cache = step.segments[0].cache
             if step.rows != 1 or type(cache) is not MlxCache:
                 return fn(ids, step)
             self._flight.writing()
-            span = cache.span()
-            if span not in programs:
-                programs[span] = mx.compile(traced(fn, span))
-            y, k, v = programs[span](ids, step.positions, cache.parts["k"], cache.parts["v"])
+            choice = step.choice if self._halves else None
+            form = (cache.span(), choice is not None)
+            if form not in programs:
+                programs[form] = mx.compile(traced(fn, *form))
+            y, k, v = programs[form](
+                ids, step.positions, array_of(choice), cache.parts["k"], cache.parts["v"]
+            )
             cache.parts = {"k": k, "v": v}
             return y
 
@@ -372,15 +401,15 @@ def choose_kv_bits() -> int:
     return int(text)
 
 
-def traced(fn: StepFn, span: int) -> Callable[..., Any]:
-    """fn as a function of arrays alone: ids (1,), position (1,), k, v -> (result, k, v)."""
+def traced(fn: StepFn, span: int, chosen: bool) -> Callable[..., Any]:
+    """fn as a function of arrays alone: ids (1,), position (1,), choice (2,), k, v -> (result, k, v)."""
 
     def program(
-        ids: Tensor, position: Tensor, k: list[Any], v: list[Any]
+        ids: Tensor, position: Tensor, given: Tensor, k: list[Any], v: list[Any]
     ) -> tuple[Tensor, list[Any], list[Any]]:
         _, kv_heads, _, head = k[0].shape
         cache = TracedCache(CacheShape(len(k), kv_heads, head), span, position, k, v)
-        y = fn(ids, Step((Segment(cache, 1),), position))
+        y = fn(ids, Step((Segment(cache, 1),), position, OnDevice(given=given) if chosen else None))
         return y, cache.k, cache.v
 
     return program

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from tinychat_mlx.backend import Norm
-from tinychat_mlx.backends.mlx import winners
+from tinychat_mlx.backend import Choice, Norm
+from tinychat_mlx.backends.mlx import halves, winners
 from tinychat_mlx.backends.mlx.activations import glu_of
 from tinychat_mlx.backends.mlx.backend import MlxBackend
 from tinychat_mlx.backends.mlx.device import MB, Chip, find_chip, mx
@@ -43,6 +43,7 @@ class Trial:
     act: str | None
     bias: bool
     residual: Any  # its dtype, or None
+    head: bool = False  # a token is chosen from it: ours is the head in halves, stock the product of 8 bits
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,13 @@ class Listener(Kernels):
     def __init__(self) -> None:
         super().__init__(lambda key: False)
         self.heard: dict[str, Trial] = {}
+
+    def head(self, x: Any, w: Any, norm: Norm | None, choice: Choice | None) -> None:
+        packed = isinstance(w, PackedHandle) and halves.suits(w.shape, w.bits, w.bias is not None)
+        if packed or isinstance(w, halves.HalvedHandle):
+            key = halves.key_of(w.shape, w.group_size, w.scales.dtype)
+            self.heard[key] = Trial(w.shape[0], w.shape[1], 8, w.group_size, w.scales.dtype, 1, x.dtype, norm is not None,
+                                                 None, False, None, head=True)  # fmt: skip
 
     def product(
         self, x: Any, w: MlxHandle, norm: Norm | None = None, act: str | None = None, residual: Any = None
@@ -125,24 +133,34 @@ def measure(trial: Trial, kernels: Kernels) -> Result:
     x = mx.random.normal((t.rows, t.k)).astype(t.x)
     residual = None if t.residual is None else mx.random.normal((t.rows, t.n)).astype(t.residual)
     one = weight(t)
-    copies = [one, *(weight(t) for _ in range(COLD // one.w.nbytes))]
+    copies: list[Any] = [one, *(weight(t) for _ in range(COLD // one.w.nbytes))]
+    ours_of = [halves.halved("", w.w, w.scales, w.biases, compiled) for w in copies] if t.head else copies
+    weights = {True: ours_of, False: copies}
     mx.eval(x, residual)
     # as the backend has it: one kernel
     glu = None if t.act is None else mx.compile(glu_of(t.act), shapeless=True)
 
-    def theirs(x: Any, w: PackedHandle, residual: Any) -> Any:
+    def theirs(x: Any, w: Any, residual: Any) -> Any:
         return stock(x, w, norm, t.act, residual, glu)
 
-    def ours(x: Any, w: PackedHandle, residual: Any) -> Any:
+    def ours(x: Any, w: Any, residual: Any) -> Any:
+        if t.head:
+            return kernels.head(x, w, norm, Choice())
         return kernels.launch(x, w, norm, t.act, residual)
 
     times: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(ROUNDS + 1):  # in turn, so that heat and other programs meet both; the first compiles
         for mine, product in ((True, ours), (False, theirs)):
-            times[mine].append(seconds(product, x, residual, copies))
+            times[mine].append(seconds(product, x, residual, weights[mine]))
     key = key_of(kind_of(t.rows, norm, t.act), t.rows, one, residual is not None)
+    if t.head:
+        key = halves.key_of(one.shape, t.group_size, t.dtype)
     us, stock_us = (1e6 * statistics.median(times[mine][1:]) for mine in (True, False))
     return Result(key, us, stock_us)
+
+
+def compiled(name: str, f: Callable[..., Any]) -> Callable[..., Any]:
+    return mx.compile(f, shapeless=True)  # type: ignore[no-any-return]
 
 
 def weight(t: Trial) -> PackedHandle:
@@ -159,9 +177,7 @@ def weight(t: Trial) -> PackedHandle:
     return PackedHandle("", (t.n, t.k), words, scales, biases, t.bits, t.group_size, bias)
 
 
-def seconds(
-    product: Callable[[Any, PackedHandle, Any], Any], x: Any, residual: Any, weights: list[PackedHandle]
-) -> float:
+def seconds(product: Callable[[Any, Any, Any], Any], x: Any, residual: Any, weights: list[Any]) -> float:
     """Of one product in a chain, each waiting for the one before as in a decoder: side by side they would overlap."""
     start, first = time.perf_counter(), x
     for w in weights:

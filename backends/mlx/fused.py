@@ -1,7 +1,8 @@
 """Our Metal kernels: when one applies, how it is launched, and the MLX operations it stands for.
 
 All are one text in variants: a packed product of one row (`matvec`) or of 2 to 8 rows (`rows`), with the
-RMSNorm before it (`norm`), the gated activation (`gate_up`), the bias and the residual folded in.
+RMSNorm before it (`norm`), the gated activation (`gate_up`), the bias and the residual folded in. For a head there are
+three of another kind (head.py).
 
 There is none for prefill, on purpose. MLX's qmm_t decodes a 32 x 32 tile of weights for 32 rows of x: about
 4 operations for each of 1024 weights beside 32 · 1024 multiply-adds, 12 %. Tiles of 64 rows would save half
@@ -11,15 +12,15 @@ kernels for the M5's matrix units that ours would keep it from. A gain on paper 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
-from functools import cache
-from importlib.resources import files
 from typing import Any
 
-from tinychat_mlx.backend import Norm
+from tinychat_mlx.backend import Choice, Norm
 from tinychat_mlx.backends.mlx.activations import glu_of
 from tinychat_mlx.backends.mlx.device import mx
+from tinychat_mlx.backends.mlx.halves import HalvedHandle
+from tinychat_mlx.backends.mlx.head import Shortlist
+from tinychat_mlx.backends.mlx.texts import defined, text
 from tinychat_mlx.backends.mlx.weights import MlxHandle, PackedHandle
 
 KINDS = ("matvec", "norm", "gate_up", "rows")
@@ -29,18 +30,6 @@ THREADS, ROWS_A_THREADGROUP = 64, 8  # two SIMD-groups of four rows of W, or of 
 
 Takes = Callable[[str], bool]
 Binary = Callable[[Any, Any], Any]
-
-
-@cache
-def text(name: str) -> str:
-    """A file of kernels/."""
-    return (files("tinychat_mlx.backends.mlx") / "kernels" / f"{name}.metal").read_text(encoding="utf-8")
-
-
-def digest() -> str:
-    """Changes when a kernel does: measurements of another text are worth nothing."""
-    parts = [text(n) for n in ("packed", "begin", "one", "few", "end")]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
 
 
 def kind_of(rows: int, norm: Norm | None, act: str | None) -> str:
@@ -71,6 +60,7 @@ class Kernels:
 
     def __init__(self, takes: Takes) -> None:
         self.takes = takes
+        self.shortlist = Shortlist()
         self._made: dict[tuple[Any, ...], Any] = {}
         self._eps: dict[float, Any] = {}
 
@@ -90,6 +80,13 @@ class Kernels:
         if not self.takes(key_of(kind_of(rows, norm, act), rows, w, residual is not None)):
             return None
         return self.launch(x, w, norm, act, residual)
+
+    def head(self, x: Any, w: Any, norm: Norm | None, choice: Choice | None) -> Any | None:
+        """norm(x) · wᵀ of one row, where a token is to be chosen (head.py), or None: it is a product as any other.
+
+        A weight in halves was made so because its kernels were chosen.
+        """
+        return self.shortlist.logits(x, w, norm, choice) if isinstance(w, HalvedHandle) else None
 
     def launch(self, x: Any, w: PackedHandle, norm: Norm | None, act: str | None, residual: Any) -> Any:
         """As product, unconditionally. x (T, K) with T from 1 to MOST_ROWS -> (T, N), or (T, N / 2) with act.
@@ -133,26 +130,26 @@ class Kernels:
                 "BIAS": int("bias" in given),
                 "RESIDUAL": int("residual" in given),
             }
-            head = "".join(f"#define {name} {value}\n" for name, value in defines.items())
             self._made[variant] = mx.fast.metal_kernel(
                 name="tinychat_" + "_".join(str(v) for v in defines.values()),
                 input_names=["x", "w", "scales", "biases", *given],
                 output_names=["y"],
-                header=head + text("packed"),
+                header=defined(defines) + text("packed"),
                 source=text("begin") + text("one" if rows == 1 else "few") + text("end"),
             )
         return self._made[variant]
 
 
 def stock(
-    x: Any, w: MlxHandle, norm: Norm | None, act: str | None, residual: Any, glu: Binary | None = None
-) -> Any:
+    x: Any, w: MlxHandle | HalvedHandle, norm: Norm | None, act: str | None, residual: Any,
+    glu: Binary | None = None,
+) -> Any:  # fmt: skip
     """What Kernels.launch stands for, in MLX's own operations: its twin in tests and in measurements.
 
     glu: the gated activation, where it is to be another function than that of `act`.
     """
     h = x if norm is None else mx.fast.rms_norm(x, norm.weight.astype(x.dtype), norm.eps)
-    y = w.matmul(h.astype(w.scales.dtype) if isinstance(w, PackedHandle) else h)
+    y = w.matmul(h.astype(w.scales.dtype) if isinstance(w, PackedHandle | HalvedHandle) else h)
     if act is not None:
         half = w.shape[0] // 2
         y = (glu or glu_of(act))(y[:, :half], y[:, half:])

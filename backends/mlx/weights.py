@@ -84,19 +84,25 @@ def pack(weight: Weight, dtype: Any, share: bool = False) -> MlxHandle:
 
 def arrays_of(weights: Sequence[Weight], dtype: Any, share: bool) -> tuple[Any, ...]:
     """Weights of one form and one K, stacked along N -> (w,), or (w, scales, biases). Raises BackendError."""
-    first = weights[0]
-    if isinstance(first, Dense):
+    if isinstance(weights[0], Dense):
         return (stacked([w.w for w in weights if isinstance(w, Dense)], dtype, share),)
     packed = [w for w in weights if isinstance(w, Packed)]
+    parts = [part for w in packed for part in (w.parts if isinstance(w, Joined) else (w,))]
+    scales, biases = ends_of(parts, dtype, share)
+    return stacked([p.qweight for p in parts], mx.uint32, share), scales, biases
+
+
+def ends_of(parts: Sequence[Packed], dtype: Any, share: bool) -> tuple[Any, Any]:
+    """Scales and biases of parts of one form, stacked along N. Raises BackendError for a form that MLX does not know."""
+    first = parts[0]
     group = min(first.group_size, GROUPS[-1])
     if first.w_bit not in BITS or group not in GROUPS or first.group_size % group:
         raise BackendError(
             f"{first.name}: MLX cannot multiply {first.w_bit}-bit weights in groups of {first.group_size} "
             f"(bits {BITS}, groups of 32, 64 or multiples of 128): use --backend cpu, or convert again"
         )
-    parts = [part for w in packed for part in (w.parts if isinstance(w, Joined) else (w,))]
     sides: list[list[Array]] = [[p.scales for p in parts], [p.biases for p in parts]]
     if times := first.group_size // group - 1:  # the same numbers, said once per 128 inputs
         sides = [[np.repeat(a, times + 1, axis=1) for a in side] for side in sides]
-    w = stacked([p.qweight for p in parts], mx.uint32, share)
-    return w, *(stacked(side, dtype, share) for side in sides)
+    scales, biases = (stacked(side, dtype, share) for side in sides)
+    return scales, biases

@@ -9,10 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tinychat_mlx.backends.mlx import head
 from tinychat_mlx.backends.mlx.device import mx
-from tinychat_mlx.backends.mlx.fused import KINDS, Takes, digest
+from tinychat_mlx.backends.mlx.fused import KINDS as PRODUCTS
+from tinychat_mlx.backends.mlx.fused import Takes
+from tinychat_mlx.backends.mlx.texts import digest
 from tinychat_mlx.errors import BackendError
 
+KINDS = (*PRODUCTS, head.KIND)
 SWITCH = "TINYCHAT_MLX_KERNELS"
 CAPTURE = "captured step"  # the key of a measurement of whole steps: through mx.compile, and not
 MARGIN = 0.97  # a kernel must be 3 % faster: two measurements of one thing differ by as much

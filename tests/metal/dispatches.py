@@ -46,8 +46,9 @@ def opaque(name: str) -> Callable[..., Any]:
 
 
 def dequantize(w: Any, scales: Any, biases: Any, **options: Any) -> Any:
-    """As mx.dequantize of 4 bits, by shape."""
-    wide = mx.broadcast_to(mx.expand_dims(w, -1), (*w.shape, 8)).reshape(*w.shape[:-1], -1)
+    """As mx.dequantize, by shape."""
+    codes = 32 // options["bits"]  # of a word
+    wide = mx.broadcast_to(mx.expand_dims(w, -1), (*w.shape, codes)).reshape(*w.shape[:-1], -1)
     return opaque("dequantize")(mx.view(wide, mx.uint32), scales, biases, dtype=scales.dtype)
 
 

@@ -101,6 +101,7 @@ MAKE(float) MAKE(half) MAKE(uint) MAKE(int) MAKE(ulong)
   }
   float rsqrt(float);
   float sqrt(float);
+  float abs(float);
 
   template <class T, int R, int C>
   struct simdgroup_matrix {};

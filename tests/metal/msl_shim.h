@@ -141,6 +141,9 @@ SHIM_VEC_NAMES(ushort) SHIM_VEC_NAMES(short) SHIM_VEC_NAMES(ulong) SHIM_VEC_NAME
   inline float sqrt(float x) {
     return std::sqrt(x);
   }
+  inline float abs(float x) {
+    return std::fabs(x);
+  }
   namespace fast {
   inline float exp(float x) {
     return std::exp(x);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from tiny_models import tiny
 from tinychat_mlx.apps.bench import mac
 from tinychat_mlx.apps.bench.measure import Plan
 from tinychat_mlx.apps.doctor import devices, probe
-from tinychat_mlx.backends.mlx import MlxBackend, bench, fused, winners
+from tinychat_mlx.backends.mlx import MlxBackend, bench, fused, halves, winners
 from tinychat_mlx.backends.mlx.device import find_chip
+from tinychat_mlx.backends.mlx.weights import PackedHandle
 from tinychat_mlx.errors import BackendError
 
 
@@ -158,6 +160,55 @@ def test_the_command_measures_keeps_and_says_the_winners(
     assert StandIn.opened_with == [("ours", "tiny", "1"), ("ours", "tiny", "0")]
     assert made["kept_in"].endswith("k.json") and len(winners.measured("Apple M1")) == len(keys) + 1
     assert winners.captures("Apple M1") and not winners.captures("Apple M2")
+
+
+@pytest.fixture
+def small_heads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Heads of 1024 rows are large enough; and mx.compile on a CPU starts a C++ compiler for each fused kernel."""
+    if CXX is None:
+        absent("no g++ or clang++ with _Float16, or a Mac")
+    monkeypatch.setattr(halves, "LEAST_ROWS", 1024)
+    monkeypatch.setenv("TINYCHAT_MLX_DTYPE", "float32")
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+def test_a_head_of_8_bits_is_measured_in_halves(
+    m1: None, small_heads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the stock product; where it wins, the next model's head is kept so, and measured so again."""
+    for name, value in {"COLD": 0, "ROUNDS": 1, "ROWS": (1, 3)}.items():
+        monkeypatch.setattr(bench, name, value)
+    key, options = "head 1024x256 int8 g128 float32", {"backend": "mlx", "shape": "tiny"}
+    (trial,) = (t for t in mac.products(options) if t.head)
+    assert (trial.n, trial.k, trial.bits, trial.rows, trial.norm) == (1024, 256, 8, 1, True)
+    with emulated_metal() as calls:
+        result = bench.measure(trial, fused.Kernels(lambda key: True))
+    assert result.key == key and result.ours_us > 0 and result.stock_us > 0
+    assert sorted(name.split("_")[1] for name in calls) == ["least", "lower", "upper"]
+    assert set(calls.values()) == {2}  # a round to compile, and one that counts
+    for ours, kept_as in ((2.0, PackedHandle), (1.0, halves.HalvedHandle)):
+        winners.save("Apple M1", {key: (ours, 2.0)})
+        head = mac.Subject(**options, pp=2, tg=1, depth=0).decoder.head
+        assert isinstance(head, kept_as)
+    assert trial in mac.products(options)
+
+
+def test_bytes_a_token_are_those_of_the_tiles_that_were_read(
+    m1: None, small_heads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tiny: 256 tiles of 4 rows of 256 inputs, in groups of 128, all in float32 but the codes."""
+    n, k, ends, made = 1024, 256, 1024 * 2 * 4, {}
+    for kernels in ("off", "head"):
+        monkeypatch.setenv(winners.SWITCH, kernels)
+        with emulated_metal() as calls:
+            subject = mac.Subject(shape="tiny", backend="mlx", pp=8, tg=2, depth=0)
+            made[kernels] = subject.bytes_per_token()
+        assert calls.total() == (0 if kernels == "off" else 3 * 4)  # two of eight tokens at a time
+    # halves of the codes stay, and some tiles' others with their scales; 15 bytes a row are handed on
+    tiles = (made["head"] - made["off"] + n * k / 2 - 15 * n) / ((n * k / 2 + ends) / 256)
+    assert 1 <= tiles < 64 and abs(4 * tiles - round(4 * tiles)) < 0.01, "a mean of four"
 
 
 def test_doctor_shows_what_won(m1: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,8 @@
 // Words are loaded several at once as packed vectors, which need no more than a word's alignment: a weight that
 // lies in a mapped file begins where that file put it.
 //
-// The launcher defines BITS, ROWS, NORM, GLU, ACT, BIAS and RESIDUAL above this text; G and T are templates.
+// The launcher defines BITS, ROWS, NORM, GLU, ACT, BIAS and RESIDUAL above this text, for half of a head's codes BITS,
+// NORM and UPPER or LOWER; G and T are templates.
 
 // Loops over registers: unrolled, or the compiler may put an indexed array into memory.
 #define UNROLLED _Pragma("clang loop unroll(full)")
