@@ -1,12 +1,13 @@
 # Everything sets itself up: a fresh clone needs python3, make and a C++ compiler.
 #   make chat    chat with the bundled model        make test    run the tests
 #   make check   what must be quiet before a commit make wheel   build the wheel of this platform
+#   make sanitize   the native kernels' fuzzer under the address, undefined-behaviour and thread sanitizers (needs cmake)
 PYTHON ?= python3
 BIN := .venv/bin
 # Wheels of torch for Linux bring gigabytes of CUDA: the tests want the CPU build, pinned in pyproject.toml.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: chat test check format wheel clean
+.PHONY: chat test check format wheel sanitize clean
 chat: .venv/chat.done
 	@$(BIN)/tinychat
 
@@ -28,6 +29,20 @@ format: .venv/test.done
 
 wheel: .venv/test.done
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
+
+# Exit code 2 of the fuzzer: an instruction set that this machine has not.
+SANITIZERS := address,undefined thread
+ISAS := scalar avx2 avxvnni avx512vnni neon neondot neoni8mm
+sanitize:
+	@mkdir -p build
+	@for kind in $(SANITIZERS); do \
+	  cmake -S backends/cpu -B build/$$kind -DTINYCHAT_TOOLS=ON \
+	    -DCMAKE_CXX_FLAGS="-g -fsanitize=$$kind -fno-sanitize-recover=all" >build/$$kind.log && \
+	  cmake --build build/$$kind --target fuzz >>build/$$kind.log || exit 1; \
+	  for isa in $(ISAS); do \
+	    echo "$$kind, $$isa"; build/$$kind/fuzz $$isa 1 100 3; case $$? in 0|2) ;; *) exit 1;; esac; \
+	  done; \
+	done
 
 # The native library is built as part of the install: its sources are prerequisites of it.
 NATIVE := pyproject.toml $(shell find backends/cpu -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)

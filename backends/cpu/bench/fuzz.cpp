@@ -3,8 +3,8 @@
 //
 //   fuzz ISA SEED COUNT [THREADS]       0: all within their bounds
 //
-//   cmake -S backends/cpu -B build/asan -DTINYCHAT_TOOLS=ON -DCMAKE_CXX_FLAGS="-g -fsanitize=address,undefined"
-//   cmake --build build/asan --target fuzz && build/asan/fuzz avx2 1 100 3          (likewise: thread)
+// `make sanitize` builds it with the address, undefined-behaviour and thread sanitizers and runs it on every instruction
+// set that the machine has.
 //
 // Outputs and inputs lie amid NaN: what is read or written beyond a row shows.
 #include <math.h>
