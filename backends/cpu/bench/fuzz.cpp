@@ -3,8 +3,8 @@
 //
 //   fuzz ISA SEED COUNT [THREADS]       0: all within their bounds
 //
-// `make sanitize` builds it with the address, undefined-behaviour and thread sanitizers and runs it on every instruction
-// set that the machine has.
+// `make sanitize` builds it with the address, undefined-behaviour and thread sanitizers and runs it on every
+// instruction set that the machine has.
 //
 // Outputs and inputs lie amid NaN: what is read or written beyond a row shows.
 #include <math.h>

@@ -37,9 +37,10 @@ struct Product {
   std::vector<float> x, y;
   LinearOp op = {};
   Product(int n, int k, Random& random)
-      : w(INT4, n, k, 128, false, random, ZEROS), x((size_t)ROWS * (size_t)k), y((size_t)ROWS * (size_t)n) {
+      : w(INT4, n, k, 128, false, random, ZEROS), x((size_t)ROWS * (size_t)k), y((size_t)ROWS * (size_t)(n + 16)) {
     for (float& v : x) v = random.unit();
-    op.code = LINEAR, op.rows = ROWS, op.x = x.data(), op.x_stride = k, op.w = &w.w, op.y = y.data(), op.y_stride = n;
+    op.code = LINEAR, op.rows = ROWS, op.x = x.data(), op.x_stride = k, op.w = &w.w, op.y = y.data(),
+    op.y_stride = n + 16;
   }
   double work() const { return 2.0 * ROWS * w.w.n * w.w.k; }
   double seconds(Engine* e) const {

@@ -217,8 +217,8 @@ inline size_t many_bytes(const Weight& w) {
 ALWAYS inline void fetch_output(const LinearOp& op, Pair pair, int row) {
   if (row >= op.rows || op.to) return;
   const int64_t column = pair.first * 16;
-  fetch((const uint8_t*)(op.y + row * op.y_stride + column));
-  if (!op.gated) fetch((const uint8_t*)(op.y + row * op.y_stride + column + 16));
+  fetch_to_write(op.y + row * op.y_stride + column);
+  if (!op.gated) fetch_to_write(op.y + row * op.y_stride + column + 16);
   if (op.residual) {
     fetch((const uint8_t*)(op.residual + row * op.residual_stride + column));
     fetch((const uint8_t*)(op.residual + row * op.residual_stride + column + 16));

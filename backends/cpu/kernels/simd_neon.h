@@ -119,6 +119,7 @@ inline void hide(Codes& c) {
 }  // no compiler knows what c holds now
 #endif
 inline void fetch(const uint8_t*) {}  // the hardware's own prefetch does as well
+inline void fetch_to_write(float*) {}
 
 using Quads = int8x16_t;
 inline Quads quads(const int8_t* p) {

@@ -174,6 +174,7 @@ inline void hide(Codes& c) {
 }  // no compiler knows what c holds now
 #endif
 inline void fetch(const uint8_t*) {}  // hints that a cache line will be wanted
+inline void fetch_to_write(float*) {}
 
 // Activations, 4 inputs to a 32-bit lane. add<L> multiplies with lane L.
 struct Quads {
