@@ -260,7 +260,9 @@ def _result(plan: Plan, about: dict[str, Any], threads: int, rounds: _Rounds) ->
     if rounds.bandwidth:
         spread["bandwidth_gb_s"] = read = Sample.of([b / 1e9 for b in rounds.bandwidth])
         result["bandwidth_gb_s"] = read.median
-        result["mbu"] = read_bytes * tg.median / (read.median * 1e9)
+        mine = Sample.of([read_bytes * plan.tg / s / 1e9 for s in rounds.tg_s])
+        spread["mbu"] = mine.over(read)  # round by round: a memory's pace may change between them
+        result["mbu"] = spread["mbu"].median
     result |= {"prefill_gop_s": about["ops_per_token"] * pp.median / 1e9}
     result |= {"matmul_gop_s": None, "int8_peak_gop_s": None}
     for key, values in (("matmul_gop_s", rounds.products), ("int8_peak_gop_s", rounds.peak)):

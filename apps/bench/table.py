@@ -54,10 +54,10 @@ def _ratio(r: dict[str, Any]) -> str:
 def _below(result: dict[str, Any]) -> list[str]:
     lines = []
     if result["bandwidth_gb_s"] is not None:
-        spread = result["spread"]["bandwidth_gb_s"]
+        spread, used = result["spread"]["bandwidth_gb_s"], result["spread"]["mbu"]
         lines.append(
             f"memory: {result['bandwidth_gb_s']:.1f} GB/s read beside each round ({spread['min']:.1f}–"
-            f"{spread['max']:.1f}); decoding uses {result['mbu']:.0%} of it"
+            f"{spread['max']:.1f}); decoding uses {result['mbu']:.0%} of it ({used['min']:.0%}–{used['max']:.0%})"
             f"{' (so the model lies in a cache)' if result['mbu'] > 1.1 else ''}"
         )
     text = f"prefill: {result['prefill_gop_s']:.0f} GOP/s as a whole"
