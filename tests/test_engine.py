@@ -97,12 +97,11 @@ def test_the_same_prompt_again_computes_one_token(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("row_s", "expected"),
     [
-        (1e-9, [FIRST_ROWS, PREFILL_ROWS, 5]),  # a fast device computes all it may at a time
-        (
-            1 / 300,
-            [FIRST_ROWS, 128, 128, 128, 128, 5],
-        ),  # 150 rows in half a second, and no less than half of them
-        (1 / 20, [FIRST_ROWS] * 33 + [5]),  # a small board: 0.8 s between two points where it can be stopped
+        (1e-9, [FIRST_ROWS, PREFILL_ROWS, 3]),  # a fast device computes all it may at a time
+        # 150 rows in half a second: the next smaller step
+        (1 / 300, [FIRST_ROWS, *[4 * FIRST_ROWS] * 5, 35]),
+        # A small board: 1.2 s between two points where it can be stopped. The end is too short for a step of its own.
+        (1 / 20, [FIRST_ROWS] * 21 + [35]),
     ],
 )
 def test_long_prompts_are_computed_in_pieces_of_half_a_second(
@@ -116,7 +115,7 @@ def test_long_prompts_are_computed_in_pieces_of_half_a_second(
         now += row_s * len(ids)
         return forward(ids, cache, **kw)
 
-    prompt = np.random.default_rng(0).integers(3, 97, FIRST_ROWS + PREFILL_ROWS + 5).tolist()
+    prompt = np.random.default_rng(0).integers(3, 97, FIRST_ROWS + PREFILL_ROWS + 3).tolist()
     with monkeypatch.context() as m:
         m.setattr(model.engine.decoder, "forward", timed)
         m.setattr("tinychat_mlx.generate.time.perf_counter", lambda: now)

@@ -17,7 +17,7 @@ from tinychat_mlx.sampler import Sampler, SamplingParams, choice_of
 from tinychat_mlx.weight import Array
 
 PREFILL_ROWS = 512  # most tokens a prefill step takes: many enough to be bound by arithmetic
-FIRST_ROWS = 16  # tokens of the first step of all, which shows how fast the device is
+FIRST_ROWS = 24  # tokens of the first step of all, which shows how fast the device is
 PIECE_S = 0.5  # a step shall take no longer: between steps an answer can be cancelled
 
 
@@ -180,12 +180,12 @@ class Engine:
 
 
 def rows_within(seconds: float, rows: int, took: float) -> int:
-    """Rows a step may have, given what one of `rows` took: a power of two from FIRST_ROWS to PREFILL_ROWS.
+    """Rows a step may have, given what one of `rows` took: FIRST_ROWS, doubled until PREFILL_ROWS is reached.
 
-    A power, so that small differences in speed do not change the steps, and with them the last bits of results.
+    Doubled, so that small differences in speed do not change the steps, and with them the last bits of results.
     """
-    wanted = rows * seconds / max(took, 1e-9)
-    return max(FIRST_ROWS, min(PREFILL_ROWS, 1 << int(math.log2(max(wanted, 1)))))
+    times = rows * seconds / max(took, 1e-9) / FIRST_ROWS
+    return min(PREFILL_ROWS, FIRST_ROWS << int(math.log2(max(times, 1))))
 
 
 class _Run:
@@ -206,7 +206,9 @@ class _Run:
         at = self.cached
         while at < total:
             start = time.perf_counter()
-            piece = self.prompt[at : at + engine.rows]
+            # A short end goes along: a step of its own would read every weight again.
+            with_end = min(engine.rows + FIRST_ROWS // 2, PREFILL_ROWS)
+            piece = self.prompt[at : total if total - at <= with_end else at + engine.rows]
             self.logits = engine.decoder.forward(piece, engine.cache, choice=self.choice)
             at += len(piece)
             if at < total:

@@ -154,7 +154,8 @@ constexpr int NV = W == 16 ? 2 : V, STRIPS = W == 16 ? 1 : 2, STRIP = NV * W;
 inline int panels_of(int rows) {
   return (rows + PANEL - 1) / PANEL;
 }
-constexpr int PANELS = 192 / PANEL;  // panels whose sums of a pair stay in L1: 192 * 32 floats, 25 kB
+constexpr int SHORT = (PANEL + 3) / 4 * 2;  // rows that half a panel's work does: in the last panel they may be all
+constexpr int PANELS = 192 / PANEL;         // panels whose sums of a pair stay in L1: 192 * 32 floats, 25 kB
 
 #if !defined(MATRIX)
 constexpr int DEPTH = 4;  // inputs of a row that lie side by side in a panel
@@ -171,27 +172,27 @@ inline void unpack(const uint8_t* q, const uint8_t* lower, int group, int line_b
     }
 }
 
-// A group of one strip times one panel: acc (PANEL, STRIP) += ...
-template <Pass P>
+// A group of one strip times the first R rows of a panel: acc (R, STRIP) += ...
+template <Pass P, int R>
 inline void micro(const uint8_t* u, int quadruples, const int8_t* x, const float* xs, const float* xsum, const F* scale,
                   const F* bias, float* acc) {
   using A = Acc<P == WIDE>;
-  A a[PANEL][NV];
-  repeat<PANEL>([&](auto i) ALWAYS { repeat<NV>([&](auto v) ALWAYS { a[i.value][v.value].clear(); }); });
+  A a[R][NV];
+  repeat<R>([&](auto i) ALWAYS { repeat<NV>([&](auto v) ALWAYS { a[i.value][v.value].clear(); }); });
   in_runs<A::ROOM>(
       quadruples,
       [&](int k) ALWAYS {
         Codes w[NV];
         repeat<NV>([&](auto v) ALWAYS { w[v.value] = codes(u + (int64_t)k * 4 * STRIP + 4 * W * v.value); });
         const Quads quad = quads(x + (int64_t)k * 4 * PANEL);
-        repeat<PANEL>([&](auto i) ALWAYS {
+        repeat<R>([&](auto i) ALWAYS {
           repeat<NV>([&](auto v) ALWAYS { a[i.value][v.value].template add<i.value>(w[v.value], quad); });
         });
       },
       [&]() ALWAYS {
-        repeat<PANEL>([&](auto i) ALWAYS { repeat<NV>([&](auto v) ALWAYS { a[i.value][v.value].flush(); }); });
+        repeat<R>([&](auto i) ALWAYS { repeat<NV>([&](auto v) ALWAYS { a[i.value][v.value].flush(); }); });
       });
-  repeat<PANEL>([&](auto i) ALWAYS {
+  repeat<R>([&](auto i) ALWAYS {
     const F s = all(xs[i.value]), m = all(xsum[i.value]);
     repeat<NV>([&](auto v) ALWAYS {
       float* o = acc + i.value * STRIP + v.value * W;
@@ -249,8 +250,9 @@ inline void pair_panels(const LinearOp& op, Pair pair, const Quantised& a, int p
         const size_t at = ((size_t)g * panels + p) * PANEL;
         if (g + 1 == groups)
           for (int i = 0; i < PANEL; i++) fetch_output(op, pair, p * PANEL + i);
-        micro<P>(room.codes, steps, a.x + at * w.group, a.scale + at, a.sum + at, scale, bias,
-                 acc + (size_t)(p - p0) * PANEL * STRIP);
+        const auto step = op.rows - p * PANEL > SHORT ? micro<P, PANEL> : micro<P, SHORT>;
+        step(room.codes, steps, a.x + at * w.group, a.scale + at, a.sum + at, scale, bias,
+             acc + (size_t)(p - p0) * PANEL * STRIP);
       }
     }
     if (pair.second < 0) break;

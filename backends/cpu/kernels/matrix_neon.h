@@ -34,24 +34,24 @@ inline void unpack(const uint8_t* q, const uint8_t* lower, int group, int, uint8
     }
 }
 
-// A group of one strip times one panel: acc (PANEL, 16) += ...
-template <Pass P>
+// A group of one strip times the first R rows of a panel, an even number: acc (R, 16) += ...
+template <Pass P, int R>
 inline void micro(const uint8_t* u, int quadruples, const int8_t* x, const float* xs, const float* xsum, const F* scale,
                   const F* bias, float* acc) {
-  Peak a[PANEL / 2][2 * V];
-  repeat<PANEL / 2>([&](auto i) ALWAYS { repeat<2 * V>([&](auto j) ALWAYS { a[i.value][j.value].clear(); }); });
+  Peak a[R / 2][2 * V];
+  repeat<R / 2>([&](auto i) ALWAYS { repeat<2 * V>([&](auto j) ALWAYS { a[i.value][j.value].clear(); }); });
   int k = quadruples / 2;
   do {
-    Quads pair[PANEL / 2];
-    repeat<PANEL / 2>([&](auto i) ALWAYS { pair[i.value] = quads(x + 16 * i.value); });
+    Quads pair[R / 2];
+    repeat<R / 2>([&](auto i) ALWAYS { pair[i.value] = quads(x + 16 * i.value); });
     repeat<2 * V>([&](auto j) ALWAYS {
       Codes w = codes(u + 16 * j.value);
       __asm__ volatile("" : "+w"(w) : : "memory");  // or all 8 are loaded first, and four sums live on the stack
-      repeat<PANEL / 2>([&](auto i) ALWAYS { a[i.value][j.value].template add<0>(w, pair[i.value]); });
+      repeat<R / 2>([&](auto i) ALWAYS { a[i.value][j.value].template add<0>(w, pair[i.value]); });
     });
     u += 16 * DEPTH, x += PANEL * DEPTH;
   } while (--k);
-  repeat<PANEL>([&](auto row) ALWAYS {
+  repeat<R>([&](auto row) ALWAYS {
     constexpr int r = decltype(row)::value;
     const F s = all(xs[r]), m = all(xsum[r]);
     repeat<V>([&](auto vector) ALWAYS {
