@@ -34,12 +34,13 @@ struct Times {
 struct Product {
   static constexpr int ROWS = 512;
   RandomWeight w;
-  std::vector<float> x, y;
+  Area x, y;  // huge pages, as the backend's
   LinearOp op = {};
-  Product(int n, int k, Random& random)
-      : w(INT4, n, k, 128, false, random, ZEROS), x((size_t)ROWS * (size_t)k), y((size_t)ROWS * (size_t)(n + 16)) {
-    for (float& v : x) v = random.unit();
-    op.code = LINEAR, op.rows = ROWS, op.x = x.data(), op.x_stride = k, op.w = &w.w, op.y = y.data(),
+  Product(int n, int k, Random& random) : w(INT4, n, k, 128, false, random, ZEROS) {
+    const size_t inputs = (size_t)ROWS * (size_t)k;
+    x.take(4 * inputs), y.take(4 * (size_t)ROWS * (size_t)(n + 16));
+    for (size_t i = 0; i < inputs; i++) ((float*)x.data)[i] = random.unit();
+    op.code = LINEAR, op.rows = ROWS, op.x = (float*)x.data, op.x_stride = k, op.w = &w.w, op.y = (float*)y.data,
     op.y_stride = n + 16;
   }
   double work() const { return 2.0 * ROWS * w.w.n * w.w.k; }

@@ -154,8 +154,9 @@ constexpr int NV = W == 16 ? 2 : V, STRIPS = W == 16 ? 1 : 2, STRIP = NV * W;
 inline int panels_of(int rows) {
   return (rows + PANEL - 1) / PANEL;
 }
-constexpr int SHORT = (PANEL + 3) / 4 * 2;  // rows that half a panel's work does: in the last panel they may be all
-constexpr int PANELS = 192 / PANEL;         // panels whose sums of a pair stay in L1: 192 * 32 floats, 25 kB
+// A last panel that is not full is computed by thirds of one.
+constexpr int THIRD = (PANEL + 5) / 6 * 2, THIRDS = 2 * THIRD < PANEL ? 2 * THIRD : PANEL;
+constexpr int PANELS = 192 / PANEL;  // panels whose sums of a pair stay in L1: 192 * 32 floats, 25 kB
 
 #if !defined(MATRIX)
 constexpr int DEPTH = 4;  // inputs of a row that lie side by side in a panel
@@ -250,7 +251,8 @@ inline void pair_panels(const LinearOp& op, Pair pair, const Quantised& a, int p
         const size_t at = ((size_t)g * panels + p) * PANEL;
         if (g + 1 == groups)
           for (int i = 0; i < PANEL; i++) fetch_output(op, pair, p * PANEL + i);
-        const auto step = op.rows - p * PANEL > SHORT ? micro<P, PANEL> : micro<P, SHORT>;
+        const int rest = op.rows - p * PANEL;
+        const auto step = rest > THIRDS ? micro<P, PANEL> : rest > THIRD ? micro<P, THIRDS> : micro<P, THIRD>;
         step(room.codes, steps, a.x + at * w.group, a.scale + at, a.sum + at, scale, bias,
              acc + (size_t)(p - p0) * PANEL * STRIP);
       }
@@ -291,6 +293,8 @@ void many_rows(const LinearOp& op, const Worker& me, const Quantised& a) {
   for (int i; (i = pool_take(me, 1)) < items;) many_pair<P>(op, pair_at(op, i), a, me.scratch);
 }
 
+constexpr int APART = 64;  // bytes between rows being packed: a power of two of them would share lines of L1
+
 // Activations ---------------------------------------------------------------------------------------------
 
 // One row of op.x, normalised if the op says so, in float32: `room` (k) if it had to be made.
@@ -301,26 +305,30 @@ inline const float* input_row(const LinearOp& op, int row, float* room) {
   return room;
 }
 
-// Quantises one panel of rows and interleaves it; rows beyond the last are zero.
+// Quantises one panel of rows and interleaves it; rows beyond the last are zero. All rows first, a little apart, and
+// then their inputs in the order of the panel: row by row, each line of the panel would come and go PANEL times.
 inline void pack_panel(const LinearOp& op, int panel, const Quantised& a, uint8_t* scratch) {
   const Weight& w = *op.w;
-  const int groups = w.k / w.group;
+  const int groups = w.k / w.group, panels = panels_of(op.rows), apart = w.k + APART;
   float *room = (float*)scratch, *scale = room + w.k, *sum = scale + groups;
   int8_t* q = (int8_t*)(sum + groups);
-  const int panels = panels_of(op.rows);
   for (int i = 0; i < PANEL; i++) {
     const int row = panel * PANEL + i;
     if (row < op.rows) {
-      quantise_row(input_row(op, row, room), w.k, w.group, q, scale, sum);
+      quantise_row(input_row(op, row, room), w.k, w.group, q + i * apart, scale, sum);
     } else {
-      memset(scale, 0, sizeof(float) * (size_t)groups * 2 + (size_t)w.k);
+      memset(scale, 0, sizeof(float) * (size_t)groups * 2);
+      memset(q + i * apart, 0, (size_t)w.k);
     }
     for (int g = 0; g < groups; g++) {
-      const size_t at = ((size_t)g * panels + panel) * PANEL;
-      a.scale[at + i] = scale[g], a.sum[at + i] = sum[g];
-      int8_t* x = a.x + at * w.group + i * DEPTH;
-      for (int k = 0; k < w.group; k += DEPTH) memcpy(x + (size_t)k * PANEL, q + g * w.group + k, DEPTH);
+      const size_t at = ((size_t)g * panels + panel) * PANEL + i;
+      a.scale[at] = scale[g], a.sum[at] = sum[g];
     }
+  }
+  for (int g = 0; g < groups; g++) {
+    int8_t* x = a.x + ((size_t)g * panels + panel) * PANEL * w.group;
+    for (int k = g * w.group; k < (g + 1) * w.group; k += DEPTH)
+      for (int i = 0; i < PANEL; i++, x += DEPTH) memcpy(x, q + i * apart + k, DEPTH);
   }
 }
 
@@ -331,7 +339,7 @@ inline void quantise_at(const LinearOp& op, int row, const Quantised& a, uint8_t
 }
 
 inline size_t row_bytes(const Weight& w) {
-  return (size_t)w.k * 5 + (size_t)(w.k / w.group) * 8 + 192;
+  return (size_t)w.k * 4 + (size_t)(w.k / w.group) * 8 + (size_t)PANEL * (size_t)(w.k + APART) + 192;
 }
 
 // One row is quantised by every thread for itself: cheaper than to meet. More rows are shared out.
