@@ -1,11 +1,11 @@
-"""The README's quality table: every method at 4 and 3 bits, against the dense model, on held-out text.
+"""The quality table in docs/quantising.md: every method at 4 and 3 bits, against the dense model, on held-out text.
 
     python -m tinychat_mlx.awq.table tests/data/demo-fp16 --text tests/data/demo_heldout_text.jsonl \\
         --calib tests/data/demo_calib.jsonl
 
 A median over calibration seeds for each; "self" is text the model wrote itself. What can be shared is made
-once: the calibration text of a seed, and the dense model's last rows on the measured text. Prints the README's
-rows as they stand there, then a table of all that was measured, and JSON on request; progress goes to stderr.
+once: the calibration text of a seed, and the dense model's last rows on the measured text. Prints that table, then
+a table of all that was measured, and JSON on request; progress goes to stderr.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def fill(lab: Laboratory, planned: list[tuple[Row, list[Settings]]]) -> None:
 
 
 def readme(found: list[Row]) -> str:
-    """The README's table: a line for each number of bits, a column for each method and kind of text."""
+    """The table in docs/quantising.md: a line for each number of bits, a column for each method and kind of text."""
     bits = list(dict.fromkeys(row.w_bit for row in found))
     columns = [row for row in found if row.w_bit == bits[0] and row.method != "rtn"]
     heads = [f"{row.method}, {'self' if row.calib == 'self' else 'real text'}" for row in columns]

@@ -197,7 +197,7 @@ def less(checkout: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def environment(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Nothing of the user's own, no `tinychat` in the PATH, and a stand-in for the hub."""
+    """No settings of the user, no `tinychat` in the PATH, a stand-in for the hub; one thread, as tests run in parallel."""
     root = tmp_path_factory.mktemp("hub")
     for name, target in ON_THE_HUB.items():
         (root / "models" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -209,7 +209,11 @@ def environment(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     elsewhere = [p for p in os.environ["PATH"].split(os.pathsep) if not Path(p, "tinychat").exists()]
     own = {name: home for name in ("HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME")}
     with Hub(root) as hub:
-        more = {"PATH": os.pathsep.join(elsewhere), "TINYCHAT_WEIGHT_CACHE": "0"} | own
+        more = {
+            "PATH": os.pathsep.join(elsewhere),
+            "TINYCHAT_WEIGHT_CACHE": "0",
+            "OMP_NUM_THREADS": "1",
+        } | own
         yield kept | more | hub.environ(checkout.parent / "hf")
 
 
@@ -225,7 +229,7 @@ def test_commands_run_one_after_the_other(
         more = appended(command)
         done = subprocess.run(
             ["bash", "-o", "pipefail", "-c", f"{entered}{command} {more}"],
-            cwd=less if command.startswith(ON_LESS) else checkout, env=environment, input=SAID, capture_output=True, text=True, timeout=300, check=False,
+            cwd=less if command.startswith(ON_LESS) else checkout, env=environment, input=SAID, capture_output=True, text=True, timeout=900, check=False,
         )  # fmt: skip
         assert done.returncode == 0, f"{where}: {command}\n{done.stdout}\n{done.stderr}"
         assert done.stdout.strip() or done.stderr.strip(), f"{where}: {command} says nothing"
