@@ -64,6 +64,7 @@ APPENDED = {  # pattern -> text that makes a command shorter, silent on question
     r"\. \.venv/bin/activate": "&& command -v tinychat",
     "tinychat convert .*demo-fp16": "--calib-tokens 512",
     "tinychat convert .*--report": "--report-text CHANGELOG.md",
+    "tinychat convert .*--format awq": "--method rtn",
     "tinychat eval": "--max-tokens 1024",
     "tinychat bench": "--shape tiny --pp 16 --tg 4",
     "tinychat models rm": "--yes",
