@@ -44,7 +44,10 @@ def convert(gguf: Path, folder: Path) -> None:
 
 
 def weights(reader: GGUFReader, fields: dict[str, Any]) -> dict[str, np.ndarray]:
-    heads = {"attn_q": fields["llama.attention.head_count"], "attn_k": fields["llama.attention.head_count_kv"]}
+    heads = {
+        "attn_q": fields["llama.attention.head_count"],
+        "attn_k": fields["llama.attention.head_count_kv"],
+    }
     out = {}
     for tensor in reader.tensors:
         w = dequantize(tensor.data, tensor.tensor_type).astype(np.float16)

