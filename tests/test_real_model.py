@@ -34,9 +34,9 @@ QUESTIONS = {
     "What is the capital of England?": "London",
     "Who wrote Romeo and Juliet?": "Shakespeare",
     "What is the chemical symbol for water?": "H2O",
-    "What gas do plants absorb from the air for photosynthesis?": "carbon dioxide",
     "What is the largest ocean on Earth?": "Pacific",
-    "Which planet is known as the Red Planet?": "Mars",
+    "Who painted the Mona Lisa?": "Leonardo",
+    "What is the tallest mountain in the world?": "Everest",
     "What is the currency of Japan?": "yen",
     "Which organ pumps blood through the body?": "heart",
 }
