@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from tinychat_mlx.awq.settings import fitting_group
 from tinychat_mlx.awq.stream import Ids, Progress, Watch
 from tinychat_mlx.awq.tensors import rounded_rows
 from tinychat_mlx.backend import Backend, Segment
@@ -54,7 +55,7 @@ class RoundedSource:
 
     def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
         weight = self.source.weight(module, shape)
-        size = next((g for g in (128, 64, 32) if weight.shape[1] % g == 0), 0)
+        size = fitting_group([weight.shape[1]])
         return rounded_rows(weight, 8, size) if isinstance(weight, Dense) and size else weight
 
     def vector(self, name: str) -> F32:

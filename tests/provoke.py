@@ -209,8 +209,8 @@ def nan_ahead() -> Any:
     )
 
 
-def odd_sizes(inner: int, tmp: Path) -> Any:
-    return SimpleNamespace(config=SHAPES["tiny"] | {"intermediate_size": inner}, folder=tmp)
+def odd_sizes(tmp: Path, **sizes: int) -> Any:
+    return SimpleNamespace(config=SHAPES["tiny"] | sizes, folder=tmp)
 
 
 def other_tokenizer(tmp: Path, patch: pytest.MonkeyPatch) -> Any:
@@ -399,7 +399,6 @@ PROVOKE: list[Callable[[Path, pytest.MonkeyPatch], Any]] = [
     lambda tmp, patch: options.text_or_file(f"@{tmp / 'absent'}"),
     lambda tmp, patch: options.text_or_file(f"@{wrote(tmp / 'x', bytes([255]))}"),
     lambda tmp, patch: check_target(None, tmp, False),
-    lambda tmp, patch: check_target(None, tmp / "no" / "x", False),
     lambda tmp, patch: check_target(None, wrote(tmp / "x", "") / "y", False),
     lambda tmp, patch: check_target(tmp / "model", tmp, True),
     lambda tmp, patch: doctor.doctor.main(["--json", "--report", "-"], standalone_mode=False),
@@ -449,8 +448,9 @@ PROVOKE: list[Callable[[Path, pytest.MonkeyPatch], Any]] = [
     lambda tmp, patch: (patch.setattr(versus, "import_module", absent), versus.mlx_lm_awq(tmp, tmp, None, 1, Settings(), 64)),
     lambda tmp, patch: (patch.setattr(versus, "import_module", lambda name: THEIRS),
                         versus.mlx_lm_awq(tmp, tmp, None, 1, Settings(), 64)),
-    lambda tmp, patch: open_dense(odd_sizes(100, tmp), Settings(group_size=32)),
-    lambda tmp, patch: open_dense(odd_sizes(100, tmp), Settings(group_size=32, format="awq")),
+    lambda tmp, patch: open_dense(odd_sizes(tmp, intermediate_size=100), Settings()),
+    lambda tmp, patch: open_dense(odd_sizes(tmp, intermediate_size=96), Settings(group_size=64)),
+    lambda tmp, patch: open_dense(odd_sizes(tmp, num_attention_heads=8, num_key_value_heads=1, head_dim=4), Settings(format="awq")),
     other_tokenizer,
     overflow,
     lambda tmp, patch: Settings(method="magic"),

@@ -229,7 +229,6 @@ def test_bad_input_is_refused_by_name_and_nothing_is_written(
     source = damaged(home, f"bad-{name}", change)
     options = {
         "--calib": str(home / "text-0.jsonl"),
-        "--group-size": "32",
         "--backend": "reference",
     } | settings
     if "model_type" in options:
@@ -315,6 +314,57 @@ def test_dry_run_says_what_is_in_memory_when(home: Path, capsys: pytest.CaptureF
     assert main([*own, "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "the whole model, at 8 bits, writes its own text" in out and "one decoder layer of float" in out
+
+
+@pytest.mark.parametrize(
+    ("sizes", "group"),
+    [
+        ({"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}, 128),
+        ({"hidden_size": 576, "intermediate_size": 1536}, 64),
+        ({"hidden_size": 128, "intermediate_size": 160, "head_dim": 32}, 32),
+    ],
+)
+@pytest.mark.parametrize("form", ["mlx", "awq"])
+def test_auto_takes_the_largest_group_that_fits_every_matrix(
+    tmp_path: Path, sizes: dict[str, int], group: int, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The dry run, the model and its card, --json and a report agree, and so do the bytes with the number given."""
+    source = tiny_dense.save(tmp_path / "dense", None, **sizes)
+    command = [
+        "convert",
+        str(source),
+        "--method",
+        "rtn",
+        "--format",
+        form,
+        "--json",
+        "--backend",
+        "reference",
+    ]
+    assert main([*command, "--dry-run"]) == 0
+    foreseen = json.loads(capsys.readouterr().out)
+    assert foreseen["group_size"] == group
+    assert main([*command[:-3], "--dry-run"]) == 0
+    assert f"4 bits in groups of {group}\n" in capsys.readouterr().out
+    assert main([*command, "-o", str(tmp_path / "auto"), "--report", str(tmp_path / "report")]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["group_size"] == group
+    made = Checkpoint.open(tmp_path / "auto")
+    assert made.quantization.group_size == group and made.nbytes == foreseen["result_bytes"]
+    assert f"in groups of {group} " in (tmp_path / "auto" / "README.md").read_text()
+    assert f"groups of {group}" in (tmp_path / "report" / "report.md").read_text()
+    assert main([*command, "-o", str(tmp_path / "given"), "--group-size", str(group)]) == 0
+    assert files(tmp_path / "auto") == files(tmp_path / "given")
+
+
+def test_a_matrix_that_no_group_fits_is_named(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One that another group would fit is named with that."""
+    odd = tiny_dense.save(home / "odd", None, intermediate_size=72)
+    assert main(["convert", str(odd), "-o", str(home / "from-odd"), "--method", "rtn"]) == 1
+    error = capsys.readouterr().err
+    assert "down_proj: 72 inputs cannot be stored in groups of 32, 64 or 128" in error
+    args = ["convert", str(home / "dense"), "-o", str(home / "from-odd"), "--group-size", "128"]
+    assert main(args) == 1 and "use --group-size 64" in capsys.readouterr().err
+    assert not (home / "from-odd").exists()
 
 
 def test_json_says_what_was_done(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
