@@ -169,10 +169,6 @@ def refusing(*_: Any, **__: Any) -> Any:
     raise AssertionError("not to be called")
 
 
-def no_words(*_: Any, **__: Any) -> Any:
-    raise errors.TokenizerError("it encodes nothing")
-
-
 def large_download_refused(tmp: Path, patch: pytest.MonkeyPatch) -> Any:
     remote, found = (
         SimpleNamespace(missing=10**10),
@@ -437,7 +433,7 @@ PROVOKE: list[Callable[[Path, pytest.MonkeyPatch], Any]] = [
     lambda tmp, patch: list(_Run.tokens_ahead(nan_ahead(), SimpleNamespace(length=1, capacity=1), lambda logits: logits)),
     lambda tmp, patch: template._open_final_message([{"content": "x"}], "content", "{{ nothing }}"),
     # quantising
-    lambda tmp, patch: selftext.Turns.of(SimpleNamespace(render=lambda *a, **k: "")),
+    lambda tmp, patch: selftext._around("no mark", selftext.MARKS),
     lambda tmp, patch: converting.convert.main([str(loading.DEMO), "-o", str(tmp / "x")], standalone_mode=False),
     lambda tmp, patch: converting.convert.main([str(loading.DEMO), "-o", str(tmp / "x"), "--seed", "1"], standalone_mode=False),
     lambda tmp, patch: (patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1)),

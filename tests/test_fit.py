@@ -140,7 +140,7 @@ def test_what_convert_writes_is_foreseen(tmp_path: Path) -> None:
     rows = lambda f: sorted((p.name, p.form, p.parameters, p.nbytes) for p in f.parts)
     assert rows(foreseen) == rows(made)
     config = parse_config(Checkpoint.open(DENSE).config)
-    written = needs.result_bytes(config, Checkpoint.open(DENSE), settings)
+    written = needs.result_bytes(config, Checkpoint.open(DENSE), settings.resolved(config))
     assert written == pytest.approx(made.nbytes, rel=0.01)
     for backend in (CpuBackend(threads=1), ReferenceBackend()):
         assert fit.cost(foreseen, backend).weights == fit.cost(made, backend).weights
