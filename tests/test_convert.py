@@ -14,7 +14,9 @@ import tiny_dense
 import tinychat_mlx
 from tinychat_mlx.apps.cli import main
 from tinychat_mlx.awq import sizes
+from tinychat_mlx.awq.settings import Settings
 from tinychat_mlx.checkpoint import Checkpoint
+from tinychat_mlx.config import parse_config
 from tinychat_mlx.tensorfile import TensorFile, entry, write
 from tinychat_mlx.weight import Packed
 
@@ -317,44 +319,46 @@ def test_dry_run_says_what_is_in_memory_when(home: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize(
-    ("sizes", "group"),
+    ("hidden", "inner", "group"),
     [
-        ({"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}, 128),
-        ({"hidden_size": 576, "intermediate_size": 1536}, 64),
-        ({"hidden_size": 128, "intermediate_size": 160, "head_dim": 32}, 32),
+        (576, 1536, 64),
+        (960, 2560, 64),
+        (2880, 2880, 64),
+        (4096, 11008, 128),
+        (4096, 11296, 32),
+        (32, 4096, 32),
     ],
 )
+def test_auto_is_the_largest_group_that_fits_every_matrix(hidden: int, inner: int, group: int) -> None:
+    config = parse_config(
+        tiny_dense.CONFIG | {"hidden_size": hidden, "intermediate_size": inner, "head_dim": 32}
+    )
+    assert Settings().resolved(config).group_size == group
+    assert Settings(group_size=32).resolved(config).group_size == 32
+
+
 @pytest.mark.parametrize("form", ["mlx", "awq"])
-def test_auto_takes_the_largest_group_that_fits_every_matrix(
-    tmp_path: Path, sizes: dict[str, int], group: int, form: str, capsys: pytest.CaptureFixture[str]
+def test_auto_is_the_same_as_the_number_it_stands_for(
+    home: Path, form: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The dry run, the model and its card, --json and a report agree, and so do the bytes with the number given."""
-    source = tiny_dense.save(tmp_path / "dense", None, **sizes)
-    command = [
-        "convert",
-        str(source),
-        "--method",
-        "rtn",
-        "--format",
-        form,
-        "--json",
-        "--backend",
-        "reference",
-    ]
-    assert main([*command, "--dry-run"]) == 0
-    foreseen = json.loads(capsys.readouterr().out)
-    assert foreseen["group_size"] == group
-    assert main([*command[:-3], "--dry-run"]) == 0
-    assert f"4 bits in groups of {group}\n" in capsys.readouterr().out
-    assert main([*command, "-o", str(tmp_path / "auto"), "--report", str(tmp_path / "report")]) == 0
-    assert json.loads(capsys.readouterr().out)["settings"]["group_size"] == group
-    made = Checkpoint.open(tmp_path / "auto")
-    assert made.quantization.group_size == group
-    assert form == "awq" or abs(made.nbytes / foreseen["result_bytes"] - 1) < 0.02
-    assert f"in groups of {group} " in (tmp_path / "auto" / "README.md").read_text()
-    assert f"groups of {group}" in (tmp_path / "report" / "report.md").read_text()
-    assert main([*command, "-o", str(tmp_path / "given"), "--group-size", str(group)]) == 0
-    assert files(tmp_path / "auto") == files(tmp_path / "given")
+    """Which the dry run, the model, its card and --json name, and with which an interrupted run goes on."""
+    source, command = str(home / "dense"), ["--method", "rtn", "--format", form, "--backend", "reference"]
+    auto, given = home / f"auto-{form}", home / f"given-{form}"
+    assert main(["convert", source, *command, "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["group_size"] == 64
+    assert main(["convert", source, *command, "--dry-run"]) == 0
+    assert "4 bits in groups of 64\n" in capsys.readouterr().out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tinychat_mlx.awq.convert.write_folder", None)
+        main(["convert", source, *command, "-o", str(auto)])
+    capsys.readouterr()
+    assert (
+        main(["convert", source, *command, "-o", str(auto), "--json", "--resume", "--group-size", "64"]) == 0
+    )
+    assert json.loads(capsys.readouterr().out)["settings"]["group_size"] == 64
+    assert main(["convert", source, *command, "-o", str(given), "--group-size", "64"]) == 0
+    assert Checkpoint.open(auto).quantization.group_size == 64 and files(auto) == files(given)
+    assert "in groups of 64 " in (auto / "README.md").read_text()
 
 
 def test_a_matrix_that_no_group_fits_is_named(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
