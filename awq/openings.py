@@ -10,9 +10,7 @@ import numpy as np
 
 from tinychat_mlx.tokenizer import Tokenizer
 
-SHOWN = (
-    0.4  # tokens per byte of a language that a tokenizer was made for; one that it spells out has 0.5 to 1
-)
+SHOWN = 0.3  # tokens per byte of a language that a tokenizer was made for; of any other it has 0.3 to 1
 
 
 @dataclass(frozen=True)
@@ -26,8 +24,8 @@ class Kind:
 PROSE = Kind(
     (
         "Write a short story about", "Write a letter to", "Tell me a story in which", "Write a poem about",
-        "Continue this story: It was", "Describe", "Write the first page of a novel about",
-        "Write a dialogue between", "Write a diary entry of", "Retell",
+        "Continue this story: It was", "Describe a walk through", "Write the first page of a novel about",
+        "Write a dialogue between", "Write a diary entry of", "Write a fairy tale about",
     ),
     (
         "Chapter 1\n\n", "It was", "Once upon a time", "He said", '"I', "She", "Dear", "The old", "When", "My",
@@ -36,31 +34,31 @@ PROSE = Kind(
 )  # fmt: skip
 DOCUMENTS = Kind(
     (
-        "Explain", "What is", "Write an article about", "How does", "Write a manual for", "Why", "Summarize",
-        "Write a report on", "How to", "Make a list of", "Compare", "What are the causes of",
+        "Explain", "What is", "Write an article about", "How does", "Write a manual for", "Why", "Summarize the history of",
+        "Write a report on", "How to", "Make a list of", "Describe the structure of", "What are the causes of",
     ),
     (
-        "The history of", "Abstract:", "According to", "# Introduction\n\n", "NAME\n", "1. ", "To install",
-        "This document", "Table of contents", "A ", "==", "The following", "## Usage\n\n", "Note:",
+        "The history of", "Abstract:", "According to", "# Introduction\n\n", "NAME\n", "1.", "To install",
+        "This document", "Table of contents", "A", "==", "The following", "## Usage\n\n", "Note:",
     ),
 )  # fmt: skip
 CODE = Kind(
     (
-        "Write a Python function that", "```python\n", "What does this code do?\n```python\ndef ", "Write a C program that",
-        "Write a SQL query that", "```c\n#include <", "Write a shell script that", "Fix this:\n```javascript\nfunction ",
-        "Write an HTML page", "```java\npublic class ",
+        "Write a Python function that", "```python\n", "What does this code do?\n```python\ndef", "Write a C program that",
+        "Write a SQL query that", "```c\n#include <", "Write a shell script that", "Fix this:\n```javascript\nfunction",
+        "Write an HTML page", "```java\npublic class",
     ),
     (
-        "import", "def ", "#include <", "function ", "SELECT", "<html>", "#!/bin/sh\n", "package main\n", "class ",
-        "/*\n * ", "use std::", "from", '"""', "{\n",
+        "import", "def", "#include <", "function", "SELECT", "<html>", "#!/bin/sh\n", "package main\n", "class",
+        "/*\n *", "use std::", "from", '"""', "{\n",
     ),
 )  # fmt: skip
 CHAT = Kind(
-    (
-        "", "What", "How", "Who", "Can you", "I", "My", "Please", "Is", "Give me", "Do you", "Which", "Hi", "2 + 2",
-        "Let's", "When", "Where", "Translate",
+    (  # half of the questions are the model's own from the first word
+        *[""] * 16, "What", "How", "Who", "Can you", "I", "My", "Please", "Is", "Give me", "Do you", "Which", "Hi", "2 + 2",
+        "Let's", "When", "Where",
     ),
-    ("Q: ", "Question:", "2 + 2 =", "What is", "How to", "I", "Hello", "Thanks", "Hi", "Can anyone"),
+    ("Q:", "Question:", "2 + 2 =", "What is", "How to", "I", "Hello", "Thanks", "Hi", "Can anyone"),
 )  # fmt: skip
 LANGUAGES = {  # a question, and the beginning of a text
     "Wie funktioniert eigentlich": "Die Geschichte der",
@@ -88,9 +86,9 @@ def _shown(tokenizer: Tokenizer, text: str) -> bool:
     return len(tokenizer.encode(text, special=False)) <= SHOWN * len(text.encode())
 
 
-def dealt(tokenizer: Tokenizer, chat: bool, rng: np.random.Generator) -> Iterator[str]:
-    """Beginnings without end: the kinds in turn, each kind's own in an order of its own."""
-    decks = [_shuffled(kind.questions if chat else kind.texts, rng) for kind in kinds(tokenizer)]
+def dealt(tokenizer: Tokenizer, questions: bool, rng: np.random.Generator) -> Iterator[str]:
+    """Beginnings without end, of questions or of texts: the kinds in turn, each kind's own in a shuffled order."""
+    decks = [_shuffled(kind.questions if questions else kind.texts, rng) for kind in kinds(tokenizer)]
     for deck in cycle(decks):
         yield next(deck)
 

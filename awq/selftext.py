@@ -134,26 +134,23 @@ class _Writer:
 def writers(
     tokenizer: Tokenizer, stops: frozenset[int], count: int, rng: np.random.Generator
 ) -> list[_Writer]:
-    """The conversations: of a model with a chat template every other is a chat, all others are texts.
-
-    In a chat the model completes a question, and writes answers and further questions. Of a text it writes on, and
-    begins another after each end.
+    """The conversations. With a chat template the model completes a question, and writes answers and further questions;
+    without one it continues a text, and begins another after each end.
     """
+    template = Turns.of(tokenizer)
+    beginnings = dealt(tokenizer, template is not None, rng)
+    if template is None:
+        return [_Writer(map(tokenizer.encode, beginnings), (stops, stops)) for _ in range(count)]
 
     def encoded(part: str) -> list[int]:
         return tokenizer.encode(part, special=False)
 
-    template = Turns.of(tokenizer)
-    texts, questions = (dealt(tokenizer, chat, rng) for chat in (False, True))
+    t = template
+    asked = stops | {encoded(t.to_answer.lstrip())[0]} if t.user_ends else stops
     made = []
-    for i in range(count):
-        if template is None or i % 2:
-            made.append(_Writer(map(tokenizer.encode, texts), (stops, stops)))
-            continue
-        t = template
-        given = [t.opening + next(questions), t.to_answer], cycle([t.to_question, t.to_next_answer])
-        ends = stops | {encoded(t.to_answer.lstrip())[0]} if t.user_ends else stops
-        made.append(_Writer(map(encoded, chain(*given)), (ends, stops)))
+    for begun, _ in zip(beginnings, range(count), strict=False):
+        given = chain([t.opening + begun, t.to_answer], cycle([t.to_question, t.to_next_answer]))
+        made.append(_Writer(map(encoded, given), (asked, stops)))
     return made
 
 

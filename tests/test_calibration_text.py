@@ -218,18 +218,17 @@ def test_a_conversation_is_the_templates_words_and_the_models_in_turn(tmp_path: 
 
 
 def test_every_kind_of_text_has_its_share_of_the_conversations() -> None:
-    """Half of them chats, half texts; in each half the kinds differ by one conversation at most."""
+    """Whatever the seed, which decides how each begins."""
     tokenizer = Tokenizer.load(DEMO)
     named = kinds(tokenizer)
     assert len(named) == 4  # its tokenizer spells other languages out
     for seed in range(5):
         made = writers(tokenizer, frozenset(), 32, np.random.default_rng(seed))
         words = [tokenizer.decode(w.forced, skip_special=False) for w in made]
-        for begun, own in ((words[::2], "questions"), (words[1::2], "texts")):
-            begun = [word.removeprefix("<|bos|>").removeprefix("<|user|>") for word in begun]
-            for i, kind in enumerate(named):
-                assert len(begun[i::4]) == 4 and len(set(begun[i::4])) == 4
-                assert set(begun[i::4]) <= {tokenizer.decode(tokenizer.encode(w)) for w in getattr(kind, own)}
+        for i, kind in enumerate(named):
+            begun = [word.removeprefix("<|bos|><|user|>") for word in words[i::4]]
+            assert len(begun) == 8 and set(begun) <= set(kind.questions)
+            assert len(set(begun)) == 8 or begun.count("") == 9 - len(set(begun))
 
 
 def test_languages_are_those_of_the_tokenizer() -> None:
