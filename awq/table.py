@@ -215,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--calib", help="calibration text; self-written text is measured in any case")
     parser.add_argument("--calib-tokens", type=int, default=0, help="0: chosen by the model's size")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
-    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--group-size", type=int, default=0, help="0: the largest that fits the model")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=None, help="measure the first N tokens only")
     parser.add_argument("--backend", default="auto")

@@ -169,10 +169,6 @@ def refusing(*_: Any, **__: Any) -> Any:
     raise AssertionError("not to be called")
 
 
-def no_words(*_: Any, **__: Any) -> Any:
-    raise errors.TokenizerError("it encodes nothing")
-
-
 def large_download_refused(tmp: Path, patch: pytest.MonkeyPatch) -> Any:
     remote, found = (
         SimpleNamespace(missing=10**10),
@@ -209,8 +205,8 @@ def nan_ahead() -> Any:
     )
 
 
-def odd_sizes(inner: int, tmp: Path) -> Any:
-    return SimpleNamespace(config=SHAPES["tiny"] | {"intermediate_size": inner}, folder=tmp)
+def odd_sizes(tmp: Path, **sizes: int) -> Any:
+    return SimpleNamespace(config=SHAPES["tiny"] | sizes, folder=tmp)
 
 
 def other_tokenizer(tmp: Path, patch: pytest.MonkeyPatch) -> Any:
@@ -399,7 +395,6 @@ PROVOKE: list[Callable[[Path, pytest.MonkeyPatch], Any]] = [
     lambda tmp, patch: options.text_or_file(f"@{tmp / 'absent'}"),
     lambda tmp, patch: options.text_or_file(f"@{wrote(tmp / 'x', bytes([255]))}"),
     lambda tmp, patch: check_target(None, tmp, False),
-    lambda tmp, patch: check_target(None, tmp / "no" / "x", False),
     lambda tmp, patch: check_target(None, wrote(tmp / "x", "") / "y", False),
     lambda tmp, patch: check_target(tmp / "model", tmp, True),
     lambda tmp, patch: doctor.doctor.main(["--json", "--report", "-"], standalone_mode=False),
@@ -438,7 +433,7 @@ PROVOKE: list[Callable[[Path, pytest.MonkeyPatch], Any]] = [
     lambda tmp, patch: list(_Run.tokens_ahead(nan_ahead(), SimpleNamespace(length=1, capacity=1), lambda logits: logits)),
     lambda tmp, patch: template._open_final_message([{"content": "x"}], "content", "{{ nothing }}"),
     # quantising
-    lambda tmp, patch: selftext.turns(SimpleNamespace(render=lambda *a, **k: "", encode=no_words), np.random.default_rng(0)),
+    lambda tmp, patch: selftext._around("no mark", selftext.MARKS),
     lambda tmp, patch: converting.convert.main([str(loading.DEMO), "-o", str(tmp / "x")], standalone_mode=False),
     lambda tmp, patch: converting.convert.main([str(loading.DEMO), "-o", str(tmp / "x"), "--seed", "1"], standalone_mode=False),
     lambda tmp, patch: (patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1)),
@@ -446,11 +441,12 @@ PROVOKE: list[Callable[[Path, pytest.MonkeyPatch], Any]] = [
     lambda tmp, patch: (patch.setattr(limits, "memory_free", lambda mapped=0: 1),
                         convert(Checkpoint.open(DENSE), tmp / "x", Settings(), refusing, refusing)),
     lambda tmp, patch: versus.compare(SimpleNamespace(window=64, text=lambda *a: (np.zeros(9), 0, 1)), Settings()),
-    lambda tmp, patch: (patch.setattr(versus, "import_module", absent), versus.mlx_lm_awq(tmp, tmp, None, 1, Settings(), 64)),
+    lambda tmp, patch: (patch.setattr(versus, "import_module", absent), versus.mlx_lm_awq(tmp, tmp, None, 1, Settings())),
     lambda tmp, patch: (patch.setattr(versus, "import_module", lambda name: THEIRS),
-                        versus.mlx_lm_awq(tmp, tmp, None, 1, Settings(), 64)),
-    lambda tmp, patch: open_dense(odd_sizes(100, tmp), Settings(group_size=32)),
-    lambda tmp, patch: open_dense(odd_sizes(100, tmp), Settings(group_size=32, format="awq")),
+                        versus.mlx_lm_awq(tmp, tmp, None, 1, Settings())),
+    lambda tmp, patch: open_dense(odd_sizes(tmp, intermediate_size=100), Settings()),
+    lambda tmp, patch: open_dense(odd_sizes(tmp, intermediate_size=96), Settings(group_size=64)),
+    lambda tmp, patch: open_dense(odd_sizes(tmp, num_attention_heads=8, num_key_value_heads=1, head_dim=4), Settings(format="awq")),
     other_tokenizer,
     overflow,
     lambda tmp, patch: Settings(method="magic"),
