@@ -75,8 +75,8 @@ def convert(source: str, target: Path | None, **options: Any) -> None:
     An SRC that is quantised already keeps its codes and changes its format.
     """
     from tinychat_mlx.apps.models.download import folder_of
+    from tinychat_mlx.awq.parallel import limited
     from tinychat_mlx.awq.settings import Settings
-    from tinychat_mlx.awq.threads import limited
     from tinychat_mlx.checkpoint import Checkpoint
     from tinychat_mlx.config import parse_config
 

@@ -24,10 +24,10 @@ from statistics import median
 from tinychat_mlx.awq.calibrate import calibration_ids, encoded
 from tinychat_mlx.awq.convert import convert
 from tinychat_mlx.awq.evaluate import Quality, Scores, evaluate, kl_ratio, scores
+from tinychat_mlx.awq.parallel import limited
 from tinychat_mlx.awq.record import window_of
 from tinychat_mlx.awq.settings import Settings
 from tinychat_mlx.awq.stream import Ids
-from tinychat_mlx.awq.threads import limited
 from tinychat_mlx.awq.whole import streamed
 from tinychat_mlx.backend import Backend
 from tinychat_mlx.checkpoint import Checkpoint

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from tinychat_mlx.awq.evaluate import evaluate
+from tinychat_mlx.awq.parallel import limited
 from tinychat_mlx.awq.settings import Settings
 from tinychat_mlx.awq.stream import Ids
 from tinychat_mlx.awq.table import Laboratory, Row, Run
-from tinychat_mlx.awq.threads import limited
 from tinychat_mlx.checkpoint import Checkpoint
 from tinychat_mlx.errors import BackendError, ConfigError, TinychatError, UsageError
 

@@ -195,7 +195,7 @@ def _convert(ref: hub.Ref, folder: Path, settings: Settings, options: Options, s
     from tinychat_mlx.apps.convert import Screen
     from tinychat_mlx.awq.calibrate import calibration_ids
     from tinychat_mlx.awq.convert import convert
-    from tinychat_mlx.awq.threads import limited
+    from tinychat_mlx.awq.parallel import limited
     from tinychat_mlx.checkpoint import Checkpoint
 
     target = conversion(ref)
