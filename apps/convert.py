@@ -87,7 +87,7 @@ def convert(source: str, target: Path | None, **options: Any) -> None:
     settings = Settings(
         method=options["method"], w_bit=int(options["w_bit"]), group_size=_group_size(options["group_size"]),
         format=options["form"], head=options["head"], calib=options["calib"], tokens=options["calib_tokens"],
-        seed=options["seed"], compare=options["report"] is not None,
+        seed=options["seed"],
     )  # fmt: skip
     target = Path(os.path.abspath(target)) if target is not None else Path.cwd() / "converted"
     if not options["dry_run"]:
@@ -170,8 +170,8 @@ def _convert(source: Checkpoint, target: Path, settings: Settings, options: dict
         click.echo(wrapped(note, sys.stderr), err=True)
         raise
     seconds = time.perf_counter() - start
-    cost = _report(source, result, settings, options, seconds, screen) if options["report"] else None
-    _say(source, result, settings, seconds, cost, options["as_json"])
+    cost = _report(source, result, options, seconds, screen) if options["report"] else None
+    _say(source, result, seconds, cost, options["as_json"])
 
 
 def _identity(folder: Path) -> int | None:
@@ -190,7 +190,6 @@ def _check_report(source: Checkpoint, options: dict[str, Any]) -> None:
 def _report(
     source: Checkpoint,
     result: Result,
-    settings: Settings,
     options: dict[str, Any],
     seconds: float,
     screen: Screen,
@@ -205,27 +204,33 @@ def _report(
         with screen.shown():
             small, text = Checkpoint.open(result.folder), options["report_text"]
             measured = cost(
-                source, small, settings, lambda exact: _backend(options, exact), text, screen.show, result.ids
+                source,
+                small,
+                result.settings,
+                lambda exact: _backend(options, exact),
+                text,
+                screen.show,
+                result.ids,
             )
     folder = options["report"]
-    write_report(folder, source, result, settings, seconds, measured)
+    write_report(folder, source, result, seconds, measured)
     click.echo(f"wrote {folder / 'report.md'}", err=True)
     return measured
 
 
-def _say(
-    source: Checkpoint, result: Result, settings: Settings, seconds: float, cost: Cost | None, as_json: bool
-) -> None:
+def _say(source: Checkpoint, result: Result, seconds: float, cost: Cost | None, as_json: bool) -> None:
     from dataclasses import asdict
 
     from tinychat_mlx.awq.report import about, moved_text, site_name
 
-    fallen = [site_name(i, s) for i, layer in enumerate(result.layers) for s in layer if s.fell_back]
+    fallen = [site_name(i, s) for i, layer in enumerate(result.layers) for s in layer.sites if s.fell_back]
     if as_json:
-        layers = [[asdict(site) for site in layer] for layer in result.layers]
         summary = {
             "folder": str(result.folder), "bytes": result.nbytes, "source_bytes": source.nbytes,
-            "seconds": seconds, "settings": about(settings, result), "plain_rounding": fallen, "layers": layers,
+            "seconds": seconds, "settings": about(result), "plain_rounding": fallen,
+            "layers": [asdict(layer) for layer in result.layers],
+            "check": result.verdict.as_dict() if result.verdict else None,
+            "rejected": [{"method": r.method, "layer": r.layer, "check": r.verdict.as_dict()} for r in result.rejected],
             "quality": cost.as_dict() if cost else None,
         }  # fmt: skip
         if result.moved is not None:
@@ -239,14 +244,18 @@ def _say(
     )
     if result.moved is not None:
         click.echo(moved_text(result.moved))
+    if result.verdict is not None:
+        click.echo(result.verdict.text())
     if cost is not None:
-        q = cost.of[settings.method]
+        q = cost.of[result.settings.method]
         click.echo(
             f"perplexity {q.ppl:.3f} (dense {q.against_ppl:.3f}), KL {q.told('kl_mean', '.5f')}, "
             f"top-1 {q.top1:.2%}, on {q.tokens} tokens: {cost.text}"
         )
+    for rejected in result.rejected:
+        click.echo(f"{rejected.text()}; {result.settings.method} was used instead", err=True)
     if fallen:
-        click.echo(f"plain rounding was kept, its error did not fall: {', '.join(fallen)}", err=True)
+        click.echo(f"plain rounding was kept where nothing was better: {', '.join(fallen)}", err=True)
 
 
 def _dry_run(source: Checkpoint, target: Path, settings: Settings, options: dict[str, Any]) -> None:
@@ -327,13 +336,12 @@ class Screen:
         if p.phase not in self.begun or p.note == "kept":
             self.begun[p.phase] = time.perf_counter(), p.done
         self.bar.update(self.tasks[p.phase], completed=p.done, total=p.total)
-        if p.layer:
-            sites = "  ".join(
-                f"{s.key} {s.rtn:.2e}→{s.error:.2e}{' (plain)' if s.fell_back else ''}" for s in p.layer
-            )
-            place = "" if p.layer[0].key == "head" else f"layer {p.done}/{p.total}  "
-            self._print(f"{place}{sites}  {_memory()}{self._left(p)}")
-        elif p.note and (p.done == p.total or p.phase == "finish"):
+        if p.layer and p.layer.rounded:
+            fallen = [site.key for site in p.layer.sites if site.fell_back]
+            plain = f"  plain rounding kept: {', '.join(fallen)}" if fallen else ""
+            off = f"off by {p.layer.off:.1%}, plain rounding {p.layer.rounded:.1%}{plain}"
+            self._print(f"layer {p.done}/{p.total}  {off}  {_memory()}{self._left(p)}")
+        elif p.note and (p.done in (0, p.total) or p.phase == "finish"):
             self._print(f"{p.phase}: {p.note}")
         elif (
             not self.console.is_terminal

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tinychat_mlx import __version__
 from tinychat_mlx.awq.configjson import model_config
 from tinychat_mlx.awq.finish import card_text, merged, put_in_place, write_folder
-from tinychat_mlx.awq.layer import SiteReport
+from tinychat_mlx.awq.layer import LayerReport
 from tinychat_mlx.awq.needs import Needs, needs, shortage, smaller
 from tinychat_mlx.awq.record import window_of
 from tinychat_mlx.awq.reformat import reformatted
 from tinychat_mlx.awq.settings import Settings, open_dense
-from tinychat_mlx.awq.stream import Conversion, Ids, Progress, Watch, WorkFolder, shards
+from tinychat_mlx.awq.stream import Conversion, Ids, Progress, Watch
+from tinychat_mlx.awq.streams import Split
 from tinychat_mlx.awq.target import check_target
+from tinychat_mlx.awq.verdict import Rejected, Verdict, verdict, went_wrong
+from tinychat_mlx.awq.work_folder import WorkFolder, load, save
 from tinychat_mlx.backend import Backend
 from tinychat_mlx.checkpoint import Checkpoint
 from tinychat_mlx.config import ModelConfig
@@ -28,17 +31,24 @@ from tinychat_mlx.tensorfile import Entry
 Calibrate = Callable[[ModelConfig, Checkpoint, Callable[[], Backend], Settings, int, Watch], Ids]
 
 
+FALLBACKS = ("awq", "rtn")  # methods to try, in this order, where one lost more than plain rounding
+
+
 @dataclass(frozen=True)
 class Result:
-    """What was written, and what was measured layer by layer (nothing with rtn or a change of format).
+    """What was written. settings: with the method that was used and the group size.
 
-    ids: the calibration tokens, where there were any. moved: by how much of a step between codes a change of format
-    moved a weight at most.
+    layers: what was measured layer by layer. verdict: the loss, where the method ran the model. rejected: methods
+    that lost more than plain rounding and were not used. ids: the calibration tokens, where there were any.
+    moved: by how much of a step between codes a change of format moved a weight at most.
     """
 
     folder: Path
     nbytes: int
-    layers: tuple[tuple[SiteReport, ...], ...] = ()
+    settings: Settings
+    layers: tuple[LayerReport, ...] = ()
+    verdict: Verdict | None = None
+    rejected: tuple[Rejected, ...] = ()
     ids: Ids | None = None
     moved: float | None = None
 
@@ -55,6 +65,7 @@ def convert(
 ) -> Result:
     """Write `target`. Everything is checked first; until the last rename nothing is there.
 
+    A method that lost more than plain rounding is not used: the next of FALLBACKS takes its place.
     backend: exact? -> a device; made only if the method runs the model. Raises a TinychatError that says what to do.
     """
     work = WorkFolder(target)
@@ -67,25 +78,79 @@ def convert(
     config, settings = open_dense(source, settings)
     if not (finished or force):
         _check_room(needs(config, source, settings), smaller(config, source, settings), work)
-    run = Conversion(source, config, settings, backend, work, window_of(config))
-    runs_on = None if settings.method == "rtn" else run.backend.name
+    devices = _Devices(backend)
+    runs_on = None if settings.method == "rtn" else devices(True).name
     work.begin(_plan(source, settings, runs_on), resume)
     if finished:
-        return _done(work, Result(target, Checkpoint.open(target).nbytes))
+        return _done(work, Result(target, Checkpoint.open(target).nbytes, settings))
+
+    def tokens() -> Ids:
+        if not work.calibration.exists():
+            window = window_of(config)
+            save(work.calibration, calibrate(config, source, lambda: devices(False), settings, window, watch))
+        return load(work.calibration)
+
     try:
-        layers = run.run(
-            lambda w: calibrate(config, source, lambda: backend(False), settings, run.window, w), watch
-        )
+        result = _attempts(source, config, target, settings, devices, work, tokens, watch)
     except TinychatError:
-        if not work.calibration.exists() and not work.shard(0).exists():
-            work.remove()  # there is nothing to go on from
+        if work.is_empty():
+            work.remove()
         raise
-    watch(Progress("finish", 1, 2, "writing"))
-    done = model_config(source.config, settings, config, source)
-    nbytes = _put(work, source, target, merged(shards(work, config.num_hidden_layers)), done, settings)
-    ids = work.load(work.calibration) if work.calibration.exists() else None
-    watch(Progress("finish", 2, 2))
-    return _done(work, Result(target, nbytes, tuple(layers), ids))
+    return _done(work, result)
+
+
+class _Devices:
+    """Backends, each created at most once."""
+
+    def __init__(self, make: Callable[[bool], Backend]) -> None:
+        self.make, self.made = make, dict[bool, Backend]()
+
+    def __call__(self, exact: bool) -> Backend:
+        if exact not in self.made:
+            self.made[exact] = self.make(exact)
+        return self.made[exact]
+
+
+def _attempts(
+    source: Checkpoint,
+    config: ModelConfig,
+    target: Path,
+    settings: Settings,
+    devices: _Devices,
+    work: WorkFolder,
+    tokens: Callable[[], Ids],
+    watch: Watch,
+) -> Result:
+    """Convert by the method asked for; where it lost more than plain rounding, by the next of FALLBACKS."""
+    rejected: list[Rejected] = []
+    while True:
+        files = work.files(settings.method if rejected else "")
+        run = Conversion(source, config, settings, devices, files, window_of(config))
+        layers = run.run(tokens, watch)
+        watch(Progress("finish", 1, 2, "writing"))
+        done = model_config(source.config, settings, config, source)
+        tensors = merged(files.shards(config.num_hidden_layers))
+        out = _write(work, source, tensors, done, settings, rejected)
+        found = None
+        if files.judged.exists():
+            ids, rows = tokens(), load(files.judged)
+            split = Split.of(len(ids), window_of(config))
+            made = Checkpoint.open(out)
+            found = verdict(config, source, made, devices(True), devices(False), ids, split, rows)
+            if not found.passed:
+                rejected.append(Rejected(settings.method, found, went_wrong(layers)))
+                after = (
+                    FALLBACKS[FALLBACKS.index(settings.method) + 1 :]
+                    if settings.method in FALLBACKS
+                    else FALLBACKS
+                )
+                settings = replace(settings, method=after[0])
+                watch(Progress("layers", 0, 1, f"{rejected[-1].text()}; trying {settings.method}"))
+                continue
+        nbytes = _put(work, out, target)
+        ids_used = load(work.calibration) if work.calibration.exists() else None
+        watch(Progress("finish", 2, 2))
+        return Result(target, nbytes, settings, tuple(layers), found, tuple(rejected), ids_used)
 
 
 def _check_room(wanted: Needs, smaller: str, work: WorkFolder) -> None:
@@ -111,13 +176,13 @@ def _reformat(
         _check_room(Needs(0, size, size), "", work)
     work.begin(_plan(source, settings, None), resume)
     if finished:
-        return _done(work, Result(target, Checkpoint.open(target).nbytes, moved=made.moved))
+        return _done(work, Result(target, Checkpoint.open(target).nbytes, settings, moved=made.moved))
     try:
-        nbytes = _put(work, source, target, made.tensors, made.config, settings)
+        nbytes = _put(work, _write(work, source, made.tensors, made.config, settings), target)
     except (TinychatError, OSError, KeyboardInterrupt):
         work.remove()
         raise
-    return _done(work, Result(target, nbytes, moved=made.moved))
+    return _done(work, Result(target, nbytes, settings, moved=made.moved))
 
 
 def _plan(source: Checkpoint, settings: Settings, backend: str | None) -> dict[str, Any]:
@@ -125,19 +190,24 @@ def _plan(source: Checkpoint, settings: Settings, backend: str | None) -> dict[s
     return settings.fingerprint(source) | {"backend": backend, "version": __version__}
 
 
-def _put(
+def _write(
     work: WorkFolder,
     source: Checkpoint,
-    target: Path,
     tensors: list[Entry],
     config: dict[str, Any],
     settings: Settings,
-) -> int:
-    """Write the folder and give it its name -> bytes of its weights. What a killed run left of it goes."""
+    rejected: Sequence[Rejected] = (),
+) -> Path:
+    """Write the finished folder, still inside the work folder. What a killed run left of it goes."""
     out = work.path / "out"
     work.renaming.unlink(missing_ok=True)  # before out goes: together they would say that it got its name
     shutil.rmtree(out, ignore_errors=True)
-    write_folder(out, source, tensors, config, card_text(source, settings))
+    write_folder(out, source, tensors, config, card_text(source, settings, rejected))
+    return out
+
+
+def _put(work: WorkFolder, out: Path, target: Path) -> int:
+    """Give the folder its name -> bytes of its weights."""
     put_in_place(out, target, work.path, work.renaming)
     return Checkpoint.open(target).nbytes
 

@@ -78,7 +78,7 @@ def cost(
         if name == "rtn":
             return evaluate(held.ids, scores(Rounded(source, result), False), dense, window)
         with TemporaryDirectory(dir=result.folder.parent, prefix=f".{result.folder.name}.") as folder:
-            plain, target = replace(settings, method=name, compare=False), Path(folder) / name
+            plain, target = replace(settings, method=name), Path(folder) / name
             assert ids is not None
             convert(source, target, plain, backend, lambda *_: ids)
             return evaluate(held.ids, scores(Checkpoint.open(target), False), dense, window)

@@ -10,29 +10,22 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from tinychat_mlx.awq import head
 from tinychat_mlx.awq.experts import LEAST, Mixture, add_experts, round_experts
-from tinychat_mlx.awq.layer import Moments, QuantizedLayer, empty_moments, quantize_layer, round_layer
+from tinychat_mlx.awq.layer import Moments, QuantizedLayer, SiteReport, round_layer
 from tinychat_mlx.awq.needs import Needs, needs
-from tinychat_mlx.awq.record import (
-    STEP_ROWS,
-    LayerRun,
-    Recorder,
-    Routing,
-    alone,
-    embedded_rows,
-    steps,
-    window_of,
-)
+from tinychat_mlx.awq.record import STEP_ROWS, Recorder, Routing, alone, embedded_rows, window_of
 from tinychat_mlx.awq.reformat import reformatted
 from tinychat_mlx.awq.selftext import RoundedSource, conversations, sampled
 from tinychat_mlx.awq.settings import Settings, fitting_group, open_dense
 from tinychat_mlx.awq.sites import LayerWeights, mixture
 from tinychat_mlx.awq.sizes import BASE_BYTES, kinds
-from tinychat_mlx.awq.stream import observe
+from tinychat_mlx.awq.stream import LayerQuantizer
+from tinychat_mlx.awq.streams import Split, Streams
 from tinychat_mlx.awq.tensors import rim_names, rounded_rows
 from tinychat_mlx.backend import Backend, CacheShape, Segment
 from tinychat_mlx.checkpoint import Checkpoint
@@ -84,38 +77,47 @@ def _of_reformat(source: Checkpoint, settings: Settings) -> Estimate:
 def _layer_seconds(
     config: ModelConfig, layer: int, source: Checkpoint, settings: Settings, backend: Make, tokens: int
 ) -> float:
-    """One layer: read, all steps of the forward pass (the fastest of three), quantise."""
+    """One layer: read and quantised for one step of rows. What grows with the rows is scaled up to all of them."""
     start = time.perf_counter()
     weights = LayerWeights.read(config, layer, source)
     if not tokens:
         round_layer(weights, settings.form)
         round_experts(weights, source, settings.form)
         return time.perf_counter() - start
-    device, window = backend(True), window_of(config)
-    run = LayerRun(config, layer, weights, Recorder(device), window)
-    fixed = time.perf_counter() - start
-    one = next(steps(tokens, window))
-    ids = np.random.default_rng(0).integers(0, config.vocab_size, one.stop).astype(np.int32)
-    x = embedded_rows(config, source, device, ids, window)
-    moments = empty_moments(settings.method, weights, settings.group_size)
-    streams = 2 if settings.method == "awq+" else 1
-    running = fastest(lambda: observe(run, moments, np.stack([x] * streams)))
-    routed = run.routings[0] if run.routings else None
-    del run
-    experts_s = 0.0
-    if routed is not None:
-        experts_s = _experts_seconds(
-            weights, source, settings, device, routed.h, moments.pop("mlp_in"), tokens
-        )
+    split = Split.of(min(tokens, STEP_ROWS), window_of(config))
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, split.tokens).astype(np.int32)
+    x = embedded_rows(config, source, backend(True), ids, split.window)
+    quantizer = _Timed(tokens, source, config, settings, split, backend(True), backend(False))
     start = time.perf_counter()
-    made = quantize_layer(weights, moments, settings.form, settings.compare)
-    fixed += time.perf_counter() - start + experts_s
-    if streams == 2:  # once more as codes
+    quantizer.run(weights, Streams.begin(x, split, settings.method == "awq+"))
+    running = quantizer.rows_s.seconds
+    fixed = time.perf_counter() - start - running - quantizer.skipped
+    written = tokens * config.hidden_size * 4 / WRITE_BYTES_S
+    return fixed + quantizer.experts_s + running * tokens / split.tokens + written
+
+
+class _Timed(LayerQuantizer):
+    """Quantises a layer, but of its experts only one that sees its share of the tokens, and the one that sees all.
+
+    experts_s: what all experts would take. skipped: seconds that the sample took.
+    """
+
+    def __init__(self, tokens: int, *args: Any) -> None:
+        super().__init__(*args)
+        self.tokens, self.experts_s, self.skipped = tokens, 0.0, 0.0
+
+    def _rounded(self, weights: LayerWeights) -> QuantizedLayer:
+        return round_layer(weights, self.form)
+
+    def _mixture(
+        self, weights: LayerWeights, wanted: list[Routing], given: list[Routing], moments: Moments, x: Streams
+    ) -> tuple[LayerWeights, Any, tuple[SiteReport, ...]]:
         start = time.perf_counter()
-        run = LayerRun(config, layer, made, Recorder(backend(False)), window)
-        fixed += time.perf_counter() - start
-        running += fastest(lambda: run.forward(x))
-    return fixed + running * tokens / len(x) + tokens * config.hidden_size * 4 / WRITE_BYTES_S
+        self.experts_s = _experts_seconds(
+            weights, self.source, self.settings, self.backend, wanted[0].h, moments, self.tokens
+        )
+        self.skipped = time.perf_counter() - start
+        return weights, (), ()
 
 
 def fastest(work: Callable[[], object]) -> float:
@@ -143,17 +145,18 @@ def _experts_seconds(
     each = {0: (moe.num_experts, tokens * moe.num_experts_per_tok // moe.num_experts)}
     if moe.shared_expert_intermediate_size:
         each[moe.num_experts] = (1, tokens)
-    seconds, streams = 0.0, 2 if settings.method == "awq+" else 1
+    seconds = 0.0
     for e, (count, sent) in each.items():
         rows = np.resize(h, (max(sent, LEAST), h.shape[1]))
         one = np.ones((len(rows), 1), np.float32)
-        routing = Routing(rows, np.full(one.shape, e, np.intp), one)
+        routing, split = Routing(rows, np.full(one.shape, e, np.intp), one), Split.of(len(rows), len(rows))
         start = time.perf_counter()
-        mixed = Mixture(weights, source, Recorder(device), [routing] * streams, settings.form, (e,))
-        _, codes, _ = mixed.quantize(moments, settings.compare, np.zeros_like(rows))
-        if streams == 2:  # once more when the layer is quantised
-            first = replace(routing, choice=np.zeros_like(routing.choice))
-            add_experts(QuantizedLayer(weights, {}, (), codes), first, Recorder(device), np.zeros_like(rows))
+        mixed = Mixture(
+            weights, source, Recorder(device), routing, routing, split, settings.form, settings.method, (e,)
+        )
+        _, codes, _ = mixed.quantize(moments, np.zeros_like(rows))
+        first = replace(routing, choice=np.zeros_like(routing.choice))  # once more when the layer is codes
+        add_experts(QuantizedLayer(weights, {}, (), codes), first, Recorder(device), np.zeros_like(rows))
         seconds += count * (time.perf_counter() - start)
     return seconds
 
@@ -177,10 +180,11 @@ def _head_seconds(
     form = head.head_form(settings)
     x = np.random.default_rng(0).standard_normal((STEP_ROWS, config.hidden_size)).astype(np.float32)
     start = time.perf_counter()
-    moments = head.head_moments(config, source, device, x, form, settings.method)
+    split = Split.of(len(x), len(x) // 4)
+    moments, held = head.head_inputs(config, source, device, x, split, form, settings.method)
     shown = time.perf_counter() - start
     start = time.perf_counter()
-    made = head.Head.chosen_by(config, source, moments, form, settings.compare)
+    made = head.Head.chosen_by(config, source, moments, held, form)
     chosen = time.perf_counter() - start
     start = time.perf_counter()
     rows = len(next(made.stripes()).q)

@@ -15,24 +15,25 @@ import numpy as np
 
 from tinychat_mlx.awq.layer import (
     Attempt,
+    Factored,
     Form,
+    Held,
     Judge,
     Moments,
-    Prepared,
     QuantizedLayer,
     SiteReport,
+    better,
     clipped,
-    fed,
-    feedback_weights,
-    quantize_site,
+    fed_codes,
+    publish_site,
     round_site,
-    site_moments,
 )
 from tinychat_mlx.awq.moments import BlockMoments, FullMoments
 from tinychat_mlx.awq.quantizer import Quantized, round_to_nearest
 from tinychat_mlx.awq.record import STEP_ROWS, ExpertRun, Recorder, Routing
-from tinychat_mlx.awq.search import best, candidates, fed_losses, losses
+from tinychat_mlx.awq.search import best, candidates, fed_losses, losses, search_fed_scale
 from tinychat_mlx.awq.sites import Index, LayerWeights, Site, experts, fold, sites
+from tinychat_mlx.awq.streams import Split
 from tinychat_mlx.decoder import Source
 from tinychat_mlx.weight import F32, Packed
 
@@ -64,8 +65,9 @@ def add_experts(layer: QuantizedLayer, routing: Routing, backend: Recorder, y: F
 class Mixture:
     """The experts of one float layer and what the calibration rows bring to them.
 
-    routed: what the float model routes, and for awq+ also what the layer routes of the rows that quantised
-    layers feed it; an expert is quantised for the latter and corrected towards the former.
+    wanted: what the float model routes. given: what the layer routes of the rows that quantised layers feed it (with
+    awq the same). An expert is quantised for the latter. It is not corrected towards the former: too few held-out
+    rows reach an expert to say whether that helps.
     """
 
     def __init__(
@@ -73,35 +75,38 @@ class Mixture:
         weights: LayerWeights,
         source: Source,
         backend: Recorder,
-        routed: Sequence[Routing],
+        wanted: Routing,
+        given: Routing,
+        split: Split,
         form: Form,
+        method: str,
         only: Sequence[int] = (),
     ) -> None:
         self.weights, self.source, self.backend, self.form = weights, source, backend, form
-        self.wanted, self.routed = routed[0], routed[-1]
-        self.method = "awq+" if len(routed) == 2 else "awq"
+        self.wanted, self.given, self.split, self.method = wanted, given, split, method
         self.first, self.down = (s for s in sites(weights.config, weights.layer) if s.experts)
         self.experts = only or experts(weights.config, weights.layer)
-        sent = {e: np.flatnonzero(self.routed.weight(e)) for e in self.experts}
-        self.tokens = {e: len(rows) for e, rows in sent.items()}
-        self.rows = {e: _enough(rows, len(self.routed.h)) for e, rows in sent.items()}
+        sent = {e: np.flatnonzero(given.weight(e)[: split.seen]) for e in self.experts}
+        fit = {e: rows[rows < split.fit] for e, rows in sent.items()}
+        self.tokens = {e: len(rows) for e, rows in fit.items()}
+        self.rows = {e: _enough(rows, 0, split.fit, LEAST) for e, rows in fit.items()}
+        self.held = {
+            e: _enough(rows[rows >= split.fit], split.fit, split.seen, LEAST // 8) for e, rows in sent.items()
+        }
 
-    def quantize(
-        self, moments: Moments, compare: bool, y: F32
-    ) -> tuple[LayerWeights, Codes, tuple[SiteReport, ...]]:
+    def quantize(self, moments: Moments, y: F32) -> tuple[LayerWeights, Codes, tuple[SiteReport, ...]]:
         """-> the layer with the experts' scales folded into norm and routers, their codes, what was measured.
 
         moments: of what all tokens bring to the norm's readers. y (T, C): the float experts' share is added.
         """
-        search = _Search(moments, self.form, compare)
-        downs = [self._down(e, search, compare, y) for e in self.experts]
-        published = best(search.published, search.scales)[0] if compare else None
+        search = _Search(moments, self.form)
+        downs = [self._down(e, search, y) for e in self.experts]
         chosen, alpha = best(search.total, search.scales)
         folded, s = self.weights.copy(), np.ones_like(chosen)
         if alpha:
             s = fold(folded, self.first, chosen, None)
         pairs = list(zip(self.experts, downs, strict=True))
-        firsts = [self._gate_up(e, down.s, s, alpha, published) for e, down in pairs]
+        firsts = [self._gate_up(e, down.s, s, alpha) for e, down in pairs]
         report = self._merged([kept for _, kept in firsts])
         codes = [parts for parts, _ in firsts]
         if not report.error < report.rtn:
@@ -111,28 +116,42 @@ class Mixture:
         whole = tuple(down.codes | first for down, first in zip(downs, codes, strict=True))
         return folded, whole, (report, self._merged([down.report for down in downs]))
 
-    def _down(self, e: int, search: _Search, compare: bool, y: F32) -> _Down:
+    def _down(self, e: int, search: _Search, y: F32) -> _Down:
         """Quantise an expert's down projection, and note what each scale of its inputs would cost gate and up."""
         w = LayerWeights.read(self.weights.config, self.weights.layer, self.source, e)
-        kept, report = quantize_site(w, self.down, self._run(e, w, y), self.form, compare)
-        search.add(kept.weights.stacked(self.first), self.routed.h[self.rows[e]], self.tokens[e])
+        moments, held = self._run(e, w, y)
+        if isinstance(moments, BlockMoments):
+            kept, report = publish_site(w, self.down, moments, held, self.form)
+        else:
+            kept, report = self._fed_down(w, moments, held)
+        search.add(kept.weights.stacked(self.first), self.given.h[self.rows[e]], self.tokens[e])
         return _Down(_packed(w, kept.parts), kept.s, report)
 
-    def _run(self, e: int, w: LayerWeights, y: F32) -> Moments:
-        """Run a float expert: its share is added to y -> the moments of its down projection's input."""
-        moments = site_moments(self.method, w, self.down, self.form.group_size)
+    def _fed_down(self, w: LayerWeights, moments: FullMoments, held: Held) -> tuple[Attempt, SiteReport]:
+        site, form, found = self.down, self.form, None
+        made = Factored.of(moments, form)
+        if site.absorber is not None:
+            found = search_fed_scale(w.stacked(site), moments.mean_abs, made.weights(), None, form.group_size)
+        scaled, s, alpha = w.copy(), np.ones(len(moments.sums), np.float32), 0.0
+        if found is not None and found[1]:
+            s, alpha = fold(scaled, site, found[0], None), found[1]
+        tried = Attempt(scaled, fed(scaled, site, made, s, form), s, alpha)
+        plain = Attempt(w, round_site(w, site, form), np.ones(1, np.float32), 0.0)
+        return better(Judge(w.stacked(site), held), tried, plain, site)
+
+    def _run(self, e: int, w: LayerWeights, y: F32) -> tuple[Moments, Held]:
+        """Run a float expert: its share is added to y -> moments and held-out rows of its down projection's input."""
+        k = w.stacked(self.down).shape[1]
+        moments: Moments = (
+            FullMoments.empty(k) if self.method == "awq+" else BlockMoments.empty(k, self.form.group_size)
+        )
         run, share = ExpertRun.of(w, self.backend), self.wanted.weight(e)
-        learnt = np.zeros(len(y), bool)
-        learnt[self.rows[e]] = True
-        for rows in _pieces(np.flatnonzero(learnt | (share != 0))):
-            a, out = run.forward(self.wanted.h[rows])
-            y[rows] += share[rows, None] * out
-            own = learnt[rows]
-            if isinstance(moments, BlockMoments):
-                moments.add(a[own])
-            elif own.any():
-                moments.add(run.forward(self.routed.h[rows[own]])[0], a[own])
-        return moments
+        for rows in _pieces(np.flatnonzero(share)):
+            y[rows] += share[rows, None] * run.forward(self.wanted.h[rows])[1]
+        for rows in _pieces(self.rows[e]):
+            moments.add(run.forward(self.given.h[rows])[0])
+        given, wanted = (run.forward(routed.h[self.held[e]])[0] for routed in (self.given, self.wanted))
+        return moments, Held(given, wanted)
 
     def _reread(self, e: int, s: F32) -> LayerWeights:
         """An expert's gate and up, up's rows divided by the scales of down's inputs."""
@@ -145,51 +164,39 @@ class Mixture:
         w = self._reread(e, down_s)
         return _packed(w, round_site(w, self.first, self.form))
 
-    def _gate_up(
-        self, e: int, down_s: F32, s: F32, alpha: float, published: F32 | None
-    ) -> tuple[dict[str, Packed], SiteReport]:
+    def _gate_up(self, e: int, down_s: F32, s: F32, alpha: float) -> tuple[dict[str, Packed], SiteReport]:
         """Quantise an expert's gate and up for the tokens it sees, with the scales that all share."""
         site, form, w, rows = self.first, self.form, self._reread(e, down_s), self.rows[e]
-        scaled, others = multiplied(w, site, s), {}
-        tries = [Attempt(scaled, round_site(scaled, site, form), s, alpha)]
+        judge = Judge(w.stacked(site), Held(self.given.h[self.held[e]], self.wanted.h[self.held[e]]))
+        scaled, ones = multiplied(w, site, s), np.ones(1, np.float32)
+        tries = [round_site(scaled, site, form)]
         if self.method == "awq+":
             m = FullMoments.empty(len(s))
             for piece in _pieces(rows):
-                m.add(self.routed.h[piece], self.wanted.h[piece])
-            prepared = Prepared.of(w.stacked(site), m, form)
-            judge = Judge(prepared.wanted, m)
-            if published is not None:
-                other, blocks = multiplied(w, site, published), m.blocks(form.group_size)
-                parts = clipped(other, site, blocks, published, form)
-                others["awq"] = judge.error(Attempt(other, parts, published, 0.0), site)
-            tries.append(Attempt(scaled, fed(scaled, site, prepared, s, form), s, alpha))
+                m.add(self.given.h[piece])
+            tries.append(fed(scaled, site, Factored.of(m, form), s, form))
         else:
             own = BlockMoments.empty(len(s), form.group_size)
-            own.add(self.routed.h[rows])
-            judge = Judge(w.stacked(site), own)
-            tries.append(Attempt(scaled, clipped(scaled, site, own, s, form), s, alpha))
-        plain = judge.error(Attempt(w, round_site(w, site, form), np.ones(1, np.float32), 0.0), site)
-        errors = [judge.error(attempt, site) for attempt in tries]
+            own.add(self.given.h[rows])
+            tries.append(clipped(scaled, site, own, s, form))
+        plain = judge.error(round_site(w, site, form), ones, site)
+        errors = [judge.error(parts, s, site) for parts in tries]
         least = int(np.argmin(errors))
-        report = SiteReport(site.key, site.roles, plain, errors[least], alpha, least == 0, others)
-        return _packed(w, tries[least].parts), report
+        report = SiteReport(site.key, site.roles, plain, errors[least], alpha, 0.0, least == 0)
+        return _packed(w, tries[least]), report
 
     def _merged(self, reports: Sequence[SiteReport]) -> SiteReport:
         """One report for a site of all experts: means over the tokens sent to them."""
         tokens = np.array(list(self.tokens.values()))
-        share = tokens / tokens.sum()
-
-        def mean(values: Sequence[float]) -> float:
-            return float(share @ np.array(values))
-
+        share = tokens / max(tokens.sum(), 1)
         rtn, error, alpha = (
-            mean([getattr(r, field) for r in reports]) for field in ("rtn", "error", "alpha")
+            float(share @ np.array([getattr(r, field) for r in reports]))
+            for field in ("rtn", "error", "alpha")
         )
-        others = {key: mean([r.others[key] for r in reports]) for key in reports[0].others}
         few = int((tokens < LEAST).sum())
         note = f"{few} of {len(tokens)} experts were sent fewer than {LEAST} tokens" if few else ""
         kept = all(r.fell_back for r in reports)
-        return SiteReport(reports[0].key, reports[0].roles, rtn, error, alpha, kept, others, note)
+        return SiteReport(reports[0].key, reports[0].roles, rtn, error, alpha, 0.0, kept, note)
 
 
 @dataclass(frozen=True)
@@ -208,23 +215,33 @@ class _Search:
     published search by the moments of the expert's own tokens.
     """
 
-    def __init__(self, moments: Moments, form: Form, compare: bool) -> None:
+    def __init__(self, moments: Moments, form: Form) -> None:
         self.form, self.scales = form, candidates(moments.mean_abs, None)
-        self.d = feedback_weights(moments, form) if isinstance(moments, FullMoments) else None
-        self.by_blocks = compare or self.d is None
-        self.total, self.published = (np.zeros(len(self.scales)) for _ in range(2))
+        self.d = Factored.of(moments, form).weights() if isinstance(moments, FullMoments) else None
+        self.total = np.zeros(len(self.scales))
 
     def add(self, w: F32, h: F32, tokens: int) -> None:
         """Take in an expert's gate and up w (N, K), stacked, and the rows h (n, K) it is quantised for."""
-        if self.by_blocks:
-            own = BlockMoments.empty(w.shape[1], self.form.group_size)
-            own.add(h)
-            found = losses(w, own, self.scales, None, self.form.w_bit, self.form.group_size)
-            self.published += tokens * found
+        size, bits = self.form.group_size, self.form.w_bit
         if self.d is None:
-            self.total = self.published
+            own = BlockMoments.empty(w.shape[1], size)
+            own.add(h)
+            self.total += tokens * losses(w, own, self.scales, None, bits, size)
         else:
-            self.total += tokens * fed_losses(w, self.d, self.scales, None, self.form.group_size)
+            self.total += tokens * fed_losses(w, self.d, self.scales, None, size)
+
+
+def fed(scaled: LayerWeights, site: Site, made: Factored, s: F32, form: Form) -> dict[str, Quantized]:
+    """Error feedback over linears whose columns carry s; made: of the unscaled inputs. Changes `made`."""
+    # Dividing the inputs by s divides rows and columns of H: U and D follow without another factorisation.
+    so = s[made.order, None]
+    made.f.u[:] *= so.T
+    made.f.u[:] /= so
+    made.h /= so.T
+    made.h /= so
+    made.f = replace(made.f, d=(made.f.d / np.square(so[:, 0])).astype(np.float32))
+    codes = fed_codes(np.ascontiguousarray(scaled.stacked(site).T[made.order]), made, form)
+    return dict(scaled.unstack_codes(site, codes))
 
 
 def multiplied(w: LayerWeights, site: Site, s: F32) -> LayerWeights:
@@ -235,12 +252,12 @@ def multiplied(w: LayerWeights, site: Site, s: F32) -> LayerWeights:
     return copy
 
 
-def _enough(rows: Index, total: int) -> Index:
-    """The rows sent to an expert; where they are fewer than LEAST, with others, evenly spread."""
-    if len(rows) >= LEAST:
+def _enough(rows: Index, start: int, stop: int, least: int) -> Index:
+    """The rows sent to an expert; where they are fewer than `least`, with others of start … stop, evenly spread."""
+    if len(rows) >= least:
         return rows
-    spare = np.setdiff1d(np.arange(total), rows)
-    take = min(LEAST - len(rows), len(spare))
+    spare = np.setdiff1d(np.arange(start, stop), rows)
+    take = min(least - len(rows), len(spare))
     return np.union1d(rows, spare[np.arange(take) * len(spare) // max(take, 1)])
 
 

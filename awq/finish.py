@@ -6,12 +6,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tinychat_mlx import __version__
 from tinychat_mlx.awq.settings import Settings
+from tinychat_mlx.awq.verdict import Rejected
 from tinychat_mlx.checkpoint import Checkpoint
 from tinychat_mlx.config import parse_config
 from tinychat_mlx.errors import TinychatError
@@ -64,7 +65,7 @@ def put_in_place(folder: Path, target: Path, work: Path, renaming: Path) -> None
 CARRIED = ("license", "license_name", "license_link", "language")  # of the model card's head
 
 
-def card_text(source: Checkpoint, settings: Settings) -> str:
+def card_text(source: Checkpoint, settings: Settings, rejected: Sequence[Rejected] = ()) -> str:
     """The model card: YAML for the hub, then what was done. A change of format says that and no more."""
     front, name = _front_matter(source.folder / "README.md"), shown_name(source)
     dense, old = source.quantization.format == "dense", source.quantization
@@ -88,6 +89,7 @@ def card_text(source: Checkpoint, settings: Settings) -> str:
         else f"The {old.format} weights of {name} in the {settings.format} format, codes unchanged."
     )
     yaml = "\n".join(head)
+    done += "".join(f"\n{one.text()}." for one in rejected)
     return f"---\n{yaml}\n---\n\n# {name}, {w_bit}-bit\n\n{done}\nMade by tinychat-mlx {__version__}.\n"
 
 

@@ -17,19 +17,22 @@ import numpy as np
 
 from tinychat_mlx.awq.layer import (
     Attempt,
+    Factored,
     Form,
+    Held,
     Moments,
     SiteReport,
     clipped,
-    factored,
     fed_codes,
-    quantize_site,
+    feed_site,
+    publish_site,
 )
 from tinychat_mlx.awq.moments import BlockMoments, FullMoments
 from tinychat_mlx.awq.quantizer import Quantized, round_to_nearest
 from tinychat_mlx.awq.record import steps
 from tinychat_mlx.awq.settings import Settings
 from tinychat_mlx.awq.sites import LayerWeights, Site
+from tinychat_mlx.awq.streams import Split
 from tinychat_mlx.awq.tensors import joined_rows
 from tinychat_mlx.backend import Backend
 from tinychat_mlx.config import ModelConfig
@@ -51,15 +54,20 @@ def head_form(settings: Settings) -> Form:
     return Form(settings.head_bits, settings.group_size)
 
 
-def head_moments(
-    config: ModelConfig, source: Source, backend: Backend, x: F32, form: Form, method: str
-) -> Moments:
-    """What leaves the last layer of the float model, x (T, C) -> moments of what the head reads."""
+def head_inputs(
+    config: ModelConfig, source: Source, backend: Backend, x: F32, split: Split, form: Form, method: str
+) -> tuple[Moments, Held]:
+    """What leaves the last layer of the float model, x (T, C) -> moments and held-out rows of what the head reads."""
     norm, k = Loader(config, source, backend).final_norm(), config.hidden_size
     moments: Moments = FullMoments.empty(k) if method == "awq+" else BlockMoments.empty(k, form.group_size)
-    for rows in steps(len(x), 1):
-        moments.add(backend.to_host(backend.norm(backend.put(x[rows]), norm)))
-    return moments
+
+    def read(rows: slice) -> F32:
+        return backend.to_host(backend.norm(backend.put(x[rows]), norm))
+
+    for rows in steps(split.fit, 1):
+        moments.add(read(rows))
+    held = read(slice(split.fit, split.seen))
+    return moments, Held(held, held)
 
 
 @dataclass(frozen=True)
@@ -74,9 +82,7 @@ class Head:
     report: SiteReport
 
     @classmethod
-    def chosen_by(
-        cls, config: ModelConfig, source: Source, moments: Moments, form: Form, compare: bool
-    ) -> Head:
+    def chosen_by(cls, config: ModelConfig, source: Source, moments: Moments, held: Held, form: Form) -> Head:
         """Search scales as for any other site, by up to ROWS rows."""
         matrix = source.weight(config.spec.name("head"), (config.vocab_size, config.hidden_size))
         assert isinstance(matrix, Dense)
@@ -84,7 +90,11 @@ class Head:
         names = [f"{config.spec.name('final_norm')}.{end}" for end in ("weight", "bias")]
         vectors = {name: np.array(source.vector(name), np.float32) for name in names if source.has(name)}
         weights = LayerWeights(config, config.num_hidden_layers, {"head": rows}, {}, vectors)
-        chosen, report = quantize_site(weights, SITE, moments, form, compare)
+        if isinstance(moments, FullMoments):
+            ones = np.ones(config.hidden_size, np.float32)
+            chosen, report = feed_site(weights, SITE, moments, held, form, ones, 0.0)
+        else:
+            chosen, report = publish_site(weights, SITE, moments, held, form)
         return cls(chosen.weights, matrix, moments, form, chosen, report)
 
     def stripes(self) -> Iterator[Quantized]:
@@ -99,8 +109,8 @@ class Head:
         if self.report.fell_back:
             return lambda w: round_to_nearest(w, form.w_bit, form.group_size)
         if isinstance(moments, FullMoments):
-            order, h, f = factored(moments, form)  # once for all stripes
-            return lambda w: fed_codes(np.ascontiguousarray(w.T[order]), order, f, h, form)
+            made = Factored.of(moments, form)  # once for all stripes
+            return lambda w: fed_codes(np.ascontiguousarray(w.T[made.order]), made, form)
 
         def searched(w: F32) -> Quantized:
             scaled = replace(self.weights, linears={"head": w * s})

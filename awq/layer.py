@@ -1,9 +1,12 @@
-"""Quantise one decoder layer: rtn (rounding), awq (the published algorithm), awq+ (the best there is here)."""
+"""Quantise the linears of one site: rtn (plain rounding), awq (the published algorithm), awq+ (error feedback).
+
+A site's linears read one input. What was found on the calibration rows is judged on held-out rows by what the float
+model computes there, and plain rounding stays where nothing is better.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,8 +21,9 @@ from tinychat_mlx.formats.mlx import half
 from tinychat_mlx.weight import F32, Dense, Packed, Weight
 
 METHODS = ("rtn", "awq", "awq+")
-JUDGED = 384  # rows of a site's matrix by which attempts are compared
+JUDGED = 384  # outputs of a site, evenly spread, by which attempts are compared
 ROUNDS = 1  # of coordinate descent: 5 % less KL at 4 bits; a second gives nothing
+TURN = 0.25  # the longest correction of a row of weights, as a share of the row's length: it turns by at most 14°
 
 
 @dataclass(frozen=True)
@@ -32,26 +36,39 @@ class Form:
 
 @dataclass(frozen=True)
 class SiteReport:
-    """Mean squared output error over mean squared output of a site's linears, on the calibration tokens."""
+    """One site. rtn, error: the relative squared error of its outputs against the float model's, on held-out rows,
+    with plain rounding and with what was kept.
+
+    share: of the correction towards the float model's outputs, chosen on the held-out rows.
+    fell_back: nothing was better than plain rounding, which was kept.
+    """
 
     key: str
     roles: tuple[str, ...]
     rtn: float
     error: float
     alpha: float
-    fell_back: bool  # the error did not fall: plain rounding was kept
-    others: Mapping[str, float] = field(
-        default_factory=dict
-    )  # method -> error, where a comparison was asked for
+    share: float
+    fell_back: bool
     note: str = ""
 
 
 @dataclass(frozen=True)
-class QuantizedLayer:
-    """A layer's linears as codes, by part, and what folding made of the rest (in `weights`): a Source for the
-    graph's Loader, which gives the layer as it is stored, so as it will run.
+class LayerReport:
+    """A layer, or the head. off: the distance (see `streams.distance`) of the rows that leave the quantised layers so
+    far from the float model's, on rows that no search sees; rounded: the same of plain rounding. The head has none.
+    """
 
-    experts: those of a mixture, each by part.
+    sites: tuple[SiteReport, ...]
+    off: float = 0.0
+    rounded: float = 0.0
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """A layer whose sites are codes as far as `parts` has them; `weights` holds the rest and the folded vectors.
+
+    A Source for the graph's Loader: the layer as it is stored, so as it will run. experts: each by part.
     """
 
     weights: LayerWeights
@@ -89,81 +106,29 @@ def as_stored(name: str, a: F32) -> F32:
 Moments = BlockMoments | FullMoments
 
 
-def empty_moments(method: str, weights: LayerWeights, group_size: int) -> dict[str, Moments]:
-    """What a method needs to know about the inputs of a layer's sites, by their keys; experts' own are theirs."""
-    return {
-        site.key: site_moments(method, weights, site, group_size)
-        for site in sites(weights.config, weights.layer)
-        if not (site.experts and site.absorber == "up")
-    }
-
-
-def site_moments(method: str, weights: LayerWeights, site: Site, group_size: int) -> Moments:
-    known = [weights.linears[role] for role in (*site.roles, *site.kept) if role in weights.linears]
-    k = known[0].shape[1]
-    if method != "awq+":
-        return BlockMoments.empty(k, group_size)
-    if (
-        site.experts and weights.expert is None
-    ):  # for the choice of s alone: no linear's correction is asked for
-        return FullMoments.empty(k, np.empty((0, k), np.float32))
-    ends = site.roles in (("o",), ("down",))  # their rows feed the residual: no folding scales them
-    return FullMoments.empty(k, weights.stacked(site) if ends else None)
+def dense_sites(weights: LayerWeights) -> tuple[Site, ...]:
+    """The sites of a layer without its experts', in the order of a forward pass."""
+    return tuple(site for site in sites(weights.config, weights.layer) if not site.experts)
 
 
 def round_layer(weights: LayerWeights, form: Form) -> QuantizedLayer:
-    """Plain rounding of a layer, its experts apart: needs no tokens."""
-    linears = {
-        role: weights.linears[role]
-        for site in sites(weights.config, weights.layer)
-        if not site.experts
-        for role in site.roles
-    }
-    parts = {role: round_to_nearest(w, form.w_bit, form.group_size) for role, w in linears.items()}
+    """Plain rounding of a layer without its experts; needs no tokens."""
+    parts: dict[str, Quantized] = {}
+    for site in dense_sites(weights):
+        parts |= round_site(weights, site, form)
     return QuantizedLayer(weights, parts, ())
 
 
-def quantize_layer(
-    weights: LayerWeights, moments: dict[str, Moments], form: Form, compare: bool = False
-) -> QuantizedLayer:
-    """Scale, fold and quantise a layer, its experts apart, whose sites' inputs have these moments.
-
-    From the last site to the first: a site's scales go into rows that an earlier site quantises.
-    Takes each site's moments out of `moments`, for they are large.
-    compare: with awq+, also measure what the published algorithm would have done.
-    """
-    weights, parts, reports = weights.copy(), {}, []
-    for site in reversed(sites(weights.config, weights.layer)):
-        if site.experts:
-            continue
-        trim()
-        kept, report = quantize_site(weights, site, moments.pop(site.key), form, compare)
-        weights = kept.weights
-        parts.update(kept.parts)
-        reports.append(report)
-    return QuantizedLayer(weights, parts, tuple(reversed(reports)))
+def round_site(weights: LayerWeights, site: Site, form: Form) -> dict[str, Quantized]:
+    return {r: round_to_nearest(weights.linears[r], form.w_bit, form.group_size) for r in site.roles}
 
 
-def quantize_site(
-    weights: LayerWeights, site: Site, m: Moments, form: Form, compare: bool
-) -> tuple[Attempt, SiteReport]:
-    """Scale, fold and quantise the linears of one site; plain rounding where that is no worse."""
-    plain, others = Attempt(weights, round_site(weights, site, form), np.ones(1, np.float32), 0.0), {}
-    if isinstance(m, FullMoments):
-        prepared = Prepared.of(weights.stacked(site), m, form)
-        judge = Judge(prepared.wanted, m)
-        if compare:
-            published = _published(weights, site, m.blocks(form.group_size), form)
-            others["awq"] = min(judge.error(published, site), judge.error(plain, site))
-            del published
-        tried = _plus(weights, site, m, prepared, form)
-    else:
-        judge = Judge(weights.stacked(site), m)
-        tried = _published(weights, site, m, form)
-    rtn, error = judge.error(plain, site), judge.error(tried, site)
-    kept = tried if error < rtn else plain
-    report = SiteReport(site.key, site.roles, rtn, min(rtn, error), kept.alpha, not error < rtn, others)
-    return kept, report
+@dataclass(frozen=True)
+class Held:
+    """Held-out rows at one site. given (n, K): what its linears will read. wanted (n, K): what the float model's read."""
+
+    given: F32
+    wanted: F32
 
 
 @dataclass(frozen=True)
@@ -174,42 +139,81 @@ class Attempt:
     parts: dict[str, Quantized]
     s: F32
     alpha: float
+    share: float = 0.0
 
 
 class Judge:
-    """Measures attempts at one site by what its linears then give for the calibration tokens.
+    """Measures codes of one site by its outputs on held-out rows, against those of the float weights w (N, K).
 
-    At most JUDGED rows, spread evenly, are looked at: a product with H for all costs as much as quantising.
+    At most JUDGED outputs, evenly spread, are computed. Every row of the text counts the same: the error is the mean
+    over rows of |error|² / |output|².
     """
 
-    def __init__(self, w: F32, moments: Moments) -> None:
+    def __init__(self, w: F32, held: Held) -> None:
         self.rows = np.arange(0, len(w), -(-len(w) // JUDGED))
-        self.w = w[self.rows]
-        self.loss: Callable[[F32], float]
-        if isinstance(moments, FullMoments):
-            sums = moments.whole()  # not its mean: at K = 8192 a copy is 268 MB
-            self.loss = lambda d: float(np.einsum("nk,nk->n", product(d, sums), d).sum(dtype=np.float64))
-        else:
-            self.loss = lambda d: float(moments.loss(d).sum(dtype=np.float64))
-        self.signal = max(self.loss(self.w), 1e-30)
+        self.given = held.given
+        self.wanted = product(held.wanted, w[self.rows].T)
+        size = np.einsum("tn,tn->t", self.wanted, self.wanted)
+        self.weight = 1 / np.maximum(size, np.float32(1e-6) * size.mean() + np.float32(1e-30))
 
-    def error(self, attempt: Attempt, site: Site) -> float:
+    def error(self, parts: dict[str, Quantized], s: F32, site: Site) -> float:
+        """Of codes whose columns carry s."""
         pieces, at = [], 0
-        for part in (attempt.parts[role] for role in site.roles):
+        for part in (parts[role] for role in site.roles):
             end = at + len(part.q)
             pieces.append(part.take(self.rows[(self.rows >= at) & (self.rows < end)] - at).to_float32())
             at = end
         w_hat = np.concatenate(pieces)
-        w_hat /= attempt.s
-        w_hat -= self.w
-        return self.loss(w_hat) / self.signal
+        w_hat /= s
+        off = product(self.given, w_hat.T) - self.wanted
+        return float(np.mean(np.einsum("tn,tn->t", off, off) * self.weight))
 
 
-def round_site(weights: LayerWeights, site: Site, form: Form) -> dict[str, Quantized]:
-    return {r: round_to_nearest(weights.linears[r], form.w_bit, form.group_size) for r in site.roles}
+def better(
+    judge: Judge, tried: Attempt, plain: Attempt, site: Site, note: str = ""
+) -> tuple[Attempt, SiteReport]:
+    """Keep what was tried only where its error is below plain rounding's."""
+    rtn, error = (judge.error(a.parts, a.s, site) for a in (plain, tried))
+    kept = tried if error < rtn else plain
+    fell_back = kept is plain
+    report = SiteReport(site.key, site.roles, rtn, min(rtn, error), kept.alpha, kept.share, fell_back, note)
+    return kept, report
 
 
-def _scaled(
+# The published algorithm (Lin et al. 2024) ------------------------------------------------------------------
+
+
+def quantize_published(
+    weights: LayerWeights, moments: dict[str, BlockMoments], held: dict[str, Held], form: Form
+) -> QuantizedLayer:
+    """Quantise a layer without its experts. From the last site to the first: a site's scales go into rows that an
+    earlier site quantises. Takes each site's moments out of `moments`, for they are large.
+    """
+    weights, parts, reports = weights.copy(), {}, []
+    for site in reversed(dense_sites(weights)):
+        trim()
+        kept, report = publish_site(weights, site, moments.pop(site.key), held.pop(site.key), form)
+        weights = kept.weights
+        parts.update(kept.parts)
+        reports.append(report)
+    return QuantizedLayer(weights, parts, tuple(reversed(reports)))
+
+
+def publish_site(
+    weights: LayerWeights, site: Site, moments: BlockMoments, held: Held, form: Form
+) -> tuple[Attempt, SiteReport]:
+    """Scale search, clip search, rounding."""
+    found = None
+    if site.absorber is not None:
+        at = shared(site, weights.config)
+        found = search_scale(weights.stacked(site), moments, at, form.w_bit, form.group_size)
+    scaled, s, alpha = scaled_by(weights, site, found)
+    tried = Attempt(scaled, clipped(scaled, site, moments, s, form), s, alpha)
+    plain = Attempt(weights, round_site(weights, site, form), np.ones(1, np.float32), 0.0)
+    return better(Judge(weights.stacked(site), held), tried, plain, site)
+
+
+def scaled_by(
     weights: LayerWeights, site: Site, found: tuple[F32, float] | None
 ) -> tuple[LayerWeights, F32, float]:
     """-> a copy with the found scales folded in, the scale of each input channel, alpha."""
@@ -217,16 +221,6 @@ def _scaled(
     if found is None or found[1] == 0:
         return copy, np.ones(weights.linears[site.roles[0]].shape[1], np.float32), 0.0
     return copy, fold(copy, site, found[0], shared(site, weights.config)), found[1]
-
-
-def _published(weights: LayerWeights, site: Site, moments: BlockMoments, form: Form) -> Attempt:
-    """Scale search, clip search, rounding (Lin et al. 2024)."""
-    found = None
-    if site.absorber is not None:
-        at = shared(site, weights.config)
-        found = search_scale(weights.stacked(site), moments, at, form.w_bit, form.group_size)
-    scaled, s, alpha = _scaled(weights, site, found)
-    return Attempt(scaled, clipped(scaled, site, moments, s, form), s, alpha)
 
 
 def clipped(
@@ -242,86 +236,110 @@ def clipped(
     return parts
 
 
+# Error feedback ------------------------------------------------------------------------------------------------
+
+
 @dataclass
-class Prepared:
-    """A site made ready for error feedback. h and f are in the order of quantisation, wanted (N, K) is not.
+class Factored:
+    """The damped mean of x xᵀ in the order of quantisation, and its factors U D Uᵀ."""
 
-    wanted: the weights that would give, from what the quantised layers feed this site, what the float model
-    computes here (least squares, damped): the site's own plus a correction.
-    """
-
-    wanted: F32
-    correction: F32  # (K, N), in the order of quantisation
     order: feedback.Order
     h: F32
     f: feedback.Factor
 
     @classmethod
-    def of(cls, w: F32, moments: FullMoments, form: Form) -> Prepared:
-        order, h, f = factored(moments, form)
-        correction = moments.correction(w)[order]
-        solve(f.u, f.d, correction)
-        wanted = w.copy()
-        wanted[:, order] += correction.T
-        return cls(wanted, correction, order, h, f)
+    def of(cls, moments: FullMoments, form: Form) -> Factored:
+        order = feedback.by_importance(np.diagonal(moments.sums), form.group_size)
+        h = feedback.damped(moments.whole()[np.ix_(order, order)], 1 / max(moments.tokens, 1))
+        return cls(order, h, feedback.factor(h))
+
+    def weights(self) -> F32:
+        """D (K,), in the checkpoint's order: how much the rounding of each column will count."""
+        stored = np.empty_like(self.f.d)
+        stored[self.order] = self.f.d
+        return stored
 
 
-def factored(moments: FullMoments, form: Form) -> tuple[feedback.Order, F32, feedback.Factor]:
-    """-> the order of quantisation, the damped mean of H in that order, its factors."""
-    order = feedback.by_importance(np.diagonal(moments.sums), form.group_size)
-    h = feedback.damped(moments.whole()[np.ix_(order, order)], 1 / max(moments.tokens, 1))
-    return order, h, feedback.factor(h)
+Scales = dict[str, tuple[F32, float]]  # site -> the scale of each input channel, alpha
 
 
-def _stored_order(order: feedback.Order, d: F32) -> F32:
-    stored = np.empty_like(d)
-    stored[order] = d
-    return stored
+def scale_layer(
+    weights: LayerWeights, moments: dict[str, FullMoments], form: Form
+) -> tuple[LayerWeights, Scales]:
+    """Choose and fold the scales of all sites without experts, by the error that feedback will leave.
 
-
-def feedback_weights(moments: FullMoments, form: Form) -> F32:
-    """-> D (K,) of inputs with these moments: how much the rounding of each column will count."""
-    order, _, f = factored(moments, form)
-    return _stored_order(order, f.d)
-
-
-def _plus(weights: LayerWeights, site: Site, moments: FullMoments, prepared: Prepared, form: Form) -> Attempt:
-    """Scales by the error that feedback will leave, then feedback with joint clip, refit and descent."""
-    found = None
-    # The head is left unscaled: feedback alone leaves 0.35 of rounding's KL on the demo's, after scaling 0.41.
-    if site.absorber not in (None, "final_norm"):
-        at = shared(site, weights.config)
-        d = _stored_order(prepared.order, prepared.f.d)
-        found = search_fed_scale(prepared.wanted, moments.mean_abs, d, at, form.group_size)
-    scaled, s, alpha = _scaled(weights, site, found)
-    return Attempt(scaled, fed(scaled, site, prepared, s, form), s, alpha)
-
-
-def fed(scaled: LayerWeights, site: Site, prepared: Prepared, s: F32, form: Form) -> dict[str, Quantized]:
-    """Error feedback over linears whose columns carry s.
-
-    Changes what is prepared: a copy of H for K = 8192 takes 268 MB.
+    moments: of the float model's inputs. From the last site to the first, as in `quantize_published`.
     """
-    order, h, f = prepared.order, prepared.h, prepared.f
-    # Dividing the inputs by s divides rows and columns of H: U and D follow without another factorisation.
-    so = s[order, None]
-    f.u[:] *= so.T
-    f.u[:] /= so
-    h /= so.T
-    h /= so
-    wt = prepared.correction
-    wt *= so
-    wt += scaled.stacked(site).T[order]
-    del prepared.wanted, prepared.correction
-    codes = fed_codes(
-        wt, order, feedback.Factor(f.u, (f.d / np.square(so[:, 0])).astype(np.float32)), h, form
-    )
-    return dict(scaled.unstack_codes(site, codes))
+    found: Scales = {}
+    for site in reversed(dense_sites(weights)):
+        trim()
+        m, chosen = moments.pop(site.key), None
+        if site.absorber is not None:
+            d, at = Factored.of(m, form).weights(), shared(site, weights.config)
+            chosen = search_fed_scale(weights.stacked(site), m.mean_abs, d, at, form.group_size)
+        weights, s, alpha = scaled_by(weights, site, chosen)
+        found[site.key] = s, alpha
+    return weights, found
 
 
-def fed_codes(wt: F32, order: feedback.Order, f: feedback.Factor, h: F32, form: Form) -> Quantized:
-    """wt (K, N), in `order` as f and h are -> its codes, in the checkpoint's order."""
-    codes = feedback.quantised(wt, f, h, form.w_bit, form.group_size, ROUNDS)
+def feed_site(
+    weights: LayerWeights, site: Site, moments: FullMoments, held: Held, form: Form, s: F32, alpha: float
+) -> tuple[Attempt, SiteReport]:
+    """Quantise a site by error feedback. Its columns carry s, and so do (as 1/s) the inputs in moments and held."""
+    w = weights.stacked(site)
+    judge, made = Judge(w, held), Factored.of(moments, form)
+    plain_w = {role: weights.linears[role] / s for role in site.roles}
+    plain = {r: round_to_nearest(v, form.w_bit, form.group_size) for r, v in plain_w.items()}
+    rtn = judge.error(plain, np.float32(1) / s, site)
+    change, share = corrected(w, moments, made, held)
+    wt = np.ascontiguousarray(w.T[made.order])
+    if share:
+        wt += change.T[made.order]
+    del change, plain_w, plain
+    codes = fed_codes(wt, made, form)
+    parts = dict(weights.unstack_codes(site, codes))
+    error, ones = judge.error(parts, np.ones(1, np.float32), site), np.ones_like(s)
+    if error < rtn:
+        report = SiteReport(site.key, site.roles, rtn, error, alpha, share, False)
+        return Attempt(weights, parts, ones, alpha, share), report
+    # The scales stay: an earlier site's rows carry them already.
+    parts = round_site(weights, site, form)
+    report = SiteReport(site.key, site.roles, rtn, judge.error(parts, ones, site), alpha, 0.0, True)
+    return Attempt(weights, parts, ones, alpha), report
+
+
+def corrected(w: F32, moments: FullMoments, made: Factored, held: Held) -> tuple[F32, float]:
+    """-> a change of w (N, K) that moves the site's outputs towards the float model's, how much of it was taken.
+
+    The change is the least-squares answer to what the site's inputs lack; a row's is at most TURN of its length. A
+    regression on inputs that are themselves off is biased, and what it gains on the rows that it was fitted to is no
+    proof. So the share that is taken minimises the error on held-out rows, and it is 0 where the gain there is within
+    one standard error.
+    """
+    if not moments.has_cross:
+        return np.zeros_like(w), 0.0
+    turned = moments.correction(w)[made.order]
+    solve(made.f.u, made.f.d, turned)
+    change = np.empty_like(w)
+    change[:, made.order] = turned.T
+    length, most = (np.linalg.norm(a, axis=1) for a in (change, w))
+    change *= np.minimum(1, TURN * most / np.maximum(length, 1e-30))[:, None]
+    lacks, gives = product(held.wanted - held.given, w.T), product(held.given, change.T)
+    size = np.einsum("tn,tn->t", *[product(held.wanted, w.T)] * 2)
+    weight = 1 / np.maximum(size, 1e-6 * size.mean() + 1e-30)
+    along, across = (np.einsum("tn,tn->t", a, gives) * weight for a in (lacks, gives))
+    share = float(np.clip(along.sum() / max(across.sum(), 1e-30), 0, 1))
+    gain = share * (2 * along - share * across)
+    if not gain.mean() > gain.std() / np.sqrt(len(gain)):
+        return change, 0.0
+    change *= np.float32(share)
+    return change, share
+
+
+def fed_codes(wt: F32, made: Factored, form: Form) -> Quantized:
+    """wt (K, N), in the order of quantisation -> its codes, in the checkpoint's order."""
+    order = made.order
+    codes = feedback.quantised(wt, made.f, made.h, form.w_bit, form.group_size, ROUNDS)
     back = np.argsort(order)
     groups = np.argsort(order[:: form.group_size] // form.group_size)
     q = np.ascontiguousarray(codes.q[back].T.astype(np.uint8))

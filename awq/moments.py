@@ -67,8 +67,9 @@ class BlockMoments:
 class FullMoments:
     """What awq+ needs of a site: sums over tokens of |x| (K,), of x xᵀ (K, K), and of missing xᵀ (M, K).
 
-    x is what the quantised layers before feed the site, missing what it lacks of the float model's input,
-    (K, K); or, where w is given, that seen through the site's linears, (N, K), which is smaller.
+    x is what the quantised layers before the site give it. missing is what x lacks of the float model's input:
+    (K, K), or, where w is given, that seen through the site's linears: (N, K), which is smaller. Moments of the
+    float model's own inputs have no missing part.
     """
 
     magnitude: F32
@@ -79,9 +80,9 @@ class FullMoments:
 
     @classmethod
     def empty(cls, k: int, w: F32 | None = None) -> FullMoments:
-        """w (N, K): weights whose rows no folding will scale; used if that makes `cross` cheaper."""
-        w = w if w is not None and 2 * len(w) < k else None
-        rows = k if w is None else len(w)
+        """w (N, K): the site's linears, where what the inputs lack is asked for."""
+        rows = 0 if w is None else min(k, len(w))
+        w = w if w is not None and len(w) < k else None
         zeros = np.zeros(k, np.float32), np.zeros((k, k), np.float32), np.zeros((rows, k), np.float32)
         return cls(*zeros, w)
 
@@ -94,12 +95,16 @@ class FullMoments:
             self.sums[at] += x[:, at[0]].T @ x[:, at[1]]
 
         each(tile, [(a, b) for i, a in enumerate(parts) for b in parts[i:]])
-        if wanted is not None:
+        if self.has_cross and wanted is not None:
             missing = wanted - x
             if self.w is not None:
                 missing = product(missing, self.w.T)
             add_product(self.cross, missing.T, x)
         self.tokens += len(x)
+
+    @property
+    def has_cross(self) -> bool:
+        return len(self.cross) > 0
 
     @property
     def mean_abs(self) -> F32:
@@ -121,9 +126,3 @@ class FullMoments:
         self.cross = np.empty((0, self.cross.shape[1]), np.float32)
         out: F32 = np.multiply(through, np.float32(1 / max(self.tokens, 1)), order="C")
         return out
-
-    def blocks(self, group_size: int) -> BlockMoments:
-        """What the published searches would have kept."""
-        g = len(self.sums) // group_size
-        diagonal = self.whole().reshape(g, group_size, g, group_size)[np.arange(g), :, np.arange(g)]
-        return BlockMoments(self.magnitude, np.ascontiguousarray(diagonal), self.tokens)

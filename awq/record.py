@@ -207,18 +207,18 @@ class LayerRun:
 
         return self.backend.to_host(self._run(x, show))
 
-    def all_inputs(self, x: F32, seen: Callable[[str, F32], None]) -> None:
-        """As `forward`, but no further than the input of the last site."""
-        last = self.sites[-1].key
+    def input_of(self, site: str, x: F32) -> F32:
+        """Rows x (T, C) of one step -> the input (T, K) of a site, by its key. What follows the site does not run."""
+        found: list[F32] = []
 
         def show(name: str, tensor: Tensor) -> None:
-            if name in self.keys:
-                seen(self.keys[name], self.backend.to_host(tensor))
-                if self.keys[name] == last:
-                    raise Reached
+            if self.keys.get(name) == site:
+                found.append(self.backend.to_host(tensor))
+                raise Reached
 
         with suppress(Reached):
             self._run(x, show)
+        return found[0]
 
     def _run(self, x: F32, seen: Callable[[str, Tensor], None]) -> Tensor:
         step = self.windows.step(len(x))

@@ -12,49 +12,47 @@ from tinychat_mlx.awq.cost import Cost
 from tinychat_mlx.awq.evaluate import Quality
 from tinychat_mlx.awq.finish import calibration_text, edge_bits, shown_name
 from tinychat_mlx.awq.layer import SiteReport
-from tinychat_mlx.awq.settings import Settings
 from tinychat_mlx.checkpoint import Checkpoint
 from tinychat_mlx.config import parse_config
 from tinychat_mlx.shards import write_json
 from tinychat_mlx.tensorfile import replacing
 
-Series = dict[str, list[float]]
-SITES = {  # the site's key in plain words
-    "block_in": "into the layer (q, k, v, gate, up)",
-    "attn_in": "into attention (q, k, v)",
-    "o_in": "out of attention (o)",
-    "mlp_in": "into the MLP (gate, up)",
-    "down_in": "out of the MLP (down)",
-}
+MEAN = "the mean over calibration tokens that no search saw"
+SITES = (
+    "The squared error of the outputs of the linears that read one input, as a share of the outputs, on tokens that the "
+    "searches did not fit. alpha is the exponent of the scales. share is how much of the correction towards the float "
+    "model's outputs was taken:"
+)
 
 
-def write_report(
-    folder: Path, source: Checkpoint, result: Result, settings: Settings, seconds: float, cost: Cost | None
-) -> None:
+def write_report(folder: Path, source: Checkpoint, result: Result, seconds: float, cost: Cost | None) -> None:
     """Write report.md, report.json and the plots into folder. cost: None where codes were only moved."""
     folder.mkdir(parents=True, exist_ok=True)
     sizes = {"source": _sizes(source), "result": _sizes(Checkpoint.open(result.folder))}
-    said = {"settings": about(settings, result), "seconds": seconds}
+    said = {"settings": about(result), "seconds": seconds}
     said |= {"source_bytes": source.nbytes, "result_bytes": result.nbytes, "sizes": sizes}
+    said["check"] = result.verdict and result.verdict.as_dict()
+    said["rejected"] = [{"method": one.method, "layer": one.layer} for one in result.rejected]
     if result.moved is not None:
         said["moved_steps"] = result.moved
-    layers = [[asdict(site) for site in layer] for layer in result.layers]
+    layers = [asdict(layer) for layer in result.layers]
     write_json(folder / "report.json", said | {"quality": cost and cost.as_dict(), "layers": layers})
     plots = {
         "sizes": plot.stacks({k: {p: b / 1e6 for p, b in v.items()} for k, v in sizes.items()}, "Size", "MB")
     }
     if cost is not None:
         plots["quality"] = plot.panels(quality_bars(cost), "What it cost: distance to the dense model")
-    for key, series in by_site(result.layers, settings.method).items():
-        title = f"Output error, {SITES.get(key, key)}"
-        plots[f"error-{key}"] = plot.layers(series, title, "layer", "error / output, mean squares")
+    if off := distances(result):
+        title = "Distance to the float model's activations behind each layer"
+        plots["layers"] = plot.layers(off, title, "layer", "|difference| / |activations|")
     for name, svg in plots.items():
         _write(folder / f"{name}.svg", svg)
-    _write(folder / "report.md", _markdown(source, result, settings, seconds, cost, list(plots)))
+    _write(folder / "report.md", _markdown(source, result, seconds, cost))
 
 
-def about(settings: Settings, result: Result) -> dict[str, Any]:
+def about(result: Result) -> dict[str, Any]:
     """The settings as far as they were obeyed: a change of format keeps the codes that were there."""
+    settings = result.settings
     if result.moved is None:
         return asdict(settings)
     kept = Checkpoint.open(result.folder).quantization
@@ -94,20 +92,11 @@ def quality_bars(cost: Cost) -> dict[str, plot.Bars]:
     }
 
 
-def methods(site: SiteReport, method: str) -> dict[str, float]:
-    """Error of each method that was tried at a site."""
-    return {"rtn": site.rtn, **site.others, method: site.error}
-
-
-def by_site(layers: tuple[tuple[SiteReport, ...], ...], method: str) -> dict[str, Series]:
-    """-> site -> method -> error of each layer, of methods that all layers were tried with; the head is no layer."""
-    out: dict[str, Series] = {}
-    for layer in layers:
-        for site in (s for s in layer if s.key != "head"):
-            for name, error in methods(site, method).items():
-                out.setdefault(site.key, {}).setdefault(name, []).append(error)
-    most = {key: max(map(len, series.values())) for key, series in out.items()}
-    return {key: {n: v for n, v in series.items() if len(v) == most[key]} for key, series in out.items()}
+def distances(result: Result) -> dict[str, list[float]]:
+    """-> method -> the distance to the float model behind each layer; empty where no tokens ran through the layers."""
+    layers = [layer for layer in result.layers if layer.rounded]
+    found = {"rtn": [x.rounded for x in layers], result.settings.method: [x.off for x in layers]}
+    return found if layers else {}
 
 
 def _sizes(checkpoint: Checkpoint) -> dict[str, int]:
@@ -119,28 +108,23 @@ def _sizes(checkpoint: Checkpoint) -> dict[str, int]:
     return {"layers": checkpoint.nbytes - sum(named.values())} | {words[r]: b for r, b in named.items()}
 
 
-def _markdown(
-    source: Checkpoint,
-    result: Result,
-    settings: Settings,
-    seconds: float,
-    cost: Cost | None,
-    plots: list[str],
-) -> str:
-    ratio, said = source.nbytes / max(result.nbytes, 1), about(settings, result)
+def _markdown(source: Checkpoint, result: Result, seconds: float, cost: Cost | None) -> str:
+    ratio, said = source.nbytes / max(result.nbytes, 1), about(result)
     edges = f"embedding and head {edge_bits(Checkpoint.open(result.folder))} bits"
     lines = [
         f"# {shown_name(source)}: {said['w_bit']} bits, groups of {said['group_size']}, {said['method']}",
         "",
         f"- size: {source.nbytes / 1e6:.1f} MB → {result.nbytes / 1e6:.1f} MB ({ratio:.2f} : 1), {edges}",
-        *([f"- calibration: {calibration_text(settings)}"] if result.moved is None else []),
+        *([f"- calibration: {calibration_text(result.settings)}"] if result.moved is None else []),
         f"- time: {seconds:.0f} s",
+        *([f"- check: {result.verdict.text()}"] if result.verdict else []),
+        *(f"- {one.text()}; {result.settings.method} was used instead" for one in result.rejected),
         "",
         "![sizes](sizes.svg)",
         "",
         *([moved_text(result.moved).capitalize() + ".", ""] if result.moved is not None else []),
         *(_quality_lines(cost) if cost is not None else []),
-        *_layer_lines(result, settings.method, [name for name in plots if name.startswith("error-")]),
+        *_layer_lines(result),
     ]
     return "\n".join(lines)
 
@@ -181,28 +165,30 @@ def quality_row(q: Quality) -> str:
     )
 
 
-def _layer_lines(result: Result, method: str, plots: list[str]) -> list[str]:
-    if not any(result.layers):  # plain rounding looks at no outputs
+def _layer_lines(result: Result) -> list[str]:
+    if not distances(result):  # plain rounding looks at no outputs
         return []
-    names = max(([*methods(site, method)] for layer in result.layers for site in layer), key=len)
-    lines = [
+    return [
         "## Layer by layer",
         "",
-        "Mean squared error of the linears' outputs over their mean square, on the calibration text:",
+        f"The distance of the activations behind each layer to the float model's, as a share of their length: {MEAN}.",
         "",
-        *(f"![{name}]({name}.svg)\n" for name in plots),
-        f"| layer | input | {' | '.join(names)} | alpha |",
-        "|" + "---|" * (len(names) + 3),
+        "![layers](layers.svg)",
+        "",
+        SITES,
+        "",
+        "| layer | input | rtn | error | alpha | share |",
+        "|---|---|---|---|---|---|",
+        *(_site_line(i, site) for i, layer in enumerate(result.layers) for site in layer.sites),
+        "",
     ]
-    for i, layer in enumerate(result.layers):
-        for site in layer:
-            found = methods(site, method)
-            errors = " | ".join(f"{found[n]:.2e}" if n in found else "" for n in names)
-            said = ["plain rounding kept: the error did not fall"] if site.fell_back else []
-            notes = "; ".join([*said, *([site.note] if site.note else [])])
-            key = f"{site.key} ({notes})" if notes else site.key
-            lines.append(f"| {'head' if site.key == 'head' else i} | {key} | {errors} | {site.alpha:.2f} |")
-    return [*lines, ""]
+
+
+def _site_line(layer: int, site: SiteReport) -> str:
+    said = ["plain rounding kept"] if site.fell_back else []
+    notes = "; ".join([*said, *([site.note] if site.note else [])])
+    key, place = (f"{site.key} ({notes})" if notes else site.key), "head" if site.key == "head" else layer
+    return f"| {place} | {key} | {site.rtn:.2e} | {site.error:.2e} | {site.alpha:.2f} | {site.share:.2f} |"
 
 
 def _write(path: Path, text: str) -> None:

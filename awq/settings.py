@@ -44,7 +44,6 @@ class Settings:
     calib: str = "self"
     tokens: int = 0
     seed: int = 0
-    compare: bool = False  # measure the published algorithm beside awq+, for the report
 
     def __post_init__(self) -> None:
         """Raises UsageError."""
@@ -94,8 +93,7 @@ class Settings:
         sizes = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
         calib = Path(self.calib)
         text = hashlib.sha256(calib.read_bytes()).hexdigest() if calib.is_file() else self.calib
-        decisive = {k: v for k, v in asdict(self).items() if k != "compare"}  # which adds to the report alone
-        return {"settings": decisive, "config": source.config, "files": sizes, "calibration": text}
+        return {"settings": asdict(self), "config": source.config, "files": sizes, "calibration": text}
 
 
 def default_tokens(config: ModelConfig) -> int:

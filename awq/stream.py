@@ -1,44 +1,50 @@
 """The conversion, layer by layer: one decoder layer of float weights in memory, each finished one on disk.
 
-A work folder beside the target holds the plan, the calibration tokens, the rows that enter the next layer,
-and a shard for each finished layer; every file appears whole or not at all. So a killed run goes on where
-it stopped and ends with the same bytes.
+The work folder holds the plan, the calibration tokens, the rows that enter the next layer, and a shard for each
+finished layer (see work_folder.py). So a killed run resumes where it stopped and ends with the same bytes.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tinychat_mlx.awq.experts import Mixture, add_experts, round_experts
-from tinychat_mlx.awq.head import Head, head_form, head_moments, is_site
+from tinychat_mlx.awq.head import Head, head_form, head_inputs, is_site
 from tinychat_mlx.awq.layer import (
+    Form,
+    Held,
+    LayerReport,
     Moments,
     QuantizedLayer,
+    Scales,
     SiteReport,
-    empty_moments,
-    quantize_layer,
+    dense_sites,
+    feed_site,
+    quantize_published,
     round_layer,
+    scale_layer,
 )
-from tinychat_mlx.awq.moments import FullMoments
+from tinychat_mlx.awq.moments import BlockMoments, FullMoments
+from tinychat_mlx.awq.parallel import trim
 from tinychat_mlx.awq.record import LayerRun, Recorder, Routing, embedded_rows, steps
-from tinychat_mlx.awq.settings import Settings, plan_text
-from tinychat_mlx.awq.sites import LayerWeights
+from tinychat_mlx.awq.settings import Settings
+from tinychat_mlx.awq.sites import LayerWeights, Site, sites
+from tinychat_mlx.awq.streams import Split, Streams, distance
 from tinychat_mlx.awq.tensors import layer_entries, rim_entries
+from tinychat_mlx.awq.work_folder import LayerFiles, load, save
 from tinychat_mlx.backend import Backend
 from tinychat_mlx.checkpoint import Checkpoint
 from tinychat_mlx.config import ModelConfig
-from tinychat_mlx.errors import TinychatError, UsageError
-from tinychat_mlx.shards import write_json
-from tinychat_mlx.tensorfile import Entry, replacing, write
+from tinychat_mlx.errors import TinychatError
+from tinychat_mlx.tensorfile import Entry, write
 from tinychat_mlx.weight import F32
 
 Ids = npt.NDArray[np.int32]
@@ -46,109 +52,192 @@ Ids = npt.NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Progress:
-    """Said when a phase moves on: calibrate, layers, finish. layer: what was measured at the layer just done."""
+    """Passed on when a phase advances: calibrate, layers, head, finish. layer: what was measured at the layer just done."""
 
     phase: str
     done: int
     total: int
     note: str = ""
-    layer: tuple[SiteReport, ...] = ()
+    layer: LayerReport | None = None
 
 
 Watch = Callable[[Progress], None]
 
 
-class WorkFolder:
-    """What is kept between runs. Files are written beside their place and renamed into it."""
+class Stopwatch:
+    """Seconds spent inside `running`."""
 
-    def __init__(self, target: Path) -> None:
-        self.path = target.parent / f".{target.name}.converting"
-        self.calibration = self.path / "calibration.npy"
-        self.renaming = self.path / "renaming"  # from here on the target may be the finished folder
+    def __init__(self) -> None:
+        self.seconds = 0.0
 
-    def check(self, resume: bool, force: bool) -> None:
-        """Raises UsageError where an interrupted conversion would be lost unasked."""
-        if self.path.exists() and not (resume or force) and any(self.path.iterdir()):
-            raise UsageError(
-                f"{self.path} holds an interrupted conversion: add --resume to finish it, --force to begin anew"
-            )
-
-    def begin(self, plan: dict[str, Any], resume: bool) -> None:
-        """Make the folder, or go on in it if what lies there is the same conversion. Raises TinychatError."""
-        text, file = plan_text(plan), self.path / "plan.json"
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        start = perf_counter()
         try:
-            if not resume and self.path.exists():
-                shutil.rmtree(self.path)
-            self.path.mkdir(parents=True, exist_ok=True)
-            found = file.read_text(encoding="utf-8") if file.exists() else text
-        except OSError as error:
-            raise TinychatError(
-                f"{self.path}: cannot be made: {error.strerror or error} — remove it, or choose another place"
-            ) from None
-        if found != text:
-            raise UsageError(
-                f"{self.path} was begun with other settings, another model, backend or version: "
-                "repeat the first command exactly, or leave out --resume and add --force"
-            )
-        with replacing(file) as f:
-            f.write(text.encode())
-
-    def is_renamed(self) -> bool:
-        """Whether the finished folder has got its name."""
-        return self.renaming.exists() and not (self.path / "out").exists()
-
-    def shard(self, layer: int) -> Path:
-        return self.path / f"layer-{layer:04}.safetensors"
-
-    def report(self, layer: int) -> Path:
-        return self.path / f"layer-{layer:04}.json"
-
-    def rows(self, layer: int) -> Path:
-        return self.path / f"rows-{layer:04}.npy"
-
-    def save(self, path: Path, array: npt.NDArray[Any]) -> None:
-        with replacing(path) as file:
-            np.save(file, array, allow_pickle=False)
-
-    def load(self, path: Path) -> npt.NDArray[Any]:
-        array: npt.NDArray[Any] = np.load(path, allow_pickle=False)
-        return array
-
-    def finished(self, layers: int, with_rows: bool, with_head: bool) -> int:
-        """-> how many layers need not be done again; the head's number follows theirs."""
-        steps, done = layers + with_head, 0
-        while done < steps and self.shard(done).exists() and self.report(done).exists():
-            done += 1
-        while with_rows and 0 < done < steps and not self.rows(done).exists():
-            done -= 1
-        return done
-
-    def remove(self) -> None:
-        """The file that says that all is done goes last."""
-        for path in [p for p in self.path.glob("*") if p != self.renaming]:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-        shutil.rmtree(self.path, ignore_errors=True)
+            yield
+        finally:
+            self.seconds += perf_counter() - start
 
 
-def observe(run: LayerRun, moments: Mapping[str, Moments], x: F32) -> F32:
-    """Run one step's rows through a float layer and add up its sites' moments -> what leaves it.
+@dataclass
+class LayerQuantizer:
+    """Quantises one decoder layer and takes the calibration rows through it.
 
-    x (1, T, C): the float model's rows, all that the published algorithm looks at. (2, T, C), for awq+: also what
-    the quantised layers before this one make of them, so that this one makes good for those (GPTAQ, Li et al. 2025).
-    Where the layer has experts, what leaves it lacks them, and run.routings grows by one for each of the two.
+    awq looks at the float model's rows only. awq+ goes site by site: each site is quantised for what the sites and
+    layers before it, already as codes, give it, so that no error is corrected twice.
     """
-    if len(x) == 1:
-        return run.forward(x[0], lambda key, a: moments[key].add(a))
-    wanted: dict[str, F32] = {}
-    y = run.forward(x[0], wanted.__setitem__)
 
-    def seen(key: str, a: F32) -> None:
-        m = moments[key]
-        assert isinstance(m, FullMoments)
-        m.add(a, wanted.pop(key))
+    source: Checkpoint
+    config: ModelConfig
+    settings: Settings
+    split: Split
+    backend: Backend  # runs float weights
+    running: Backend  # runs codes, as they will run
+    rows_s: Stopwatch = field(default_factory=Stopwatch)  # of the work that grows with the number of rows
 
-    run.all_inputs(x[1], seen)
-    return y
+    @property
+    def form(self) -> Form:
+        return self.settings.form
+
+    def run(self, weights: LayerWeights, x: Streams) -> tuple[QuantizedLayer, LayerReport]:
+        """Quantise a layer. The rows x leave it in their place."""
+        rounded = self._rounded(weights)
+        with self.rows_s.running():
+            self._through(rounded, x.rounded)
+        del rounded
+        layer = self._fed(weights, x) if self.settings.method == "awq+" else self._published(weights, x)
+        if not np.isfinite(x.wanted).all():
+            raise TinychatError(
+                f"layer {weights.layer}: its output is not finite on the calibration text: the weights overflow — take another upload of the model"
+            )
+        with self.rows_s.running():
+            self._through(layer, x.made)
+        wanted, made, rounded_rows = x.judged(self.split)
+        report = LayerReport(layer.reports, distance(wanted, made), distance(wanted, rounded_rows))
+        return layer, report
+
+    def _rounded(self, weights: LayerWeights) -> QuantizedLayer:
+        return rounded_layer(weights, self.source, self.form)
+
+    def _published(self, weights: LayerWeights, x: Streams) -> QuantizedLayer:
+        size = self.form.group_size
+        moments = {s.key: BlockMoments.empty(self._inputs(weights, s), size) for s in self._recorded(weights)}
+        held, routed = self._float_pass(weights, x, moments)
+        if not routed:
+            return quantize_published(weights, moments, held, self.form)
+        weights, codes, reports = self._mixture(weights, routed, routed, moments.pop("mlp_in"), x)
+        layer = quantize_published(weights, moments, held, self.form)
+        return replace(layer, experts=codes, reports=layer.reports + reports)
+
+    def _fed(self, weights: LayerWeights, x: Streams) -> QuantizedLayer:
+        before = x.wanted.copy()
+        moments = {s.key: FullMoments.empty(self._inputs(weights, s)) for s in dense_sites(weights)}
+        _, wanted = self._float_pass(weights, x, moments)
+        weights, scales = scale_layer(weights, moments, self.form)
+        layer = QuantizedLayer(weights, {}, ())
+        for site in dense_sites(weights):
+            trim()
+            layer = self._fed_site(layer, site, scales, before, x.made)
+        if not wanted:
+            return layer
+        moments_in = FullMoments.empty(self.config.hidden_size)
+        given = self._routed(layer, x.made, moments_in)
+        weights, codes, reports = self._mixture(layer.weights, wanted, given, moments_in, x)
+        return replace(layer, weights=weights, experts=codes, reports=layer.reports + reports)
+
+    def _fed_site(
+        self, layer: QuantizedLayer, site: Site, scales: Scales, wanted: F32, made: F32
+    ) -> QuantizedLayer:
+        """Quantise the next site of a layer whose earlier sites are codes. wanted, made (T, C): rows that enter it."""
+        w = layer.weights.stacked(site)
+        moments = FullMoments.empty(w.shape[1], w)
+        float_run, run = self._ready(layer.weights, self.backend), self._ready(layer, self.running)
+        held = []
+        with self.rows_s.running():
+            for rows in steps(self.split.seen, self.split.window):
+                given, aimed = run.input_of(site.key, made[rows]), float_run.input_of(site.key, wanted[rows])
+                fit, out = self.split.of_step(rows)
+                if fit.stop:
+                    moments.add(given[fit], aimed[fit])
+                held.append((given[out], aimed[out]))
+        rows_held = Held(*(np.concatenate(part) for part in zip(*held, strict=True)))
+        del float_run, run, held
+        kept, report = feed_site(layer.weights, site, moments, rows_held, self.form, *scales[site.key])
+        return replace(layer, parts=layer.parts | kept.parts, reports=(*layer.reports, report))
+
+    def _float_pass(
+        self, weights: LayerWeights, x: Streams, moments: Mapping[str, Moments]
+    ) -> tuple[dict[str, Held], list[Routing]]:
+        """Run the float rows through a float layer; they leave it in their place, without the experts' share.
+
+        -> held-out rows of the sites in `moments`, which take in the fit rows; what comes to the experts.
+        """
+        run = self._ready(weights, self.backend)
+        held: dict[str, list[F32]] = {}
+        with self.rows_s.running():
+            for rows in steps(self.split.tokens, self.split.window):
+                fit, out = self.split.of_step(rows)
+
+                def seen(key: str, a: F32, fit: slice = fit, out: slice = out) -> None:
+                    if key in moments:
+                        if fit.stop:
+                            moments[key].add(a[fit])
+                        held.setdefault(key, []).append(a[out].copy())
+
+                x.wanted[rows] = run.forward(x.wanted[rows], seen)
+        kept = {key: Held(*[np.concatenate(parts)] * 2) for key, parts in held.items()}
+        return kept, run.routings
+
+    def _routed(self, layer: QuantizedLayer, x: F32, moments: FullMoments) -> list[Routing]:
+        """What a layer whose attention is codes brings to its experts of the rows x; moments take in the fit rows."""
+        run = self._ready(layer, self.running)
+        with self.rows_s.running():
+            for rows in steps(self.split.seen, self.split.window):
+                run.forward(x[rows])
+                if (fit := self.split.of_step(rows)[0]).stop:
+                    moments.add(run.routings[-1].h[fit])
+        return run.routings
+
+    def _mixture(
+        self,
+        weights: LayerWeights,
+        wanted: list[Routing],
+        given: list[Routing],
+        moments: Moments,
+        x: Streams,
+    ) -> tuple[LayerWeights, Any, tuple[SiteReport, ...]]:
+        routings = Routing.joined(wanted), Routing.joined(given)
+        device, method = Recorder(self.backend), self.settings.method
+        mixture = Mixture(weights, self.source, device, *routings, self.split, self.form, method)
+        return mixture.quantize(moments, x.wanted)
+
+    def _through(self, layer: QuantizedLayer, x: F32) -> None:
+        """Run the rows x (T, C) through a layer of codes, in their place."""
+        run = self._ready(layer, self.running)
+        for rows in steps(len(x), self.split.window):
+            x[rows] = run.forward(x[rows])
+        if run.routings:
+            add_experts(layer, Routing.joined(run.routings), run.backend, x)
+
+    def _ready(self, weights: LayerWeights | QuantizedLayer, backend: Backend) -> LayerRun:
+        layer = weights.layer if isinstance(weights, LayerWeights) else weights.weights.layer
+        return LayerRun(self.config, layer, weights, Recorder(backend), self.split.window)
+
+    @staticmethod
+    def _inputs(weights: LayerWeights, site: Site) -> int:
+        """Inputs of a site (of the router, where its experts are read one at a time)."""
+        known = [weights.linears[role] for role in (*site.roles, *site.kept) if role in weights.linears]
+        return int(known[0].shape[1])
+
+    @staticmethod
+    def _recorded(weights: LayerWeights) -> list[Site]:
+        """Sites whose inputs a pass over the whole layer sees: all but the experts' own."""
+        return [s for s in sites(weights.config, weights.layer) if not (s.experts and s.absorber == "up")]
+
+
+def rounded_layer(weights: LayerWeights, source: Checkpoint, form: Form) -> QuantizedLayer:
+    """Plain rounding of a layer and its experts."""
+    return replace(round_layer(weights, form), experts=round_experts(weights, source, form))
 
 
 @dataclass
@@ -159,7 +248,7 @@ class Conversion:
     config: ModelConfig
     settings: Settings
     make: Callable[[bool], Backend]  # exact? -> a device
-    work: WorkFolder
+    files: LayerFiles
     window: int
 
     @cached_property
@@ -172,125 +261,73 @@ class Conversion:
         """Runs what has become codes, as it will run."""
         return self.make(False)
 
-    def run(self, calibration: Callable[[Watch], Ids], watch: Watch) -> list[tuple[SiteReport, ...]]:
-        """Quantise all layers into the work folder -> what was measured, layer by layer, the head's last."""
-        config, layers = self.config, self.config.num_hidden_layers
+    def run(self, ids: Callable[[], Ids], watch: Watch) -> list[LayerReport]:
+        """Quantise all layers into the work folder -> what was measured, layer by layer, the head's last.
+
+        ids: gives the calibration tokens; not called with rtn.
+        """
+        config, layers, files = self.config, self.config.num_hidden_layers, self.files
         needs_rows, head = self.settings.method != "rtn", is_site(self.config, self.source, self.settings)
         steps = layers + head
-        done = self.work.finished(layers, needs_rows, head)
-        x = self._first_rows(calibration, watch, done) if needs_rows and done < steps else None
-        reports = [_read_report(self.work.report(i)) for i in range(done)]
+        done = files.finished(steps, needs_rows)
+        reports = [files.read_report(i) for i in range(done)]
+        x, quantizer = None, None
+        if needs_rows and done < steps:
+            tokens = ids()
+            split = Split.of(len(tokens), self.window)
+            quantizer = LayerQuantizer(self.source, config, self.settings, split, self.backend, self.running)
+            x = self._rows(tokens, split, done)
         for i, report in enumerate(reports):
             watch(Progress("layers", min(i + 1, layers), layers, "kept", report))
         watch(Progress("layers", min(done, layers), layers))
         for layer in range(done, layers):
             weights = LayerWeights.read(config, layer, self.source)
-            quantized = self._rounded(weights) if x is None else self._quantized(weights, x)
-            if x is not None and layer + 1 < steps:
+            if quantizer is None or x is None:
+                quantized = rounded_layer(weights, self.source, self.settings.form)
+                report = LayerReport(())
+            else:
+                quantized, report = quantizer.run(weights, x)
                 if layer + 1 == layers:
-                    x = x[:1]  # the head looks at the float model's rows alone
-                elif len(x) == 2:
-                    self._through(quantized, x[1])
-                self.work.save(self.work.rows(layer + 1), x)
-            self._keep(layer, quantized.reports, layer_entries(quantized, self.settings.format))
-            reports.append(quantized.reports)
+                    save(files.judged, np.stack(x.judged(quantizer.split)))
+                if layer + 1 < steps:
+                    save(files.rows(layer + 1), x.pack())
+            self._keep(layer, report, layer_entries(quantized, self.settings.format))
+            reports.append(report)
             del weights, quantized
-            watch(Progress("layers", layer + 1, layers, "", reports[-1]))
+            watch(Progress("layers", layer + 1, layers, "", report))
         if head and done < steps:
-            assert x is not None
-            reports.append(self._head(x[0], watch))
+            assert x is not None and quantizer is not None
+            reports.append(self._head(x.wanted, quantizer.split, watch))
             watch(Progress("layers", layers, layers, "", reports[-1]))
         self._rim(watch, head)
         return reports
 
-    def _keep(self, step: int, report: tuple[SiteReport, ...], tensors: Iterable[Entry]) -> None:
-        """What a layer, or the head, has become; the rows that entered it go."""
-        write_json(self.work.report(step), {"sites": [asdict(r) for r in report]})
-        write(self.work.shard(step), tensors, {"format": "mlx"})
-        self.work.rows(step).unlink(missing_ok=True)
+    def _keep(self, step: int, report: LayerReport, tensors: Iterable[Entry]) -> None:
+        """Write what a layer, or the head, has become; the rows that entered it go."""
+        self.files.write_report(step, report)
+        write(self.files.shard(step), tensors, {"format": "mlx"})
+        self.files.rows(step).unlink(missing_ok=True)
 
-    def _head(self, x: F32, watch: Watch) -> tuple[SiteReport, ...]:
-        """Quantise a head of its own, and the final norm with it, by the rows x (T, C) that reach them."""
+    def _head(self, x: F32, split: Split, watch: Watch) -> LayerReport:
+        """Quantise a head of its own, and the final norm with it, by the float model's rows x (T, C)."""
         config, source, form = self.config, self.source, head_form(self.settings)
-        moments = head_moments(config, source, self.backend, x, form, self.settings.method)
-        head = Head.chosen_by(config, source, moments, form, self.settings.compare)
+        moments, held = head_inputs(config, source, self.backend, x, split, form, self.settings.method)
+        head = Head.chosen_by(config, source, moments, held, form)
         tensors = head.entries(lambda done, total: watch(Progress("head", done, total)))
-        self._keep(config.num_hidden_layers, (head.report,), tensors)
-        return (head.report,)
+        report = LayerReport((head.report,))
+        self._keep(config.num_hidden_layers, report, tensors)
+        return report
 
-    def _first_rows(self, calibration: Callable[[Watch], Ids], watch: Watch, done: int) -> F32:
-        """The rows (streams, T, C) that enter the first unfinished layer; see `_record`."""
-        tokens = self.work.calibration
-        if not tokens.exists():
-            self.work.save(tokens, calibration(watch))
+    def _rows(self, ids: Ids, split: Split, done: int) -> Streams:
+        """The rows that enter the first unfinished layer."""
         if done:
-            return np.asarray(self.work.load(self.work.rows(done)), np.float32)
-        ids = self.work.load(tokens)
-        x = embedded_rows(self.config, self.source, self.backend, ids, self.window)
-        return np.stack([x] * (2 if self.settings.method == "awq+" else 1))
-
-    def _rounded(self, weights: LayerWeights) -> QuantizedLayer:
-        form = self.settings.form
-        return replace(round_layer(weights, form), experts=round_experts(weights, self.source, form))
-
-    def _quantized(self, weights: LayerWeights, x: F32) -> QuantizedLayer:
-        """Run the rows x (streams, T, C) through a float layer and quantise it. x[0] leaves it in its place."""
-        form, compare = self.settings.form, self.settings.compare
-        moments, routed = self._record(weights, x)
-        mixture = None
-        if routed:
-            experts = Mixture(weights, self.source, Recorder(self.backend), routed, form)
-            mixture = experts.quantize(moments.pop("mlp_in"), compare, x[0])
-            weights = mixture[0]
-            del experts, routed
-        if not np.isfinite(x[0]).all():
-            raise TinychatError(
-                f"layer {weights.layer}: its output is not finite on the calibration text: the weights overflow — take another upload of the model"
-            )
-        layer = quantize_layer(weights, moments, form, compare)
-        if mixture is None:
-            return layer
-        return replace(layer, experts=mixture[1], reports=layer.reports + mixture[2])
-
-    def _record(self, weights: LayerWeights, x: F32) -> tuple[dict[str, Moments], list[Routing]]:
-        """Run the rows through a float layer -> its sites' moments, and what comes to its experts from each stream.
-
-        x[0] leaves in its place (without the experts' share), x[1] later.
-        """
-        moments = empty_moments(self.settings.method, weights, self.settings.group_size)
-        run = LayerRun(self.config, weights.layer, weights, Recorder(self.backend), self.window)
-        for rows in steps(x.shape[1], self.window):
-            x[0, rows] = observe(run, moments, x[:, rows])
-        streams = len(x) if run.routings else 0
-        return moments, [Routing.joined(run.routings[i::streams]) for i in range(streams)]
-
-    def _through(self, layer: QuantizedLayer, x: F32) -> None:
-        """Run the rows x (T, C) through a quantised layer, in their place."""
-        device = Recorder(self.running)
-        run = LayerRun(self.config, layer.weights.layer, layer, device, self.window)
-        for rows in steps(len(x), self.window):
-            x[rows] = run.forward(x[rows])
-        if run.routings:
-            add_experts(layer, Routing.joined(run.routings), device, x)
+            return Streams.unpack(np.asarray(load(self.files.rows(done)), np.float32), split)
+        x = embedded_rows(self.config, self.source, self.backend, ids, split.window)
+        return Streams.begin(x, split, self.settings.method == "awq+")
 
     def _rim(self, watch: Watch, head_done: bool) -> None:
-        path = self.work.path / "rim.safetensors"
-        if not path.exists():
+        if not self.files.rim.exists():
             watch(Progress("finish", 0, 2, "embedding and head"))
             bits, size = self.settings.head_bits, self.settings.group_size
             tensors = rim_entries(self.config, self.source, bits, size, not head_done)
-            write(path, tensors, {"format": "mlx"})
-
-
-def _read_report(path: Path) -> tuple[SiteReport, ...]:
-    found = json.loads(path.read_text(encoding="utf-8"))["sites"]
-    return tuple(SiteReport(**{**site, "roles": tuple(site["roles"])}) for site in found)
-
-
-def shards(work: WorkFolder, layers: int) -> Iterator[Path]:
-    """The finished files, in the order in which a model is read."""
-    yield work.path / "rim.safetensors"
-    for layer in range(layers):
-        yield work.shard(layer)
-    if work.shard(layers).exists():  # the head, where it was more than rounded
-        yield work.shard(layers)
+            write(self.files.rim, tensors, {"format": "mlx"})

@@ -53,8 +53,13 @@ def streamed(
     watch is called after each layer.
     """
     graph, loader = Graph(config, backend), Loader(config, source, backend)
-    x = last_rows(graph, loader, ids, window, watch)
-    role = "head" if source.has(config.spec.name("head")) else "embed"
+    return scores_of(graph, loader, last_rows(graph, loader, ids, window, watch))
+
+
+def scores_of(graph: Graph, loader: Loader, x: F32) -> Scores:
+    """The logits of a text of which x (T, C) left the last layer."""
+    config, backend = graph.config, graph.backend
+    role = "head" if loader.source.has(config.spec.name("head")) else "embed"
     norm, head = (
         loader.final_norm(),
         backend.pack(loader.weight(role, None, config.vocab_size, config.hidden_size)),

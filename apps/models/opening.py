@@ -204,7 +204,7 @@ def _convert(ref: hub.Ref, folder: Path, settings: Settings, options: Options, s
         with screen.bar, limited(options.get("threads")):
             made = convert(
                 Checkpoint.open(folder), target, settings, lambda exact: _backend(options, exact), calibration_ids,
-                lambda p: screen.show(replace(p, layer=(), note="")), resume=True,
+                lambda p: screen.show(replace(p, layer=None, note="")), resume=True,
             )  # fmt: skip
     except KeyboardInterrupt:
         say("stopped: what is done is kept; the same command, and a yes, go on from there")

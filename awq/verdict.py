@@ -1,0 +1,88 @@
+"""Whether a conversion worked: its loss next to plain rounding's, on calibration tokens that no search saw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import log
+from typing import Any
+
+from tinychat_mlx.awq.evaluate import Quality, Scores, evaluate
+from tinychat_mlx.awq.layer import LayerReport
+from tinychat_mlx.awq.stream import Ids
+from tinychat_mlx.awq.streams import Split
+from tinychat_mlx.awq.whole import Rounded, scores_of
+from tinychat_mlx.backend import Backend
+from tinychat_mlx.checkpoint import Checkpoint
+from tinychat_mlx.config import ModelConfig
+from tinychat_mlx.decoder import Graph, Loader, Source
+from tinychat_mlx.weight import F32
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """made: what the method lost. rounded: what plain rounding lost on the same tokens."""
+
+    made: Quality
+    rounded: Quality
+
+    @property
+    def passed(self) -> bool:
+        made, rounded = self.made.kl_mean, self.rounded.kl_mean
+        assert made is not None and rounded is not None
+        return made <= rounded
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"made": self.made.as_dict(), "rtn": self.rounded.as_dict()}
+
+    def text(self) -> str:
+        """One line."""
+        made, rounded = self.made, self.rounded
+        return (
+            f"KL {made.kl_mean:.4f}, plain rounding {rounded.kl_mean:.4f}; top-1 agreement {made.top1:.1%}, plain "
+            f"rounding {rounded.top1:.1%}; on {made.tokens} calibration tokens that no search saw"
+        )
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A method whose result was not used, because it lost more than plain rounding. layer: where it went wrong."""
+
+    method: str
+    verdict: Verdict
+    layer: int
+
+    def text(self) -> str:
+        """One line."""
+        made, rounded = self.verdict.made, self.verdict.rounded
+        return (
+            f"{self.method} lost more than plain rounding (KL {made.kl_mean:.4f} against {rounded.kl_mean:.4f}): it "
+            f"went wrong at layer {self.layer}"
+        )
+
+
+def verdict(
+    config: ModelConfig,
+    source: Checkpoint,
+    result: Checkpoint,
+    exact: Backend,
+    running: Backend,
+    ids: Ids,
+    split: Split,
+    rows: F32,
+) -> Verdict:
+    """Compare the logits of the judged rows (3, J, C): wanted, made, rounded."""
+    judged = [int(i) for i in ids[split.seen :]]
+
+    def scores(weights: Source, backend: Backend, x: F32) -> Scores:
+        return scores_of(Graph(config, backend), Loader(config, weights, backend), x)
+
+    wanted = scores(source, exact, rows[0])
+    made, rounded = scores(result, running, rows[1]), scores(Rounded(source, result), running, rows[2])
+    return Verdict(*(evaluate(judged, model, wanted, split.window) for model in (made, rounded)))
+
+
+def went_wrong(layers: list[LayerReport]) -> int:
+    """-> the layer at which the distance to the float model grew most beyond that of plain rounding."""
+    ratios = [log(max(r.off, 1e-12) / max(r.rounded, 1e-12)) for r in layers if r.rounded]
+    steps = [ratio - before for ratio, before in zip(ratios, [0.0, *ratios], strict=False)]
+    return max(range(len(steps)), key=steps.__getitem__) if steps else 0

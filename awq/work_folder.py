@@ -1,0 +1,132 @@
+"""The folder next to the target that holds an unfinished conversion, so that a killed run can resume.
+
+Every file is written under another name and renamed, so each is complete or absent.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tinychat_mlx.awq.layer import LayerReport, SiteReport
+from tinychat_mlx.awq.settings import plan_text
+from tinychat_mlx.errors import TinychatError, UsageError
+from tinychat_mlx.shards import write_json
+from tinychat_mlx.tensorfile import replacing
+
+
+class LayerFiles:
+    """The files of one attempt at the layers: codes, report and rows, layer by layer."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rim = path / "rim.safetensors"
+        self.judged = path / "judged.npy"
+
+    def shard(self, layer: int) -> Path:
+        return self.path / f"layer-{layer:04}.safetensors"
+
+    def report(self, layer: int) -> Path:
+        return self.path / f"layer-{layer:04}.json"
+
+    def rows(self, layer: int) -> Path:
+        return self.path / f"rows-{layer:04}.npy"
+
+    def finished(self, steps: int, with_rows: bool) -> int:
+        """Return how many steps (the layers, then the head where it is one) need not run again."""
+        done = 0
+        while done < steps and self.shard(done).exists() and self.report(done).exists():
+            done += 1
+        while with_rows and 0 < done < steps and not self.rows(done).exists():
+            done -= 1
+        return done
+
+    def write_report(self, layer: int, report: LayerReport) -> None:
+        write_json(self.report(layer), asdict(report))
+
+    def read_report(self, layer: int) -> LayerReport:
+        found = json.loads(self.report(layer).read_text(encoding="utf-8"))
+        sites = tuple(SiteReport(**{**site, "roles": tuple(site["roles"])}) for site in found.pop("sites"))
+        return LayerReport(sites, **found)
+
+    def shards(self, layers: int) -> Iterator[Path]:
+        """The finished files, in the order in which a model is read; the head's last, where it is a step."""
+        yield self.rim
+        for layer in range(layers):
+            yield self.shard(layer)
+        if self.shard(layers).exists():
+            yield self.shard(layers)
+
+
+class WorkFolder:
+    """The plan of a conversion, its calibration tokens, and the files of each method that was tried."""
+
+    def __init__(self, target: Path) -> None:
+        self.path = target.parent / f".{target.name}.converting"
+        self.calibration = self.path / "calibration.npy"
+        self.renaming = self.path / "renaming"  # from here on the target may be the finished folder
+
+    def check(self, resume: bool, force: bool) -> None:
+        """Raises UsageError where an interrupted conversion would be lost unasked."""
+        if self.path.exists() and not (resume or force) and any(self.path.iterdir()):
+            raise UsageError(
+                f"{self.path} holds an interrupted conversion: add --resume to finish it, --force to begin anew"
+            )
+
+    def begin(self, plan: dict[str, Any], resume: bool) -> None:
+        """Make the folder, or continue in it if it holds the same conversion. Raises TinychatError."""
+        text, file = plan_text(plan), self.path / "plan.json"
+        try:
+            if not resume and self.path.exists():
+                shutil.rmtree(self.path)
+            self.path.mkdir(parents=True, exist_ok=True)
+            found = file.read_text(encoding="utf-8") if file.exists() else text
+        except OSError as error:
+            raise TinychatError(
+                f"{self.path}: cannot be made: {error.strerror or error} — remove it, or choose another place"
+            ) from None
+        if found != text:
+            raise UsageError(
+                f"{self.path} was begun with other settings, another model, backend or version: "
+                "repeat the first command exactly, or leave out --resume and add --force"
+            )
+        with replacing(file) as f:
+            f.write(text.encode())
+
+    def files(self, fallback: str = "") -> LayerFiles:
+        """The layers of the method asked for, or of a method that it fell back to."""
+        path = self.path / fallback if fallback else self.path
+        path.mkdir(exist_ok=True)
+        return LayerFiles(path)
+
+    def is_empty(self) -> bool:
+        """Whether there is nothing to resume from."""
+        return not self.calibration.exists() and not LayerFiles(self.path).shard(0).exists()
+
+    def is_renamed(self) -> bool:
+        """Whether the finished folder has its final name."""
+        return self.renaming.exists() and not (self.path / "out").exists()
+
+    def remove(self) -> None:
+        """Delete everything; the file that says that the target is complete goes last."""
+        for path in [p for p in self.path.glob("*") if p != self.renaming]:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def save(path: Path, array: npt.NDArray[Any]) -> None:
+    """Write an array; it appears whole or not at all."""
+    with replacing(path) as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def load(path: Path) -> npt.NDArray[Any]:
+    array: npt.NDArray[Any] = np.load(path, allow_pickle=False)
+    return array
