@@ -49,11 +49,17 @@ class Settings:
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 known = ", ".join(map(str, values))
-                raise UsageError(f"{name} is {getattr(self, name)!r}; known are {known}")
+                raise UsageError(
+                    f"unknown value {getattr(self, name)!r} of {name}", remedy=f"use one of {known}"
+                )
         if 0 < self.tokens < LEAST:
-            raise UsageError(f"{self.tokens} calibration tokens: at least {LEAST} are needed, or 0 to choose")
+            raise UsageError(
+                f"{self.tokens} calibration tokens are too few",
+                where="--tokens",
+                remedy=f"give at least {LEAST}, or 0 to choose automatically",
+            )
         if self.format == "awq" and self.w_bit != 4:
-            raise UsageError(f"the AutoAWQ format holds 4 bits, not {self.w_bit}: use --format mlx")
+            raise UsageError(f"the AutoAWQ format has 4 bits, not {self.w_bit}", remedy="use --format mlx")
 
     @property
     def form(self) -> Form:
@@ -99,13 +105,21 @@ def open_dense(source: Checkpoint, settings: Settings) -> ModelConfig:
     for name, n, k in quantised_shapes(config):
         if k % settings.group_size:
             fits = [str(g) for g in (128, 64, 32) if k % g == 0]
-            hint = f"use --group-size {fits[0]}" if fits else "it cannot be stored in groups of 32, 64 or 128"
+            hint = (
+                f"use --group-size {fits[0]}"
+                if fits
+                else "choose another model: groups of 32, 64 and 128 do not fit"
+            )
             raise FormatError(
-                f"{name}: {k} inputs are no multiple of the group size {settings.group_size}: {hint}"
+                f"{k} inputs are not a multiple of the group size {settings.group_size}",
+                where=name,
+                remedy=hint,
             )
         if settings.format == "awq" and n % 8:
             raise FormatError(
-                f"{name}: {n} outputs are no multiple of 8, which AutoAWQ needs: use --format mlx"
+                f"{n} outputs are not a multiple of 8, which AutoAWQ needs",
+                where=name,
+                remedy="use --format mlx",
             )
     check_complete(config, source)
     check_numbers(source)
@@ -136,7 +150,7 @@ def check_complete(config: ModelConfig, source: Source) -> None:
         needed += [f"{spec.name(role, layer)}.weight" for role in spec.norms]
     for name in needed:
         if not source.has(name):
-            raise FormatError(f"no tensor {name!r}, which config.json asks for — is the model complete?")
+            raise FormatError(f"tensor {name!r} is missing, but config.json requires it")
 
 
 def check_numbers(source: Checkpoint) -> None:
@@ -151,13 +165,15 @@ def check_numbers(source: Checkpoint) -> None:
             largest = (bits[at : at + CHECK_ROWS] & positive).max()
             if largest >= damaged:
                 raise FormatError(
-                    f"{source.where(name)}: {name!r} holds a NaN or an infinity — "
-                    "the weights are damaged: download the model again"
+                    f"{name!r} has a NaN or an infinity: the weights are damaged",
+                    where=source.where(name),
+                    remedy="download the model again",
                 )
             if largest >= large:
                 raise FormatError(
-                    f"{source.where(name)}: {name!r} holds a number beyond 65504, the largest of float16, in which "
-                    "results are stored — take another upload of the model"
+                    f"{name!r} has a number beyond 65504, the largest of float16, in which results are stored",
+                    where=source.where(name),
+                    remedy="use another upload of the model",
                 )
 
 
