@@ -278,6 +278,8 @@ CASES: dict[str, Case] = {
     "convert: option for a dense model": run("convert", "demo", "-o", "{tmp}/out", "--seed", "1"),
     "convert: AutoAWQ with 8 bits": run("convert", str(DENSE), "-o", "{tmp}/out", "--format", "awq", "--w-bit", "8"),
     "convert: NaN": demo("convert", *HELP, change=nan),
+    "convert: too little memory": little("available", run("convert", str(DENSE), "-o", "{tmp}/out")),
+    "convert: interrupted": written({".out.converting/x": ""}, run("convert", str(DENSE), "-o", "{tmp}/out")),
     "calib: no such file": run("convert", str(DENSE), "-o", "{tmp}/out", "--calib", "{tmp}/none.txt"),
     "calib: too short": written({"c.txt": "few"}, run("convert", str(DENSE), "-o", "{tmp}/out", "--calib", "{tmp}/c.txt")),
     "calib: not JSON": written({"c.jsonl": "{"}, run("convert", str(DENSE), "-o", "{tmp}/out", "--calib", "{tmp}/c.jsonl")),
