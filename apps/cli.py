@@ -18,7 +18,7 @@ import click
 
 from tinychat_mlx import __version__
 from tinychat_mlx.apps.terminal import forgive_encodings, wrapped
-from tinychat_mlx.errors import TinychatError, UsageError, in_words
+from tinychat_mlx.errors import TinychatError, UsageError, one_line
 
 # name -> module under tinychat_mlx, the click command in it, help. A row whose module is absent is not shown.
 COMMANDS = {
@@ -144,12 +144,12 @@ def _say_error(text: str) -> None:
 def _report(error: Exception) -> int:
     """One line on stderr -> exit code."""
     if isinstance(error, (TinychatError, OSError)):
-        text = in_words(error)
+        text = one_line(error)
     elif isinstance(error, MemoryError):
-        text = "out of memory: close other programs, choose a smaller model or a smaller --context"
+        text = "out of memory — close other programs, or choose a smaller model or a smaller --context"
     else:
         text = (
-            f"{type(error).__name__}: {error} (a defect: run `tinychat --debug …` and report what it prints)"
+            f"a defect: {type(error).__name__}: {error} — run `tinychat --debug …` and report what it prints"
         )
     _say_error(text)
     return 2 if isinstance(error, UsageError) else 1

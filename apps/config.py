@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from tinychat_mlx.errors import SettingsError
-from tinychat_mlx.words import of_the_system
+from tinychat_mlx.words import refusal
 
 EXAMPLE = """\
 model = "demo"
@@ -49,19 +49,31 @@ def settings(preset: str | None = None) -> dict[str, Any]:
     path = config_path()
     if not path.is_file():
         if preset:
-            raise SettingsError(f"no preset {preset!r}: there is no {path}")
+            raise SettingsError(
+                f"there is no preset {preset!r}: the file does not exist",
+                where=path,
+                remedy="write the preset into it, or leave out --preset",
+            )
         return {}
     table = _read(path)
     presets = table.pop("presets", {})
     preset = preset or table.pop("preset", None)
     table.pop("preset", None)
     if not isinstance(presets, dict) or not all(isinstance(p, dict) for p in presets.values()):
-        raise SettingsError(f"{path}: presets are tables: [presets.NAME]")
+        raise SettingsError(
+            "presets must be tables", where=path, remedy="write each preset as a table [presets.NAME]"
+        )
     if preset and preset not in presets:
-        raise SettingsError(f"{path}: no preset {preset!r}; there are {', '.join(presets) or 'none'}")
-    made = _checked(path, table, "")
+        raise SettingsError(
+            f"there is no preset {preset!r}",
+            where=path,
+            remedy=f"use one of {', '.join(presets)}"
+            if presets
+            else "write it as a table [presets.NAME], or leave out --preset",
+        )
+    made = _checked(str(path), table)
     for name, values in presets.items():
-        checked = _checked(path, values, f"presets.{name}: ")
+        checked = _checked(f"{path}, presets.{name}", values)
         made |= checked if name == preset else {}
     return made
 
@@ -71,26 +83,27 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = toml.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
-        raise SettingsError(of_the_system(e)) from None
+        where, what, remedy = refusal(e)
+        raise SettingsError(what, where=where, remedy=remedy) from None
     except ValueError as e:  # a TOML error names line and column
-        raise SettingsError(f"{path}: {e}") from None
+        raise SettingsError(f"not TOML: {e}", where=path) from None
     return found
 
 
-def _checked(path: Path, table: dict[str, Any], where: str) -> dict[str, Any]:
+def _checked(where: str, table: dict[str, Any]) -> dict[str, Any]:
     from tinychat_mlx.apps.options import known
 
     kinds = known()
     for name, value in table.items():
         if name not in kinds:
             near = difflib.get_close_matches(name, [*kinds, "preset", "presets"], 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(kinds)}"
-            raise SettingsError(f"{path}: {where}no setting {name!r}: {hint}")
+            remedy = f"use {near[0]!r}, if you meant that" if near else f"use one of {', '.join(kinds)}"
+            raise SettingsError(f"unknown setting {name!r}", where=where, remedy=remedy)
         try:
             kinds[name](value)
         except (click.BadParameter, ValueError, TypeError) as e:
-            reason = e.message if isinstance(e, click.BadParameter) else e
-            raise SettingsError(f"{path}: {where}{name}: {reason}") from None
+            reason = e.message.rstrip(".") if isinstance(e, click.BadParameter) else e
+            raise SettingsError(f"{name}: {reason}", where=where) from None
     return table
 
 

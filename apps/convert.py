@@ -132,13 +132,15 @@ def _refuse_unused(source: Checkpoint) -> None:
     }
     for name in given.keys() & set(QUANTISING):
         raise UsageError(
-            f"{source.folder} is quantised already ({what}) and keeps its codes: leave out {given[name]}, or give "
-            "the original model"
+            f"this model is quantised already ({what}) and keeps its codes",
+            where=source.folder,
+            remedy=f"leave out {given[name]}, or give the original model",
         )
     if source.quantization.format == ctx.params["form"] and "form" not in given:
         raise UsageError(
-            f"{source.folder} is {what} already: use it as it is, convert the model that it was made of, or change "
-            "its format with --format awq"
+            f"this model is {what} already",
+            where=source.folder,
+            remedy="use it as it is, convert its original model, or change its format with --format awq",
         )
 
 

@@ -55,8 +55,9 @@ def evaluate(model: str, text: Path, against: str | None, **options: Any) -> Non
     other = opened(against, True) if against else None
     if other is not None and other.config.vocab_size != first.config.vocab_size:
         raise UsageError(
-            f"{model} has {first.config.vocab_size} tokens, {against} {other.config.vocab_size}: "
-            "give two models of one vocabulary"
+            f"the vocabularies differ: {model} has {first.config.vocab_size} tokens, {against} {other.config.vocab_size}",
+            where="--against",
+            remedy="give two models of one vocabulary",
         )
     window = window_of(first.config, options["window"])
     ids = encoded(str(text), first.tokenizer)[: options["max_tokens"]]

@@ -93,11 +93,11 @@ def look_for(name: str) -> None:
     from tinychat_mlx.loading import has_nvidia
 
     if name == "mlx" and sys.platform != "darwin":
-        raise BackendError("needs a Mac with Apple silicon")
+        raise BackendError("this computer is not a Mac with Apple silicon", remedy="use --backend cpu")
     if name == "cuda" and not has_nvidia():
-        raise BackendError("no NVIDIA GPU found (`tinychat doctor` says more)")
+        raise BackendError("no NVIDIA GPU was found")
     if name == "cuda" and find_spec("torch") is None:
-        raise BackendError(f"needs torch: {pip_install('cuda')}")
+        raise BackendError("torch is not installed", remedy=pip_install("cuda"))
 
 
 def free_on(backend: Backend, files: int = 0) -> int:
@@ -154,8 +154,9 @@ def refuse(name: str, takes: Cost, tokens: int, free: int, backend: str, fits: i
     if takes.peak(tokens) > free:
         way = f"use --context {fits}, " if fits else ""
         raise BackendError(
-            f"{name} needs {size(takes.peak(tokens))} of memory on the {backend} backend{_with(tokens)}, "
-            f"{size(free)} are free: {way}close other programs, or choose a smaller or more strongly quantised model"
+            f"needs {size(takes.peak(tokens))} of memory on the {backend} backend{_with(tokens)}, {size(free)} are free",
+            where=name,
+            remedy=f"{way}close other programs, or choose a smaller or more strongly quantised model",
         )
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from tinychat_mlx.errors import UsageError
-from tinychat_mlx.words import of_the_system
+from tinychat_mlx.words import refusal
 
 if TYPE_CHECKING:
     from tinychat_mlx.model import Model
@@ -88,7 +88,9 @@ def known() -> dict[str, Callable[[Any], Any]]:
 
 
 def _refuse(value: object, kind: type) -> None:
-    raise TypeError(f"{value!r} is no {({bool: 'true or false', str: 'text', list: 'list of texts'})[kind]}")
+    raise TypeError(
+        f"{value!r} is not {({bool: 'true or false', str: 'text', list: 'a list of texts'})[kind]}"
+    )
 
 
 def _option(name: str, kind: Any, text: str) -> Callable[[F], F]:
@@ -210,25 +212,33 @@ def check_writable(path: Path, option: str) -> None:
     whole = path.absolute()
     there = next(p for p in (whole, *whole.parents) if os.path.lexists(p))
     if not there.is_dir():
-        raise UsageError(f"{option} {path}: {there} is a file, not a folder: choose another place")
+        raise UsageError(
+            f"{there} is a file, not a folder", where=f"{option} {path}", remedy="choose another place"
+        )
     try:
         path.with_name(f".{path.name}.converting").exists()  # the longest name that is made of it
         with TemporaryDirectory(prefix=".tinychat-", dir=there):
             pass
     except FileNotFoundError:
-        raise UsageError(f"{option} {path}: {there} takes no new files: choose another place") from None
+        raise UsageError(
+            f"{there} takes no new files", where=f"{option} {path}", remedy="choose another place"
+        ) from None
     except OSError as e:
-        raise UsageError(f"{option} {of_the_system(OSError(e.errno, e.strerror, str(path)))}") from None
+        where, what, remedy = refusal(OSError(e.errno, e.strerror, str(path)))
+        raise UsageError(what, where=f"{option} {where}", remedy=remedy) from None
 
 
 def text_or_file(value: str | None) -> str | None:
-    """A system prompt, or @FILE that holds one."""
+    """A system prompt, or @FILE that holds one. Raises UsageError where the file cannot be read."""
     if value is None or not value.startswith("@"):
         return value
     path = Path(value[1:]).expanduser()
     try:
         return path.read_text(encoding="utf-8").strip()
     except OSError as e:
-        raise click.BadParameter(of_the_system(e), param_hint="--system") from None
+        where, what, remedy = refusal(e)
+        raise UsageError(what, where=f"system prompt {where}", remedy=remedy) from None
     except UnicodeDecodeError:
-        raise click.BadParameter(f"{path} is not UTF-8 text: make it UTF-8", param_hint="--system") from None
+        raise UsageError(
+            "not UTF-8 text", where=f"system prompt {path}", remedy="convert it to UTF-8"
+        ) from None

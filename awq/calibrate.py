@@ -41,11 +41,17 @@ def calibration_ids(
     found, origin = read_documents(settings.calib, wanted)
     ids, used = packed(found, tokenizer, wanted, settings.seed)
     if len(ids) < LEAST:
-        raise UsageError(f"{origin}: {len(ids)} tokens, at least {LEAST} are needed: give more text")
+        raise UsageError(
+            f"the text has {len(ids)} tokens, at least {LEAST} are needed",
+            where=origin,
+            remedy="give more text",
+        )
     note = f"{len(ids)} tokens, {used} of {len(found)} documents of {origin}"
     if ids.max() >= config.vocab_size:
         raise UsageError(
-            f"{source.folder}: its tokenizer has tokens the model lacks ({int(ids.max())}) — download both again, they are of different models"
+            f"its tokenizer has tokens the model lacks ({int(ids.max())})",
+            where=source.folder,
+            remedy="download the model and its tokenizer again; they are of different models",
         )
     watch(Progress("calibrate", 1, 1, note))
     return ids
@@ -151,9 +157,13 @@ def read_documents(calib: str, wanted: int = 0) -> tuple[list[Document], str]:
     if path.is_file():
         return _read(path), path.name
     if path.exists() or calib.startswith((".", "/", "~")) or "/" not in calib:
-        raise UsageError(f"--calib {calib}: neither a file, nor `self`, nor a dataset's id (ORG/NAME)")
+        raise UsageError(
+            "not a file, not `self`, and not the id of a dataset (ORG/NAME)",
+            where=f"--calib {calib}",
+            remedy="check the name",
+        )
     if ":" not in calib and kind_of(calib) is not None:
-        raise UsageError(f"--calib {calib}: no such file: check the path")
+        raise UsageError("no such file", where=f"--calib {calib}", remedy="check the path")
     from tinychat_mlx.awq.dataset import fetch
 
     return fetch(calib, 4 * CHARACTERS * wanted)
@@ -164,7 +174,9 @@ def _read(path: Path) -> list[Document]:
         with path.open("rb") as file:
             return list(documents(str(path), file))
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror or error} — check the path") from None
+        raise UsageError(
+            f"cannot be read: {error.strerror or error}", where=path, remedy="check the path"
+        ) from None
 
 
 def encoded(file: str, tokenizer: Tokenizer) -> list[int]:

@@ -73,4 +73,4 @@ def solve(u: F32, d: F32, b: F32) -> None:
 
 
 def _not_finite() -> FormatError:
-    return FormatError("the inputs of a linear are not finite: a weight is damaged or overflows")
+    return FormatError("the inputs of a linear layer are not finite: a weight is damaged or overflows")

@@ -157,7 +157,7 @@ def _check_room(wanted: Needs, smaller: str, work: WorkFolder) -> None:
     """Raises TinychatError where memory or disk do not suffice: it would die of that after hours."""
     if lacks := shortage(wanted, work.path, disk_bytes(work.path)):
         way = f"{smaller}close other programs" if "memory" in lacks else "make room, choose another disk"
-        raise TinychatError(f"{lacks}: {way}, or try all the same: `tinychat convert --force`")
+        raise TinychatError(lacks, remedy=f"{way}, or try anyway: `tinychat convert --force`")
 
 
 def _reformat(

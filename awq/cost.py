@@ -89,4 +89,6 @@ def cost(
 def check_text(source: Checkpoint, file: str) -> None:
     """Raises UsageError where nothing can be measured on a text."""
     if (tokens := len(encoded(file, Tokenizer.load(source.folder)))) < 2:
-        raise UsageError(f"{file}: {tokens} tokens: at least two are needed: give a longer text")
+        raise UsageError(
+            f"the text has {tokens} tokens, at least two are needed", where=file, remedy="give a longer text"
+        )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from tinychat_mlx import hub
 from tinychat_mlx.awq.documents import KINDS, Document, documents, kind_of
-from tinychat_mlx.errors import ModelNotFoundError, TinychatError, UsageError
+from tinychat_mlx.errors import ModelNotFoundError, TinychatError, UsageError, within
 
 HUB_ID = re.compile(r"([\w][\w.-]{0,95}/[\w][\w.-]{0,95})(?::(.+))?")
 BLOCK = 1 << 20  # bytes fetched at once
@@ -28,7 +28,11 @@ def fetch(dataset: str, characters: int) -> tuple[list[Document], str]:
 
     match = HUB_ID.fullmatch(dataset)
     if match is None:
-        raise UsageError(f"--calib {dataset}: neither a file, nor `self`, nor a dataset's id (ORG/NAME)")
+        raise UsageError(
+            "not a file, not `self`, and not the id of a dataset (ORG/NAME)",
+            where=f"--calib {dataset}",
+            remedy="check the name",
+        )
     repo, file = match.groups()
     http: type[Exception] = HfHubHTTPError.__mro__[1]  # of whichever library this version fetches with
     try:
@@ -36,26 +40,34 @@ def fetch(dataset: str, characters: int) -> tuple[list[Document], str]:
         sizes = {s.rfilename: s.size or 0 for s in info.siblings or ()}
         name = choose(repo, sizes, characters) if file is None else file
         if name not in sizes:
-            raise UsageError(f"dataset {repo} has no file {name}: choose one that its page lists")
+            raise UsageError(
+                f"it has no file {name}", where=f"dataset {repo}", remedy="choose one that its page lists"
+            )
         with HfFileSystem().open(f"datasets/{repo}@{info.sha}/{name}", "rb", block_size=BLOCK) as remote:
             found = enough(documents(name, remote, characters), characters)
     except GatedRepoError:
         raise ModelNotFoundError(
-            f"dataset {repo} is gated: accept its terms on its page, then log in with `{hub.login()}`"
+            "this dataset is gated",
+            where=f"dataset {repo}",
+            remedy=f"accept its terms on its page, then log in with `{hub.login()}`",
         ) from None
     except RepositoryNotFoundError:
         raise ModelNotFoundError(
-            f"dataset {repo}: no such dataset on the hub (or it is private: log in with `{hub.login()}`)"
+            "no such dataset on the hub, or it is private",
+            where=f"dataset {repo}",
+            remedy=f"check the name, or log in with `{hub.login()}`",
         ) from None
     except TinychatError as error:
-        raise type(error)(f"dataset {repo}: {error}") from None
+        raise within(f"dataset {repo}", error) from None
     except (http, OSError) as error:
         why = (
             "HF_HUB_OFFLINE is set"
             if hub.is_offline()
             else f"the hub does not give it ({type(error).__name__})"
         )
-        raise ModelNotFoundError(f"dataset {repo}: {why}: give a file, or --calib self") from None
+        raise ModelNotFoundError(
+            why, where=f"dataset {repo}", remedy="give a file, or --calib self"
+        ) from None
     return found, f"{repo}, {name} ({len(found)} documents read of {sizes[name] / 1e6:.1f} MB)"
 
 
@@ -65,7 +77,7 @@ def choose(repo: str, sizes: dict[str, int], characters: int) -> str:
     usable = [name for name in usable if not HELD_BACK.search(name)] or usable
     if not usable:
         has = ", ".join(sorted(sizes)[:5]) or "nothing"
-        raise UsageError(f"no file of {', '.join(KINDS)} in it (it has {has}): give a file")
+        raise UsageError(f"it has no file of {', '.join(KINDS)}, but {has}", remedy="give a file")
 
     def rank(name: str) -> tuple[bool, int, int]:
         small = sizes[name] < characters // 4  # text packs about 4 : 1 at best

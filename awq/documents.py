@@ -46,7 +46,9 @@ def documents(name: str, file: IO[bytes], most: int = -1) -> Iterator[Document]:
 def _documents(name: str, file: IO[bytes], most: int) -> Iterator[Document]:
     kind = kind_of(name)
     if kind is None:
-        raise UsageError(f"{name}: read are {', '.join(KINDS)}, and .gz of these: convert it to .jsonl")
+        raise UsageError(
+            f"not one of {', '.join(KINDS)}, or .gz of these", where=name, remedy="convert it to .jsonl"
+        )
     try:
         if kind == ".parquet":
             yield from _parquet(name, file)
@@ -63,10 +65,10 @@ def _documents(name: str, file: IO[bytes], most: int) -> Iterator[Document]:
             yield text.read(most)
     except UnicodeDecodeError as error:
         raise UsageError(
-            f"{name}: not UTF-8 text: {error.reason} at byte {error.start}: convert it to UTF-8"
+            f"not UTF-8 text: {error.reason} at byte {error.start}", where=name, remedy="convert it to UTF-8"
         ) from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UsageError(f"{name}: damaged .gz: {error} — make it again") from None
+        raise UsageError(f"the .gz file is damaged: {error}", where=name, remedy="make it again") from None
 
 
 def _json(name: str, text: io.TextIOWrapper, kind: str) -> Iterator[Document]:
@@ -81,7 +83,7 @@ def _json(name: str, text: io.TextIOWrapper, kind: str) -> Iterator[Document]:
             if kind == ".json" and number == 1:
                 yield from _whole(name, line + text.read(MAX_JSON))
                 return
-            raise UsageError(f"{where}: not JSON: {error} — mend that line") from None
+            raise UsageError(f"not JSON: {error}", where=where, remedy="fix that line") from None
         if kind == ".json" and number == 1:
             yield from _records(name, value)
         else:
@@ -90,11 +92,15 @@ def _json(name: str, text: io.TextIOWrapper, kind: str) -> Iterator[Document]:
 
 def _whole(name: str, text: str) -> Iterator[Document]:
     if len(text) > MAX_JSON:
-        raise UsageError(f"{name}: one JSON value of more than {MAX_JSON >> 20} MiB: convert it to .jsonl")
+        raise UsageError(
+            f"one JSON value of more than {MAX_JSON >> 20} MiB", where=name, remedy="convert it to .jsonl"
+        )
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{name}: not JSON: {error} — mend it, or give plain text as .txt") from None
+        raise UsageError(
+            f"not JSON: {error}", where=name, remedy="fix the file, or give plain text as .txt"
+        ) from None
     yield from _records(name, value)
 
 
@@ -114,7 +120,9 @@ def _table(name: str, text: io.TextIOWrapper, delimiter: str) -> Iterator[Docume
         for number, row in enumerate(rows, 1):
             yield document(row, f"{name}, row {number}")
     except csv.Error as error:
-        raise UsageError(f"{name}: not a table of the kind it says: {error} — convert it to .jsonl") from None
+        raise UsageError(
+            f"not a table of the kind its name says: {error}", where=name, remedy="convert it to .jsonl"
+        ) from None
 
 
 def _parquet(name: str, file: IO[bytes]) -> Iterator[Document]:
@@ -122,7 +130,7 @@ def _parquet(name: str, file: IO[bytes]) -> Iterator[Document]:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise UsageError(f"{name}: parquet needs pyarrow: {pip_install('parquet')}") from None
+        raise UsageError("parquet files need pyarrow", where=name, remedy=pip_install("parquet")) from None
     try:
         table = ParquetFile(file)
         wanted = _columns(table.schema_arrow.names)
@@ -135,7 +143,9 @@ def _parquet(name: str, file: IO[bytes]) -> Iterator[Document]:
                 yield document(row, f"{name}, row {number}")
     except ArrowException as error:
         raise UsageError(
-            f"{name}: damaged or no parquet file: {str(error).splitlines()[0]} — make it again"
+            f"damaged, or not a parquet file: {str(error).splitlines()[0]}",
+            where=name,
+            remedy="make it again",
         ) from None
 
 
@@ -150,7 +160,11 @@ def _columns(names: Any) -> tuple[str, ...] | None:
 
 def _unknown(names: Any, where: str) -> UsageError:
     has = ", ".join(str(n)[:30] for n in list(names)[:8])
-    return UsageError(f"{where}: its columns are {has}; read are {', '.join((*CHATS, *TEXTS))}: rename one")
+    return UsageError(
+        f"none of its columns has a known name: {has}",
+        where=where,
+        remedy=f"rename one to one of {', '.join((*CHATS, *TEXTS))}",
+    )
 
 
 def document(value: Any, where: str) -> Document:
@@ -159,7 +173,9 @@ def document(value: Any, where: str) -> Document:
         return value
     if not isinstance(value, Mapping):
         raise UsageError(
-            f'{where}: a {type(value).__name__}, neither a record nor a string: make it {{"text": …}}'
+            f"{type(value).__name__} is neither a record nor a string",
+            where=where,
+            remedy='make it {"text": …}',
         )
     found = _columns(value)
     if found is None:
@@ -170,7 +186,9 @@ def document(value: Any, where: str) -> Document:
     if found[0] in CHATS:
         return _chat(content, f'{where}: "{found[0]}"')
     if not isinstance(content, str):
-        raise UsageError(f'{where}: "{found[0]}" is no text but {type(content).__name__}: make it text')
+        raise UsageError(
+            f'"{found[0]}" is not text but {type(content).__name__}', where=where, remedy="make it text"
+        )
     return content
 
 
@@ -178,7 +196,11 @@ def _chat(content: Any, where: str) -> Document:
     messages = content if isinstance(content, list) else []
     chat = [m if isinstance(m, dict) and "role" in m else _from_sharegpt(m) for m in messages]
     if not chat or any(m is None for m in chat):
-        raise UsageError(f"{where} is no list of messages with role and content each: make it so")
+        raise UsageError(
+            "not a list of messages with role and content",
+            where=where,
+            remedy="give each message a role and a content",
+        )
     return [m for m in chat if m is not None]
 
 
@@ -191,6 +213,8 @@ def _from_sharegpt(message: Any) -> dict[str, Any] | None:
 def _pair(value: Mapping[str, Any], columns: tuple[str, ...], where: str) -> Document:
     question, answer, *more = (value[c] for c in columns)
     if not isinstance(question, str) or not isinstance(answer, str):
-        raise UsageError(f"{where}: {columns[0]} and {columns[1]} are not both text: make them so")
+        raise UsageError(
+            f"{columns[0]} and {columns[1]} are not both text", where=where, remedy="make both text"
+        )
     asked = "\n\n".join([question, *(m for m in more if isinstance(m, str) and m.strip())])
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]

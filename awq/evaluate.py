@@ -88,7 +88,9 @@ def evaluate(
     """Measure a model on tokens (T,). Raises UsageError for fewer than two."""
     starts = [at for at in range(0, len(ids), window) if len(ids) - at > 1]
     if not starts:
-        raise UsageError(f"the text has {len(ids)} tokens: at least two are needed: give a longer text")
+        raise UsageError(
+            f"the text has {len(ids)} tokens, at least two are needed", remedy="give a longer text"
+        )
     windows = []
     for i, at in enumerate(starts):
         windows.append(_window(ids[at : at + window], at, model, against))

@@ -57,7 +57,9 @@ def put_in_place(folder: Path, target: Path, work: Path, renaming: Path) -> None
         if old.exists() and not target.exists():
             os.rename(old, target)
         raise TinychatError(
-            f"{target}: cannot be put in place: {error.strerror} — allow it, then repeat with --resume"
+            f"cannot be put in place: {error.strerror}",
+            where=target,
+            remedy="allow writing there, then repeat with --resume",
         ) from None
     sync_folder(target.parent)
 

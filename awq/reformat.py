@@ -46,7 +46,9 @@ def reformatted(source: Checkpoint, format: str) -> Reformatted:
     codes = sorted(source.modules - rim)
     if not codes:
         raise FormatError(
-            f"{source.folder}: only embedding and head are quantised, which AutoAWQ has in float16: use --format mlx"
+            "only embedding and head are quantised, and AutoAWQ stores these in float16",
+            where=source.folder,
+            remedy="use --format mlx",
         )
     found = {module: _form(source, module, awq) for module in codes}
     group = min(size for _, size, _ in found.values()) if awq else 0  # AutoAWQ has one for all
@@ -125,7 +127,11 @@ def _stacked(modules: list[str], tensors: list[list[Entry]]) -> list[list[Entry]
         each = [experts[e] for e in sorted(experts)]
         forms = {tuple((e.dtype, e.shape) for e in own) for own in each}
         if len(forms) > 1 or sorted(experts) != list(range(len(experts))):
-            raise FormatError(f"{name}: its experts are not all stored alike: quantise the original")
+            raise FormatError(
+                "its experts are not all stored in the same form",
+                where=name,
+                remedy="quantise the original model",
+            )
         out.append([stack(same) for same in zip(*each, strict=True)])
     return out
 

@@ -98,7 +98,8 @@ def sampled(logits: F32, rng: np.random.Generator) -> list[int]:
     sums = np.add.reduceat(p, np.arange(0, p.shape[1], STRETCH), axis=1, dtype=np.float64)
     if not np.isfinite(sums).all():
         raise TinychatError(
-            "the model's logits are not finite: its weights are damaged or overflow — download it again, or take another"
+            "the model's logits are not finite: its weights are damaged or overflow",
+            remedy="download the model again, or choose another one",
         )
     return [_drawn(*row) for row in zip(p, np.cumsum(sums, 1), rng.random(len(p)), strict=True)]
 
@@ -194,6 +195,6 @@ def _around(text: str, marks: Sequence[str]) -> list[str]:
     for mark in marks:
         before, found, text = text.partition(mark)
         if not found:
-            raise TokenizerError("the template does not show a message as it is")
+            raise TokenizerError("the template does not show a message unchanged")
         parts.append(before)
     return [*parts, text]

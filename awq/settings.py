@@ -53,11 +53,17 @@ class Settings:
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 known = ", ".join(map(str, values))
-                raise UsageError(f"{name} is {getattr(self, name)!r}; known are {known}")
+                raise UsageError(
+                    f"unknown value {getattr(self, name)!r} of {name}", remedy=f"use one of {known}"
+                )
         if 0 < self.tokens < LEAST:
-            raise UsageError(f"{self.tokens} calibration tokens: at least {LEAST} are needed, or 0 to choose")
+            raise UsageError(
+                f"{self.tokens} calibration tokens are too few",
+                where="--calib-tokens",
+                remedy=f"give at least {LEAST}, or 0 to choose automatically",
+            )
         if self.format == "awq" and self.w_bit != 4:
-            raise UsageError(f"the AutoAWQ format holds 4 bits, not {self.w_bit}: use --format mlx")
+            raise UsageError(f"the AutoAWQ format has 4 bits, not {self.w_bit}", remedy="use --format mlx")
 
     def resolved(self, config: ModelConfig) -> Settings:
         """With the group size that the model's matrices are stored in. Raises FormatError naming one that does not fit."""
@@ -67,10 +73,16 @@ class Settings:
         fits = fitting_group(named)
         for k, name in named.items():
             if not fits and k % GROUPS[-1]:
-                raise FormatError(f"{name}: {k} inputs cannot be stored in groups of 32, 64 or 128")
+                raise FormatError(
+                    f"{k} inputs cannot be stored in groups of 32, 64 or 128",
+                    where=name,
+                    remedy="choose another model",
+                )
             if self.group_size and k % self.group_size:
                 raise FormatError(
-                    f"{name}: {k} inputs are no multiple of the group size {self.group_size}: use --group-size {fits}"
+                    f"{k} inputs are not a multiple of the group size {self.group_size}",
+                    where=name,
+                    remedy=f"use --group-size {fits}",
                 )
         return replace(self, group_size=self.group_size or fits)
 
@@ -130,7 +142,9 @@ def open_dense(source: Checkpoint, settings: Settings) -> tuple[ModelConfig, Set
     for name, n, _ in quantised_shapes(config):
         if settings.format == "awq" and n % 8:
             raise FormatError(
-                f"{name}: {n} outputs are no multiple of 8, which AutoAWQ needs: use --format mlx"
+                f"{n} outputs are not a multiple of 8, which AutoAWQ needs",
+                where=name,
+                remedy="use --format mlx",
             )
     check_complete(config, source)
     check_numbers(source)
@@ -161,7 +175,7 @@ def check_complete(config: ModelConfig, source: Source) -> None:
         needed += [f"{spec.name(role, layer)}.weight" for role in spec.norms]
     for name in needed:
         if not source.has(name):
-            raise FormatError(f"no tensor {name!r}, which config.json asks for — is the model complete?")
+            raise FormatError(f"tensor {name!r} is missing, but config.json requires it")
 
 
 def check_numbers(source: Checkpoint) -> None:
@@ -176,13 +190,15 @@ def check_numbers(source: Checkpoint) -> None:
             largest = (bits[at : at + CHECK_ROWS] & positive).max()
             if largest >= damaged:
                 raise FormatError(
-                    f"{source.where(name)}: {name!r} holds a NaN or an infinity — "
-                    "the weights are damaged: download the model again"
+                    f"{name!r} has a NaN or an infinity: the weights are damaged",
+                    where=source.where(name),
+                    remedy="download the model again",
                 )
             if largest >= large:
                 raise FormatError(
-                    f"{source.where(name)}: {name!r} holds a number beyond 65504, the largest of float16, in which "
-                    "results are stored — take another upload of the model"
+                    f"{name!r} has a number beyond 65504, the largest of float16, in which results are stored",
+                    where=source.where(name),
+                    remedy="use another upload of the model",
                 )
 
 

@@ -108,7 +108,9 @@ class LayerQuantizer:
         layer = self._fed(weights, x) if self.settings.method == "awq+" else self._published(weights, x)
         if not np.isfinite(x.wanted).all():
             raise TinychatError(
-                f"layer {weights.layer}: its output is not finite on the calibration text: the weights overflow — take another upload of the model"
+                "its output is not finite on the calibration text: the weights overflow",
+                where=f"layer {weights.layer}",
+                remedy="use another upload of the model",
             )
         with self.rows_s.running():
             self._through(layer, x.made)

@@ -11,30 +11,41 @@ from tinychat_mlx.errors import UsageError
 def check_target(source: Path | None, target: Path, force: bool) -> None:
     """Raises UsageError where the source, a stranger's files or the system stand in the way. None: it is not here yet."""
     if target.is_symlink():
-        raise UsageError(f"{target} is a link, which would be replaced: give the folder that it leads to")
-    holder = next(
-        p for p in target.absolute().parents if os.path.lexists(p)
-    )  # missing parents will be made in it
+        raise UsageError(
+            "this is a link, which would be replaced", where=target, remedy="give the folder it points to"
+        )
+    # Missing parents are created inside the first folder that exists.
+    holder = next(p for p in target.absolute().parents if os.path.lexists(p))
     if not holder.is_dir():
-        raise UsageError(f"{holder} is a file, not a folder: choose another place")
+        raise UsageError("this is a file, not a folder", where=holder, remedy="choose another place")
     if source is not None and (_holds(source, target) or _holds(target, source)):
         raise UsageError(
-            f"{target} is, holds or lies in the model that is read, {source}: choose another place"
+            f"this is, contains or is inside the source model {source}",
+            where=target,
+            remedy="choose another place",
         )
     if target.exists():
         if not force:
-            raise UsageError(f"{target} exists: choose another name, or add --force to replace it")
+            raise UsageError(
+                "it exists", where=target, remedy="choose another name, or add --force to replace it"
+            )
         if not _is_model(target):
             raise UsageError(
-                f"{target} holds no model: --force replaces model folders and empty ones alone: choose another name"
+                "not a model folder; --force overwrites only model folders and empty folders",
+                where=target,
+                remedy="choose another name",
             )
         if target.is_mount():
             raise UsageError(
-                f"{target} is a disk of its own, which cannot be replaced: choose a folder on it"
+                "this is the mount point of a disk, which cannot be replaced",
+                where=target,
+                remedy="choose a folder on it",
             )
     for place in (holder, *([target] if target.exists() else [])):
         if not os.access(place, os.W_OK | os.X_OK):
-            raise UsageError(f"{place} is read-only: choose another place, or allow writing there")
+            raise UsageError(
+                "this folder is read-only", where=place, remedy="choose another place, or allow writing there"
+            )
 
 
 def _holds(outer: Path, inner: Path) -> bool:

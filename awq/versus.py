@@ -39,12 +39,12 @@ def mlx_lm_awq(source: Path, target: Path, ids: Ids, window: int, settings: Sett
         mx, awq, utils = (import_module(name) for name in ("mlx.core", "mlx_lm.quant.awq", "mlx_lm.utils"))
     except ImportError as error:
         raise BackendError(
-            f"mlx-lm is needed for this comparison: pip install mlx-lm 'mlx[cpu]' ({error})"
+            f"this comparison needs mlx-lm ({error})", remedy="pip install mlx-lm 'mlx[cpu]'"
         ) from None
     start = time.perf_counter()
     model, tokenizer, config = utils.load(str(source), lazy=True, return_config=True)
     if config["model_type"] not in awq.AWQ_MODEL_CONFIGS:
-        raise ConfigError(f"{source}: mlx_lm.awq does not know {config['model_type']}")
+        raise ConfigError(f"mlx_lm.awq does not support {config['model_type']}", where=source)
     if mx.default_device().type == mx.cpu:
         model.set_dtype(mx.float32)
     text: Any = mx.array(ids.reshape(-1, window))
@@ -63,7 +63,11 @@ def compare(lab: Laboratory, settings: Settings) -> list[Row]:
     made, *seconds = lab.text(settings, window)
     ids = made[: len(made) // window * window]
     if not len(ids):
-        raise UsageError(f"--tokens: {len(made)} tokens are less than one window of {window}")
+        raise UsageError(
+            f"{len(made)} tokens are fewer than one window of {window}",
+            where="--tokens",
+            remedy="give a larger number",
+        )
     lab.texts[settings.calib, settings.seed] = ids, 0.0, seconds[1] * len(ids) / len(made)
     found = [Row("mlx_lm.awq", settings.w_bit, settings.calib)]
     with tempfile.TemporaryDirectory() as folder:

@@ -77,7 +77,9 @@ class WorkFolder:
         """Raises UsageError where an interrupted conversion would be lost unasked."""
         if self.path.exists() and not (resume or force) and any(self.path.iterdir()):
             raise UsageError(
-                f"{self.path} holds an interrupted conversion: add --resume to finish it, --force to begin anew"
+                "this is an interrupted conversion",
+                where=self.path,
+                remedy="add --resume to finish it, or --force to start again",
             )
 
     def begin(self, plan: dict[str, Any], resume: bool) -> None:
@@ -90,12 +92,15 @@ class WorkFolder:
             found = file.read_text(encoding="utf-8") if file.exists() else text
         except OSError as error:
             raise TinychatError(
-                f"{self.path}: cannot be made: {error.strerror or error} — remove it, or choose another place"
+                f"cannot be made: {error.strerror or error}",
+                where=self.path,
+                remedy="remove it, or choose another place",
             ) from None
         if found != text:
             raise UsageError(
-                f"{self.path} was begun with other settings, another model, backend or version: "
-                "repeat the first command exactly, or leave out --resume and add --force"
+                "this conversion was started with other settings, another model, backend or version",
+                where=self.path,
+                remedy="repeat the first command exactly, or leave out --resume and add --force",
             )
         with replacing(file) as f:
             f.write(text.encode())

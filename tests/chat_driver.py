@@ -68,7 +68,7 @@ class ScriptedModel:
             messages, dropped = messages[2:], dropped + 2
             prompt = sum(len(m["content"].split()) + 1 for m in messages)
         if prompt >= self.context:
-            raise ContextFullError(f"the prompt has {prompt} tokens, the context holds {self.context}")
+            raise ContextFullError(f"the prompt has {prompt} tokens", remedy="shorten it")
         return self._answer(messages[-1]["content"], prompt, dropped, settings.get("max_tokens"))
 
     def generate(self, prompt: list[str], **settings: Any) -> Iterator[Event]:
@@ -113,9 +113,7 @@ def main() -> int:
     def load(model: str, backend: str = "auto", **_: Any) -> ScriptedModel:
         time.sleep(script.get("load", 0))
         if model == "missing":
-            raise ModelNotFoundError(
-                "missing: no such folder, and not a Hugging Face id (ORG/NAME): check the path"
-            )
+            raise ModelNotFoundError("no such folder", where="missing", remedy="check the path")
         return ScriptedModel(
             script, "scripted" if model == "demo" else model, "cpu" if backend == "auto" else backend
         )

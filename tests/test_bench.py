@@ -124,7 +124,7 @@ def test_a_sweep_measures_each_number_of_threads(
     [
         (["--shape", "lama-3.2-1b"], "did you mean llama-3.2-1b?"),
         (["--shape", "tiny", "-m", "demo"], "not both"),
-        (["-m", "demo", "--head", "int4"], "--head is for --shape"),
+        (["-m", "demo", "--head", "int4"], "--head applies to --shape"),
         (["--shape", "tiny", "--repeat", "4"], "x>=5"),
         (["--shape", "tiny", "--against", "vllm"], "'vllm' is unknown"),
         (["--shape", "tiny", "--against", "llama.cpp:Q9"], "'llama.cpp:Q9' is unknown"),

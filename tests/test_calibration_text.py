@@ -76,19 +76,23 @@ def test_tables_plain_text_and_blank_records() -> None:
 @pytest.mark.parametrize(
     ("name", "body", "says"),
     [
-        ("a.pdf", b"%PDF", "read are .jsonl"),
+        ("a.pdf", b"%PDF", "not one of .jsonl"),
         ("a.txt", b"\x93NUMPY\x01\x00", "not UTF-8 text"),
         ("a.jsonl", b'"a"\n\xff\xfe', "not UTF-8 text"),
         ("a.jsonl", b'"a"\n{"text": ', "line 2: not JSON"),
-        ("a.jsonl", b"17", "line 1: a int"),
-        ("a.jsonl", b'{"title": "x", "url": "y"}', "its columns are title, url; read are messages"),
-        ("a.jsonl", b'{"text": 3}', '"text" is no text but int'),
-        ("a.jsonl", b'{"messages": "hi"}', "no list of messages"),
-        ("a.jsonl", b'{"messages": []}', "no list of messages"),
+        ("a.jsonl", b"17", "line 1: int is neither"),
+        (
+            "a.jsonl",
+            b'{"title": "x", "url": "y"}',
+            "none of its columns has a known name: title, url — rename one to one of messages",
+        ),
+        ("a.jsonl", b'{"text": 3}', '"text" is not text but int'),
+        ("a.jsonl", b'{"messages": "hi"}', "not a list of messages"),
+        ("a.jsonl", b'{"messages": []}', "not a list of messages"),
         ("a.json", b"[1, ", "not JSON"),
-        ("a.csv", b"id,url\n1,x\n", "its columns are id, url"),
-        ("a.jsonl.gz", b"not gzip", "damaged .gz"),
-        ("a.jsonl.gz", gzip.compress(b'"a"\n' * 99)[:-9], "damaged .gz"),
+        ("a.csv", b"id,url\n1,x\n", "known name: id, url"),
+        ("a.jsonl.gz", b"not gzip", ".gz file is damaged"),
+        ("a.jsonl.gz", gzip.compress(b'"a"\n' * 99)[:-9], ".gz file is damaged"),
     ],
 )
 def test_what_is_no_text_is_refused_by_file_and_line(name: str, body: bytes, says: str) -> None:
@@ -108,9 +112,9 @@ def test_parquet_reads_the_column_it_needs_and_no_other() -> None:
     assert read("a.parquet", table(image=[b"\xff" * 99] * 200, text=rows)) == rows
     assert read("a.parquet", table(messages=[CHAT], prompt=["x"])) == [CHAT]
     assert read("a.parquet", table(output=["w2"], instruction=["w1"], input=[None])) == [CHAT]
-    with pytest.raises(UsageError, match="its columns are image"):
+    with pytest.raises(UsageError, match="known name: image"):
         read("a.parquet", table(image=[b"x"]))
-    with pytest.raises(UsageError, match="damaged or no parquet"):
+    with pytest.raises(UsageError, match="not a parquet file"):
         read("a.parquet", b"PAR1 no")
 
 
@@ -313,10 +317,10 @@ def test_a_dataset_that_cannot_be_had_says_why_in_one_line(hub: Hub, tmp_path: P
     assert nowhere.startswith("ModelNotFoundError") and "no such dataset" in nowhere
     assert gated.startswith("ModelNotFoundError") and "accept its terms" in gated
     assert images.startswith("UsageError") and "cat.png" in images
-    assert "o/columns" in columns and "its columns are label, url" in columns
+    assert "o/columns" in columns and "known name: label, url" in columns
     assert "no file no.jsonl" in no_file
     (offline,) = fetched(hub, tmp_path / "home", ("o/large", 9), HF_HUB_OFFLINE="1")
-    assert "HF_HUB_OFFLINE is set: give a file" in offline
+    assert "HF_HUB_OFFLINE is set — give a file" in offline
     for line in (nowhere, gated, images, columns, no_file, offline):
         assert "\n" not in line and "Traceback" not in line
 

@@ -93,7 +93,7 @@ def test_quantisation_may_stand_in_text_config_or_in_the_old_side_file(tmp_path:
     (tmp_path / "config.json").write_text(json.dumps(nested))
     assert Checkpoint.open(tmp_path).quantization.format == "awq-gemm"
     (tmp_path / "config.json").write_text("{}")
-    refused(tmp_path, "is AWQ, config.json speaks of no quantisation")
+    refused(tmp_path, "is AWQ, config.json has no quantisation")
     side = {"zero_point": True, "q_group_size": 64, "w_bit": 4, "version": "GEMM"}
     (tmp_path / "quant_config.json").write_text(json.dumps(side))
     assert Checkpoint.open(tmp_path).quantization == Quantization("awq-gemm", 4, 64)
@@ -139,11 +139,11 @@ def test_a_missing_or_misshapen_weight_names_tensor_file_and_both_shapes(tmp_pat
     checkpoint = Checkpoint.open(folder(tmp_path))
     for call, message in [
         (lambda: checkpoint.weight("lm_head"), "'lm_head' has no 'weight' tensor"),
-        (lambda: checkpoint.weight(UP, (8, 64)), f"{SINGLE}: '{UP}.weight' holds [8, 128] weights, "),
-        (lambda: checkpoint.weight(UP, (8, 64)), "config.json asks for [8, 64]"),
+        (lambda: checkpoint.weight(UP, (8, 64)), f"{SINGLE}: '{UP}.weight' has [8, 128] weights, "),
+        (lambda: checkpoint.weight(UP, (8, 64)), "config.json requires [8, 64]"),
         (lambda: checkpoint.weight("model.norm"), "'model.norm.weight' is F32 [128], not a matrix"),
         (lambda: checkpoint.vector(f"{UP}.weight"), "is F16 [8, 128], not a float vector"),
-        (lambda: checkpoint.vector("x.weight"), "no tensor 'x.weight'"),
+        (lambda: checkpoint.vector("x.weight"), "tensor 'x.weight' is missing"),
     ]:  # fmt: skip
         with pytest.raises(FormatError) as error:
             call()
@@ -174,7 +174,7 @@ def test_a_part_missing_or_of_another_size_or_dtype_is_refused(layout: str, tmp_
 
 def test_no_folder_no_config_no_weights(tmp_path: Path) -> None:
     refused(tmp_path / "gone", "no such folder", ModelNotFoundError)
-    refused(tmp_path, "is no model's folder: config.json is not in it", ModelNotFoundError)
+    refused(tmp_path, "not a model folder: it has no config.json", ModelNotFoundError)
     (tmp_path / "config.json").write_text("{}")
     refused(tmp_path, f"no {SINGLE} in it")
 
@@ -194,7 +194,7 @@ def test_other_weight_files_are_named_and_never_opened(name: str, tmp_path: Path
     )
     (tmp_path / "evil.py").write_text(f"import os; os.mkdir({str(canary)!r})")
     (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
-    refused(tmp_path, f"weights are in {name}; only safetensors is read")
+    refused(tmp_path, f"weights are in {name}; tinychat reads only safetensors")
     write(tmp_path / SINGLE, dense())
     Checkpoint.open(tmp_path)
     assert not canary.exists()
@@ -204,15 +204,15 @@ def test_an_interrupted_download_is_called_so(tmp_path: Path) -> None:
     shards = sorted(sharded(tmp_path).glob("*.safetensors"))
     whole = shards[1].read_bytes()
     shards[1].write_bytes(whole[:-1])
-    refused(tmp_path, f"the file has {len(whole) - 1} — download it again")
+    refused(tmp_path, f"the file has {len(whole) - 1} — download the file again")
     shards[1].unlink()
-    refused(tmp_path, f"1 of 3 weight files are missing, {shards[1].name} first")
+    refused(tmp_path, f"1 of 3 weight files are missing, the first is {shards[1].name}")
     shards[1].write_bytes(shards[0].read_bytes())
-    refused(tmp_path, f"is not in it, though {INDEX} says so")
+    refused(tmp_path, f"is missing, but {INDEX} lists it")
     shards[1].write_bytes(whole)
     assert Checkpoint.open(tmp_path).has(UP)
     (tmp_path / INDEX).unlink()
-    refused(tmp_path, f"{shards[0].name} is there, {INDEX} is not")
+    refused(tmp_path, f"{shards[0].name} exists, but {INDEX} is missing")
 
 
 NAMES = [
@@ -229,7 +229,7 @@ def test_an_index_names_only_files_of_its_folder(name: str, tmp_path: Path) -> N
     assert not is_plain_name(name)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a.weight": name}}))
-    refused(tmp_path, "which is no file of this folder")
+    refused(tmp_path, "which is not a file of this folder")
 
 
 BAD_MAPS = ["[]", "{}", '{"a": 1}', '{"a": null}', '{"a": ["b"]}', '"a"', "null", "1"]
@@ -246,7 +246,7 @@ def test_a_damaged_index_is_refused(text: str, tmp_path: Path) -> None:
 
 def test_a_single_file_beside_an_index_of_others_is_refused(tmp_path: Path) -> None:
     write(sharded(tmp_path) / SINGLE, dense())
-    refused(tmp_path, "are different models")
+    refused(tmp_path, "are from different models")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
@@ -256,7 +256,7 @@ def test_links_are_followed_within_the_folder_and_the_hub_cache_alone(tmp_path: 
     home = folder(tmp_path / "home")
     (home / SINGLE).unlink()
     (home / SINGLE).symlink_to(outside)
-    refused(home, "a link out of its folder")
+    refused(home, "a link to a file outside")
     os.replace(outside, home / "real")
     (home / SINGLE).unlink()
     (home / SINGLE).symlink_to("real")
@@ -277,8 +277,8 @@ BAD_JSON = {
     "": "line 1, column 1",
     "nul": "line 1, column 1",
     '{"a": 1,}': "line 1, column",
-    "[]": "holds a list, not an object",
-    "null": "holds a NoneType",
+    "[]": "contains a list, not a JSON object",
+    "null": "contains a NoneType",
     '{"a": ' + "[" * 10**5: "not JSON",
     '{"a": ' + "9" * 10**4 + "}": "not JSON",
 }
@@ -296,7 +296,7 @@ def test_a_config_that_is_no_file_or_not_utf8_or_huge_is_refused(tmp_path: Path)
     path.write_bytes(b'{"a": "\xff"}')
     refused(tmp_path, "not JSON")
     os.truncate(path, 65 << 20)
-    refused(tmp_path, "more than 64 MiB")
+    refused(tmp_path, "larger than 64 MiB")
     path.unlink()
     path.mkdir()
     refused(tmp_path, "not a")

@@ -225,11 +225,11 @@ def test_config_show_tells_the_origin_of_every_setting(config: Any) -> None:
     [
         ("temprature = 1", "did you mean 'temperature'?"),
         ("temperature = -1", "temperature: -1"),
-        ("exact = 'yes'", "exact: 'yes' is no true or false"),
-        ("stop = 'x'", "is no list of texts"),
+        ("exact = 'yes'", "exact: 'yes' is not true or false"),
+        ("stop = 'x'", "is not a list of texts"),
         ("model = ", "config.toml: "),
         ("preset = 'nobody'", "no preset 'nobody'"),
-        ("[presets]\nx = 1", "presets are tables"),
+        ("[presets]\nx = 1", "presets must be tables"),
         ("[presets.a]\nbackend = 'tpu'", "presets.a: backend: "),
     ],
 )

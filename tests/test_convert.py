@@ -201,9 +201,9 @@ def large(name: str, weights: dict[str, np.ndarray], value: float) -> dict[str, 
             "large-norm",
             lambda w: w.update(large("model.norm.weight", w, 65520)),
             {},
-            "model.norm.weight' holds a",
+            "model.norm.weight' has a",
         ),
-        ("large-linear", lambda w: w.update(large(BAD, w, -3e6)), {}, f"{BAD}' holds a number beyond 65504"),
+        ("large-linear", lambda w: w.update(large(BAD, w, -3e6)), {}, f"{BAD}' has a number beyond 65504"),
         ("absent", lambda w: w.pop(BAD), {}, "model.layers.1.mlp.down_proj"),
         ("group", lambda w: None, {"--group-size": "128"}, "self_attn.o_proj"),
         ("family", lambda w: None, {"model_type": "llamma"}, "llamma"),
@@ -211,7 +211,12 @@ def large(name: str, weights: dict[str, np.ndarray], value: float) -> dict[str, 
         ("no-file", lambda w: None, {"--calib": "./nowhere.txt"}, "nowhere.txt"),
         ("typo", lambda w: None, {"--calib": "texts/typo.txt"}, "texts/typo.txt: no such file"),
         ("typo.gz", lambda w: None, {"--calib": "texts/typo.jsonl.gz"}, "no such file"),
-        ("few", lambda w: None, {"--calib-tokens": "10"}, "10 calibration tokens: at least 128"),
+        (
+            "few",
+            lambda w: None,
+            {"--calib-tokens": "10"},
+            "10 calibration tokens are too few — give at least 128",
+        ),
         ("few-own", lambda w: None, {"--calib": "self", "--calib-tokens": "127"}, "127 calibration tokens"),
         ("blank", lambda w: None, {"--calib": '{"text": " "}\n\n'}, "0 tokens, at least"),
         ("binary", lambda w: None, {"--calib": "\x93\udcff"}, "not UTF-8 text"),
@@ -430,7 +435,7 @@ def test_a_bfloat16_number_beyond_float16_is_refused(
     write(source / "model.safetensors", tensors.values())
     args = ["convert", str(source), "-o", str(tmp_path / "out"), "--method", "rtn", "--group-size", "32"]
     assert main(args) == int(refused) and (tmp_path / "out").exists() != refused
-    assert ("'model.norm.weight' holds a" in capsys.readouterr().err) == refused  # before anything is written
+    assert ("'model.norm.weight' has a" in capsys.readouterr().err) == refused  # before anything is written
 
 
 def test_a_weight_whose_offset_float16_cannot_hold_is_refused_by_name(

@@ -141,8 +141,8 @@ def test_the_published_method_is_measured_as_it_would_be_converted(
     [
         ("a-file", None, "a-file is a file, not a folder"),
         ("a-file/in-it", None, "a-file is a file, not a folder"),
-        ("new", "w1", "1 tokens: at least two are needed"),
-        ("new", "", "0 tokens: at least two are needed"),
+        ("new", "w1", "1 tokens, at least two are needed"),
+        ("new", "", "0 tokens, at least two are needed"),
         ("new", "\x93", "not UTF-8 text"),
     ],
 )

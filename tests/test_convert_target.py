@@ -43,7 +43,7 @@ def test_the_source_is_never_replaced(
     before = files(home / "hold")
     assert rtn(home / "hold" / "dense", home / target, *force) == 2
     error = capsys.readouterr().err
-    assert "choose another place" in error or "is a link" in error
+    assert "choose another place" in error or "this is a link" in error
     assert error.count("\n") == 1 and files(home / "hold") == before
 
 
@@ -70,7 +70,7 @@ def test_force_replaces_models_and_empty_folders_alone(
         (target / name).write_text(text)
         capsys.readouterr()
         assert rtn(source, target, "--force") == 2
-        assert "holds no model" in capsys.readouterr().err and (target / name).read_text() == text
+        assert "not a model folder" in capsys.readouterr().err and (target / name).read_text() == text
     shutil.rmtree(target)
     target.write_text("a file")
     assert rtn(source, target, "--force") == 2 and target.read_text() == "a file"
@@ -85,7 +85,7 @@ def test_a_link_is_refused_before_any_work(
     (home / "target").symlink_to(home / leads_to)
     monkeypatch.setattr("tinychat_mlx.awq.convert.open_dense", None)  # would be the first work
     assert rtn(home / "hold" / "dense", home / "target", "--force") == 2
-    assert "is a link" in capsys.readouterr().err and (home / "target").is_symlink()
+    assert "this is a link" in capsys.readouterr().err and (home / "target").is_symlink()
 
 
 @pytest.mark.parametrize("place", ["", "target"])
@@ -98,7 +98,7 @@ def test_a_read_only_place_is_refused_before_any_work(
     monkeypatch.setattr("tinychat_mlx.awq.convert.open_dense", None)
     capsys.readouterr()
     assert rtn(home / "hold" / "dense", home / "target", "--force") == 2
-    assert f"{home / place} is read-only" in capsys.readouterr().err
+    assert f"{home / place}: this folder is read-only" in capsys.readouterr().err
 
 
 def test_a_place_where_nothing_can_be_made_is_one_line(
@@ -136,7 +136,7 @@ def test_a_disk_of_its_own_is_not_replaced(
     (home / "disk").mkdir()
     monkeypatch.setattr(Path, "is_mount", lambda self: self.name == "disk")
     assert rtn(home / "hold" / "dense", home / "disk", "--force") == 2
-    assert "a disk of its own" in capsys.readouterr().err
+    assert "the mount point of a disk" in capsys.readouterr().err
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(

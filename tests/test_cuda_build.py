@@ -115,7 +115,7 @@ def test_what_does_not_compile_is_one_line(library: ctypes.CDLL, tmp_path: Path)
 
 
 def test_a_missing_nvrtc_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BackendError, match="libnvrtc.so.4 is not found|nvrtc64_40_0.dll is not found"):
+    with pytest.raises(BackendError, match="libnvrtc.so.4 is neither in|nvrtc64_40_0.dll is neither in"):
         nvrtc.find_nvrtc("4.2")
 
 
@@ -237,14 +237,14 @@ def test_the_measuring_script_goes_through_on_cpu_tensors(
 def test_kernels_that_cannot_be_had_are_announced(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = CudaBackend()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
-    with pytest.warns(UserWarning, match="sm_61 is older than sm_75.*pure torch"):
+    with pytest.warns(UserWarning, match="sm_61 is older than sm_75.*using torch"):
         assert backend._own_kernels() is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 7))
 
     def missing(version: str | None) -> None:
-        raise BackendError("libnvrtc.so.12 is not found")
+        raise BackendError("libnvrtc.so.12 is missing", where="cuda backend")
 
     monkeypatch.setattr(nvrtc, "find_nvrtc", missing)
-    with pytest.warns(UserWarning, match="libnvrtc.so.12 is not found.*pure torch"):
+    with pytest.warns(UserWarning, match="libnvrtc.so.12 is missing.*using torch"):
         assert backend._own_kernels() is None
     assert weights.UNIT == 128

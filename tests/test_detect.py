@@ -29,7 +29,7 @@ METHODS = [
 def test_other_quantisations_are_refused_by_name_with_a_remedy(method: Any, tmp_path: Path) -> None:
     block = {"quant_method": method, "group_size": 64}
     folder(tmp_path, {"quantization_config": block})
-    refused(tmp_path, "which is not read — take the original model and quantise it", ConfigError)
+    refused(tmp_path, "which tinychat does not read — quantise the original model", ConfigError)
 
 
 MUTATIONS: list[tuple[str, str, Any]] = [  # layout, dotted key of the block, its new value
@@ -113,7 +113,7 @@ def test_a_config_and_tensors_of_different_layouts_are_refused_saying_both(tmp_p
                 Checkpoint.open(tmp_path)
             assert "download the model again" in str(error.value) and "down_proj" in str(error.value)
     folder(tmp_path, layouts.config("awq-gemm", 64))
-    refused(tmp_path, "config.json says AWQ, but no tensor is quantised so")
+    refused(tmp_path, "declares AWQ, but no tensor is quantised so")
     tensors = (
         dense_and(layouts.mlx_affine(*layouts.golden()))
         + dense_and(layouts.autoawq_gemm(*layouts.golden()), "x")[4:]

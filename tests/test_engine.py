@@ -216,7 +216,7 @@ def test_seeded_sampling_repeats_itself(engine: Engine) -> None:
 def test_a_second_answer_at_the_same_time_is_refused(engine: Engine) -> None:
     first = engine.generate([5, 9], GREEDY, frozenset(), Letters())
     next(first)
-    with pytest.raises(UsageError, match="answering already"):
+    with pytest.raises(UsageError, match="already generating an answer"):
         next(engine.generate([5, 9], GREEDY, frozenset(), Letters()))
     first.close()  # type: ignore[attr-defined]
     assert answer(engine, [5, 9])

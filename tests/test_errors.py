@@ -1,113 +1,49 @@
-"""Every error says what is wrong, where, and what to do; every place that makes one is provoked by some test.
-
-What other tests provoke stands in data/raised.json, written by `pytest --note-raised tests/test_foo.py …`, and a run in
-which one of them does not any more fails; provoke.py has the rest.
-"""
+"""The class of errors, the words for what the system refuses, and the one line that the command line prints."""
 
 from __future__ import annotations
 
-import ast
-import json
+import copy
 import os
+import pickle
 import re
 import shlex
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
-from provoke import PROVOKE, WITH, wrote
-from raise_sites import NOTES, ROOT, Site, noting, sites
 
 from tinychat_mlx import errors
-from tinychat_mlx.errors import TinychatError, in_words
+from tinychat_mlx.errors import FormatError, TinychatError, UsageError, one_line, within
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def provoked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Key of each site that PROVOKE reaches -> the line a user sees."""
-    if sys.platform != "linux":
-        pytest.skip("the words of the system and what it refuses are Linux's")
-    found: dict[str, str] = {}
-    for library in {name for name, _ in WITH}:
-        if find_spec(library) is None:
-            pytest.skip(f"{library}, one of the test extras, is not installed")
-    for number, call in enumerate([*PROVOKE, *(call for _, call in WITH)]):
-        made: list[tuple[str, str]] = []
-        with pytest.MonkeyPatch.context() as patch, noting(lambda s, m, made=made: made.append((s.key, m))):
-            try:
-                call(tmp_path_factory.mktemp("provoke"), patch)
-            except (TinychatError, click.UsageError):
-                assert made, f"call {number} of PROVOKE makes an error in no place of ours"
-            else:
-                pytest.fail(f"call {number} of PROVOKE raises nothing")
-        found |= dict(made)
-    return found
+def test_an_error_has_three_fields_and_is_one_line() -> None:
+    error = UsageError("a\nb  c", where=Path("file"), remedy="do\nit")
+    assert (error.what, error.where, error.remedy) == ("a b c", "file", "do it")
+    assert str(error) == one_line(error) == "file: a b c — do it" and error.problem == "file: a b c"
+    assert str(UsageError("bad", remedy="do it")) == "bad — do it"
+    for again in (copy.copy(error), pickle.loads(pickle.dumps(error))):
+        assert type(again) is UsageError and str(again) == str(error)
 
 
-def test_every_place_that_makes_an_error_is_provoked(provoked: dict[str, str]) -> None:
-    noted: dict[str, str] = json.loads(NOTES.read_text(encoding="utf-8"))
-    left = {s.key for s in sites()} - set(provoked) - set(noted)
-    how = "provoke it in a test and run `pytest --note-raised` on that, or in provoke.py"
-    assert not left, f"{how}:\n" + "\n".join(sorted(left))
+def test_a_class_has_a_remedy_or_its_caller_gives_one() -> None:
+    classes = [v for v in vars(errors).values() if isinstance(v, type) and issubclass(v, TinychatError)]
+    for cls in classes:
+        assert cls.__doc__ and str(cls("bad", remedy="do it")) == "bad — do it"
+        if remedy := getattr(cls, "remedy", ""):
+            assert str(cls("bad")) == f"bad — {remedy}"  # type: ignore[call-arg]
+        elif cls.__init__ is TinychatError.__init__:
+            with pytest.raises(TypeError, match="remedy"):
+                cls("bad")  # type: ignore[call-arg]
 
 
-def test_every_test_that_is_named_exists() -> None:
-    noted: dict[str, str] = json.loads(NOTES.read_text(encoding="utf-8"))
-    for test in sorted(set(noted.values())):
-        file, _, name = test.partition("::")
-        tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
-        names = {n.name for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
-        assert set(name.split("::")) <= names, (
-            f"{test} is gone: run `pytest --note-raised` on what replaced it"
-        )
-
-
-def test_every_class_of_error_is_provoked(provoked: dict[str, str]) -> None:
-    noted: dict[str, str] = json.loads(NOTES.read_text(encoding="utf-8"))
-    seen = {s.error for s in sites() if s.key in provoked or s.key in noted}
-    classes = {n for n, v in vars(errors).items() if isinstance(v, type) and issubclass(v, TinychatError)}
-    assert seen >= classes - {"TinychatError"}
-    assert all(getattr(errors, name).__doc__ for name in classes)
-
-
-# the form ----------------------------------------------------------------------------------------------
-# An instruction, a command, an option, or what is possible instead.
-TO_DO = re.compile(
-    r"`[^`]+`|--[a-z]|\b(?:" + "|".join(sorted(errors.IMPERATIVES)) + r")\b|(?<!\w)/[a-z]+|\bknown are\b|\bread (?:is|are)\b"
-    r"|\bmust\b|\bneeds?(?:ed)?\b|\bsupported are\b|\bthere are\b|\bnothing to\b|\?|\blist (?:them|names)\b",
-    re.IGNORECASE,
-)  # fmt: skip
-
-
-def shown(site: Site) -> str:
-    """A site's message as a user sees it, with X for what is filled in."""
-    text = site.text.replace("{}", "X")
-    return text if site.error.startswith("click.") else in_words(getattr(errors, site.error)(text))
-
-
-@pytest.mark.parametrize("site", [s for s in sites() if s.text.strip("{} :()—")], ids=lambda s: s.key)
-def test_a_message_is_one_line_and_ends_with_what_to_do(site: Site) -> None:
-    """Fixed words alone: what is filled in may say it too, so a message of nothing else is looked at below."""
-    line = shown(site)
-    assert "\n" not in site.text and "Traceback" not in line and not line.endswith(" ")
-    assert TO_DO.search(line) or site.text.rstrip(")").endswith((": {}", " — {}")), line
-
-
-def test_messages_as_they_come_are_one_line_with_what_to_do(provoked: dict[str, str]) -> None:
-    for key, line in provoked.items():
-        assert "\n" not in line and "Traceback" not in line and TO_DO.search(line), f"{key}\n  {line}"
-        assert not re.search(r"(?:Error|Exception)\(|object at 0x|^\[Errno", line), line
-
-
-def test_what_helps_is_added_once() -> None:
-    assert in_words(errors.FormatError("w: bad")).endswith(errors.FormatError.remedy)
-    for text in ("w: bad — download it again", "w: bad: download it", "w: run `x`", "w: use --head"):
-        assert in_words(errors.FormatError(text)) == text
-    assert in_words(errors.UsageError("a\nb  c")) == "a b c" and in_words(OSError("x")) == "x"
+def test_an_error_within_another_place_keeps_its_class_and_remedy() -> None:
+    error = within("model", FormatError("bad", where="w", remedy="do it"))
+    assert type(error) is FormatError and str(error) == "model: w: bad — do it"
+    assert within("model", FormatError("bad")).where == "model"
 
 
 def test_an_extra_is_installed_from_where_the_program_runs(
@@ -129,11 +65,11 @@ def test_an_extra_is_installed_from_where_the_program_runs(
 def refused(call: Callable[[], Any]) -> str:
     with pytest.raises(OSError) as error:
         call()
-    return in_words(error.value)
+    return one_line(error.value)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX's numbers of errors")
-def test_what_the_system_refuses_is_said_in_words(tmp_path: Path) -> None:
+def test_what_the_system_refuses_is_one_line(tmp_path: Path) -> None:
     """Real refusals where root meets them, too; a path stands first, and what to do last."""
     file = tmp_path / "file"
     file.write_text("")
@@ -146,7 +82,7 @@ def test_what_the_system_refuses_is_said_in_words(tmp_path: Path) -> None:
     }
     for words, (call, path) in said.items():
         line = refused(call)
-        assert line.startswith(f"{path}: {words} — ") and TO_DO.search(line), line
+        assert line.startswith(f"{path}: {words} — ") and " — " in line, line
     line = refused((tmp_path / ("x" * 5000)).read_text)
     assert ": the name is too long — shorten it" in line and len(line) < 200 and "xxx…xxx" in line
     if Path("/dev/full").exists():
@@ -154,9 +90,14 @@ def test_what_the_system_refuses_is_said_in_words(tmp_path: Path) -> None:
         assert refused(lambda: os.write(full, b"x")) == "the disk is full — make room, or choose another disk"
         os.close(full)
     denied = PermissionError(13, "Permission denied", "/a")
-    assert in_words(denied) == "/a: no permission — choose another place, or let its owner do it"
-    moved = in_words(OSError(18, "Invalid cross-device link", "/a", None, "/b"))
-    assert moved.startswith("/a -> /b: Invalid cross-device link — ") and TO_DO.search(moved)
+    assert one_line(denied) == "/a: no permission — choose another place, or let its owner do it"
+    moved = one_line(OSError(18, "Invalid cross-device link", "/a", None, "/b"))
+    assert moved.startswith("/a -> /b: Invalid cross-device link — ") and " — " in moved
+
+
+def written(path: Path) -> Path:
+    path.write_text("")
+    return path
 
 
 def circle(path: Path) -> Path:
@@ -171,13 +112,13 @@ def test_places_that_cannot_be_written_are_refused_before_any_work(
     """Not after the conversion, or the measurements, were done."""
     monkeypatch.setattr("tinychat_mlx.checkpoint.Checkpoint.open", never)
     monkeypatch.setattr("tinychat_mlx.apps.doctor.examine.examine", never)
-    file, out = str(wrote(tmp_path / "file", "")), str(tmp_path / "out")
+    file, out = str(written(tmp_path / "file")), str(tmp_path / "out")
     convert = ["convert", str(ROOT / "tests" / "data" / "demo-fp16"), "-o"]
     said = {
         (*convert, "/proc/x"): "-o /proc/x: /proc takes no new files",
-        (*convert, f"{file}/x"): f"{file} is a file, not a folder",
-        (*convert, f"{file}/no/x"): f"{file} is a file, not a folder",
-        (*convert, file): f"{file} exists",
+        (*convert, f"{file}/x"): f"{file}: this is a file, not a folder",
+        (*convert, f"{tmp_path}/no/x"): f"{tmp_path}/no: no such folder — make it first",
+        (*convert, file): f"{file}: it exists",
         (*convert, str(tmp_path / ("x" * 250))): "the name is too long — shorten it",
         (*convert, out, "--report", f"{file}/x"): f"--report {file}/x: {file} is a file",
         (*convert, out, "--report", "/proc/x"): "--report /proc/x: /proc takes no new files",
@@ -185,24 +126,24 @@ def test_places_that_cannot_be_written_are_refused_before_any_work(
         ("doctor", "--report", f"{tmp_path}/no/r.md"): f"there is no folder {tmp_path}/no",
     }
     for command, words in said.items():
-        assert one_line(command, capfd, 2).startswith("error: ") and words in _last[0], _last
+        assert line_of(command, capfd, 2).startswith("error: ") and words in _last[0], _last
     monkeypatch.setattr("tempfile.mkdtemp", lambda *a, **k: broken(13, "Permission denied"))
-    assert "no permission — choose another place" in one_line((*convert, out), capfd, 2)
+    assert "no permission — choose another place" in line_of((*convert, out), capfd, 2)
     monkeypatch.setattr("tempfile.mkdtemp", lambda *a, **k: broken(28, "No space left on device"))
-    assert "the disk is full — make room" in one_line((*convert, out), capfd, 2)
+    assert "the disk is full — make room" in line_of((*convert, out), capfd, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
 
 
 _last = [""]
 
 
-def one_line(command: tuple[str, ...], capfd: pytest.CaptureFixture[str], code: int) -> str:
+def line_of(command: tuple[str, ...], capfd: pytest.CaptureFixture[str], code: int) -> str:
     """What a command that fails with this exit code prints, which is one line that says what to do."""
     from tinychat_mlx.apps.cli import main
 
     assert main(command) == code
     out, err = capfd.readouterr()
-    assert out == "" and err.count("\n") == 1 and "[Errno" not in err and TO_DO.search(err), err
+    assert out == "" and err.count("\n") == 1 and "[Errno" not in err and " — " in err, err
     _last[0] = err
     return err
 
@@ -219,16 +160,19 @@ def test_a_folder_that_holds_no_model_is_called_so(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", None)
-    line = one_line(("run", "-m", str(tmp_path), "hi"), capfd, 1)
-    assert f"{tmp_path} is no model's folder: config.json is not in it" in line
-    line = one_line(("run", "-m", "x" * 5000, "hi"), capfd, 1)
+    line = line_of(("run", "-m", str(tmp_path), "hi"), capfd, 1)
+    assert f"{tmp_path}: not a model folder: it has no config.json" in line
+    line = line_of(("run", "-m", "x" * 5000, "hi"), capfd, 1)
     assert "the name is too long — shorten it" in line and len(line) < 220
 
 
-def test_the_command_line_prints_that_line_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_prints_that_line_alone(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tinychat_mlx.apps.cli import main
 
+    monkeypatch.setattr("sys.stdin", None)
     (tmp_path / "config.json").write_text('{"model_type": "llama", "vocab_size": "many"}')
     assert main(["run", "-m", str(tmp_path), "hi"]) == 1
     lines = capfd.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ") and TO_DO.search(lines[0])
+    assert len(lines) == 1 and lines[0].startswith("error: ") and " — " in lines[0]

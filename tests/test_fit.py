@@ -215,4 +215,4 @@ def test_what_is_int4_already_is_not_converted_to_the_same(
 ) -> None:
     assert main(["convert", "demo", "-o", str(tmp_path / "x")]) == 2
     err = capfd.readouterr().err
-    assert "is int4 g128 already" in err and "--format awq" in err and not list(tmp_path.iterdir())
+    assert "this model is int4 g128 already" in err and "--format awq" in err and not list(tmp_path.iterdir())

@@ -130,7 +130,7 @@ def test_a_connection_that_breaks_is_taken_up_again_unasked(client: Client) -> N
 
 def test_a_file_that_arrives_damaged_is_not_kept(client: Client) -> None:
     client.hub.spoil[f"models/org/model/{WEIGHTS}"] = "corrupted"
-    assert "model.safetensors does not have the checksum" in client.refused("models", "pull", "org/model")
+    assert "model.safetensors arrived twice with a checksum" in client.refused("models", "pull", "org/model")
     assert not client.partial() and not (client.cache / "models--org--model" / "snapshots").exists()
     assert [name for name, _ in gets(client)].count(WEIGHTS) == 2
 
@@ -159,7 +159,7 @@ def test_a_shard_that_lacks_what_the_index_promises_is_named(client: Client) -> 
     table["weight_map"]["model.extra.weight"] = min(table["weight_map"].values())
     index.write_text(json.dumps(table))
     line = client.refused("models", "pull", "org/sharded")
-    assert "model.extra.weight" in line and "arrived as the hub has it" in line
+    assert "model.extra.weight" in line and "the download is complete" in line
     table["weight_map"]["model.extra.weight"] = "model-00009-of-00009.safetensors"
     index.write_text(json.dumps(table))
     assert "names model-00009-of-00009.safetensors, which the hub does not have" in client.refused(
@@ -170,11 +170,11 @@ def test_a_shard_that_lacks_what_the_index_promises_is_named(client: Client) -> 
 @pytest.mark.parametrize(
     ("status", "says"),
     [
-        (401, "no such model on the hub, or it is private: check the name on http"),
-        (403, "org/model is gated: accept its terms on http"),
+        (401, "no such model on the hub, or it is private — check the name on http"),
+        (403, "org/model: this model is gated — accept its terms on http"),
         (404, "no such model on the hub"),
-        (429, "the hub limits requests (429): wait some minutes"),
-        (500, "the hub has a problem of its own (500)"),
+        (429, "the hub limits requests (429) — wait some minutes"),
+        (500, "the hub has an internal error (500)"),
     ],
 )
 def test_what_the_hub_refuses_is_said_with_what_to_do(client: Client, status: int, says: str) -> None:
@@ -317,9 +317,9 @@ def with_header(header: bytes) -> bytes:
 
 DAMAGED = {
     "config.json": (b'{"model_type": ', "config.json: not JSON at line 1"),
-    "generation_config.json": (b"[0.7]", "generation_config.json: holds a list, not an object"),
+    "generation_config.json": (b"[0.7]", "generation_config.json: contains a list, not a JSON object"),
     "model.safetensors.index.json": (b"\xff\xfe", "model.safetensors.index.json: not JSON"),
-    "model.safetensors.index.json, another": (b'{"weight_map": 3}', "model.safetensors.index.json: no weight_map"),
+    "model.safetensors.index.json, another": (b'{"weight_map": 3}', "model.safetensors.index.json: weight_map does not map"),
     WEIGHTS: (with_header(b'{"a": {"dtype": "F16", "shape": [4]}}'), "'a' is not described by dtype, shape"),
     f"{WEIGHTS}, not JSON": (with_header(b'{"a": }'), "header is not JSON at byte 14"),
     f"{WEIGHTS}, a list": (with_header(b'["a"]'), "no '{' at byte 8"),
@@ -339,11 +339,11 @@ def test_what_is_damaged_on_the_hub_is_said_of_the_hub(client: Client, kind: str
             "run": ("run", "-m", "org/model", "hi")}  # fmt: skip
     line = client.refused(*args[command])
     assert says in line and line.count("org/model") == 1
-    assert line.endswith("— take another upload of it") and "download it again" not in line
+    assert line.endswith("— use another repository") and "download it again" not in line
 
 
 def test_an_unknown_revision_is_named_and_a_commit_is_pinned(client: Client) -> None:
-    assert "has no revision 'v9'" in client.refused("models", "pull", "org/model@v9")
+    assert "there is no revision 'v9'" in client.refused("models", "pull", "org/model@v9")
     client.run("models", "pull", "org/model")
     (snapshot,) = (client.cache / "models--org--model" / "snapshots").iterdir()
     shutil.rmtree(client.cache)
@@ -421,7 +421,7 @@ def test_weights_in_other_formats_are_refused_before_they_are_fetched(client: Cl
     folder = client.hub.root / "models" / "org" / "model"
     (folder / WEIGHTS).unlink()
     line = client.refused("models", "pull", "org/model")
-    assert "only safetensors is read" in line and "model.gguf" in line and not gets(client)
+    assert "safetensors, the only format" in line and "model.gguf" in line and not gets(client)
 
 
 @pytest.mark.parametrize(
@@ -454,5 +454,5 @@ def test_a_hub_that_gives_no_hashes_is_not_trusted() -> None:
 
 def test_an_index_that_points_elsewhere_is_refused() -> None:
     for shard in ("../x.safetensors", "/x.safetensors", "x.bin", 3):
-        with pytest.raises(FormatError, match="no weight_map"):
+        with pytest.raises(FormatError, match="weight_map does not map"):
             hubs.shards_of({"weight_map": {"a": shard}})

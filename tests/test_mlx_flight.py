@@ -179,7 +179,7 @@ def test_what_caches_may_still_grow_by_is_taken() -> None:
     b.chip = b.chip.__class__("Apple M1", True, 13, 8 << 30, 1 << 30)
     first = b.new_cache(shape, 8000)
     assert first.held == SPAN and first.owed == (8000 - SPAN) << 16
-    with pytest.raises(BackendError, match=r"0\.\d\d GB are taken and Apple M1 may give 1\.00 GB"):
+    with pytest.raises(BackendError, match=r"0\.\d\d GB are in use and Apple M1 can use 1\.00 GB"):
         b.new_cache(shape, 8000)
     del first
     assert b.new_cache(shape, 8000).capacity == 8000

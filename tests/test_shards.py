@@ -35,7 +35,7 @@ def test_shards_written_one_by_one_with_a_kill_between_end_as_the_same_files(tmp
     run(tmp_path / "straight", None)
     run(tmp_path / "killed", 1)
     (tmp_path / "killed" / "config.json").write_text("{}")
-    refused(tmp_path / "killed", f"{INDEX} is not — the download was interrupted")
+    refused(tmp_path / "killed", f"{INDEX} is missing — start the interrupted download")
     (tmp_path / "killed" / "config.json").unlink()
     run(tmp_path / "killed", None)
     assert contents(tmp_path / "killed") == contents(tmp_path / "straight")
@@ -47,14 +47,14 @@ def test_shards_written_one_by_one_with_a_kill_between_end_as_the_same_files(tmp
 def test_an_unfinished_or_mixed_folder_is_not_finished(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path, 2)
     writer.write(0, dense()[:1])
-    with pytest.raises(FormatError, match="model-00002-of-00002.safetensors is not written"):
+    with pytest.raises(FormatError, match="model-00002-of-00002.safetensors: the file is missing"):
         writer.finish()
     writer.write(1, dense()[:1])
     with pytest.raises(FormatError, match="model.embed_tokens.weight is also in model-00001"):
         writer.finish()
     writer.write(1, dense()[1:])
     ShardWriter(tmp_path, 3).write(0, dense()[:1])
-    with pytest.raises(FormatError, match="model-00001-of-00003.safetensors is of another run"):
+    with pytest.raises(FormatError, match="model-00001-of-00003.safetensors: a file of another run"):
         writer.finish()
 
 
@@ -99,7 +99,7 @@ def test_a_side_file_that_links_to_a_strangers_file_is_not_carried_along(tmp_pat
     (tmp_path / "a" / "additional_chat_templates").mkdir(parents=True)
     (tmp_path / "a" / "tokenizer.json").symlink_to(tmp_path / "secret")
     (tmp_path / "b").mkdir()
-    with pytest.raises(FormatError, match="a link out of its folder"):
+    with pytest.raises(FormatError, match="a link to a file outside"):
         copy_side_files(tmp_path / "a", tmp_path / "b")
     assert not list((tmp_path / "b").iterdir())
 

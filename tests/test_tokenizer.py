@@ -404,10 +404,10 @@ def test_an_empty_stop_string_is_refused() -> None:
 
 
 def test_missing_files_say_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match=r"no tokenizer\.json — download"):
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json is missing — download"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x0e")
-    with pytest.raises(TokenizerError, match=r"only tokenizer\.model.*save_pretrained"):
+    with pytest.raises(TokenizerError, match=r"there is only tokenizer\.model.*save_pretrained"):
         Tokenizer.load(tmp_path)
 
 

@@ -94,9 +94,11 @@ def _mpt(spec: ArchSpec, config: dict[str, Any]) -> ArchSpec:
     attention = config.get("attn_config") or {}
     for key, neutral in (("clip_qkv", None), ("qk_ln", False), ("softmax_scale", None), ("prefix_lm", False)):
         if attention.get(key, neutral) not in (neutral, None):
-            raise ConfigError(f"config.json: attn_config.{key} = {attention[key]!r} is not supported for mpt")
+            raise ConfigError(
+                f"attn_config.{key} = {attention[key]!r} is not supported for mpt", where="config.json"
+            )
     if not attention.get("alibi", True):
-        raise ConfigError("config.json: attn_config.alibi = false is not supported for mpt")
+        raise ConfigError("attn_config.alibi = false is not supported for mpt", where="config.json")
     if isinstance(heads := config.get("num_attention_heads"), int):
         config["alibi_slopes"] = mpt_slopes(heads, attention.get("alibi_bias_max", 8))
     hidden, ratio = config.get("hidden_size"), config.get("expansion_ratio", 4)
@@ -110,14 +112,16 @@ def _opt(spec: ArchSpec, config: dict[str, Any]) -> ArchSpec:
         None,
         config.get("hidden_size"),
     ):
-        raise ConfigError("config.json: OPT with do_layer_norm_before = false (opt-350m) is not supported")
+        raise ConfigError(
+            "OPT with do_layer_norm_before = false (opt-350m) is not supported", where="config.json"
+        )
     return spec
 
 
 def _bloom(spec: ArchSpec, config: dict[str, Any]) -> ArchSpec:
     if config.get("apply_residual_connection_post_layernorm"):
         raise ConfigError(
-            "config.json: apply_residual_connection_post_layernorm = true is not supported for bloom"
+            "apply_residual_connection_post_layernorm = true is not supported for bloom", where="config.json"
         )
     config.setdefault("max_position_embeddings", config.get("seq_length") or 2048)
     if isinstance(heads := config.get("num_attention_heads"), int):
@@ -457,7 +461,11 @@ def find(model_type: object) -> ArchSpec:
     known = ", ".join(sorted(ARCHITECTURES))
     near = difflib.get_close_matches(str(model_type), ARCHITECTURES, 1, 0.5)
     hint = f" (nearest: {near[0]})" if near else ""
-    raise ConfigError(f"config.json: model_type {model_type!r} is not supported{hint}; supported are {known}")
+    raise ConfigError(
+        f"model_type {model_type!r} is not supported{hint}",
+        where="config.json",
+        remedy=f"use a model of one of these types: {known}",
+    )
 
 
 def resolve(config: dict[str, Any]) -> tuple[ArchSpec, dict[str, Any]]:

@@ -54,10 +54,10 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
-            raise ModelNotFoundError(f"{folder}: no such folder: check the path")
+            raise ModelNotFoundError("no such folder", where=folder, remedy="check the path")
         if not os.path.lexists(folder / "config.json"):
             raise ModelNotFoundError(
-                f"{folder} is no model's folder: config.json is not in it — check the path"
+                "not a model folder: it has no config.json", where=folder, remedy="check the path"
             )
         self.folder = folder
         self.fingerprint = fingerprint(folder)  # before a file is opened
@@ -107,7 +107,7 @@ class Checkpoint:
         dtype, shape = self.info(name)
         if dtype not in FLOATS or len(shape) != 1:
             raise FormatError(
-                f"{self.where(name)}: {show(name)} is {dtype} {list(shape)}, not a float vector"
+                f"{show(name)} is {dtype} {list(shape)}, not a float vector", where=self.where(name)
             )
         return to_float32(self.read(name))
 
@@ -132,7 +132,7 @@ class Checkpoint:
         file = self._files.get(name)
         if file is None:
             raise FormatError(
-                f"{self.folder}: no tensor {show(name)}, which config.json asks for — is the model complete?"
+                f"tensor {show(name)} is missing, but config.json requires it", where=self.folder
             )
         return file
 
@@ -167,7 +167,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def check_json_size(where: Path | str, size: int) -> None:
     if size > MAX_JSON:
-        raise FormatError(f"{where}: more than {MAX_JSON >> 20} MiB — is it the right file?")
+        raise FormatError(
+            f"larger than {MAX_JSON >> 20} MiB", where=where, remedy="check that it is the right file"
+        )
 
 
 def parse_json(where: Path | str, text: bytes) -> dict[str, Any]:
@@ -176,11 +178,11 @@ def parse_json(where: Path | str, text: bytes) -> dict[str, Any]:
         parsed = json.loads(text)
     except json.JSONDecodeError as error:
         at = f"line {error.lineno}, column {error.colno}"
-        raise FormatError(f"{where}: not JSON at {at}: {error.msg}") from None
+        raise FormatError(f"not JSON at {at}: {error.msg}", where=where) from None
     except (ValueError, RecursionError) as error:  # not UTF-8, a number of a million digits, endless brackets
-        raise FormatError(f"{where}: not JSON: {str(error)[:100]}") from None
+        raise FormatError(f"not JSON: {str(error)[:100]}", where=where) from None
     if not isinstance(parsed, dict):
-        raise FormatError(f"{where}: holds a {type(parsed).__name__}, not an object")
+        raise FormatError(f"contains a {type(parsed).__name__}, not a JSON object", where=where)
     return parsed
 
 
@@ -215,25 +217,33 @@ def _open_shards(folder: Path) -> dict[str, File]:
         weight_map = {}
     listed = list(weight_map.values())
     if not listed or not all(isinstance(shard, str) for shard in listed):
-        raise FormatError(f"{index}: no weight_map of tensor names to file names — download it again")
+        raise FormatError(
+            "weight_map does not map tensor names to file names", where=index, remedy="download it again"
+        )
     shards = sorted(set(listed))
     for shard in shards:
         if not is_plain_name(shard):
-            raise FormatError(f"{index}: weight_map names {show(shard)}, which is no file of this folder")
+            raise FormatError(
+                f"weight_map names {show(shard)}, which is not a file of this folder", where=index
+            )
     missing = [shard for shard in shards if not (folder / shard).exists()]
     if missing:
         raise FormatError(
-            f"{folder}: {len(missing)} of {len(shards)} weight files are missing, {missing[0]} first — "
-            "the download was interrupted: start it again"
+            f"{len(missing)} of {len(shards)} weight files are missing, the first is {missing[0]}",
+            where=folder,
+            remedy="start the interrupted download again",
         )
     if SINGLE not in shards and (folder / SINGLE).exists():
-        raise FormatError(f"{folder}: {SINGLE} and {INDEX} are different models — remove one of them")
+        raise FormatError(
+            f"{SINGLE} and {INDEX} are from different models", where=folder, remedy="remove one of them"
+        )
     files = {shard: TensorFile(inside(folder, shard)) for shard in shards}
     for name, shard in weight_map.items():
         if name not in files[shard]:
             raise FormatError(
-                f"{folder / shard}: {show(name)} is not in it, though {INDEX} says so — "
-                "the download was interrupted or mixed: start it again"
+                f"{show(name)} is missing, but {INDEX} lists it in this file",
+                where=folder / shard,
+                remedy="start the download again",
             )
     return {name: files[shard] for name, shard in weight_map.items()}
 
@@ -248,7 +258,11 @@ def inside(folder: Path, name: str) -> Path:
     path, home = folder / name, folder.resolve()
     allowed = home.parent.parent if home.parent.name == "snapshots" else home
     if not path.resolve().is_relative_to(allowed):
-        raise FormatError(f"{path}: a link out of its folder — put the file itself there")
+        raise FormatError(
+            "a link to a file outside the model folder",
+            where=path,
+            remedy="put the file itself into the folder",
+        )
     return path
 
 
@@ -257,11 +271,14 @@ def _no_weights(folder: Path) -> TinychatError:
     names = sorted(path.name for path in folder.iterdir())
     if shards := [n for n in names if n.endswith(".safetensors")]:
         return FormatError(
-            f"{folder}: {shards[0]} is there, {INDEX} is not — the download was interrupted: start it again"
+            f"{shards[0]} exists, but {INDEX} is missing",
+            where=folder,
+            remedy="start the interrupted download again",
         )
     if unsafe := [n for n in names if n.endswith(UNREAD)]:
         return FormatError(
-            f"{folder}: weights are in {unsafe[0]}; only safetensors is read (other files may run code) — "
-            "take an upload in safetensors, or save it again with transformers' save_pretrained"
+            f"the weights are in {unsafe[0]}; tinychat reads only safetensors, because other files may run code",
+            where=folder,
+            remedy="use a safetensors upload of the model, or save it again with save_pretrained of transformers",
         )
-    return FormatError(f"{folder}: no {SINGLE} in it — is it a model's folder?")
+    return FormatError(f"no {SINGLE} in it", where=folder, remedy="check that it is a model folder")

@@ -101,7 +101,7 @@ def parse_config(config: Mapping[str, Any], context: int | None = None) -> Model
     head_dim = _count(config, "head_dim", default=hidden // heads)
     if heads % kv_heads:
         raise ConfigError(
-            f"config.json: {heads} attention heads are not a multiple of {kv_heads} key/value heads"
+            f"{heads} attention heads are not a multiple of {kv_heads} key/value heads", where="config.json"
         )
     scalar = _scalar(config, spec, "query_pre_attn_scalar", head_dim)
     windows = _windows(config, spec, layers)
@@ -135,7 +135,7 @@ def token_ids(value: object, where: str) -> tuple[int, ...]:
     """eos_token_id as config files write it (absent, a number, a list) -> a tuple."""
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
-        raise ConfigError(f"{where}: eos_token_id must be a token number or a list of them, not {value!r}")
+        raise ConfigError(f"eos_token_id must be a token id or a list of them, not {value!r}", where=where)
     return tuple(ids)
 
 
@@ -143,14 +143,16 @@ def _refuse_unread(config: Mapping[str, Any], spec: ArchSpec) -> None:
     for key, neutral in SCALARS.items():
         value = config.get(key)
         if key not in spec.reads and not any(value is n or (n is not None and value == n) for n in neutral):
-            raise ConfigError(f"config.json: {key} = {value!r} is not supported for {spec.model_type}")
+            raise ConfigError(
+                f"{key} = {value!r} is not supported for {spec.model_type}", where="config.json"
+            )
 
 
 def _count(config: Mapping[str, Any], key: str, default: int | None = None, most: int = 1 << 31) -> int:
     value = config.get(key)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < most:
-        raise ConfigError(f"config.json: {key} must be a positive whole number, not {value!r}")
+        raise ConfigError(f"{key} must be a positive integer, not {value!r}", where="config.json")
     return value
 
 
@@ -159,7 +161,7 @@ def _scalar(config: Mapping[str, Any], spec: ArchSpec, key: str, default: float)
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e9:
-        raise ConfigError(f"config.json: {key} must be a number, not {value!r}")
+        raise ConfigError(f"{key} must be a number, not {value!r}", where="config.json")
     return float(value)
 
 
@@ -167,9 +169,11 @@ def _epsilon(config: Mapping[str, Any]) -> float:
     for key in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"):
         if (value := config.get(key)) is not None:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
-                raise ConfigError(f"config.json: {key} must be a small positive number, not {value!r}")
+                raise ConfigError(
+                    f"{key} must be a small positive number, not {value!r}", where="config.json"
+                )
             return float(value)
-    raise ConfigError("config.json: rms_norm_eps (or layer_norm_eps) is missing")
+    raise ConfigError("rms_norm_eps (or layer_norm_eps) is missing", where="config.json")
 
 
 def _moe(config: Mapping[str, Any], spec: ArchSpec, layers: int) -> MoeConfig | None:
@@ -177,10 +181,12 @@ def _moe(config: Mapping[str, Any], spec: ArchSpec, layers: int) -> MoeConfig | 
         return None
     experts, chosen = _count(config, "num_experts"), _count(config, "num_experts_per_tok")
     if chosen > experts:
-        raise ConfigError(f"config.json: num_experts_per_tok is {chosen}, but there are {experts} experts")
+        raise ConfigError(
+            f"num_experts_per_tok is {chosen}, but there are {experts} experts", where="config.json"
+        )
     every, dense = _count(config, "decoder_sparse_step", default=1), config.get("mlp_only_layers") or []
     if not isinstance(dense, list):
-        raise ConfigError(f"config.json: mlp_only_layers must be a list, not {dense!r}")
+        raise ConfigError(f"mlp_only_layers must be a list, not {dense!r}", where="config.json")
     return MoeConfig(
         num_experts=experts,
         num_experts_per_tok=chosen,
@@ -207,7 +213,9 @@ def _activation(config: Mapping[str, Any]) -> str:
     # Gemma's hidden_activation corrects a wrong hidden_act that its first files carried.
     name = config.get("hidden_activation") or config.get("hidden_act")
     if not isinstance(name, str) or name not in ACTIVATIONS:
-        raise ConfigError(f"config.json: hidden_act {name!r} is unknown; known are {', '.join(ACTIVATIONS)}")
+        raise ConfigError(
+            f"unknown hidden_act {name!r}; known are {', '.join(ACTIVATIONS)}", where="config.json"
+        )
     return ACTIVATIONS[name]
 
 
@@ -222,7 +230,9 @@ def _windows(config: Mapping[str, Any], spec: ArchSpec, layers: int) -> tuple[in
     kinds, sizes = config.get("layer_types"), {"full_attention": 0, "sliding_attention": window}
     if kinds is not None:
         if not isinstance(kinds, list) or len(kinds) != layers or any(k not in sizes for k in kinds):
-            raise ConfigError(f"config.json: layer_types must name {layers} layers from {', '.join(sizes)}")
+            raise ConfigError(
+                f"layer_types must name {layers} layers, each {' or '.join(sizes)}", where="config.json"
+            )
         return tuple(sizes[k] for k in kinds)
     if spec.window_pattern:
         every = _count(config, "sliding_window_pattern", default=spec.window_pattern)
@@ -268,5 +278,8 @@ def _rope_layers(config: Mapping[str, Any], spec: ArchSpec, windows: tuple[int, 
         every = _count(config, "no_rope_layer_interval", default=4)
         return [(i + 1) % every != 0 for i in range(layers)]
     if not isinstance(listed, list) or len(listed) != layers or any(v not in (0, 1) for v in listed):
-        raise ConfigError(f"config.json: no_rope_layers must hold {layers} numbers, 1 for layers with rope")
+        raise ConfigError(
+            f"no_rope_layers must list {layers} numbers, 1 for a layer with rope and 0 for one without",
+            where="config.json",
+        )
     return [bool(v) for v in listed]

@@ -278,7 +278,7 @@ class Loader:
     def vector(self, name: str, size: int) -> F32:
         v = self.source.vector(name)
         if v.shape != (size,):
-            raise FormatError(f"{name} has shape {list(v.shape)}, config.json asks for [{size}]")
+            raise FormatError(f"the shape is {list(v.shape)}, config.json requires [{size}]", where=name)
         return v
 
     def norms(self, layer: int) -> dict[str, Norm]:
@@ -371,7 +371,9 @@ class Loader:
             parts = [self.source.weight(name, (size, c.hidden_size)) for name in (gate, up)]
             whole = join(f"{gate}+up", parts)
             if whole is None:
-                raise FormatError(f"{gate} and {up} are stored in different forms: quantise both alike")
+                raise FormatError(
+                    f"{gate} and {up} are stored in different forms", remedy="quantise both in the same form"
+                )
             yield whole, self.source.weight(down, (c.hidden_size, size))
 
 

@@ -157,7 +157,7 @@ class StopMatcher:
     def __init__(self, stops: Iterable[str]) -> None:
         self._stops = tuple(stops)
         if not all(self._stops):
-            raise UsageError("a stop string is empty — leave it out")
+            raise UsageError("a stop string is empty", where="stop", remedy="leave it out")
         self._held = ""
         self._stopped = False
 

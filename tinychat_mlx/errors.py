@@ -1,52 +1,77 @@
-"""Every error a user can cause: what is wrong, where, what to do.
-
-A message that ends otherwise than with what to do gets its class's `remedy` where it is shown: `in_words`.
-"""
+"""The errors a user can cause. Each one states what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
 import os
+from functools import partial
+from typing import Any, TypeVar
 
 from tinychat_mlx.words import of_the_system
 
 
 class TinychatError(Exception):
-    """Base of all errors that the command line prints as one line, without a traceback."""
+    """Base of all errors that the command line prints as one line, without a traceback.
 
-    remedy = ""  # what helps with most errors of this class
+    what: the fault, as a clause without a full stop. where: the file, folder, option or device; "" if there is none.
+    remedy: what the user can do, in the imperative. `str(error)` is "where: what — remedy" on one line.
+    """
+
+    remedy: str
+
+    def __init__(self, what: str, *, where: object = "", remedy: str) -> None:
+        super().__init__(what)
+        self.what, self.where, self.remedy = _joined(what), _joined(str(where)), _joined(remedy)
+
+    @property
+    def problem(self) -> str:
+        """The message without the remedy: "where: what"."""
+        return f"{self.where}: {self.what}" if self.where else self.what
+
+    def __str__(self) -> str:
+        return f"{self.problem} — {self.remedy}"
+
+    def __reduce__(self) -> tuple[Any, ...]:  # Exception's own passes no keywords: pickle and copy would fail
+        return partial(type(self), where=self.where, remedy=self.remedy), (self.what,)
 
 
-class ModelNotFoundError(TinychatError):
-    """A model name or path that leads nowhere."""
+class _WithRemedy(TinychatError):
+    """An error whose class declares the `remedy` that helps in most cases."""
 
-    remedy = "`tinychat models list` shows what is here"
-
-
-class DownloadError(TinychatError):
-    """The hub is out of reach, refuses for now, or the disk does not take what it sends."""
-
-    remedy = "repeat the command; what has arrived is kept"
+    def __init__(self, what: str, *, where: object = "", remedy: str = "") -> None:
+        super().__init__(what, where=where, remedy=remedy or type(self).remedy)
 
 
-class FormatError(TinychatError):
-    """A file of a checkpoint is damaged, incomplete or not of the form it claims."""
+class ModelNotFoundError(_WithRemedy):
+    """No model has this name or path."""
 
-    remedy = "download the model again (`tinychat models pull --verify`), or take another upload of it"
+    remedy = "run `tinychat models list` to see the installed models"
 
 
-class ConfigError(TinychatError):
-    """config.json says something unknown, contradictory or unsupported."""
+class DownloadError(_WithRemedy):
+    """The hub cannot be reached or refuses, or the disk has no room for a download."""
 
-    remedy = "take another model: `tinychat models list --recommended`"
+    remedy = "repeat the command; files already downloaded are kept"
+
+
+class FormatError(_WithRemedy):
+    """A file of a checkpoint is damaged, incomplete or not in the format it claims."""
+
+    remedy = "download the model again (`tinychat models pull --verify`), or use another upload of it"
+
+
+class ConfigError(_WithRemedy):
+    """config.json has a value that is unknown, contradictory or not supported."""
+
+    remedy = "choose another model: `tinychat models list --recommended`"
 
 
 class SettingsError(ConfigError):
-    """The user's own config file says something unknown or refused."""
+    """The user's own config file has a value that is unknown or not valid."""
 
-    remedy = "mend the file; `tinychat config show --origin` shows what counts"
+    remedy = "fix the file; `tinychat config show --origin` shows every setting and its source"
 
 
-class TokenizerError(TinychatError):
+class TokenizerError(_WithRemedy):
     """A tokenizer or chat template is missing, damaged or refuses its input."""
 
     remedy = FormatError.remedy
@@ -56,28 +81,33 @@ class ContextFullError(TinychatError):
     """A prompt or a conversation has more tokens than the context holds."""
 
 
-class BackendError(TinychatError):
-    """A device, its library or its memory is not there or not enough."""
+class BackendError(_WithRemedy):
+    """A device, its library or its memory is missing or not sufficient."""
 
-    remedy = "`tinychat doctor` says what is missing"
+    remedy = "run `tinychat doctor` to see what is missing"
 
 
 class UsageError(TinychatError):
-    """An argument outside its meaning (a negative temperature, an empty prompt)."""
+    """An argument is not valid (a negative temperature, an empty prompt)."""
 
 
-def in_words(error: BaseException) -> str:
-    """An error as one line that ends with what to do.
+Error = TypeVar("Error", bound=TinychatError)
 
-    Our messages say it after a dash, as a command in backticks, or after their last colon, in the imperative.
-    """
-    said = of_the_system(error) if isinstance(error, OSError) else str(error)
-    text = " ".join(said.split())
-    remedy = error.remedy if isinstance(error, TinychatError) else ""
-    last = text.rpartition(": ")[2].partition(" ")[0].strip(",")
-    if not remedy or " — " in text or "`" in text or last in IMPERATIVES or "--" in text:
-        return text
-    return f"{text} — {remedy}"
+
+def within(where: object, error: Error) -> Error:
+    """-> the same error with `where` in front of its own place."""
+    places = filter(None, (str(where), error.where))
+    return type(error)(error.what, where=": ".join(places), remedy=error.remedy)
+
+
+def one_line(error: BaseException) -> str:
+    """-> the error as one line; the operating system's own errors in words, with a remedy."""
+    return _joined(of_the_system(error) if isinstance(error, OSError) else str(error))
+
+
+def _joined(text: str) -> str:
+    """Replace every run of white space by one space."""
+    return " ".join(text.split())
 
 
 def pip_install(extra: str = "", *options: str) -> str:
@@ -88,13 +118,3 @@ def pip_install(extra: str = "", *options: str) -> str:
     quote = '"' if os.name == "nt" else "'"  # shells take the brackets for a pattern
     named = f"{quote}{what}{f'[{extra}]' if extra else ''}{quote}"
     return " ".join(["pip install", *options, *editable, named])
-
-
-# fmt: off
-IMPERATIVES = frozenset({
-    "accept", "allow", "ask", "attach", "check", "choose", "close", "convert", "delete", "download", "export", "free",
-    "give", "install", "leave", "log", "look", "make", "mend", "pass", "pip", "put", "quantise", "read", "remove",
-    "rename", "repeat", "run", "say", "see", "set", "shorten", "take", "try", "unset", "update", "upgrade", "use",
-    "wait", "write",
-})
-# fmt: on

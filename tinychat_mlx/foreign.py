@@ -46,7 +46,7 @@ def read(file: Path) -> Mapping[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise FormatError(f"{file}: cannot be read ({e}): download it again") from None
+        raise FormatError(f"cannot be read ({e})", where=file, remedy="download it again") from None
     if not isinstance(value, dict):
-        raise FormatError(f"{file}: must be an object")
+        raise FormatError("not a JSON object", where=file, remedy="download it again")
     return value

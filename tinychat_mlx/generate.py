@@ -146,7 +146,9 @@ class Engine:
         """
         self.check(prompt)
         if not self.lock.acquire(blocking=False):
-            raise UsageError("this model is answering already; finish or close that answer first")
+            raise UsageError(
+                "this model is already generating an answer", remedy="finish or close that answer first"
+            )
         try:
             with self._rows:
                 yield from self._answer(_Run(self, prompt, params, dropped_messages), stop_ids, stream, stops)
@@ -167,15 +169,16 @@ class Engine:
     def check(self, prompt: Sequence[int]) -> None:
         vocabulary = self.decoder.config.vocab_size
         if not prompt:
-            raise UsageError("the prompt is empty: give at least one token")
+            raise UsageError("the prompt is empty", remedy="give at least one token")
         if any(not 0 <= t < vocabulary for t in prompt):
             raise UsageError(
-                f"the prompt holds a token outside the vocabulary of {vocabulary}: take the tokens from this model's own tokenizer"
+                f"the prompt has a token outside the vocabulary of {vocabulary}",
+                remedy="encode it with this model's own tokenizer",
             )
         if len(prompt) >= self.context:
             raise ContextFullError(
-                f"the prompt has {len(prompt)} tokens, the context holds {self.context} and an answer needs room: "
-                "shorten it, start anew (/clear), or load the model with a larger --context"
+                f"the prompt has {len(prompt)} tokens, but the context holds {self.context} and the answer needs room",
+                remedy="shorten the prompt, clear the conversation (/clear), or load the model with a larger --context",
             )
 
 
@@ -275,7 +278,10 @@ class _Run:
                 following = draw(decoder.advance(token, cache, self.choice))
             value = int(decoder.backend.to_host(token)[0])
             if value < 0:
-                raise ConfigError("the model's logits are not finite: its weights are damaged or overflow")
+                raise ConfigError(
+                    "the model's logits are not finite: its weights are damaged or overflow",
+                    remedy="download the model again, or choose another one",
+                )
             yield value
             engine.ids.append(value)
             assert following is not None, "asked for a token past the end"

@@ -46,7 +46,7 @@ def load(
     if engine == "mlx-lm":
         return load_foreign(find_folder(model), exact, threads, context)
     if engine != "tinychat":
-        raise UsageError(f"engine {engine!r} is unknown; known are tinychat, mlx-lm")
+        raise UsageError(f"unknown engine {engine!r}", remedy="use tinychat or mlx-lm")
     checkpoint = Checkpoint.open(find_folder(model))
     config = parse_config(checkpoint.config)
     capacity = capacity_of(context, config.max_position_embeddings)
@@ -73,7 +73,10 @@ def load_foreign(folder: Path, exact: bool, threads: int | None, context: int | 
 def capacity_of(context: int | None, limit: int) -> int:
     """Tokens a cache shall hold, of at most limit. Raises UsageError."""
     if context is not None and not 1 < context <= limit:
-        raise UsageError(f"context {context} is outside this model's range: give --context 2 to {limit}")
+        raise UsageError(
+            f"a context of {context} tokens is outside this model's range",
+            remedy=f"use --context 2 to {limit}",
+        )
     return context or min(limit, DEFAULT_CONTEXT)
 
 
@@ -100,11 +103,15 @@ def find_folder(
     if (here := at_hand(text)) is not None:
         return here
     if Path(model).expanduser().exists():
-        raise ModelNotFoundError(f"{text} is a file: give the folder that holds config.json")
+        raise ModelNotFoundError(
+            "this is a file", where=text, remedy="give the folder that contains config.json"
+        )
     looks_local = text.startswith((".", "/", "~")) or os.sep != "/" and os.sep in text
     if looks_local or hub.parse(text) is None:
         raise ModelNotFoundError(
-            f"{text}: no such folder, and not a Hugging Face id (ORG/NAME): check the path"
+            "no such folder, and not a Hugging Face id (ORG/NAME)",
+            where=text,
+            remedy="check the path or the name",
         )
     return hub.find(text, watch, say)
 
@@ -114,7 +121,7 @@ def choose(backend: str) -> tuple[str, str]:
     if backend != "auto":
         if backend not in BACKENDS or find_spec(BACKENDS[backend][0]) is None:
             known = ", ".join(n for n, (module, _) in BACKENDS.items() if find_spec(module) is not None)
-            raise UsageError(f"backend {backend!r} is unknown; known are auto, {known}")
+            raise UsageError(f"unknown backend {backend!r}", remedy=f"use one of auto, {known}")
         return backend, "asked for"
     apple = sys.platform == "darwin" and platform.machine() == "arm64"
     if apple and find_spec("mlx") is not None and find_spec(BACKENDS["mlx"][0]) is not None:
@@ -142,5 +149,5 @@ def create(name: str, exact: bool, threads: int | None) -> Backend:
     try:
         made: Backend = getattr(import_module(module), cls)(exact=exact, threads=threads)
     except ImportError as e:
-        raise BackendError(f"backend {name}: {e}") from None
+        raise BackendError(f"its library does not load ({e})", where=f"{name} backend") from None
     return made

@@ -123,7 +123,7 @@ class Model:
         until they do and counts it in stats.dropped_messages. template: further template variables.
         """
         if on_full not in ("stop", "slide"):
-            raise UsageError(f"on_full must be stop or slide, not {on_full!r}")
+            raise UsageError(f"unknown value {on_full!r}", where="on_full", remedy="use stop or slide")
         kept, dropped = list(messages), 0
         while True:
             text = self._render(kept, template or {})
@@ -211,6 +211,7 @@ def without_oldest(messages: list[Message]) -> tuple[list[Message], int]:
         end += 1
     if end >= len(messages):
         raise ContextFullError(
-            "the last message alone fills the context: shorten it, or load the model with a larger --context"
+            "the last message fills the whole context",
+            remedy="shorten it, or load the model with a larger --context",
         )
     return messages[:head] + messages[end:], end - head

@@ -44,7 +44,7 @@ def rope_table(
     """
     p = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(p, Mapping):
-        raise ConfigError(f"config.json: rope settings must be an object, not {p!r}")
+        raise ConfigError(f"the rope settings must be an object, not {p!r}", where="config.json")
     return table_of(p, config, head_dim, default_theta, context)
 
 
@@ -62,17 +62,20 @@ def table_of(
     kind = p.get("rope_type", p.get("type", "default"))
     kind = "longrope" if kind == "su" else kind  # Phi-3's first name for it
     if kind not in _KEYS:
-        raise ConfigError(f"config.json: rope_type {kind!r} is unknown; known are {', '.join(_KEYS)}")
+        raise ConfigError(f"unknown rope_type {kind!r}; known are {', '.join(_KEYS)}", where="config.json")
     if unknown := sorted(set(p) - _COMMON - _KEYS[kind] - _IGNORED):
-        raise ConfigError(f"config.json: unknown rope setting {unknown[0]!r} for rope_type {kind!r}")
+        raise ConfigError(f"unknown rope setting {unknown[0]!r} for rope_type {kind!r}", where="config.json")
     theta = p.get("rope_theta", config.get("rope_theta")) or default_theta
     if theta is None:
-        raise ConfigError("config.json: rope_theta is missing and this family has no default")
+        raise ConfigError("rope_theta is missing and this family has no default", where="config.json")
     partial = p.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0
     theta, partial = _number("rope_theta", theta), _number("partial_rotary_factor", partial)
     dim = int(head_dim * partial)
     if dim <= 0 or dim % 2 or dim > head_dim:
-        raise ConfigError(f"config.json: rope would rotate {dim} of {head_dim} inputs a head; must be even")
+        raise ConfigError(
+            f"rope would rotate {dim} of {head_dim} inputs per head; the number must be even",
+            where="config.json",
+        )
     base = theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
     if kind == "default":
         return RopeTable(base.astype(np.float32), 1.0)
@@ -97,7 +100,9 @@ def table_of(
 
 def _number(key: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ConfigError(f"config.json: rope setting {key!r} must be a positive number, not {value!r}")
+        raise ConfigError(
+            f"rope setting {key!r} must be a positive number, not {value!r}", where="config.json"
+        )
     return float(value)
 
 
@@ -106,7 +111,9 @@ def _llama3(base: Any, p: Mapping[str, Any], factor: float, length: float) -> An
     low = _number("low_freq_factor", p.get("low_freq_factor"))
     high = _number("high_freq_factor", p.get("high_freq_factor"))
     if high <= low:
-        raise ConfigError("config.json: rope high_freq_factor must be above low_freq_factor")
+        raise ConfigError(
+            "rope setting high_freq_factor must be larger than low_freq_factor", where="config.json"
+        )
     wavelength = 2 * math.pi / base
     blend = np.clip((length / wavelength - low) / (high - low), 0, 1)
     return (1 - blend) * base / factor + blend * base
@@ -132,7 +139,7 @@ def _longrope(base: Any, p: Mapping[str, Any], factor: float, length: float, con
     key = "long_factor" if context > length else "short_factor"
     divisors = p.get(key)
     if not isinstance(divisors, list) or len(divisors) != len(base):
-        raise ConfigError(f"config.json: rope setting {key!r} must list {len(base)} numbers")
+        raise ConfigError(f"rope setting {key!r} must list {len(base)} numbers", where="config.json")
     inv_freq = base / np.array([_number(key, d) for d in divisors])
     given = p.get("attention_factor")
     stretched = math.sqrt(1 + math.log(factor) / math.log(length)) if factor > 1 else 1.0

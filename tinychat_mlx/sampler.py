@@ -38,22 +38,24 @@ class SamplingParams:
         if self.max_tokens is not None:
             _check("max_tokens", self.max_tokens, 1, math.inf)
         if any(not s for s in self.stop):
-            raise UsageError("stop: an empty stop string would end every answer at once: leave it out")
+            raise UsageError(
+                "an empty stop string would end every answer at once", where="stop", remedy="leave it out"
+            )
 
     def updated(self, **given: Any) -> SamplingParams:
         """A copy with those keywords that are not None put in their place."""
         known = {f.name for f in fields(self)}
         if unknown := sorted(set(given) - known):
             raise UsageError(
-                f"unknown sampling parameter {unknown[0]!r}; known are {', '.join(sorted(known))}"
+                f"unknown sampling parameter {unknown[0]!r}", remedy=f"use one of {', '.join(sorted(known))}"
             )
         return replace(self, **{k: v for k, v in given.items() if v is not None})
 
 
 def _check(name: str, value: object, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        bounds = f"{low:g} or more" if high == math.inf else f"between {low:g} and {high:g}"
-        raise UsageError(f"{name} must be a number {bounds}, not {value!r}")
+        bounds = f"of {low:g} or more" if high == math.inf else f"between {low:g} and {high:g}"
+        raise UsageError(f"{value!r} is not valid", where=name, remedy=f"give a number {bounds}")
 
 
 def from_generation_config(config: Mapping[str, Any]) -> SamplingParams:
@@ -72,7 +74,9 @@ def from_generation_config(config: Mapping[str, Any]) -> SamplingParams:
             given = {"temperature": 1.0, "top_k": 50, "top_p": 1.0} | given
         return SamplingParams().updated(**given)
     except UsageError as e:
-        raise ConfigError(f"generation_config.json: {e}") from None
+        raise ConfigError(
+            e.problem, where="generation_config.json", remedy=f"{e.remedy} in this file"
+        ) from None
 
 
 TAIL = 0.001  # of the probability may lie on coarse logits: far less than what int4 weights have moved
@@ -96,7 +100,10 @@ class Sampler:
         """logits (V,); seen: the tokens so far, which repetition_penalty makes less likely -> a token."""
         p = self.params
         if not np.isfinite(logits).all():
-            raise ConfigError("the model's logits are not finite: its weights are damaged or overflow")
+            raise ConfigError(
+                "the model's logits are not finite: its weights are damaged or overflow",
+                remedy="download the model again, or choose another one",
+            )
         if p.repetition_penalty != 1:
             logits = penalised(logits, seen, p.repetition_penalty)
         if p.temperature == 0:

@@ -52,8 +52,10 @@ class ShardWriter:
         others = set(self.folder.glob("*.safetensors")) - set(shards)
         absent = [path for path in shards if not path.exists()]
         if others or absent:
-            what = f"{min(others)} is of another run" if others else f"{absent[0]} is not written"
-            raise FormatError(f"{what} — delete the folder and start again")
+            where, what = (
+                (min(others), "a file of another run") if others else (absent[0], "the file is missing")
+            )
+            raise FormatError(what, where=where, remedy="delete the folder and start again")
         if self.total > 1:
             write_index(self.folder, shards)
 
@@ -66,7 +68,11 @@ def write_index(folder: Path, shards: Iterable[Path]) -> None:
         file = TensorFile(path)
         for name in file.names:
             if name in weight_map:
-                raise FormatError(f"{path}: {name} is also in {weight_map[name]}")
+                raise FormatError(
+                    f"{name} is also in {weight_map[name]}",
+                    where=path,
+                    remedy="delete the folder and start again",
+                )
             weight_map[name] = path.name
             total_size += file.nbytes(name)
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}

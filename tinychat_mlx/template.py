@@ -60,7 +60,9 @@ class ChatTemplate:
             plain_tools, plain_documents = _plain_dicts("tool", tools), _plain_dicts("document", documents)
             variables = {**self._special_tokens, **plain(kwargs)}
         except RecursionError:
-            raise TokenizerError("messages: nested too deeply — pass plain JSON values") from None
+            raise TokenizerError(
+                "nested too deeply", where="messages", remedy="pass plain JSON values"
+            ) from None
         source = self._source(tools is not None)
         opened = _open_final_message(chat, continue_final_message, source) if continue_final_message else None
         variables |= {
@@ -78,7 +80,9 @@ class ChatTemplate:
         if "default" in self.sources:
             return self.sources["default"]
         names = ", ".join(sorted(self.sources))
-        raise TokenizerError(f"{self.origin}: no template 'default' (only {names}) — choose one explicitly")
+        raise TokenizerError(
+            f"no template named 'default', only {names}", where=self.origin, remedy="choose one explicitly"
+        )
 
     def _run(self, source: str, variables: Mapping[str, Any]) -> str:
         from jinja2 import TemplateError, TemplateSyntaxError
@@ -96,14 +100,24 @@ class ChatTemplate:
                     if length > MAX_LENGTH:
                         raise LimitError(f"it makes more than {MAX_LENGTH} characters")
         except TemplateSyntaxError as error:
-            raise TokenizerError(f"{self.origin}, line {error.lineno}: {_line(error)}") from error
+            raise TokenizerError(
+                f"the chat template is not valid: {_line(error)}", where=f"{self.origin}, line {error.lineno}"
+            ) from error
         except LimitError as error:
-            raise TokenizerError(f"{self.origin}: chat template stopped: {_line(error)}") from error
+            raise TokenizerError(
+                f"the chat template was stopped: {_line(error)}", where=self.origin
+            ) from error
         except TemplateError as error:
-            raise TokenizerError(f"{self.origin}: chat template refuses: {_line(error)}") from error
+            raise TokenizerError(
+                f"the chat template refuses the messages: {_line(error)}",
+                where=self.origin,
+                remedy="change the messages to what the template accepts",
+            ) from error
         except Exception as error:  # foreign code: it may raise whatever it likes
             kind = type(error).__name__
-            raise TokenizerError(f"{self.origin}: chat template failed: {kind}: {_line(error)}") from error
+            raise TokenizerError(
+                f"the chat template failed: {kind}: {_line(error)}", where=self.origin
+            ) from error
         return "".join(pieces)
 
     def _shared_sandbox(self) -> Sandbox:
@@ -143,7 +157,7 @@ def find_template(
         try:
             value = json.loads(_read(path))
         except (ValueError, RecursionError) as error:
-            raise TokenizerError(f"{path}: not JSON ({error}) — download it again") from error
+            raise TokenizerError(f"not JSON ({error})", where=path, remedy="download it again") from error
         return _named(value.get("chat_template") if isinstance(value, dict) else None, path), str(path)
     return None
 
@@ -156,7 +170,7 @@ def _named(value: Any, path: Path) -> dict[str, str]:
         value = {entry.get("name"): entry.get("template") for entry in value}
     if isinstance(value, dict) and value and all(isinstance(x, str) for pair in value.items() for x in pair):
         return value
-    raise TokenizerError(f"{path}: 'chat_template' is neither text nor a list of {{name, template}}")
+    raise TokenizerError("'chat_template' is neither text nor a list of {name, template}", where=path)
 
 
 def _read(path: Path) -> str:
@@ -164,7 +178,7 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise TokenizerError(f"{path}: cannot be read ({reason}) — download it again") from error
+        raise TokenizerError(f"cannot be read ({reason})", where=path, remedy="download it again") from error
 
 
 def _line(error: Exception) -> str:
@@ -176,7 +190,7 @@ def _line(error: Exception) -> str:
 def _plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Copy messages to plain JSON types, without None fields, with reasoning under both its names."""
     if not messages:
-        raise TokenizerError("messages: empty — give at least one message")
+        raise TokenizerError("there is no message", where="messages", remedy="give at least one")
     chat = _plain_dicts("message", messages)
     assert chat is not None
     result = []
@@ -196,7 +210,11 @@ def _plain_dicts(what: str, values: Sequence[Any] | None) -> list[dict[str, Any]
     for number, value in enumerate(values):
         copy = plain(value)
         if not isinstance(copy, dict):
-            raise TokenizerError(f"{what} {number}: {type(value).__name__} — give a JSON object (a dict)")
+            raise TokenizerError(
+                f"{type(value).__name__} is not a JSON object",
+                where=f"{what} {number}",
+                remedy="give a dict",
+            )
         result.append(copy)
     return result
 
@@ -234,10 +252,18 @@ def _open_final_message(chat: list[dict[str, Any]], field: bool | str, source: s
     last = chat[-1]
     value = last.get(name)
     if value is None:
-        raise TokenizerError(f"continue_final_message: the last message has no {name!r} to continue")
+        raise TokenizerError(
+            f"the last message has no {name!r} to continue",
+            where="continue_final_message",
+            remedy="give the last message this field",
+        )
     copies = [key for key in _REASONING if last.get(key) == value] if name in _REASONING else [name]
     if not any(key in source for key in copies):
-        raise TokenizerError(f"continue_final_message: this chat template does not show {name!r}")
+        raise TokenizerError(
+            f"this chat template does not show {name!r}",
+            where="continue_final_message",
+            remedy="continue another field, or none",
+        )
     if isinstance(value, str):
         last.update({key: value + _MARK for key in copies})
         return value
@@ -247,13 +273,21 @@ def _open_final_message(chat: list[dict[str, Any]], field: bool | str, source: s
                 text: str = part["text"]
                 part["text"] = text + _MARK
                 return text
-    raise TokenizerError("continue_final_message: the last message has no text to continue")
+    raise TokenizerError(
+        "the last message has no text to continue",
+        where="continue_final_message",
+        remedy="give the last message a text",
+    )
 
 
 def _cut_at_mark(text: str, opened: str) -> str:
     """Cut the rendered text where the open message ends."""
     end = text.rfind(_MARK.strip())
     if end < 0 or opened.strip() not in text:
-        raise TokenizerError("continue_final_message: the chat template changes or omits the last message")
+        raise TokenizerError(
+            "the chat template changes or omits the last message",
+            where="continue_final_message",
+            remedy="do not continue messages with this template",
+        )
     # No space behind the mark: the template trims messages, so it would have trimmed this one too.
     return text[:end] if text.startswith(_MARK, end) else text[:end].rstrip()

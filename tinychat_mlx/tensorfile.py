@@ -36,7 +36,9 @@ DTYPES = {
 }  # fmt: skip
 _NUMPY = {name: np.dtype(code) for name, code in DTYPES.items()}
 Where = Path | str  # a file, as messages name it
-_AGAIN = "the file is damaged: download it again"
+_AGAIN = "download the file again"
+_CHECK = "check that it is a safetensors file"
+_OTHER = "use another upload of the model"
 
 
 class Span(NamedTuple):
@@ -97,7 +99,7 @@ class TensorFile:
     def _span(self, name: str) -> Span:
         span = self._spans.get(name)
         if span is None:
-            raise FormatError(f"{self.path}: no tensor {show(name)} in it")
+            raise FormatError(f"tensor {show(name)} is missing", where=self.path)
         return span
 
 
@@ -120,17 +122,17 @@ def open_regular(path: Path) -> BinaryIO:
     try:
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except FileNotFoundError:
-        raise FormatError(f"{path}: the file is not there — download the model again") from None
+        raise FormatError("the file is missing", where=path) from None
     except (OSError, ValueError) as error:  # Windows opens no folder: the other systems see it below
         reason = (
             "is a folder, not a file"
             if path.is_dir()
             else f"cannot be opened: {getattr(error, 'strerror', None) or error}"
         )
-        raise FormatError(f"{path}: {reason}") from None
+        raise FormatError(reason, where=path) from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise FormatError(f"{path}: not a regular file (a folder, pipe or device)")
+        raise FormatError("not a regular file (a folder, pipe or device)", where=path)
     return os.fdopen(fd, "rb")
 
 
@@ -141,16 +143,17 @@ def _map(path: Path) -> mmap.mmap:
         try:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
-            raise FormatError(f"{path}: cannot be mapped: {error}") from None
+            reason = getattr(error, "strerror", None) or error
+            raise FormatError(f"cannot be mapped: {reason}", where=path) from None
 
 
 def _check_length(path: Where, size: int) -> None:
     if size < 8:
-        _bad(path, f"{size} bytes long, a header length alone has 8", "download it again")
+        _bad(path, f"{size} bytes long; the header length takes 8")
 
 
 def _bad(path: Where, what: str, remedy: str = _AGAIN) -> NoReturn:
-    raise FormatError(f"{path}: {what} — {remedy}")
+    raise FormatError(what, where=path, remedy=remedy)
 
 
 class _BadHeader(ValueError):
@@ -167,15 +170,11 @@ def header_end(path: Where, data: bytes | mmap.mmap, size: int) -> int:
         _bad(path, "a Git LFS pointer, not the weights", "run `git lfs pull` in its folder")
     length = int.from_bytes(data[:8], "little")
     if length > MAX_HEADER:
-        _bad(
-            path,
-            f"header length {length} at byte 0, at most {MAX_HEADER} allowed",
-            "is it safetensors at all?",
-        )
+        _bad(path, f"the header length at byte 0 is {length}; at most {MAX_HEADER} is allowed", _CHECK)
     if 8 + length > size:
-        _bad(path, f"header ends at byte {8 + length}, the file has {size}", "download it again")
+        _bad(path, f"the header ends at byte {8 + length}, the file has {size}")
     if data[8:9] != b"{" or not length:
-        _bad(path, "no '{' at byte 8, where the header begins", "is it safetensors at all?")
+        _bad(path, "no '{' at byte 8, where the header begins", _CHECK)
     return 8 + length
 
 
@@ -190,7 +189,7 @@ def _parse(path: Where, header: memoryview) -> dict[str, Any]:
     try:
         text = str(header, "utf-8")
     except UnicodeDecodeError as error:
-        _bad(path, f"header is not UTF-8 at byte {8 + error.start}")
+        _bad(path, f"the header is not UTF-8 at byte {8 + error.start}")
     try:
         parsed: dict[str, Any] = json.loads(
             text,
@@ -202,13 +201,13 @@ def _parse(path: Where, header: memoryview) -> dict[str, Any]:
         if "\\u" in text:
             json.dumps(parsed, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        _bad(path, "header holds half of a surrogate pair, which is no character")
+        _bad(path, "the header has half of a surrogate pair, which is not a character")
     except json.JSONDecodeError as error:
-        _bad(path, f"header is not JSON at byte {8 + len(text[: error.pos].encode())}: {error.msg}")
+        _bad(path, f"the header is not JSON at byte {8 + len(text[: error.pos].encode())}: {error.msg}")
     except _BadHeader as error:
-        _bad(path, f"header holds {error}")
+        _bad(path, f"the header has {error}")
     except RecursionError:
-        _bad(path, "header is nested too deeply")
+        _bad(path, "the header is nested too deeply")
     return parsed
 
 
@@ -223,12 +222,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _integer(digits: str) -> int:
     if len(digits) > 19 or digits[0] == "-":  # over 2**63; a million digits would take minutes to convert
-        raise _BadHeader(f"the number {digits[:20]}, which is no size")
+        raise _BadHeader(f"the number {digits[:20]}, which is not a size")
     return int(digits)
 
 
 def _no_number(text: str) -> NoReturn:
-    raise _BadHeader(f"{text[:20]} where only whole numbers belong")
+    raise _BadHeader(f"{text[:20]} where only integers are allowed")
 
 
 def _metadata(path: Where, table: Any) -> dict[str, str]:
@@ -247,7 +246,7 @@ def _spans(path: Where, header: dict[str, Any], start: int, size: int) -> dict[s
     end = start
     for name, span in sorted(spans.items(), key=lambda item: (item[1].begin, item[1].end)):
         if span.end > size:
-            _bad(path, f"{show(name)} ends at byte {span.end}, the file has {size}", "download it again")
+            _bad(path, f"{show(name)} ends at byte {span.end}, the file has {size}")
         if span.begin != end:
             wrong = "overlaps the tensor before it" if span.begin < end else "leaves a hole before it"
             _bad(path, f"{show(name)} begins at byte {span.begin}, not at {end}: it {wrong}")
@@ -263,14 +262,14 @@ def _span(path: Where, name: str, entry: Any, start: int) -> Span:
         _bad(path, f"{where} is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if type(dtype) is not str or dtype not in _NUMPY:
-        _bad(path, f"{where} has dtype {show(dtype)}; read are {' '.join(DTYPES)}", "take another upload")
+        _bad(path, f"{where} has dtype {show(dtype)}; tinychat reads {' '.join(DTYPES)}", _OTHER)
     if not _naturals(shape) or len(shape) > MAX_RANK:
-        _bad(path, f"{where} has shape {show(shape)}, not up to {MAX_RANK} sizes")
+        _bad(path, f"{where} has shape {show(shape)}, not up to {MAX_RANK} dimensions")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         _bad(path, f"{where} has data_offsets {show(offsets)}, not [begin, end]")
     itemsize = _NUMPY[dtype].itemsize
     if math.prod(d or 1 for d in shape) * itemsize >= 2**63:  # NumPy's own arithmetic would overflow
-        _bad(path, f"{where} has shape {show(shape)}, more than any file holds")
+        _bad(path, f"{where} has shape {show(shape)}, too large for any file")
     begin, end = offsets
     if end - begin != math.prod(shape) * itemsize:
         need = math.prod(shape) * itemsize
@@ -347,7 +346,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         sync_folder(path.parent)
     except OSError as error:
         raise TinychatError(
-            f"{path}: cannot be written: {error.strerror or error} — make room, or choose another folder"
+            f"cannot be written: {error.strerror or error}",
+            where=path,
+            remedy="make room, or choose another folder",
         ) from None
     finally:
         with suppress(OSError):

@@ -76,7 +76,9 @@ class Tokenizer:
         except TypeError:
             if not isinstance(text, str):
                 raise
-            raise TokenizerError("text: half a surrogate pair is no character — remove it") from None
+            raise TokenizerError(
+                "half of a surrogate pair is not a character", where="text", remedy="remove it"
+            ) from None
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Decode ids to text, leaving out special tokens; ids outside the vocabulary give nothing."""
@@ -120,7 +122,9 @@ class Tokenizer:
         Raises TokenizerError if the model has no template (no guess is made) or the template refuses.
         """
         if self.template is None:
-            raise TokenizerError("the model has no chat template — give it plain prompts, or a template file")
+            raise TokenizerError(
+                "the model has no chat template", remedy="use plain prompts, or give a template file"
+            )
         return self.template.render(messages, **kwargs)
 
     def encode_chat(self, messages: Sequence[Message], /, **kwargs: Any) -> list[int]:
@@ -160,25 +164,28 @@ def _read_raw(folder: Path) -> RawTokenizer:
 
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise TokenizerError(_what_is_missing(folder))
+        raise _missing(folder)
     try:
         raw = RawTokenizer.from_file(str(path))
     except BaseException as error:  # the library raises nothing narrower; its panics are no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise TokenizerError(f"{path}: not a tokenizer ({error}) — download it again") from error
+        raise TokenizerError(f"not a tokenizer ({error})", where=path, remedy="download it again") from error
     raw.no_truncation()
     raw.no_padding()
     return raw
 
 
-def _what_is_missing(folder: Path) -> str:
+def _missing(folder: Path) -> TokenizerError:
     slow = [name for name in _SLOW_FILES if (folder / name).is_file()]
     if not slow:
-        return f"{folder}: no tokenizer.json — download the model's tokenizer files too"
-    return (
-        f"{folder}: only {slow[0]}, no tokenizer.json — make one with transformers: "
-        f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+        remedy = "download the model's tokenizer files too"
+        return TokenizerError("tokenizer.json is missing", where=folder, remedy=remedy)
+    call = f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+    return TokenizerError(
+        f"tokenizer.json is missing, there is only {slow[0]}",
+        where=folder,
+        remedy=f"make it with transformers: {call}",
     )
 
 
@@ -189,9 +196,9 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path}: not JSON ({error}) — download it again") from error
+        raise TokenizerError(f"not JSON ({error})", where=path, remedy="download it again") from error
     if not isinstance(value, dict):
-        raise TokenizerError(f"{path}: not a JSON object — download it again")
+        raise TokenizerError("not a JSON object", where=path, remedy="download it again")
     return value
 
 
@@ -211,13 +218,17 @@ def _special_tokens(
                 raise TypeError("not an object")
             declared = [_added_token(table[key], path, key) for key in sorted(table, key=int)]
         except (TypeError, ValueError) as error:
-            raise TokenizerError(f"{path}: 'added_tokens_decoder': {error} — download it again") from error
+            raise TokenizerError(
+                f"'added_tokens_decoder': {error}", where=path, remedy="download it again"
+            ) from error
     else:
         values |= _read_object(folder / "special_tokens_map.json")
     known = {token.content: token for token in declared}
     extra = values.get("extra_special_tokens") or values.get("additional_special_tokens") or []
     if not isinstance(extra, dict | list):
-        raise TokenizerError(f"{path}: 'extra_special_tokens' is not a list of tokens — download it again")
+        raise TokenizerError(
+            "'extra_special_tokens' is not a list of tokens", where=path, remedy="download it again"
+        )
     if isinstance(extra, dict):  # named ones of this model: {"image_token": "<image>"}
         values |= extra
         names, extra = [*_NAMED, *extra], []
@@ -242,7 +253,7 @@ def _added_token(value: Any, path: Path, key: str) -> AddedToken:
         flags = {name: value[name] for name in names if name in value}
         if all(isinstance(flag, bool) for flag in flags.values()):
             return AddedToken(value["content"], special=bool(value.get("special", True)), **flags)
-    raise TokenizerError(f"{path}: {key!r} is not a token — download it again")
+    raise TokenizerError(f"{key!r} is not a token", where=path, remedy="download it again")
 
 
 def _add_missing(

@@ -1,4 +1,4 @@
-"""How are bytes and the system's refusals said to people?"""
+"""Format byte counts and OS errors for display."""
 
 from __future__ import annotations
 
@@ -37,10 +37,15 @@ def of_the_system(error: OSError) -> str:
     """An error of the operating system -> "path: reason — what to do"."""
     if error.errno is None:
         return str(error)
+    where, reason, remedy = refusal(error)
+    return f"{where}: {reason} — {remedy}" if where else f"{reason} — {remedy}"
+
+
+def refusal(error: OSError) -> tuple[str, str, str]:
+    """An error of the operating system -> path or "", reason, what to do."""
     paths = [_short(str(p)) for p in (error.filename, error.filename2) if p is not None]
-    where = f"{' -> '.join(paths)}: " if paths else ""
-    reason, remedy = REFUSALS.get(error.errno, (error.strerror or str(error), ""))
-    return f"{where}{reason} — {remedy or 'check it; `tinychat --debug …` shows what was tried'}"
+    other = (error.strerror or str(error), "check it; `tinychat --debug …` shows what was tried")
+    return " -> ".join(paths), *REFUSALS.get(error.errno or 0, other)
 
 
 def _short(path: str) -> str:

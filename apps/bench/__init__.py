@@ -82,9 +82,11 @@ def _plan(model: str | None, shape: str | None, options: dict[str, Any]) -> Plan
     from tinychat_mlx.loading import choose
 
     if model is not None and shape is not None:
-        raise UsageError("give --model or --shape, not both")
+        raise UsageError("--model and --shape exclude each other", remedy="give one of them")
     if model is not None and options["head"] is not None:
-        raise UsageError("--head is for --shape: a model's own head is what it is")
+        raise UsageError(
+            "--head applies to --shape only; a model has its own head", remedy="leave out --head"
+        )
     if model is None:
         shape = shape or DEFAULT_SHAPE
         find(shape)

@@ -18,10 +18,6 @@ from tinychat_mlx.errors import BackendError, UsageError
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 TYPES = ("Q4_0", "Q4_K_M")
-MISSING = (
-    "--against llama.cpp needs its Python package and GGUF's: pip install llama-cpp-python gguf "
-    "(the first is built from source and needs a C++ compiler and cmake)"
-)
 # type -> weights and bytes of a block, largest code, byte offset of its float16 scale: w = scale · code
 BLOCKS = {
     "Q4_0": (32, 18, 8, 0),
@@ -43,7 +39,15 @@ def library(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError as e:
-        raise BackendError(f"{MISSING} ({e})") from None
+        raise missing(str(e)) from None
+
+
+def missing(what: str) -> BackendError:
+    """The error for a Python package that the comparison with llama.cpp needs."""
+    remedy = (
+        "pip install llama-cpp-python gguf (the first is built from source with a C++ compiler and cmake)"
+    )
+    return BackendError(what, where="--against llama.cpp", remedy=remedy)
 
 
 def matrices(config: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
@@ -115,8 +119,8 @@ def write(path: Path, config: Mapping[str, Any], file_type: str) -> dict[str, in
     architecture = ARCHITECTURES.get(config["model_type"])
     if architecture is None:
         raise UsageError(
-            f"--against llama.cpp knows {', '.join(ARCHITECTURES)}, not {config['model_type']}: "
-            "leave --against away for this model"
+            f"--against llama.cpp supports {', '.join(ARCHITECTURES)}, not {config['model_type']}",
+            remedy="leave out --against for this model",
         )
     config = completed(config)
     writer, random = gguf.GGUFWriter(path, architecture), np.random.Generator(np.random.SFC64(0))

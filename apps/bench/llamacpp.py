@@ -28,14 +28,17 @@ class Subject:
         params.n_gpu_layers = 0
         self.model = self.lib.llama_model_load_from_file(path.encode(), params)
         if not self.model:
-            raise BackendError(f"llama.cpp does not load {path} — update llama-cpp-python")
+            raise BackendError(
+                "llama.cpp does not load this file", where=path, remedy="update llama-cpp-python"
+            )
         options = self.lib.llama_context_default_params()
         options.n_ctx = max(pp, depth + tg)
         options.n_threads = options.n_threads_batch = threads
         self.context = self.lib.llama_init_from_model(self.model, options)
         if not self.context:
             raise BackendError(
-                "llama.cpp makes no context: too little memory? — take a smaller --pp or --depth"
+                "llama.cpp makes no context, perhaps because there is too little memory",
+                remedy="use a smaller --pp or --depth",
             )
         self.load_s = time.perf_counter() - start
         self.memory = self.lib.llama_get_memory(self.context)
@@ -76,6 +79,6 @@ class Subject:
             piece = (self.lib.llama_token * n).from_buffer(self.ids, 4 * begin)
             if self.lib.llama_decode(self.context, self.lib.llama_batch_get_one(piece, n)):
                 raise BackendError(
-                    "llama.cpp fails to decode — update llama-cpp-python, or leave --against away"
+                    "llama.cpp fails to decode", remedy="update llama-cpp-python, or leave out --against"
                 )
         self.lib.llama_synchronize(self.context)

@@ -30,7 +30,9 @@ def kernels(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
         from tinychat_mlx.backends.mlx import bench
     except ImportError as e:
         raise BackendError(
-            f"bench --kernels needs mlx, on a Mac with Apple silicon: pip install mlx ({e})"
+            f"mlx does not load ({e})",
+            where="bench --kernels",
+            remedy="run `pip install mlx` on a Mac with Apple silicon",
         ) from None
     bench.mac()
     options = own_options(plan) | {"backend": "mlx"}

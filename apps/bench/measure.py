@@ -76,11 +76,11 @@ def check(plan: Plan) -> None:
     for peer in plan.against:
         program = parse_peer(peer, plan.head)[0]
         if program == "torch" and find_spec("torch") is None:
-            raise BackendError("--against torch needs torch: pip install torch")
+            raise BackendError("torch is not installed", where="--against torch", remedy="pip install torch")
         if program == "llama.cpp":
             for package in ("llama_cpp", "gguf"):
                 if find_spec(package) is None:
-                    raise BackendError(f"{gguf_file.MISSING}: {package} is not installed")
+                    raise gguf_file.missing(f"{package} is not installed")
     if plan.backend not in ("cpu", "reference"):
         return  # a library that takes memory itself; its backend refuses in the process that measures
     backend = create(plan.backend, plan.exact, plan.threads)
@@ -114,8 +114,9 @@ def parse_peer(text: str, head: str) -> tuple[str, str, bool]:
             program = ""
     if program != "llama.cpp":
         raise UsageError(
-            f"--against {text!r} is unknown: give torch or llama.cpp, which may name a type and switch repacking "
-            "off, as in llama.cpp:Q4_K_M:norepack"
+            f"unknown peer {text!r}",
+            where="--against",
+            remedy="give torch or llama.cpp; llama.cpp takes a type and norepack, as in llama.cpp:Q4_K_M:norepack",
         )
     return program, file_type, repack
 

@@ -51,7 +51,9 @@ class Subject:
         longest = config.max_position_embeddings
         if max(pp, depth + tg) > longest:
             raise UsageError(
-                f"bench: {max(pp, depth + tg)} tokens are more than the {longest} of this model: take fewer"
+                f"{max(pp, depth + tg)} tokens are more than the {longest} of this model",
+                where="bench",
+                remedy="use a smaller --pp, --tg or --depth",
             )
         self.ids = np.random.default_rng(0).integers(0, config.vocab_size, max(pp, depth + tg)).tolist()
         self._prompt = self.decoder.new_cache(pp)

@@ -68,5 +68,7 @@ def find(name: str) -> Config:
     if name in SHAPES:
         return SHAPES[name]
     near = difflib.get_close_matches(name.lower(), SHAPES, n=1, cutoff=0.3)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise UsageError(f"--shape {name!r} is unknown: {hint}known are {', '.join(SHAPES)}")
+    hint = f" (nearest: {near[0]})" if near else ""
+    raise UsageError(
+        f"unknown shape {name!r}{hint}", where="--shape", remedy=f"use one of {', '.join(SHAPES)}"
+    )

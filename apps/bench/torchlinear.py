@@ -20,7 +20,9 @@ class Subject:
         try:
             self.torch: Any = import_module("torch")
         except ImportError as e:
-            raise BackendError(f"--against torch needs torch: pip install torch ({e})") from None
+            raise BackendError(
+                f"torch does not load ({e})", where="--against torch", remedy="pip install torch"
+            ) from None
         self.torch.set_num_threads(threads)
         one = sum(n * k for n, k in linears) // 2
         count = max(1, min(layers, -(-COLD // one)))
@@ -38,7 +40,9 @@ class Subject:
             self.product = ops._weight_int4pack_mm_for_cpu
         except AttributeError:
             raise BackendError(
-                f"--against torch: torch {t.__version__} has no int4 CPU product: take a newer torch"
+                f"torch {t.__version__} has no int4 CPU product",
+                where="--against torch",
+                remedy="install a newer torch",
             ) from None
         packed = pack(t.randint(0, 16, (n, k), dtype=t.int32), 1)
         scales = t.full((k // GROUP, n, 2), 0.01, dtype=t.bfloat16)

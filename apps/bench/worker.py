@@ -62,12 +62,16 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             code = self._process.wait()
-            why = "it was killed, likely for memory" if code == -9 else f"exit code {code}, see above"
-            raise errors.BackendError(f"bench: the {self.kind} process ended ({why})")
+            killed = code == -9
+            why = (
+                "it was killed, probably because memory ran out" if killed else f"exit code {code}, see above"
+            )
+            do = "choose a smaller model or shape" if killed else "report what it printed"
+            raise errors.BackendError(f"the {self.kind} process ended: {why}", where="bench", remedy=do)
         answer = json.loads(line)
         if "error" in answer:
-            kind, message = answer["error"]
-            raise getattr(errors, kind, errors.BackendError)(message)
+            kind, what, where, remedy = answer["error"]
+            raise getattr(errors, kind, errors.BackendError)(what, where=where, remedy=remedy)
         return answer["ok"]
 
     def close(self) -> None:
@@ -115,11 +119,15 @@ def serve(kind: str, options: dict[str, Any]) -> None:
             name = request.pop("call")
             say("ok", peak_rss() if name == "peak_rss" else getattr(subject, name)(**request))
     except errors.TinychatError as e:
-        say("error", [type(e).__name__, str(e)])
+        say("error", [type(e).__name__, e.what, e.where, e.remedy])
     except MemoryError:
-        say("error", ["BackendError", f"bench: out of memory in the {kind} process: choose a smaller shape"])
+        say(
+            "error",
+            ["BackendError", f"out of memory in the {kind} process", "bench", "choose a smaller shape"],
+        )
     except Exception as e:  # noqa: BLE001  # the parent reports it
-        say("error", ["BackendError", f"bench: the {kind} process failed: {type(e).__name__}: {e}"])
+        what = f"the {kind} process failed: {type(e).__name__}: {e}"
+        say("error", ["BackendError", what, "bench", "report this as a defect"])
 
 
 if __name__ == "__main__":

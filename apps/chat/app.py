@@ -15,7 +15,7 @@ from tinychat_mlx.apps.chat.prompt import Fragments, Reader, make_reader
 from tinychat_mlx.apps.chat.session import Message, Session
 from tinychat_mlx.apps.chat.settings import Settings
 from tinychat_mlx.apps.chat.view import View, colour_of
-from tinychat_mlx.errors import ContextFullError, TinychatError, in_words
+from tinychat_mlx.errors import ContextFullError, TinychatError, one_line
 from tinychat_mlx.words import size
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Chat:
         except BrokenPipeError:  # whoever read the answers has gone
             raise
         except (TinychatError, OSError) as e:
-            self.view.error(in_words(e))
+            self.view.error(one_line(e))
         return True
 
     def go_to(self, session: Session) -> None:

@@ -36,16 +36,20 @@ def read(path: str) -> Attachment:
     at = Path(path).expanduser()
     try:
         if not at.is_file():
-            raise UsageError(f"{path}: no such file — check the path")
+            raise UsageError("no such file", where=path, remedy="check the path")
         if at.stat().st_size > MOST_BYTES:
             raise UsageError(
-                f"{path} has {size(at.stat().st_size)}: more than a model can read, take a part of it"
+                f"{size(at.stat().st_size)} are more than a model can read",
+                where=path,
+                remedy="attach a part of it",
             )
         return Attachment(at.name, at.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
-        raise UsageError(f"{path} is no UTF-8 text: attach what is text") from None
+        raise UsageError("not UTF-8 text", where=path, remedy="attach a text file") from None
     except OSError as e:
-        raise UsageError(f"{path} cannot be read: {e.strerror} — give a file that you may read") from None
+        raise UsageError(
+            f"cannot be read: {e.strerror}", where=path, remedy="give a file that you may read"
+        ) from None
 
 
 def expand(text: str, attached: list[Attachment]) -> tuple[str, list[Attachment]]:

@@ -125,7 +125,11 @@ def keep_prefixes(model: Model, exact: bool) -> None:
 
     text = os.environ.get("TINYCHAT_PREFIX_MB", "1024")
     if not text.isdecimal():
-        raise UsageError(f"TINYCHAT_PREFIX_MB: {text!r} is no number of megabytes — set it to 0, 1024, …")
+        raise UsageError(
+            f"{text!r} is not a number of megabytes",
+            where="TINYCHAT_PREFIX_MB",
+            remedy="set it to 0, 1024, …",
+        )
     if int(text):
         with suppress(OSError):  # a model whose files have gone is chatted with all the same
             model.keep_in(cache_folder(), exact, int(text) << 20)

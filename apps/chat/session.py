@@ -94,7 +94,9 @@ class Session:
                     setattr(made, name, str(record[name]))
             else:
                 raise FormatError(
-                    f"{path}: line {number} is no record of a chat: remove the line or the file"
+                    "not a record of a chat",
+                    where=f"{path}, line {number}",
+                    remedy="remove the line or the file",
                 )
         if pieces:  # killed in the middle of an answer: what was said counts
             made.messages.append({"role": "assistant", "content": pieces, "finish_reason": "killed"})
@@ -199,16 +201,22 @@ def _records(path: Path) -> Iterator[tuple[int, Message]]:
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as e:
-        raise FormatError(f"{path}: cannot be read: {e.strerror} — remove it, or begin a new chat") from None
+        raise FormatError(
+            f"cannot be read: {e.strerror}", where=path, remedy="remove it, or begin a new chat"
+        ) from None
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line) if line.strip() else {}
         except ValueError:
             if number == len(lines):
                 return
-            raise FormatError(f"{path}: line {number} is not JSON: remove the line or the file") from None
+            raise FormatError(
+                "not JSON", where=f"{path}, line {number}", remedy="remove the line or the file"
+            ) from None
         if not isinstance(record, dict):
-            raise FormatError(f"{path}: line {number} is no record of a chat: remove the line or the file")
+            raise FormatError(
+                "not a record of a chat", where=f"{path}, line {number}", remedy="remove the line or the file"
+            )
         if record:
             yield number, record
 
@@ -226,7 +234,7 @@ def find(folder: Path, name: str) -> Path:
     near = [p for p in paths if p.stem == name] or [p for p in paths if _title(p) == name]
     near = near or [p for p in paths if p.stem.startswith(name)]
     if not near:
-        raise UsageError(f"no saved chat {name!r}: /sessions lists them")
+        raise UsageError(f"no saved chat {name!r}", remedy="list them with /sessions")
     return near[0]
 
 

@@ -31,7 +31,7 @@ class Backends:
             self.chosen, self.why = choose(wanted)
             self.trouble = ""
         except UsageError as e:
-            self.chosen, self.why, self.trouble = "", "", str(e)
+            self.chosen, self.why, self.trouble = "", "", e.problem
         self._children = {
             name: Child(name, measure and name == self.chosen) for name in LIBRARY if lacks(name) is None
         }
@@ -50,7 +50,7 @@ class Backends:
 
     def _choice(self) -> Finding:
         if self.trouble:
-            do = "mend --backend, TINYCHAT_BACKEND or `backend` in the config file"
+            do = "fix --backend, TINYCHAT_BACKEND or `backend` in the config file"
             return Finding("chosen", None, self.trouble, BROKEN, do)
         value = {"name": self.chosen, "why": self.why, "wanted": self.wanted}
         return Finding("chosen", value, f"{self.chosen} is chosen: {self.why}", OK)
@@ -62,7 +62,7 @@ class Backends:
             words += [*answer.get("remarks", ()), *_remarks(name)]
             return Finding(name, answer | {"works": True} | _driver(name), "; ".join(words), OK)
         what, do = lacks(name) or (answer.get("error", "it does not come up"), answer.get("do", ""))
-        what = what.removeprefix(f"{name} backend: ").removeprefix(f"backend {name}: ")
+        what = what.removeprefix(f"{name} backend: ")
         value = {"works": False, "error": what, "do": do} | _driver(name)
         what = "; ".join([what, *_remarks(name)])
         if name == self.chosen:

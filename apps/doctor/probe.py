@@ -68,7 +68,7 @@ def ask(backend: str, measure: bool) -> dict[str, Any]:
             found["bandwidth"] = Subject(backend, None).bandwidth()
         return found
     except TinychatError as e:
-        return {"error": str(e)}
+        return {"error": e.problem, "do": e.remedy}
 
 
 if __name__ == "__main__":

@@ -85,10 +85,12 @@ def check(target: str) -> None:
     """Raises UsageError, before anything is measured, if a report cannot be written there."""
     path = Path(target).expanduser()
     if os.path.lexists(path):
-        raise UsageError(f"--report {target}: it exists already: give another name")
+        raise UsageError("it exists already", where=f"--report {target}", remedy="give another name")
     if not path.absolute().parent.is_dir():
         raise UsageError(
-            f"--report {target}: there is no folder {path.parent}: give a file in one that is there"
+            f"there is no folder {path.parent}",
+            where=f"--report {target}",
+            remedy="give a file in an existing folder",
         )
     check_writable(path, "--report")
 

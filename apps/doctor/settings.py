@@ -34,8 +34,8 @@ def _config_file() -> Finding:
     try:
         names = sorted(settings(os.environ.get("TINYCHAT_PRESET")))
     except (ConfigError, OSError) as e:
-        do = "mend that line; `tinychat config show --origin` shows what counts"
-        return Finding("file", value, str(e), BROKEN, do, shared="the config file is refused")
+        what, do = (e.problem, e.remedy) if isinstance(e, ConfigError) else (str(e), "fix the file")
+        return Finding("file", value, what, BROKEN, do, shared="the config file is not valid")
     sets = f"sets {', '.join(names)}" if names else "sets nothing"
     value["settings"] = names
     return Finding("file", value, f"{path} ({origin}) {sets}", OK, shared=f"config file ({origin}) {sets}")
@@ -102,11 +102,12 @@ def _model(name: str, origin: str, backend: str) -> Finding:
     try:
         found = local(name, folder)
         if found.trouble:
-            raise ConfigError(found.trouble)
+            raise found.trouble
         fits = _context(found, backend)
     except (TinychatError, OSError) as e:
+        what = e.problem if isinstance(e, TinychatError) else e
         do = "choose another with -m, TINYCHAT_MODEL or `model` in the config file"
-        return Finding("model", value, f"{name} ({origin}): {e}", BROKEN, do, f"{kind}; it cannot be read")
+        return Finding("model", value, f"{name} ({origin}): {what}", BROKEN, do, f"{kind}; it cannot be read")
     value |= {"bytes": found.nbytes, "fits_context": fits, "context": found.context}
     about = f"{size(found.nbytes)}, {found.quantization}"
     if not fits:

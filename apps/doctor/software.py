@@ -170,8 +170,7 @@ def native() -> Section:
         path = library.find_library()
         sets = library.instruction_sets()
     except TinychatError as e:
-        what, _, do = str(e).partition(" — ")
-        return Section("native", "Native library", (Finding("library", None, what, BROKEN, do),))
+        return Section("native", "Native library", (Finding("library", None, e.problem, BROKEN, e.remedy),))
     asked = os.environ.get("TINYCHAT_CPU_ISA", "")
     used = asked or sets[0]
     bad = used not in sets

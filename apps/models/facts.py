@@ -27,7 +27,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 @dataclass(frozen=True)
 class Facts:
-    """What can be said of a model without computing; trouble: why it does not run here, or ""."""
+    """What can be said of a model without computing; trouble: why it does not run here."""
 
     name: str
     folder: Path | None
@@ -39,7 +39,7 @@ class Facts:
     generation: Mapping[str, Any]
     template: bool
     licence: str
-    trouble: str = ""
+    trouble: TinychatError | None = None
 
     @property
     def parameters(self) -> int:
@@ -133,12 +133,13 @@ def _facts(
     licence: str,
     checkpoint: Checkpoint | None = None,
 ) -> Facts:
-    trouble, parsed, layout = "", None, None
+    trouble: TinychatError | None = None
+    parsed, layout = None, None
     try:
         parsed = parse_config(config)
         layout = detect.choose(detect.declared(config), listing, listing.tensors)
     except TinychatError as error:
-        trouble = str(error)
+        trouble = error
     modules = tuple(modules_of(listing, layout)) if not trouble or parsed else ()
     parts = parts_of(modules, listing, layout, parsed, checkpoint)
     nbytes = sum(listing.size(n)[1] for n in listing.tensors)

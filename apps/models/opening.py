@@ -90,7 +90,9 @@ def _fetch(ref: hub.Ref, options: Options, say: Say, freed: int) -> None:
     remote = hub.look(ref, say)
     found = facts.remote(remote, say)
     if found.trouble and options.get("engine") != "mlx-lm":
-        raise ConfigError(f"{ref} cannot run here: {found.trouble}")
+        raise ConfigError(
+            f"this model cannot run here: {found.trouble.problem}", where=ref, remedy=found.trouble.remedy
+        )
     hub.check_room(remote)
     backend = fit.chosen(options)
     asked = options.get("context")
@@ -98,7 +100,7 @@ def _fetch(ref: hub.Ref, options: Options, say: Say, freed: int) -> None:
     if not may_convert(ref, found, options):
         fit.context_for(found, backend, asked, lambda text: None, freed)
     if remote.missing > ASK_FROM and detect().interactive and _key("download it?", "Yn") == "n":
-        raise UsageError(f"{ref} was not downloaded — say yes, or choose another model")
+        raise UsageError("it was not downloaded", where=ref, remedy="answer yes, or choose another model")
     download(remote)
 
 
@@ -138,7 +140,7 @@ def _offer(ref: hub.Ref, options: Options, say: Say, freed: int) -> str:
         )
         backend, asked = fit.chosen(options), options.get("context")
         if not fit.fits(found, backend, asked, freed):
-            raise BackendError(f"{fit.describe(found, backend, asked, freed)}: {how}")
+            raise BackendError(fit.describe(found, backend, asked, freed), remedy=how)
         say(f"note: {ref} is in {found.quantization}; {how}")
         return str(ref)
     return _ask(ref, folder, found, settings, options, say, freed)

@@ -16,7 +16,7 @@ def pull(name: str, verify: bool, quiet: bool) -> Path:
     """-> the folder of a model that is complete and checked. Raises a TinychatError saying what to do."""
     ref = hub.parse(name)
     if ref is None:
-        raise UsageError(f"{name!r} is no Hugging Face id: give ORG/NAME, or ORG/NAME@REVISION")
+        raise UsageError("not a Hugging Face id", where=name, remedy="give ORG/NAME, or ORG/NAME@REVISION")
     say = (lambda text: None) if quiet else note
     if hub.is_offline() and (folder := hub.cached(ref)):
         say(f"{ref} is here; whether the hub has a newer one is not known, HF_HUB_OFFLINE is set")
@@ -29,9 +29,10 @@ def pull(name: str, verify: bool, quiet: bool) -> Path:
     except ConfigError as error:  # whole, but not for us
         note(f"note: this model does not run here: {error}")
     except TinychatError as error:
-        what = str(error).partition(" — ")[0]
         raise type(error)(
-            f"{ref} arrived as the hub has it, but is not right: {what} — take another upload of it"
+            f"the download is complete, but the uploaded model is not valid: {error.problem}",
+            where=ref,
+            remedy="use another repository",
         ) from None
     return folder
 

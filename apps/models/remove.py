@@ -17,7 +17,11 @@ from tinychat_mlx.words import size
 def remove(name: str, yes: bool) -> None:
     """Remove a repository of the cache, one revision of it, or a conversion. Asks unless told not to."""
     if name == "demo":
-        raise UsageError("demo is part of the program: it goes with `pip uninstall tinychat-mlx`")
+        raise UsageError(
+            "the demo model is part of the program",
+            where=name,
+            remedy="remove it with `pip uninstall tinychat-mlx`",
+        )
     ref = hub.parse(name)
     if ref is not None and "@" in name:
         return _remove_revision(ref, yes)
@@ -33,14 +37,18 @@ def _folder(name: str, ref: hub.Ref | None) -> Path:
     candidates = [hub.repo_folder(ref.repo)] if ref else [places.conversions() / name]
     if ref is None and (Path(name).name != name or "--" not in name):
         raise UsageError(
-            f"{name!r} is neither a Hugging Face id nor a conversion: `tinychat models list` names both"
+            "neither a Hugging Face id nor a conversion",
+            where=name,
+            remedy="find its name with `tinychat models list`",
         )
     for folder in candidates:
         if folder.is_symlink():
-            raise UsageError(f"{folder} is a link to {folder.resolve()}: remove it by hand if you mean to")
+            raise UsageError(
+                f"this is a link to {folder.resolve()}", where=folder, remedy="remove it by hand"
+            )
         if folder.is_dir():
             return folder
-    raise ModelNotFoundError(f"{name} is not here: `tinychat models list` shows what is")
+    raise ModelNotFoundError("not installed", where=name)
 
 
 def _delete(folder: Path) -> None:
@@ -48,7 +56,7 @@ def _delete(folder: Path) -> None:
         shutil.rmtree(folder)
     except OSError as error:
         raise TinychatError(
-            f"{error.filename}: cannot be removed: {error.strerror} — remove it as the one who owns it"
+            f"cannot be removed: {error.strerror}", where=error.filename, remedy="remove it as its owner"
         ) from None
     shutil.rmtree(hub.hub_cache() / ".locks" / folder.name, ignore_errors=True)
 
@@ -69,7 +77,9 @@ def _remove_revision(ref: hub.Ref, yes: bool) -> None:
         ]
     if len(found) != 1:
         raise ModelNotFoundError(
-            f"{ref.repo}@{ref.revision} is not here: `tinychat models list --json` shows what is"
+            "not installed",
+            where=f"{ref.repo}@{ref.revision}",
+            remedy="run `tinychat models list --json` to see the installed revisions",
         )
     plan = scan_cache_dir(hub.hub_cache()).delete_revisions(found[0].commit_hash)
     what = f"{ref.repo}@{found[0].commit_hash[:8]}: {size(plan.expected_freed_size)}"
@@ -82,5 +92,5 @@ def _agreed(what: str, yes: bool) -> bool:
     if yes:
         return True
     if not detect().interactive:
-        raise UsageError(f"{what} would be removed: add --yes to do it")
+        raise UsageError(f"{what} would be removed", remedy="add --yes to remove it")
     return click.confirm(f"remove {what}?", err=True)

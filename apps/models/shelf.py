@@ -80,7 +80,7 @@ def describe(entry: Entry, backend: Backend | None) -> dict[str, Any]:
         found = facts.local(entry.name, entry.folder)
     except TinychatError as error:
         return made | {"why": str(error)}
-    why = found.trouble
+    why = str(found.trouble or "")
     if not why and backend is None:
         why = "no backend comes up (`tinychat doctor`)"
     elif not why and backend is not None and not fit.room(found, backend).context:

@@ -48,7 +48,7 @@ def as_table(
         "licence": found.licence or None,
         "sampling": {k: {"value": v, "origin": o} for k, (v, o) in found.sampling().items()},
         "runs": not found.trouble,
-        "why": found.trouble,
+        "why": str(found.trouble or ""),
         "fits": [asdict(r) for r in rooms],
         "as_int4": {"bytes": int4.nbytes, "fits": [asdict(r) for r in small]} if int4 else None,
     }

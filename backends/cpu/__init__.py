@@ -325,7 +325,9 @@ class CpuBackend(Backend):
             assert isinstance(s.cache, CpuCache), "a cache of another backend"
             if s.cache.length + s.rows > s.cache.rows:
                 raise BackendError(
-                    f"cpu backend: {s.rows} more tokens overflow a cache of {s.cache.capacity} — give a larger --context"
+                    f"{s.rows} more tokens overflow a cache of {s.cache.capacity}",
+                    where="cpu backend",
+                    remedy="use a larger --context",
                 )
             native[i] = s.cache.segment(layer, s.rows, first + 8 * i)
         return native, lengths
@@ -350,14 +352,18 @@ def _threads(asked: int | None) -> int:
     if not text:
         return default_threads()
     if not text.isdigit():
-        raise BackendError(f"TINYCHAT_THREADS: {text!r} is no number of threads — give 1, 2, ...")
+        raise BackendError(
+            f"{text!r} is not a number of threads", where="TINYCHAT_THREADS", remedy="give 1, 2, ..."
+        )
     return int(text)
 
 
 def _cache_kind(name: str) -> int:
     kinds = {"fp16": c.F16, "int8": c.INT8, "fp32": c.F32}
     if name not in kinds:
-        raise BackendError(f"cpu backend: no KV cache in {name!r} — choose fp16, int8 or fp32")
+        raise BackendError(
+            f"there is no KV cache in {name!r}", where="cpu backend", remedy="choose fp16, int8 or fp32"
+        )
     return kinds[name]
 
 

@@ -29,14 +29,18 @@ class Engine:
         here = instruction_sets()
         if isa and isa not in here:
             raise BackendError(
-                f"TINYCHAT_CPU_ISA: no {isa} on this processor — it has {', '.join(here)}: set it to one of them"
+                f"this processor has no {isa}",
+                where="TINYCHAT_CPU_ISA",
+                remedy=f"set it to one of {', '.join(here)}, or unset it",
             )
         if threads < 1:
-            raise BackendError(f"cpu backend: {threads} threads — ask for at least 1")
+            raise BackendError(
+                f"{threads} threads are too few", where="cpu backend", remedy="ask for at least 1"
+            )
         self.isa, self.threads = isa or here[0], threads
         self._handle = self._lib.tc_new(self.isa.encode(), threads)
         if not self._handle:
-            raise BackendError("cpu backend: out of memory — close other programs")
+            raise BackendError("out of memory", where="cpu backend", remedy="close other programs")
         weakref.finalize(self, self._lib.tc_free, self._handle)
 
     def run_one(self, op: Op) -> None:
@@ -49,7 +53,11 @@ class Engine:
     def _check(self, status: int) -> None:
         if status == _BAD_ID:
             raise BackendError(
-                "cpu backend: a token id lies outside the embedding table — take the model's own tokenizer"
+                "a token id is outside the embedding table",
+                where="cpu backend",
+                remedy="use the model's own tokenizer",
             )
         if status == _NO_MEMORY:
-            raise BackendError("cpu backend: out of memory — take a smaller model or a shorter context")
+            raise BackendError(
+                "out of memory", where="cpu backend", remedy="use a smaller model or a shorter --context"
+            )

@@ -266,7 +266,7 @@ def find_library() -> Path:
             if (path := Path(folder) / name).exists():
                 return path
     raise BackendError(
-        f"cpu backend: its native library is missing from {tinychat_mlx.__path__[0]} — {_BUILD}"
+        f"its native library is missing from {tinychat_mlx.__path__[0]}", where="cpu backend", remedy=_BUILD
     )
 
 
@@ -277,7 +277,9 @@ def open_library() -> Any:
     try:
         lib: Any = ctypes.CDLL(str(path))
     except OSError as e:
-        raise BackendError(f"cpu backend: {path} does not load ({e}) — rebuild it: {_BUILD}") from None
+        raise BackendError(
+            f"{path} does not load ({e})", where="cpu backend", remedy=f"rebuild it: {_BUILD}"
+        ) from None
     lib.tc_isa.argtypes, lib.tc_isa.restype = [c_int32], c_char_p
     lib.tc_new.argtypes, lib.tc_new.restype = [c_char_p, c_int32], c_void_p
     lib.tc_free.argtypes, lib.tc_free.restype = [c_void_p], None
@@ -286,7 +288,9 @@ def open_library() -> Any:
     lib.tc_sizeof.argtypes, lib.tc_sizeof.restype = [c_int32], c_int32
     if any(lib.tc_sizeof(code) != ctypes.sizeof(struct) for code, struct in _SIZES.items()):
         raise BackendError(
-            f"cpu backend: {path} belongs to another version of tinychat-mlx — rebuild it: {_BUILD}"
+            f"{path} is of another version of tinychat-mlx",
+            where="cpu backend",
+            remedy=f"rebuild it: {_BUILD}",
         )
     return lib
 

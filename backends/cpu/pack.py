@@ -81,10 +81,14 @@ def _header(weight: Weight, zeros: Zeros | None, exact: bool) -> c.CWeight:
 def _packed_header(w: Packed, zeros: Zeros | None = None) -> c.CWeight:
     n, k = w.shape
     if w.w_bit not in (3, 4, 8):
-        raise BackendError(f"cpu backend: {w.name} has {w.w_bit} bits a weight — use 3, 4 or 8")
+        raise BackendError(
+            f"{w.name} has {w.w_bit} bits per weight", where="cpu backend", remedy="use 3, 4 or 8 bits"
+        )
     if w.group_size % 32 or k % w.group_size:
         raise BackendError(
-            f"cpu backend: {w.name} has groups of {w.group_size} of {k} inputs — use multiples of 32"
+            f"{w.name} has {k} inputs in groups of {w.group_size}",
+            where="cpu backend",
+            remedy="use groups of a multiple of 32 that divides the inputs",
         )
     ends = c.ZEROS
     if zeros is None:

@@ -136,7 +136,7 @@ class Image:
             reader.join()
         if self._short:
             raise BackendError(
-                f"cpu backend: {self._path} cannot be read to its end: delete it, and start again"
+                "the file ends too early", where=self._path, remedy="delete it, and start again"
             )
 
     def _read(self, at: int, end: int, fd: int) -> None:
@@ -174,7 +174,11 @@ def bound() -> int | None:
     """Bytes that all files together may have, as TINYCHAT_WEIGHT_CACHE says. Raises BackendError."""
     text = os.environ.get("TINYCHAT_WEIGHT_CACHE", "")
     if text and not text.isdecimal():
-        raise BackendError(f"TINYCHAT_WEIGHT_CACHE: {text!r} is no number of bytes — give 0 to switch it off")
+        raise BackendError(
+            f"{text!r} is not a number of bytes",
+            where="TINYCHAT_WEIGHT_CACHE",
+            remedy="give a number of bytes; 0 disables the cache",
+        )
     return int(text) if text else None
 
 

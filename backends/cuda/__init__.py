@@ -11,9 +11,11 @@ import numpy as np
 try:
     import torch
 except ImportError as e:
-    from tinychat_mlx.errors import pip_install
+    from tinychat_mlx.errors import BackendError, pip_install
 
-    raise ImportError(f"torch cannot be imported ({e}): {pip_install('cuda')}") from None
+    raise BackendError(
+        f"torch does not load ({e})", where="cuda backend", remedy=pip_install("cuda")
+    ) from None
 
 import torch.nn.functional as F
 
@@ -55,7 +57,7 @@ class CudaBackend(TorchBackend):
         device = devices.find()
         kv = os.environ.get(KV, "fp16")
         if kv not in ("fp16", "int8"):
-            raise BackendError(f"{KV} must be fp16 or int8, not {kv!r}")
+            raise BackendError(f"{kv!r} is not a cache type", where=KV, remedy="set it to fp16 or int8")
         if threads and device.type == "cpu":
             torch.set_num_threads(threads)
         chosen = dtype or (torch.float16 if device.type == "cuda" and not exact else torch.float32)
@@ -74,11 +76,18 @@ class CudaBackend(TorchBackend):
         major, minor = torch.cuda.get_device_capability(self.device)
         try:
             if (major, minor) < devices.OLDEST:
-                raise BackendError(f"sm_{major}{minor} is older than sm_75")
+                raise BackendError(
+                    f"sm_{major}{minor} is older than sm_75",
+                    where="cuda backend",
+                    remedy="use a newer GPU, or --backend cpu",
+                )
             driver = Driver(Compiler(find_nvrtc(torch.version.cuda), f"sm_{major}{minor}"))
             driver.function("rows", (), "norm_rows")
         except (BackendError, OSError) as e:
-            self.announce(f"no kernels of our own ({e}): pure torch is used, which is several times slower")
+            reason = e.problem if isinstance(e, BackendError) else e
+            self.announce(
+                f"the CUDA kernels are not available ({reason}); using torch, which is several times slower"
+            )
             return None
         processors = torch.cuda.get_device_properties(self.device).multi_processor_count
         return Kernels(driver, self.device, processors)

@@ -22,11 +22,14 @@ def find() -> torch.device:
     if asked == "cpu":
         return torch.device("cpu")
     if asked and not asked.isdecimal():
-        raise BackendError(f"{ENVIRONMENT} must be cpu or the number of a GPU, not {asked!r}")
+        raise BackendError(
+            f"{asked!r} is not a device", where=ENVIRONMENT, remedy="set it to cpu or the number of a GPU"
+        )
     if torch.version.cuda is None:
         raise BackendError(
-            f"cuda: torch {torch.__version__} was built without CUDA: install NVIDIA's or pytorch.org's CUDA "
-            "build of it, or use --backend cpu"
+            f"torch {torch.__version__} was built without CUDA",
+            where="cuda backend",
+            remedy="install NVIDIA's or pytorch.org's CUDA build of torch, or use --backend cpu",
         )
     try:
         with warnings.catch_warnings():
@@ -35,33 +38,39 @@ def find() -> torch.device:
             device = torch.device("cuda", int(asked or 0))
             if device.index >= torch.cuda.device_count():
                 raise BackendError(
-                    f"{ENVIRONMENT}={asked}: this machine has {torch.cuda.device_count()} CUDA device(s) — set it lower, or unset it"
+                    f"this machine has {torch.cuda.device_count()} CUDA device(s), there is no number {asked}",
+                    where=ENVIRONMENT,
+                    remedy="set a lower number, or unset it",
                 )
             torch.cuda.set_device(device)
             torch.ones(1, device=device).add_(1).item()  # finds a torch without code for this GPU
     except (RuntimeError, AssertionError) as e:
-        raise BackendError(f"cuda: {explain(str(e))}") from None
+        raise explain(str(e)) from None
     return device
 
 
-def explain(text: str) -> str:
-    """torch's many lines about a GPU it cannot use -> one that says what to do."""
+def explain(text: str) -> BackendError:
+    """torch's many lines about a GPU it cannot use -> an error of one line with a remedy."""
     first = next((line.strip() for line in text.splitlines() if line.strip()), "torch gave no reason")
     if "no NVIDIA driver" in text or "driver shared library" in text:
-        return "no NVIDIA driver is loaded on this machine: install it, or use --backend cpu"
+        return _broken("no NVIDIA driver is loaded on this machine", "install it, or use --backend cpu")
     if "driver" in text and "too old" in text:
-        return (
-            f"the NVIDIA driver is too old for torch {torch.__version__} (CUDA {torch.version.cuda}): "
-            "update the driver, or install a torch built for an older CUDA"
+        return _broken(
+            f"the NVIDIA driver is too old for torch {torch.__version__} (CUDA {torch.version.cuda})",
+            "update the driver, or install a torch built for an older CUDA",
         )
     if "no kernel image" in text:
-        return (
-            f"torch {torch.__version__} holds no code for this GPU: install a build for it "
-            "(on a Jetson: NVIDIA's own wheel)"
+        return _broken(
+            f"torch {torch.__version__} has no code for this GPU",
+            "install a build for it (on a Jetson: NVIDIA's own wheel)",
         )
     if "No CUDA GPUs" in text or "no CUDA-capable device" in text:
-        return "no CUDA GPU is visible (CUDA_VISIBLE_DEVICES?): use --backend cpu"
-    return f"the GPU cannot be used: {first}"
+        return _broken("no CUDA GPU is visible", "check CUDA_VISIBLE_DEVICES, or use --backend cpu")
+    return _broken(f"the GPU cannot be used: {first}")
+
+
+def _broken(what: str, remedy: str = "") -> BackendError:
+    return BackendError(what, where="cuda backend", remedy=remedy)
 
 
 def is_shared(device: torch.device) -> bool:
@@ -108,5 +117,7 @@ def refuse(needed: int, what: str, device: torch.device, advice: str) -> None:
     free = available(device)
     if free and needed > free:
         raise BackendError(
-            f"{what} needs {needed / 2**30:.2f} GiB, {device} has {free / 2**30:.2f} GiB to give: {advice}"
+            f"{what} needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are available",
+            where=device,
+            remedy=advice,
         )

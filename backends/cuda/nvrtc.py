@@ -46,7 +46,11 @@ def find_nvrtc(version: str | None) -> ctypes.CDLL:
             return ctypes.CDLL(str(file))
     with contextlib.suppress(OSError):
         return ctypes.CDLL(name)  # wherever the system's loader looks
-    raise BackendError(f"{name} is not found beside torch nor in {cuda}")
+    raise BackendError(
+        f"{name} is neither in torch's folder nor in {cuda}",
+        where="cuda backend",
+        remedy="install NVRTC, or set CUDA_HOME",
+    )
 
 
 class Compiler:
@@ -87,7 +91,11 @@ class Compiler:
                 nvrtc.nvrtcGetProgramLog(handle, log)
                 lines = log.value.decode(errors="replace").splitlines()
                 reason = next((line for line in lines if "error" in line), f"status {status}")
-                raise BackendError(f"NVRTC {self.version} cannot compile {program} for {self.arch}: {reason}")
+                raise BackendError(
+                    f"NVRTC {self.version} cannot compile {program} for {self.arch}: {reason}",
+                    where="cuda backend",
+                    remedy="update torch and the NVIDIA driver",
+                )
             nvrtc.nvrtcGetCUBINSize(handle, ctypes.byref(size))
             code = ctypes.create_string_buffer(size.value)
             nvrtc.nvrtcGetCUBIN(handle, code)
@@ -146,4 +154,4 @@ class Driver:
             text = ctypes.c_char_p()
             self.cuda.cuGetErrorString(status, ctypes.byref(text))
             reason = (text.value or b"unknown error").decode()
-            raise BackendError(f"cuda: {what}: {reason} (CUDA error {status})")
+            raise BackendError(f"{what}: {reason} (CUDA error {status})", where="cuda backend")

@@ -58,8 +58,9 @@ def guarded(method: Method) -> Method:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         raise BackendError(
-            f"{self.device} is out of memory in {method.__name__} ({text}): "
-            "use a smaller --context or model, or close other programs that use the GPU"
+            f"out of memory in {method.__name__} ({text})",
+            where=self.device,
+            remedy="use a smaller --context or model, or close other programs that use the GPU",
         )
 
     return cast(Method, wrapper)

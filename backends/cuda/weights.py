@@ -108,7 +108,9 @@ def put_bias(bias: npt.NDArray[np.float32] | None, device: torch.device) -> torc
 
 def check_finite(t: torch.Tensor, name: str, dtype: torch.dtype) -> None:
     if not bool(torch.isfinite(t).all()):
-        raise BackendError(f"{name} holds values beyond {dtype}: a damaged checkpoint? or use --backend cpu")
+        raise BackendError(
+            f"has values beyond {dtype}", where=name, remedy="download the model again, or use --backend cpu"
+        )
 
 
 def pack_tiled(weight: Packed, device: torch.device, dtype: torch.dtype) -> TiledHandle:

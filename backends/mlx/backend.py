@@ -106,7 +106,9 @@ class MlxBackend(Backend):
                 yield
             except RuntimeError as e:
                 raise BackendError(
-                    f"MLX stopped: {e}: use a shorter --context, or close other programs"
+                    f"MLX stopped: {e}",
+                    where="mlx backend",
+                    remedy="use a shorter --context, or close other programs",
                 ) from None
 
     def _derived(self, of: Any, what: str, make: Callable[[Any], Any]) -> Any:
@@ -172,8 +174,10 @@ class MlxBackend(Backend):
         used, limit = self._taken(), self.chip.limit
         if used + nbytes + SCRATCH > limit:
             raise BackendError(
-                f"the weights do not fit: {used / GB:.2f} GB are loaded at {name}, and {self.chip.name} may "
-                f"give {limit / GB:.2f} GB: convert the model to fewer bits, or use a smaller one"
+                f"the weights do not fit: {used / GB:.2f} GB are loaded at {name}, and {self.chip.name} can "
+                f"use {limit / GB:.2f} GB",
+                where="mlx backend",
+                remedy="convert the model to fewer bits, or use a smaller one",
             )
 
     def _taken(self) -> int:
@@ -214,8 +218,9 @@ class MlxBackend(Backend):
             fits = max(0, (limit - used - SCRATCH) * capacity // nbytes)
             raise BackendError(
                 f"a context of {capacity} tokens needs {nbytes / GB:.2f} GB for keys and values; "
-                f"{used / GB:.2f} GB are taken and {self.chip.name} may give {limit / GB:.2f} GB: "
-                + (f"use --context {fits} or less" if fits > 1 else "use a smaller model")
+                f"{used / GB:.2f} GB are in use and {self.chip.name} can use {limit / GB:.2f} GB",
+                where="mlx backend",
+                remedy=f"use --context {fits} or less" if fits > 1 else "use a smaller model",
             )
 
     def step(self, segments: Sequence[Segment]) -> Step:
@@ -397,7 +402,7 @@ def choose_kv_bits() -> int:
     """Bits of keys and values, 0 for the compute dtype. Raises BackendError."""
     text = os.environ.get(KV_BITS) or "0"
     if text not in ("0", "4", "8"):
-        raise BackendError(f"{KV_BITS}={text} is unknown: give 4 or 8")
+        raise BackendError(f"{text} bits are not supported", where=KV_BITS, remedy="give 4 or 8, or unset it")
     return int(text)
 
 

@@ -103,7 +103,11 @@ def mac() -> Chip:
     """Raises BackendError without Metal."""
     chip = find_chip()
     if not chip.metal:
-        raise BackendError("bench --kernels measures Metal kernels: it needs a Mac with Apple silicon")
+        raise BackendError(
+            "this measures Metal kernels",
+            where="bench --kernels",
+            remedy="run it on a Mac with Apple silicon",
+        )
     return chip
 
 

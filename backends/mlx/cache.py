@@ -165,7 +165,9 @@ def group_of(shape: CacheShape) -> int:
         if shape.head_dim % group == 0:
             return group
     raise BackendError(
-        f"keys and values of {shape.head_dim} a head cannot be packed in groups of 32: unset {KV_BITS}"
+        f"keys and values of {shape.head_dim} per head cannot be packed in groups of 32",
+        where="mlx backend",
+        remedy=f"unset {KV_BITS}",
     )
 
 

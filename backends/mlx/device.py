@@ -23,7 +23,9 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")
 try:
     import mlx.core as _mlx
 except ImportError as e:
-    raise BackendError(f"backend mlx: MLX is not installed or does not load ({e}): {INSTALL}") from None
+    raise BackendError(
+        f"MLX is not installed or does not load ({e})", where="mlx backend", remedy=INSTALL
+    ) from None
 
 mx: Any = _mlx  # MLX ships no types of its arrays' methods
 
@@ -32,7 +34,7 @@ def check_version(version: str) -> None:
     """Raises BackendError for an MLX older than MINIMUM."""
     numbers = tuple(int(n) for n in re.findall(r"\d+", version)[: len(MINIMUM)])
     if numbers < MINIMUM:
-        raise BackendError(f"backend mlx: MLX {version} is too old: {INSTALL}")
+        raise BackendError(f"MLX {version} is too old", where="mlx backend", remedy=INSTALL)
 
 
 check_version(mx.__version__)
@@ -63,7 +65,9 @@ def find_chip() -> Chip:
     metal = bool(mx.metal.is_available())
     if sys.platform == "darwin" and not metal:
         raise BackendError(
-            "backend mlx: this Mac shows no Metal device (a virtual machine?): use --backend cpu"
+            "this Mac has no Metal device; it may be a virtual machine",
+            where="mlx backend",
+            remedy="use --backend cpu",
         )
     info: dict[str, Any] = dict(mx.device_info())
     generation = re.match(r"applegpu_g(\d+)", str(info.get("architecture", "")))
@@ -91,9 +95,13 @@ def choose_dtype(chip: Chip, exact: bool) -> Any:
     """
     name = os.environ.get("TINYCHAT_MLX_DTYPE") or ("float16" if chip.metal and not exact else "float32")
     if name not in DTYPES:
-        raise BackendError(f"TINYCHAT_MLX_DTYPE={name} is unknown: give one of {', '.join(DTYPES)}")
+        raise BackendError(
+            f"unknown type {name}", where="TINYCHAT_MLX_DTYPE", remedy=f"give one of {', '.join(DTYPES)}"
+        )
     if name == "bfloat16" and 0 < chip.generation < 15:
-        raise BackendError(f"TINYCHAT_MLX_DTYPE=bfloat16 is emulated on {chip.name}: use float16")
+        raise BackendError(
+            f"bfloat16 is emulated on {chip.name}", where="TINYCHAT_MLX_DTYPE", remedy="use float16"
+        )
     return DTYPES[name]
 
 

@@ -72,7 +72,7 @@ class MlxLmDecoder:
         try:
             vocabulary, context = int(text["vocab_size"]), int(text.get("max_position_embeddings", 1 << 17))
         except (KeyError, TypeError, ValueError):
-            raise FormatError(f"{folder / 'config.json'}: vocab_size is missing or not a number") from None
+            raise FormatError("vocab_size is missing or not a number", where=folder / "config.json") from None
         eos = config.get("eos_token_id", text.get("eos_token_id"))
         ends = tuple(t for t in (eos if isinstance(eos, list) else [eos]) if isinstance(t, int))
         self.config = Limits(vocabulary, context, ends)
@@ -144,12 +144,16 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise FormatError(
-            f"{folder / 'config.json'}: cannot be read ({e}): is this a model folder?"
+            f"cannot be read ({e})", where=folder / "config.json", remedy="check that it is a model folder"
         ) from None
     if not isinstance(config, dict):
-        raise FormatError(f"{folder / 'config.json'}: must be an object")
+        raise FormatError("not a JSON object", where=folder / "config.json")
     if "model_file" in config:
-        raise FormatError(f"{folder / 'config.json'}: model_file names Python code; tinychat does not run it")
+        raise FormatError(
+            "model_file names Python code, which tinychat does not run",
+            where=folder / "config.json",
+            remedy="use a model without model_file",
+        )
     return config
 
 
@@ -159,11 +163,11 @@ def load_model(folder: Path) -> Any:
         import mlx_lm.utils
     except ImportError as e:
         raise BackendError(
-            f"--engine mlx-lm: mlx-lm is not installed or does not load ({e}): {INSTALL}"
+            f"mlx-lm is not installed or does not load ({e})", where="--engine mlx-lm", remedy=INSTALL
         ) from None
     version = tuple(int(n) for n in mlx_lm.__version__.split(".")[:2])
     if version < (0, 32):
-        raise BackendError(f"--engine mlx-lm: mlx-lm {mlx_lm.__version__} is too old: {INSTALL}")
+        raise BackendError(f"mlx-lm {mlx_lm.__version__} is too old", where="--engine mlx-lm", remedy=INSTALL)
     try:
         model, _ = mlx_lm.utils.load_model(folder)
     except (
@@ -173,5 +177,9 @@ def load_model(folder: Path) -> Any:
         AttributeError,
         FileNotFoundError,
     ) as e:  # all ways to dislike a config
-        raise BackendError(f"--engine mlx-lm: {folder.name}: mlx-lm says: {e}") from None
+        raise BackendError(
+            f"mlx-lm does not load {folder.name}: {e}",
+            where="--engine mlx-lm",
+            remedy="choose a model that mlx-lm supports, or update mlx-lm",
+        ) from None
     return model

@@ -98,8 +98,10 @@ def ends_of(parts: Sequence[Packed], dtype: Any, share: bool) -> tuple[Any, Any]
     group = min(first.group_size, GROUPS[-1])
     if first.w_bit not in BITS or group not in GROUPS or first.group_size % group:
         raise BackendError(
-            f"{first.name}: MLX cannot multiply {first.w_bit}-bit weights in groups of {first.group_size} "
-            f"(bits {BITS}, groups of 32, 64 or multiples of 128): use --backend cpu, or convert again"
+            f"MLX cannot multiply {first.w_bit}-bit weights in groups of {first.group_size} "
+            f"(bits {BITS}, groups of 32, 64 or multiples of 128)",
+            where=first.name,
+            remedy="use --backend cpu, or convert the model again",
         )
     sides: list[list[Array]] = [[p.scales for p in parts], [p.biases for p in parts]]
     if times := first.group_size // group - 1:  # the same numbers, said once per 128 inputs

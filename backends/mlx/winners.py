@@ -46,7 +46,9 @@ def choice(asked: str | None, metal: bool, chip: str) -> tuple[Takes | None, str
     kinds = set(KINDS) if text == "all" else set(text.split(","))
     if unknown := sorted(kinds - set(KINDS)):
         raise BackendError(
-            f"{SWITCH}: {unknown[0]!r} is unknown — set it to off, all, or some of {','.join(KINDS)}"
+            f"unknown kernel {unknown[0]!r}",
+            where=SWITCH,
+            remedy=f"set it to off, all, or some of {','.join(KINDS)}",
         )
     return (lambda key: key.split()[0] in kinds), f"our kernels asked for: {', '.join(sorted(kinds))}"
 

@@ -298,5 +298,5 @@ def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [takes(f"{k} 8x64 int4 g32 float16") for k in fused.KINDS] == [True, True, False, False]
     assert winners.choice("off", True, "Apple M1")[0] is None
     assert winners.choice(None, False, "a CPU")[0] is None, "without Metal a kernel cannot run"
-    with pytest.raises(BackendError, match="'fast' is unknown — set it to off, all"):
+    with pytest.raises(BackendError, match="unknown kernel 'fast' — set it to off, all"):
         winners.choice("fast", True, "Apple M1")

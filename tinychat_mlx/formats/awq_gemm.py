@@ -135,5 +135,7 @@ def _allowed(packed: Packed) -> float:
 
 def _not_awq(packed: Packed, what: str) -> FormatError:
     return FormatError(
-        f"{packed.name}: cannot be written as AutoAWQ: {what} — use --format mlx, or quantise the original"
+        f"cannot be written as AutoAWQ: {what}",
+        where=packed.name,
+        remedy="use --format mlx, or quantise the original model",
     )

@@ -15,7 +15,7 @@ from tinychat_mlx.formats.stored import Stored, Tensors
 from tinychat_mlx.tensorfile import show
 from tinychat_mlx.weight import Packed
 
-_REMEDY = "take the original model and quantise it with `tinychat convert`"
+_REMEDY = "quantise the original model with `tinychat convert`"
 _BLOCKS = ("quantization", "quantization_config", "compression_config")
 _UNREAD = {  # quant_method -> its name
     "gptq": "GPTQ", "gptq_v2": "GPTQ", "marlin": "Marlin", "awq_marlin": "Marlin", "fp8": "FP8",
@@ -91,16 +91,18 @@ def choose(layouts: list[Layout], tensors: Tensors, names: Iterable[str]) -> Lay
     expected = _FAMILY.get(type(layouts[0]), "AWQ") if layouts else None
     for family, name in found.items():
         if family not in ("AWQ", "MLX affine", "compressed-tensors"):
-            raise FormatError(f"{tensors.where(name)}: {show(name)} is {family}, not read here — {_REMEDY}")
+            raise FormatError(
+                f"{show(name)} is {family}, which tinychat does not read",
+                where=tensors.where(name),
+                remedy=_REMEDY,
+            )
         if family != expected:
-            said = f"says {expected}" if expected else "speaks of no quantisation"
+            said = f"says {expected}" if expected else "has no quantisation"
             raise _disagree(tensors, name, f"is {family}, config.json {said}")
     if not layouts:
         return None
     if expected not in found:
-        raise FormatError(
-            f"config.json says {expected}, but no tensor is quantised so — download the model again"
-        )
+        raise FormatError(f"declares {expected}, but no tensor is quantised so", where="config.json")
     name = found[expected]
     stored = Stored(tensors, name.rpartition(".")[0])
     for layout in layouts:
@@ -138,9 +140,9 @@ def _block(config: dict[str, Any]) -> dict[str, Any] | None:
     blocks = [(key, place[key]) for place in places for key in _BLOCKS if place.get(key) not in (None, {})]
     for key, block in blocks:
         if not isinstance(block, dict):
-            raise ConfigError(f"config.json: {key} is {show(block)}, not a table")
+            raise ConfigError(f"{key} is {show(block)}, not a table", where="config.json")
         if block != blocks[0][1]:
-            raise ConfigError(f"config.json: {blocks[0][0]} and {key} disagree — {_REMEDY}")
+            raise ConfigError(f"{blocks[0][0]} and {key} disagree", where="config.json", remedy=_REMEDY)
     return blocks[0][1] if blocks else None
 
 
@@ -152,7 +154,9 @@ def _mlx(block: dict[str, Any]) -> Mlx:
             form = {"bits": bits, "group_size": group} | value
             overrides[module] = _mlx_form(form, f"quantization.{show(module)}")
         elif module not in ("bits", "group_size", "mode") and not isinstance(value, bool):
-            raise ConfigError(f"config.json: quantization.{show(module)} is {show(value)}: unknown here")
+            raise ConfigError(
+                f"unknown value {show(value)} of quantization.{show(module)}", where="config.json"
+            )
     return Mlx(bits, group, overrides)
 
 
@@ -193,7 +197,9 @@ def _compressed(block: dict[str, Any]) -> CompressedTensors:
             raise _refuse(f"compressed-tensors with {key}", where)
     groups = block.get("config_groups")
     if not isinstance(groups, dict) or not groups:
-        raise ConfigError(f"config.json: {where}.config_groups is {show(groups)}, not a table of schemes")
+        raise ConfigError(
+            f"{where}.config_groups is {show(groups)}, not a table of schemes", where="config.json"
+        )
     schemes = [_scheme(group, f"{where}.config_groups.{name}") for name, group in groups.items()]
     if any(scheme != schemes[0] for scheme in schemes):
         raise _refuse("compressed-tensors with several schemes", where)
@@ -202,7 +208,7 @@ def _compressed(block: dict[str, Any]) -> CompressedTensors:
 
 def _scheme(group: Any, where: str) -> CompressedTensors:
     if not isinstance(group, dict) or not isinstance(weights := group.get("weights"), dict):
-        raise ConfigError(f"config.json: {where} has no table of weights")
+        raise ConfigError(f"{where} has no table of weights", where="config.json")
     for key in ("input_activations", "output_activations"):
         if group.get(key):
             raise _refuse(f"compressed-tensors with quantised {key}", where)
@@ -222,7 +228,9 @@ def _scheme(group: Any, where: str) -> CompressedTensors:
 def _group_size(block: dict[str, Any], where: str) -> int:
     size = block.get("group_size")
     if type(size) is not int or size != -1 and not (0 < size < 2**31 and size % 32 == 0):
-        raise ConfigError(f"config.json: {where}.group_size is {show(size)}, not a multiple of 32 or -1")
+        raise ConfigError(
+            f"{where}.group_size is {show(size)}, not a multiple of 32 or -1", where="config.json"
+        )
     return size
 
 
@@ -230,16 +238,20 @@ def _one_of(block: dict[str, Any], key: str, allowed: tuple[int, ...], where: st
     value = block.get(key)
     if type(value) is not int or value not in allowed:
         read = ", ".join(map(str, allowed))
-        raise ConfigError(f"config.json: {where}.{key} is {show(value)}; read is {read} — {_REMEDY}")
+        raise ConfigError(
+            f"{where}.{key} is {show(value)}; tinychat reads {read}", where="config.json", remedy=_REMEDY
+        )
     return value
 
 
 def _refuse(what: str, where: str = "quantization_config") -> ConfigError:
-    return ConfigError(f"config.json: {where} says {what}, which is not read — {_REMEDY}")
+    return ConfigError(
+        f"{where} has {what}, which tinychat does not read", where="config.json", remedy=_REMEDY
+    )
 
 
 def _disagree(tensors: Tensors, name: str, what: str) -> FormatError:
-    return FormatError(f"{tensors.where(name)}: {show(name)} {what} — download the model again")
+    return FormatError(f"{show(name)} {what}", where=tensors.where(name))
 
 
 def check_left_out(config: dict[str, Any], quantised: frozenset[str]) -> None:
@@ -253,11 +265,13 @@ def check_left_out(config: dict[str, Any], quantised: frozenset[str]) -> None:
     for key in ("modules_to_not_convert", "ignore"):
         names = block.get(key) or []
         if not isinstance(names, list):
-            raise ConfigError(f"config.json: {key} is {show(names)}, not a list of modules")
+            raise ConfigError(f"{key} is {show(names)}, not a list of modules", where="config.json")
         listed += names
     plain = [f".{name}." for name in listed if isinstance(name, str)]
     for module in quantised if plain else ():
         if any(name in f".{module}." for name in plain):
             raise ConfigError(
-                f"config.json: {show(module)} is listed as not quantised, but is — download the model again"
+                f"{show(module)} is listed as not quantised, but it is quantised",
+                where="config.json",
+                remedy="download the model again",
             )

@@ -98,8 +98,9 @@ def half(name: str, array: Array) -> Array:
             out[at : at + PIECE] = to_float32(flat[at : at + PIECE])
     if (out.view(np.uint16) & 0x7FFF).max(initial=0) >= 0x7C00:  # all bits of the exponent: infinite, or NaN
         raise FormatError(
-            f"{name}: has numbers beyond 65504, the largest of float16, in which results are stored — "
-            "take another upload of the model"
+            "has numbers beyond 65504, the largest of float16, in which results are stored",
+            where=name,
+            remedy="use another upload of the model",
         )
     return out.reshape(array.shape)
 

@@ -46,8 +46,7 @@ class Stored:
         """-> dtype, shape. Raises FormatError if the module lacks this tensor."""
         if not self.has(suffix):
             raise FormatError(
-                f"{self.tensors.where(self.module)}: {show(self.module)} has no {suffix!r} tensor — "
-                "the checkpoint is incomplete: download it again"
+                f"{show(self.module)} has no {suffix!r} tensor", where=self.tensors.where(self.module)
             )
         return self.tensors.info(f"{self.module}.{suffix}")
 
@@ -63,7 +62,9 @@ class Stored:
         dtype, found = self.info(suffix)
         if found != shape or dtype not in dtypes:
             expected = f"{' or '.join(dtypes)} {list(shape)}"
-            raise self.wrong(suffix, f"is {dtype} {list(found)}, its neighbours ask for {expected}")
+            raise self.wrong(
+                suffix, f"is {dtype} {list(found)}, the other tensors of the module require {expected}"
+            )
         return self.tensors.read(f"{self.module}.{suffix}")
 
     def floats(self, suffix: str, shape: Shape) -> Array:
@@ -78,22 +79,21 @@ class Stored:
     def expect(self, n: int, k: int, suffix: str) -> None:
         """Raise FormatError unless N and K are what config.json asks for."""
         if self.shape is not None and self.shape != (n, k):
-            raise self.wrong(suffix, f"holds {[n, k]} weights, config.json asks for {list(self.shape)}")
+            raise self.wrong(suffix, f"has {[n, k]} weights, config.json requires {list(self.shape)}")
 
     def group(self, group_size: int, k: int) -> int:
         """-> G, where -1 stands for one group a row. Raises FormatError if K is not a multiple."""
         size = k if group_size == -1 else group_size
         if k % size:
             raise FormatError(
-                f"{self.tensors.where(self.module)}: {show(self.module)} has {k} inputs, "
-                f"no multiple of the group size {size} in config.json"
+                f"{show(self.module)} has {k} inputs, not a multiple of the group size {size} in config.json",
+                where=self.tensors.where(self.module),
             )
         return size
 
     def wrong(self, suffix: str, what: str) -> FormatError:
         name = f"{self.module}.{suffix}"
-        remedy = "config.json and the weights do not belong together: download the model again"
-        return FormatError(f"{self.tensors.where(name)}: {show(name)} {what} — {remedy}")
+        return FormatError(f"{show(name)} {what}", where=self.tensors.where(name))
 
     def packed(
         self, qweight: npt.NDArray[np.uint32], scales: Array, biases: Array, w_bit: int, group: int
@@ -105,8 +105,9 @@ class Stored:
         size = next((g for g in (128, 64, 32) if group % g == 0), 0)
         if not size:
             raise FormatError(
-                f"{self.tensors.where(self.module)}: {show(self.module)} has groups of {group} inputs; "
-                "read are multiples of 32 — quantise the original with `tinychat convert`"
+                f"{show(self.module)} has groups of {group} inputs; tinychat reads multiples of 32",
+                where=self.tensors.where(self.module),
+                remedy="quantise the original model with `tinychat convert`",
             )
         if size != group:
             scales, biases = (np.repeat(a, group // size, axis=1) for a in (scales, biases))

@@ -51,6 +51,6 @@ def find(name: str, watch: Watch = lambda done, total: None, say: Say = lambda t
     ref = parse(name)
     if ref is None:
         raise ModelNotFoundError(
-            f"{name}: not a Hugging Face id (ORG/NAME or ORG/NAME@REVISION): check the name"
+            "not a Hugging Face id (ORG/NAME or ORG/NAME@REVISION)", where=name, remedy="check the name"
         )
     return cached(ref) or fetch(look(ref, say), watch, say)

@@ -76,7 +76,9 @@ def look(ref: Ref, say: Say = lambda text: None) -> Remote:
     """Ask the hub what there is. Raises ModelNotFoundError, DownloadError, FormatError."""
     if is_offline():
         raise ModelNotFoundError(
-            f"{ref} is not in the local cache and HF_HUB_OFFLINE is set: unset it, or give a folder"
+            "not in the local cache, and HF_HUB_OFFLINE is set",
+            where=ref,
+            remedy="unset HF_HUB_OFFLINE, or give a folder",
         )
     from huggingface_hub import HfApi
 
@@ -87,7 +89,9 @@ def look(ref: Ref, say: Say = lambda text: None) -> Remote:
 
     info = patiently(ref, ask, say)
     if not COMMIT.fullmatch(str(info.sha)):
-        raise DownloadError(f"{ref}: {endpoint()} names no commit: is it a Hugging Face hub?")
+        raise DownloadError(
+            f"{endpoint()} names no commit", where=ref, remedy="check that HF_ENDPOINT is a Hugging Face hub"
+        )
     files = {s.rfilename: File(s.rfilename, s.size or 0, _digest(ref, s)) for s in info.siblings or []}
     licence = next((t.partition(":")[2] for t in info.tags or [] if t.startswith("license:")), "")
     remote = Remote(ref, str(info.sha), tuple(files.values()), licence)
@@ -109,20 +113,29 @@ def _weight_files(remote: Remote, files: dict[str, File], say: Say) -> set[str]:
     """The safetensors files that make up the model; a repository may hold others beside them."""
     ref = remote.ref
     if "config.json" not in files:
-        raise ModelNotFoundError(f"{ref} has no config.json: it is no model that transformers could load")
+        raise ModelNotFoundError(
+            "the repository has no config.json",
+            where=ref,
+            remedy="choose a model in the format of transformers",
+        )
     if INDEX in files:
         index = read_json(remote, files[INDEX], say)
         with _uploads(remote):
             shards = shards_of(index)
         if absent := sorted(shards - files.keys()):
-            raise FormatError(f"{ref}: {INDEX} names {absent[0]}, which the hub does not have — take another")
+            raise FormatError(
+                f"{INDEX} names {absent[0]}, which the hub does not have",
+                where=ref,
+                remedy="use another repository",
+            )
         return shards
     if SINGLE in files:
         return {SINGLE}
     other = next((f for f in sorted(files) if f.endswith(UNREAD)), None)
     raise ModelNotFoundError(
-        f"{ref} has no {SINGLE}" + (f" (its weights are in {other})" if other else "") + ": only "
-        "safetensors is read — look for an upload of the model in that format"
+        f"the repository has no {SINGLE}" + (f"; its weights are in {other}" if other else ""),
+        where=ref,
+        remedy="look for an upload of the model in safetensors, the only format that tinychat reads",
     )
 
 
@@ -152,8 +165,11 @@ def _uploads(remote: Remote) -> Iterator[None]:
     try:
         yield
     except FormatError as error:
-        what = str(error).partition(" — ")[0]
-        raise FormatError(f"{remote.ref}, as the hub has it: {what} — take another upload of it") from None
+        raise FormatError(
+            f"the uploaded model is not valid: {error.problem}",
+            where=remote.ref,
+            remedy="use another repository",
+        ) from None
 
 
 def read(
@@ -179,7 +195,9 @@ def _digest(ref: Ref, sibling: Any) -> str:
     digest = str(sibling.lfs["sha256"] if sibling.lfs else sibling.blob_id)
     if not HASH.fullmatch(digest):  # it becomes the name of a file
         raise DownloadError(
-            f"{ref}: {endpoint()} gives no hash for {sibling.rfilename!r}: is it a Hugging Face hub?"
+            f"{endpoint()} gives no hash for {sibling.rfilename!r}",
+            where=ref,
+            remedy="check that HF_ENDPOINT is a Hugging Face hub",
         )
     return digest
 

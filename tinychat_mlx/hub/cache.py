@@ -92,5 +92,7 @@ def shards_of(index: Any) -> set[str]:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     shards = set(weight_map.values()) if isinstance(weight_map, dict) and weight_map else {None}
     if not all(isinstance(s, str) and is_plain_name(s) for s in shards):
-        raise FormatError(f"{INDEX}: no weight_map of tensor names to file names — take another upload")
+        raise FormatError(
+            "weight_map does not map tensor names to file names", where=INDEX, remedy="use another repository"
+        )
     return {str(s) for s in shards}

@@ -59,9 +59,9 @@ def check_room(remote: Remote) -> None:
     free = disk_free(folder)
     if remote.missing > free:
         raise DownloadError(
-            f"{remote.ref} needs {size(remote.missing)} more on the disk of {folder}, which has "
-            f"{size(free)} free: make room (`tinychat models list` shows what is there), or set HF_HOME "
-            "to a folder on another disk"
+            f"needs {size(remote.missing)} more on the disk of {folder}, which has {size(free)} free",
+            where=remote.ref,
+            remedy="make room (`tinychat models list` shows the installed models), or set HF_HOME to a folder on another disk",
         )
 
 
@@ -87,8 +87,9 @@ def _bring(remote: Remote, file: File, gained: Callable[[int], None], say: Say) 
             if not last:
                 say(f"{file.path} arrived damaged: fetching it again")
     raise FormatError(
-        f"{remote.ref}: {file.path} does not have the checksum the hub announces, twice: it was not kept — "
-        "try again later, or from another network"
+        f"{file.path} arrived twice with a checksum that differs from the hub's; it was not kept",
+        where=remote.ref,
+        remedy="try again later, or from another network",
     )
 
 
@@ -182,7 +183,7 @@ def _disk_errors(remote: Remote) -> Iterator[None]:
     except OSError as error:
         kept = remote.nbytes - remote.missing
         raise DownloadError(
-            f"{error.filename or hub_cache()}: {error.strerror or error}: {size(kept)} of "
-            f"{size(remote.nbytes)} of {remote.ref} are kept — make room or set HF_HOME to a folder on another "
-            "disk, and repeat the command"
+            f"{error.strerror or error}; {size(kept)} of {size(remote.nbytes)} of {remote.ref} are kept",
+            where=error.filename or hub_cache(),
+            remedy="make room or set HF_HOME to a folder on another disk, and repeat the command",
         ) from None

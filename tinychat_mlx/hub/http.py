@@ -130,38 +130,45 @@ def explain(error: Exception, ref: Ref) -> TinychatError:
     page, status = f"{endpoint()}/{ref.repo}", _status(error)
     if isinstance(error, errors.GatedRepoError):
         how = "" if get_token() else f", log in with `{login()}` (or set HF_TOKEN)"
-        return ModelNotFoundError(f"{ref} is gated: accept its terms on {page}{how}, and try again")
+        return ModelNotFoundError(
+            "this model is gated", where=ref, remedy=f"accept its terms on {page}{how}, and try again"
+        )
     if isinstance(error, errors.RevisionNotFoundError):
         return ModelNotFoundError(
-            f"{ref.repo} has no revision {ref.revision!r}: choose one of those on {page}"
+            f"there is no revision {ref.revision!r}", where=ref.repo, remedy=f"choose one of those on {page}"
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         return ModelNotFoundError(
-            f"{ref.repo}: no such model on the hub, or it is private: check the name on {page}"
-            + ("" if get_token() else f", or log in with `{login()}`")
+            "no such model on the hub, or it is private",
+            where=ref.repo,
+            remedy=f"check the name on {page}" + ("" if get_token() else f", or log in with `{login()}`"),
         )
     if isinstance(error, errors.EntryNotFoundError):
-        return DownloadError(f"{ref}: a file that the hub lists is gone: try again")
+        return DownloadError("a file that the hub lists does not exist", where=ref, remedy="try again")
     if status == 401:
         return DownloadError(
-            f"the hub does not accept your token: log in again with `{login()}`, or unset HF_TOKEN"
+            "the hub does not accept your token", remedy=f"log in again with `{login()}`, or unset HF_TOKEN"
         )
     if status == 403:
-        return ModelNotFoundError(f"{ref}: the hub refuses access (403): see {page} for who may download it")
+        return ModelNotFoundError(
+            "the hub refuses access (403)", where=ref, remedy=f"see {page} for who may download it"
+        )
     if status == 429:
         wait = f"{_retry_after(error):.0f} seconds" if _retry_after(error) else "some minutes"
         return DownloadError(
-            f"the hub limits requests (429): wait {wait}, then repeat the command; logged in "
-            f"(`{login()}`) you may ask more often"
+            "the hub limits requests (429)",
+            remedy=f"wait {wait}, then repeat the command; logged-in users (`{login()}`) have a higher limit",
         )
     if status >= 500:
         return DownloadError(
-            f"the hub has a problem of its own ({status}): repeat the command later; it goes on from there"
+            f"the hub has an internal error ({status})",
+            remedy="repeat the command later; files already downloaded are kept",
         )
     text = next((line for line in str(error).splitlines() if line), type(error).__name__)
     found = re.search(r"\[Errno -?\d+\] [\w ]+", text)  # the library's own words can be a page of exceptions
     reason = found[0] if found else text[:120]
     return DownloadError(
-        f"{ref}: {endpoint()} cannot be reached ({reason}): check the connection and repeat the command; "
-        "what has arrived is kept"
+        f"{endpoint()} cannot be reached ({reason})",
+        where=ref,
+        remedy="check the connection and repeat the command; files already downloaded are kept",
     )

@@ -21,7 +21,7 @@ def last_question(chat: Chat) -> int:
     """Index of the last thing the person said. Raises UsageError if there is none."""
     found = [i for i, m in enumerate(chat.session.messages) if m["role"] == "user"]
     if not found:
-        raise UsageError("nothing has been said yet: say something first")
+        raise UsageError("the conversation is empty", remedy="send a message first")
     return found[-1]
 
 
@@ -89,7 +89,9 @@ def compact(chat: Chat) -> None:
     session = chat.session
     keep_from = last_question(chat)
     if keep_from <= session.seen_from:
-        raise UsageError("there is only one exchange: nothing to sum up yet")
+        raise UsageError(
+            "there is only one exchange, so there is nothing to sum up", remedy="send another message first"
+        )
     chat.view.note(f"summing up {keep_from - session.seen_from} messages {chat.view.glyphs.ellipsis}")
     before = Session(system=session.system, summary=session.summary)
     before.messages = session.messages[session.seen_from : keep_from]
@@ -103,7 +105,9 @@ def compact(chat: Chat) -> None:
         text += event.text
         dropped = event.stats.dropped_messages if event.stats else dropped
     if not text.strip():
-        raise UsageError("the model gave no summary; the conversation is unchanged: try again, or /clear")
+        raise UsageError(
+            "the model gave no summary; the conversation is unchanged", remedy="try again, or /clear"
+        )
     session.sum_up(" ".join(text.split()), keep_from)
     unseen = f" (the oldest {dropped} no longer fitted and are not in it)" if dropped else ""
     chat.used = 0

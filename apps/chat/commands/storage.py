@@ -27,7 +27,10 @@ CLIPBOARDS = (["pbcopy"], ["wl-copy"], ["xclip", "-selection", "clipboard"], ["x
 
 def _data(chat: Chat) -> Path:
     if chat.data is None:
-        raise UsageError("chats are not saved here (--no-save, or no folder to write to)")
+        raise UsageError(
+            "chats are not saved, because of --no-save or because there is no folder to write to",
+            remedy="start without --no-save, or set TINYCHAT_DATA to a folder",
+        )
     return chat.data
 
 
@@ -51,7 +54,7 @@ def save(chat: Chat, title: str) -> None:
     """Give the conversation a title; it is saved as it goes anyway."""
     _data(chat)
     if not chat.session.messages:
-        raise UsageError("nothing has been said yet: say something first")
+        raise UsageError("the conversation is empty", where="/save", remedy="send a message first")
     if title:
         chat.session.set_title(title)
     chat.view.note(f"saved as {chat.session.ident}: {chat.session.name}")
@@ -61,7 +64,9 @@ def save(chat: Chat, title: str) -> None:
 def load(chat: Chat, name: str) -> None:
     """Go on with a saved conversation, by its id or title."""
     if not name:
-        raise UsageError("/load needs the id or title of a saved chat: /sessions lists them")
+        raise UsageError(
+            "it needs the id or title of a saved chat", where="/load", remedy="list them with /sessions"
+        )
     chat.go_to(Session.load(find(_data(chat), name)))
     chat.recall()
     chat.prime()
@@ -86,7 +91,9 @@ def sessions(chat: Chat, _: str) -> None:
 def search(chat: Chat, text: str) -> None:
     """Find words in all saved conversations."""
     if not text:
-        raise UsageError("/search needs the words to look for")
+        raise UsageError(
+            "it needs the words to look for", where="/search", remedy="give them after the command"
+        )
     count = 0
     for session in _sessions(chat):
         for message in session.messages:
@@ -109,16 +116,20 @@ def export(chat: Chat, name: str) -> None:
     """Write the conversation to a Markdown or JSON file."""
     session = chat.session
     if not session.messages:
-        raise UsageError("nothing has been said yet: say something first")
+        raise UsageError("the conversation is empty", where="/export", remedy="send a message first")
     path = Path(name or f"{session.ident}.md").expanduser()
     if path.suffix not in (".md", ".json"):
-        raise UsageError(f"{path}: the name must end in .md or .json")
+        raise UsageError(
+            "the name has another ending than .md or .json",
+            where=path,
+            remedy="give a name that ends in .md or .json",
+        )
     text = as_json(session) if path.suffix == ".json" else as_markdown(session)
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise UsageError(f"{path} exists already: choose another name") from None
+        raise UsageError("it exists already", where=path, remedy="choose another name") from None
     chat.view.note(f"written: {path} ({len(session.messages)} messages)")
 
 
@@ -145,7 +156,7 @@ def as_json(session: Session) -> str:
 def file(chat: Chat, path: str) -> None:
     """Attach a text file to the next message."""
     if not path:
-        raise UsageError("/file needs a path")
+        raise UsageError("it needs a path", where="/file", remedy="give it after the command")
     found = attach.read(path.strip("\"'"))
     chat.attached.append(found)
     tokens = len(chat.model.tokenizer.encode(found.quoted(), special=False))
@@ -157,12 +168,16 @@ def copy(chat: Chat, what: str) -> None:
     """Put the last answer, or its last code block, into the clipboard."""
     answers = [m["content"] for m in chat.session.messages if m["role"] == "assistant"]
     if not answers:
-        raise UsageError("there is no answer yet: ask something first")
+        raise UsageError("there is no answer yet", where="/copy", remedy="ask something first")
     text = answers[-1]
     if what == "code":
         blocks = re.findall(r"^ *(`{3,}|~{3,})[^\n]*\n(.*?)^ *\1", text, re.DOTALL | re.MULTILINE)
         if not blocks:
-            raise UsageError("the last answer holds no code block: plain /copy takes all of it")
+            raise UsageError(
+                "the last answer has no code block",
+                where="/copy code",
+                remedy="use /copy for the whole answer",
+            )
         text = blocks[-1][1]
     chat.view.note(f"copied {len(text):,} letters {_to_clipboard(chat, text)}")
 
@@ -177,7 +192,11 @@ def _to_clipboard(chat: Chat, text: str) -> str:
             except (subprocess.SubprocessError, OSError):
                 continue  # installed, but with no display to serve
     if not chat.view.terminal.live:
-        raise UsageError("no clipboard here: install wl-copy or xclip, or /export to a file")
+        raise UsageError(
+            "there is no clipboard here",
+            where="/copy",
+            remedy="install wl-copy or xclip, or /export to a file",
+        )
     sys.stdout.write(f"\x1b]52;c;{base64.b64encode(text.encode()).decode()}\x07")  # also works over SSH
     sys.stdout.flush()
     return "through the terminal (if it allows that)"

@@ -43,7 +43,9 @@ def model(chat: Chat, name: str) -> None:
 def backend(chat: Chat, name: str) -> None:
     """Show where the model computes, or load it elsewhere."""
     if name and name not in BACKENDS:
-        raise UsageError(f"no backend {name!r}: known are {', '.join(BACKENDS)}")
+        raise UsageError(
+            f"unknown backend {name!r}", where="/backend", remedy=f"use one of {', '.join(BACKENDS)}"
+        )
     if name:
         switch(chat, chat.loading | {"backend": name})
         return
@@ -54,7 +56,7 @@ def backend(chat: Chat, name: str) -> None:
 def switch(chat: Chat, loading: dict[str, Any]) -> None:
     """Load another model, or the same elsewhere; the conversation goes on. On failure the old one stays."""
     if chat.load is None:
-        raise UsageError("the model cannot be changed here: start `tinychat chat -m MODEL`")
+        raise UsageError("the model cannot be changed here", remedy="start `tinychat chat -m MODEL`")
     before, freed = chat.loading, chat.model.nbytes
     # downloads, asks and converts while the old one is still here
     name = settle(loading, chat.view.note, freed)
@@ -88,10 +90,7 @@ def switch(chat: Chat, loading: dict[str, Any]) -> None:
 def system(chat: Chat, text: str) -> None:
     """Show or change the system prompt."""
     if text:
-        try:
-            chat.session.set_system("" if text == "none" else text_or_file(text) or "")
-        except click.BadParameter as e:
-            raise UsageError(e.message) from None
+        chat.session.set_system("" if text == "none" else text_or_file(text) or "")
     chat.view.note(f"system prompt: {chat.session.system or 'none'}")
 
 
@@ -110,10 +109,16 @@ def set_(chat: Chat, text: str) -> None:
     name, _, value = text.replace("=", " ").partition(" ")
     name, value = name.replace("-", "_"), value.strip()
     if name not in (*SAMPLING, "stop", "on_full") or not value:
-        raise UsageError(f"/set NAME VALUE, with NAME one of {', '.join([*SAMPLING, 'stop', 'on_full'])}")
+        raise UsageError(
+            "it needs a name and a value" if not value else f"unknown setting {name!r}",
+            where="/set",
+            remedy=f"write /set NAME VALUE, with NAME one of {', '.join([*SAMPLING, 'stop', 'on_full'])}",
+        )
     if name == "on_full":
         if value not in POLICIES:
-            raise UsageError(f"on_full must be one of {', '.join(POLICIES)}")
+            raise UsageError(
+                f"unknown value {value!r}", where="/set on_full", remedy=f"use one of {', '.join(POLICIES)}"
+            )
         chat.settings.on_full = value
     elif value == "default":
         chat.settings.sampling.pop(name, None)
@@ -123,7 +128,9 @@ def set_(chat: Chat, text: str) -> None:
         try:
             chat.settings.sampling[name] = SAMPLING[name][0].convert(value, None, None)
         except click.BadParameter as e:
-            raise UsageError(f"/set {name}: {e.message.rstrip('.')}") from None
+            raise UsageError(
+                e.message.rstrip("."), where=f"/set {name}", remedy="give another value"
+            ) from None
     chat.origins[name] = "/set"
     show(chat, name)
 
@@ -159,7 +166,11 @@ def think(chat: Chat, text: str) -> None:
     elif word == "budget" and rest.isdecimal():
         s.budget = int(rest)
     elif word:
-        raise UsageError("/think on, off, show, hide, or budget N (tokens; 0: no bound)")
+        raise UsageError(
+            f"unknown word {word!r}",
+            where="/think",
+            remedy="use on, off, show, hide, or budget N (tokens; 0 is no limit)",
+        )
     state = {None: "as the model has it", True: "on", False: "off"}[s.think]
     bound = f"at most {s.budget:,} tokens" if s.budget else "unbounded"
     chat.view.note(f"thinking {state}, {'shown' if s.unfold else 'folded'}, {bound}")
