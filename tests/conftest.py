@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
-import raise_sites
 
 from tinychat_mlx.backend import Backend
 
@@ -54,60 +52,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "chats" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.flaky(reruns=2))
-
-
-# Which test provokes which error: raise_sites.py -------------------------------------------------------
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--note-raised",
-        action="store_true",
-        help="note in tests/data/raised.json which errors this run makes",
-    )
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    raise_sites.begin()
-
-
-def pytest_deselected(items: list[pytest.Item]) -> None:
-    _not_judged.update(_function(item.nodeid) for item in items)
-
-
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    name = _function(report.nodeid)
-    _reported.add(name)
-    if report.outcome != "passed":
-        _not_judged.add(name)
-
-
-def _function(nodeid: str) -> str:
-    return nodeid.partition("[")[0].removeprefix("tests/")
-
-
-_reported: set[str] = set()
-_not_judged: set[str] = set()  # tests of which a part was left out, skipped or failed
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    parts = any("[" in str(arg) for arg in session.config.args)
-    complete = set() if parts or session.shouldstop or session.shouldfail else _reported - _not_judged
-    if session.config.getoption("--note-raised"):
-        raise_sites.note(complete)
-    _stale.update(raise_sites.stale(complete))
-    if _stale and session.exitstatus == pytest.ExitCode.OK:
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-
-_stale: dict[str, str] = {}
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    if _stale:
-        terminalreporter.section("errors that no test provokes any more")
-        for key, test in _stale.items():
-            terminalreporter.write_line(f"{key}: not by {test}")
-        terminalreporter.write_line("run those tests with --note-raised, or provoke them again")
-
-
-def pytest_unconfigure() -> None:
-    Path(os.environ.pop(raise_sites.SEEN)).unlink(missing_ok=True)
