@@ -19,9 +19,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
-def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where tiny checkpoints of this run lie."""
-    return tmp_path_factory.mktemp("tiny")
+def tiny_root() -> Path:
+    """The folder of tiny models that all workers and later runs share (tiny_models.py)."""
+    return Path(__file__).resolve().parent.parent / "build" / "tiny-models"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
