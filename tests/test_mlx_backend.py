@@ -13,7 +13,7 @@ import pytest
 mx = pytest.importorskip("mlx.core", reason="MLX is not installed")
 
 from mlx_models import agree, answer, decoder, logits, quantised, tokens
-from tiny_models import VARIANTS, tiny
+from tiny_models import REPRESENTATIVES, VARIANTS, tiny
 
 import tinychat_mlx
 from tinychat_mlx.backend import Backend, Segment
@@ -30,7 +30,7 @@ def uncompiled() -> Iterator[None]:
     mx.enable_compile()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*REPRESENTATIVES, "qwen2-window", "phi3-longrope"])
 def test_logits_equal_the_reference_in_one_piece_in_pieces_and_step_by_step(
     variant: str, tiny_root: Path
 ) -> None:

@@ -167,6 +167,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 # Families whose code is not in transformers, but which compute what Llama does: a Llama, stored their way.
 RENAMED = {"internlm2": "llama-mha", "internlm2-gqa": "llama-llama3", "exaone": "llama-llama3"}
 
+# One variant of each structure, for tests whose subject is not the family: plain, norms behind the blocks and capped
+# logits, parallel residual, mixture of experts, learned positions, ALiBi. test_support.py walks all.
+REPRESENTATIVES = ["llama", "gemma2", "gpt_neox", "qwen2_moe", "opt", "bloom"]
+
 
 @dataclass(frozen=True)
 class Tiny:
