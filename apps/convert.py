@@ -42,8 +42,8 @@ QUANTISING = ("method", "w_bit", "group_size", "head", "calib", "calib_tokens", 
 @click.option(
     "--w-bit", type=click.Choice(["3", "4", "8"]), default="4", show_default=True, help="Bits a weight."
 )
-@click.option("--group-size", type=click.Choice(["32", "64", "128"]), default="128", show_default=True,
-              help="Inputs that share a scale.")  # fmt: skip
+@click.option("--group-size", type=click.Choice(["auto", "32", "64", "128"]), default="auto", show_default=True,
+              help="Inputs that share a scale (auto: the largest that fits every matrix).")  # fmt: skip
 @click.option("--format", "form", type=click.Choice(["mlx", "awq"]), default="mlx", show_default=True,
               help="MLX affine, or AutoAWQ GEMM (vLLM, SGLang, transformers).")  # fmt: skip
 @click.option("--head", type=click.Choice(["int8", "int4", "fp16"]), default="int8", show_default=True,
@@ -75,16 +75,17 @@ def convert(source: str, target: Path | None, **options: Any) -> None:
     An SRC that is quantised already keeps its codes and changes its format.
     """
     from tinychat_mlx.apps.models.download import folder_of
+    from tinychat_mlx.awq.parallel import limited
     from tinychat_mlx.awq.settings import Settings
-    from tinychat_mlx.awq.threads import limited
     from tinychat_mlx.checkpoint import Checkpoint
+    from tinychat_mlx.config import parse_config
 
     if target is None and not options["dry_run"]:
         raise click.UsageError("missing -o DST, the folder to write")
     if options["report_text"] is not None and options["report"] is None:
         raise click.UsageError("--report-text is for --report DIR")
     settings = Settings(
-        method=options["method"], w_bit=int(options["w_bit"]), group_size=int(options["group_size"]),
+        method=options["method"], w_bit=int(options["w_bit"]), group_size=_group_size(options["group_size"]),
         format=options["form"], head=options["head"], calib=options["calib"], tokens=options["calib_tokens"],
         seed=options["seed"], compare=options["report"] is not None,
     )  # fmt: skip
@@ -93,11 +94,17 @@ def convert(source: str, target: Path | None, **options: Any) -> None:
         _check_places(source, target, options)
     checkpoint = Checkpoint.open(folder_of(source))
     _refuse_unused(checkpoint)
+    if checkpoint.quantization.format == "dense":
+        settings = settings.resolved(parse_config(checkpoint.config))
     with limited(options["threads"]):
         if options["dry_run"]:
             _dry_run(checkpoint, target, settings, options)
         else:
             _convert(checkpoint, target, settings, options)
+
+
+def _group_size(option: str) -> int:
+    return 0 if option == "auto" else int(option)
 
 
 def _check_places(source: str, target: Path, options: dict[str, Any]) -> None:
@@ -251,8 +258,11 @@ def _dry_run(source: Checkpoint, target: Path, settings: Settings, options: dict
     found = estimate(source, settings, lambda exact: _backend(options, exact))
     lacks = shortage(found, target)
     if options["as_json"]:
-        click.echo(json.dumps(asdict(found) | {"lacks": lacks or None}))
+        form = {"w_bit": settings.w_bit, "group_size": settings.group_size} if settings.group_size else {}
+        click.echo(json.dumps(asdict(found) | form | {"lacks": lacks or None}))
         return
+    if settings.group_size:  # of a quantised source none is asked for: it keeps its codes
+        click.echo(f"form    {settings.form_text}")
     click.echo(
         f"time    about {_lasting(found.seconds)} on this machine\n"
         f"memory  about {_bytes(found.peak_bytes)} at its peak{_memory_parts(found)}\n"

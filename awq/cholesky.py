@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from tinychat_mlx.awq.parallel import each, product, spans
 from tinychat_mlx.errors import FormatError
 from tinychat_mlx.weight import F32
 
 BLOCK = 256  # NumPy's own factor of one block, which is slow, takes 3 % of the work at K = 8192
-STRIPE = 1024  # rows updated at once: bounds the temporary
+STRIPE = 512  # rows of R, or columns of b, that one thread changes at once
 
 
 def upper_factor(h: F32) -> F32:
@@ -23,20 +24,25 @@ def upper_factor(h: F32) -> F32:
             end = min(at + BLOCK, k)
             corner = np.linalg.cholesky(r[at:end, at:end])
             r[at:end, at:end] = corner
-            panel = r[end:, at:end] @ np.linalg.inv(corner).T
-            r[end:, at:end] = panel
-            for low in range(end, k, STRIPE):
-                high = min(low + STRIPE, k)
-                r[low:high, end:high] -= panel[low - end : high - end] @ panel[: high - end].T
+            panel = r[end:, at:end] = product(r[end:, at:end], np.linalg.inv(corner).T)
+            _subtract_square(r[end:, end:], panel)
     except np.linalg.LinAlgError:
         raise _not_finite() from None
     if not np.isfinite(np.diagonal(r)).all():
         raise _not_finite()
-    for at in range(0, k, STRIPE):  # what lies above the diagonal is left over from h
-        rows = slice(at, at + STRIPE)
-        r[rows] = np.tril(r[rows], at)
+    for rows in spans(k, STRIPE):  # above the diagonal r still holds h
+        r[rows] = np.tril(r[rows], rows.start)
     _turn_round(r)
     return r
+
+
+def _subtract_square(r: F32, panel: F32) -> None:
+    """r (K, K) -= panel @ panel.T, on and below the diagonal."""
+
+    def stripe(rows: slice) -> None:
+        r[rows, : rows.stop] -= panel[rows] @ panel[: rows.stop].T
+
+    each(stripe, spans(len(r), STRIPE)[::-1])  # the longest first
 
 
 def _turn_round(r: F32) -> None:
@@ -51,15 +57,19 @@ def _turn_round(r: F32) -> None:
 
 def solve(u: F32, d: F32, b: F32) -> None:
     """Solve (U D Uᵀ) x = b (K, N) in place, U (K, K) unit upper triangular, d (K,)."""
-    k = len(u)
-    spans = [slice(at, min(at + BLOCK, k)) for at in range(0, k, BLOCK)]
-    for span in reversed(spans):  # U y = b, from the last rows up
-        b[span] = np.linalg.inv(u[span, span]) @ b[span]
-        b[: span.start] -= u[: span.start, span] @ b[span]
-    b /= d[:, None]
-    for span in spans:  # Uᵀ x = y, from the first rows down
-        b[span] = np.linalg.inv(u[span, span].T) @ b[span]
-        b[span.stop :] -= u[span, span.stop :].T @ b[span]
+    parts = [(at, np.linalg.inv(u[at, at])) for at in spans(len(u), BLOCK)]
+
+    def columns(these: slice) -> None:
+        x = b[:, these]
+        for at, inverse in reversed(parts):  # U y = b, from the last rows up
+            x[at] = inverse @ x[at]
+            x[: at.start] -= u[: at.start, at] @ x[at]
+        x /= d[:, None]
+        for at, inverse in parts:  # Uᵀ x = y, from the first rows down
+            x[at] = inverse.T @ x[at]
+            x[at.stop :] -= u[at, at.stop :].T @ x[at]
+
+    each(columns, spans(b.shape[1], STRIPE))
 
 
 def _not_finite() -> FormatError:

@@ -8,7 +8,6 @@ from typing import Any
 from tinychat_mlx.archspec import ArchSpec
 from tinychat_mlx.awq.settings import Settings, quantised_shapes
 from tinychat_mlx.awq.sites import experts, module_name, modules
-from tinychat_mlx.awq.tensors import rim_group
 from tinychat_mlx.config import ModelConfig
 from tinychat_mlx.decoder import Source
 from tinychat_mlx.formats.awq_gemm import awq_config
@@ -63,7 +62,7 @@ def model_config(
 def mlx_block(kept: list[str], config: ModelConfig, source: Source, settings: Settings) -> dict[str, object]:
     """`quantization` of config.json as MLX writes it; what differs from the body is named."""
     block: dict[str, object] = {"group_size": settings.group_size, "bits": settings.w_bit, "mode": "affine"}
-    bits, group = settings.head_bits, rim_group(config, settings.group_size)
+    bits, group = settings.head_bits, settings.group_size
     edge = False if bits == 16 else {"group_size": group, "bits": bits}
     edges = [name for role in ("embed", "head") if source.has(name := config.spec.name(role))]
     return block | dict.fromkeys(edges, edge) | dict.fromkeys((n for n in kept if n not in edges), False)

@@ -64,7 +64,7 @@ def convert(
         work.check(resume, force)
     if source.quantization.format != "dense":
         return _reformat(source, target, settings, work, resume, force, finished)
-    config = open_dense(source, settings)
+    config, settings = open_dense(source, settings)
     if not (finished or force):
         _check_room(needs(config, source, settings), smaller(config, source, settings), work)
     run = Conversion(source, config, settings, backend, work, window_of(config))

@@ -29,11 +29,11 @@ from tinychat_mlx.awq.record import (
 )
 from tinychat_mlx.awq.reformat import reformatted
 from tinychat_mlx.awq.selftext import RoundedSource, conversations, sampled
-from tinychat_mlx.awq.settings import Settings, open_dense
+from tinychat_mlx.awq.settings import Settings, fitting_group, open_dense
 from tinychat_mlx.awq.sites import LayerWeights, mixture
 from tinychat_mlx.awq.sizes import BASE_BYTES, kinds
 from tinychat_mlx.awq.stream import observe
-from tinychat_mlx.awq.tensors import rim_group, rim_names, rounded_rows
+from tinychat_mlx.awq.tensors import rim_names, rounded_rows
 from tinychat_mlx.backend import Backend, CacheShape, Segment
 from tinychat_mlx.checkpoint import Checkpoint
 from tinychat_mlx.config import ModelConfig
@@ -58,7 +58,7 @@ def estimate(source: Checkpoint, settings: Settings, backend: Make) -> Estimate:
     if source.quantization.format != "dense":
         return _of_reformat(source, settings)
     start = time.perf_counter()
-    config = open_dense(source, settings)
+    config, settings = open_dense(source, settings)
     seconds = time.perf_counter() - start
     takes = needs(config, source, settings)
     tokens = takes.calibration_tokens
@@ -164,7 +164,7 @@ def _rim_seconds(config: ModelConfig, source: Checkpoint, settings: Settings) ->
         return 0.0
     sample, rows = _sample(config, source), config.vocab_size
     start = time.perf_counter()
-    rounded_rows(sample, settings.head_bits, rim_group(config, settings.group_size))
+    rounded_rows(sample, settings.head_bits, settings.group_size)
     seconds = time.perf_counter() - start
     matrices = len(rim_names(config, source)[0]) - head.is_site(config, source, settings)
     return seconds * rows / len(sample.w) * matrices
@@ -174,7 +174,7 @@ def _head_seconds(
     config: ModelConfig, source: Checkpoint, settings: Settings, device: Backend, tokens: int
 ) -> float:
     """A head that is more than rounded: one step of rows, the search, and one stripe are done and timed."""
-    form = head.head_form(config, settings)
+    form = head.head_form(settings)
     x = np.random.default_rng(0).standard_normal((STEP_ROWS, config.hidden_size)).astype(np.float32)
     start = time.perf_counter()
     moments = head.head_moments(config, source, device, x, form, settings.method)
@@ -200,7 +200,10 @@ def _writing_seconds(config: ModelConfig, source: Checkpoint, device: Backend, t
     rounded, (count, length) = RoundedSource(source), conversations(tokens, window_of(config))
     graph, loader = Graph(config, device), Loader(config, rounded, device)
     sample = _sample(config, source)
-    norm, head = loader.final_norm(), device.pack(rounded_rows(sample, 8, rim_group(config, 128)))
+    norm, head = (
+        loader.final_norm(),
+        device.pack(rounded_rows(sample, 8, fitting_group([config.hidden_size]))),
+    )
     shape = CacheShape(1, config.num_key_value_heads, config.head_dim)
     caches = [device.new_cache(shape, length) for _ in range(count)]
     for cache in caches:

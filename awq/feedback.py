@@ -12,24 +12,22 @@ G, in the order in which they are quantised.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from threadpoolctl import threadpool_limits
 
-from tinychat_mlx.awq import threads
 from tinychat_mlx.awq.cholesky import upper_factor
+from tinychat_mlx.awq.parallel import each, over_rows, product, spans
 from tinychat_mlx.awq.quantizer import Grid, grid_between, storable
-from tinychat_mlx.awq.rows import over_rows
 from tinychat_mlx.weight import F32
 
 Order = npt.NDArray[np.intp]
 DAMPING = 0.01  # of the mean of H's diagonal, added to it: what the calibration tokens did not show
 SHRINKS = [1 - i / 20 for i in range(9)]  # of a group's range: the joint clip
 PIECE = 32  # columns fed back by one product inside a group
-STRIPE = 512  # rows of the weight handled at once where a product per group would be large
+ROWS = 2048  # of the weight that one thread quantises at once, at most
+STRIPE = 512  # of these, handled at once where a product per group would be large
 
 
 @dataclass(frozen=True)
@@ -117,22 +115,20 @@ def fit_grid(v: F32, d: F32, w_bit: int) -> Grid:
 
 
 def quantised(w: F32, f: Factor, h: F32, w_bit: int, group_size: int, rounds: int) -> Codes:
-    """w (K, N) -> its codes. Rows of the weight do not meet, so two halves run at once, each with half of the cores
-    for its products: of the work between products no core sits out. The halves are the same on every machine.
-    """
+    """w (K, N) -> its codes. Rows of the weight do not meet: parts of them are quantised at once."""
 
-    def half(rows: slice) -> Codes:
+    def some(rows: slice) -> Codes:
         part = w[:, rows]
         codes = feed_back(part, f, w_bit, group_size)
         refine(part, codes, h, rounds)
         return codes
 
-    middle = w.shape[1] // 2
-    workers = min(2, threads.count())
-    with threadpool_limits(threads.count() // workers, "blas"), ThreadPoolExecutor(workers, "awq") as pool:
-        a, b = pool.map(half, (slice(middle), slice(middle, None)))
+    pairs = -(-w.shape[1] // (2 * ROWS))
+    made = each(
+        some, spans(w.shape[1], -(-w.shape[1] // (2 * pairs)))
+    )  # an even number of parts: two threads share
     q, scales, zeros = (
-        np.concatenate(pair, 1) for pair in ((a.q, b.q), (a.scales, b.scales), (a.zeros, b.zeros))
+        np.concatenate([getattr(codes, field) for codes in made], 1) for field in ("q", "scales", "zeros")
     )
     return Codes(q, scales, zeros, w_bit)
 
@@ -147,7 +143,7 @@ def feed_back(w: F32, f: Factor, w_bit: int, group_size: int) -> Codes:
     codes.zeros = np.empty_like(codes.scales)
     for g in range(k // group_size):
         at = slice(g * group_size, (g + 1) * group_size)
-        v = w[at] + f.u[: at.start, at].T @ e[: at.start]
+        v = w[at] + product(f.u[: at.start, at].T, e[: at.start])
         grid = fit_grid(v, f.d[at], w_bit)
         codes.scales[g], codes.zeros[g] = grid.scales, grid.zeros
         _feed_group(w[at], v, grid, f.u[at, at], codes.q[at], e[at])
@@ -180,7 +176,7 @@ def descend(w: F32, codes: Codes, h: F32) -> None:
     curvature = np.diagonal(h)
     for g in range(len(codes.scales)):
         at = slice(g * size, (g + 1) * size)
-        pull = h[at] @ e  # (G, N): minus half the gradient
+        pull = product(h[at], e)  # (G, N): minus half the gradient
         _descend_group(w[at], pull, codes.grid(g), h[at, at], curvature[at], codes.q[at], e[at])
 
 
@@ -206,14 +202,13 @@ def refit_scales(w: F32, codes: Codes, h: F32) -> None:
     """
     k, n = w.shape
     groups, size = len(codes.scales), codes.group_size
-    for low in range(0, n, STRIPE):
-        rows = slice(low, min(low + STRIPE, n))
+    for rows in spans(n, STRIPE):
         z = codes.q[:, rows].reshape(groups, size, -1) - codes.zeros[:, None, rows]
         flat = z.reshape(k, -1)
         a = np.empty((flat.shape[1], groups, groups), np.float64)
         b = np.empty((flat.shape[1], groups), np.float64)
         for g in range(groups):
-            hz = h[:, g * size : (g + 1) * size] @ z[g]  # (K, rows)
+            hz = product(h[:, g * size : (g + 1) * size], z[g])  # (K, rows)
             b[:, g] = np.einsum("kn,kn->n", w[:, rows], hz)
             a[:, :, g] = np.einsum("gkn,gkn->ng", z, hz.reshape(groups, size, -1))
         codes.scales[:, rows] = _solved(a, b, codes.scales[:, rows], codes.w_bit)

@@ -79,7 +79,7 @@ def card_text(source: Checkpoint, settings: Settings) -> str:
         'pipeline_tag: "text-generation"',
         f"tags: {json.dumps(tags)}",
     ]
-    bits = f"{settings.w_bit} bits in groups of {settings.group_size} (method {settings.method})"
+    bits = f"{settings.form_text} (method {settings.method})"
     edges = "float16" if settings.head_bits == 16 else f"{settings.head_bits} bits"
     done = (
         f"Weights of {name} in {bits}, embedding and head in {edges}. "

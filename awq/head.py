@@ -30,7 +30,7 @@ from tinychat_mlx.awq.quantizer import Quantized, round_to_nearest
 from tinychat_mlx.awq.record import steps
 from tinychat_mlx.awq.settings import Settings
 from tinychat_mlx.awq.sites import LayerWeights, Site
-from tinychat_mlx.awq.tensors import joined_rows, rim_group
+from tinychat_mlx.awq.tensors import joined_rows
 from tinychat_mlx.backend import Backend
 from tinychat_mlx.config import ModelConfig
 from tinychat_mlx.decoder import Loader, Source
@@ -47,8 +47,8 @@ def is_site(config: ModelConfig, source: Source, settings: Settings) -> bool:
     return settings.method != "rtn" and settings.head_bits == 4 and source.has(config.spec.name("head"))
 
 
-def head_form(config: ModelConfig, settings: Settings) -> Form:
-    return Form(settings.head_bits, rim_group(config, settings.group_size))
+def head_form(settings: Settings) -> Form:
+    return Form(settings.head_bits, settings.group_size)
 
 
 def head_moments(

@@ -9,8 +9,8 @@ import numpy as np
 
 from tinychat_mlx.awq import feedback
 from tinychat_mlx.awq.cholesky import solve
-from tinychat_mlx.awq.heap import trim
 from tinychat_mlx.awq.moments import BlockMoments, FullMoments
+from tinychat_mlx.awq.parallel import product, trim
 from tinychat_mlx.awq.quantizer import Quantized, round_to_nearest
 from tinychat_mlx.awq.search import clip, search_fed_scale, search_scale
 from tinychat_mlx.awq.sites import UNCLIPPED, LayerWeights, Site, fold, shared, sites
@@ -188,7 +188,7 @@ class Judge:
         self.loss: Callable[[F32], float]
         if isinstance(moments, FullMoments):
             sums = moments.whole()  # not its mean: at K = 8192 a copy is 268 MB
-            self.loss = lambda d: float(np.einsum("nk,nk->n", d @ sums, d).sum(dtype=np.float64))
+            self.loss = lambda d: float(np.einsum("nk,nk->n", product(d, sums), d).sum(dtype=np.float64))
         else:
             self.loss = lambda d: float(moments.loss(d).sum(dtype=np.float64))
         self.signal = max(self.loss(self.w), 1e-30)

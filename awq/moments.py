@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tinychat_mlx.awq.rows import over_rows
+from tinychat_mlx.awq.parallel import add_product, each, over_rows, product, spans
 from tinychat_mlx.weight import F32
 
-SLAB = 1024  # rows of H added to at once: whole groups
+TILE = 256  # rows and columns of H added to at once
 
 
 @dataclass
@@ -32,7 +32,11 @@ class BlockMoments:
         """Take in rows x (T, K)."""
         self.magnitude += np.abs(x).sum(0)
         grouped = x.reshape(len(x), len(self.blocks), -1).transpose(1, 2, 0)  # (K/G, G, T)
-        self.blocks += grouped @ grouped.transpose(0, 2, 1)
+
+        def piece(groups: slice) -> None:
+            self.blocks[groups] += grouped[groups] @ grouped[groups].transpose(0, 2, 1)
+
+        over_rows(len(grouped), grouped[0].size * 4, piece)
         self.tokens += len(x)
 
     @property
@@ -68,7 +72,7 @@ class FullMoments:
     """
 
     magnitude: F32
-    sums: F32  # while tokens come in, only blocks on and above the diagonal: `whole` has all
+    sums: F32  # while tokens come in, only tiles on and above the diagonal: `whole` has all
     cross: F32
     w: F32 | None = None
     tokens: int = 0
@@ -84,13 +88,17 @@ class FullMoments:
     def add(self, x: F32, wanted: F32 | None = None) -> None:
         """Take in rows x (T, K), and the float model's inputs at the same places where they differ."""
         self.magnitude += np.abs(x).sum(0)
-        for at in range(0, len(self.sums), SLAB):  # NumPy's own x.T @ x copies half of K² number by number
-            self.sums[at : at + SLAB, at:] += x[:, at : at + SLAB].T @ x[:, at:]
+        parts = spans(len(self.sums), TILE)
+
+        def tile(at: tuple[slice, slice]) -> None:
+            self.sums[at] += x[:, at[0]].T @ x[:, at[1]]
+
+        each(tile, [(a, b) for i, a in enumerate(parts) for b in parts[i:]])
         if wanted is not None:
             missing = wanted - x
             if self.w is not None:
-                missing = missing @ self.w.T
-            self.cross += missing.T @ x
+                missing = product(missing, self.w.T)
+            add_product(self.cross, missing.T, x)
         self.tokens += len(x)
 
     @property
@@ -100,9 +108,8 @@ class FullMoments:
 
     def whole(self) -> F32:
         """The sums of x xᵀ, (K, K): what lies below the diagonal is filled in."""
-        for at in range(0, len(self.sums), SLAB):
-            end = at + SLAB
-            self.sums[end:, at:end] = self.sums[at:end, end:].T
+        for part in spans(len(self.sums), TILE):
+            self.sums[part.stop :, part] = self.sums[part, part.stop :].T
         return self.sums
 
     def correction(self, w: F32) -> F32:
@@ -110,7 +117,7 @@ class FullMoments:
 
         `cross` is let go, for it is large and has nothing more to say.
         """
-        through = self.cross.T if self.w is not None else self.cross.T @ w.T
+        through = self.cross.T if self.w is not None else product(self.cross.T, w.T)
         self.cross = np.empty((0, self.cross.shape[1]), np.float32)
         out: F32 = np.multiply(through, np.float32(1 / max(self.tokens, 1)), order="C")
         return out
@@ -118,5 +125,5 @@ class FullMoments:
     def blocks(self, group_size: int) -> BlockMoments:
         """What the published searches would have kept."""
         g = len(self.sums) // group_size
-        diagonal = self.sums.reshape(g, group_size, g, group_size)[np.arange(g), :, np.arange(g)]
+        diagonal = self.whole().reshape(g, group_size, g, group_size)[np.arange(g), :, np.arange(g)]
         return BlockMoments(self.magnitude, np.ascontiguousarray(diagonal), self.tokens)

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tinychat_mlx.awq.moments import BlockMoments
+from tinychat_mlx.awq.parallel import over_rows
 from tinychat_mlx.awq.quantizer import grid_of, round_values
-from tinychat_mlx.awq.rows import over_rows
 from tinychat_mlx.awq.sites import Index
 from tinychat_mlx.weight import F32
 

@@ -1,18 +1,21 @@
 """The model writes its own calibration text, so that nothing need be downloaded.
 
-Many conversations decode together, one row each. A chat model is given the beginning of a user's turn, in every
-other conversation with the first words of a question, and writes question and answer; any other model starts from
-one of the openings below. The weights are rounded to 8 bits for this, which changes hardly a token and halves the
+Many conversations decode together, one row each, and begin with the kinds of text of openings.py in turn. A chat
+model completes questions and answers them behind the template's generation prompt, as it will in a chat. The weights are rounded to 8 bits for this, which changes hardly a token and halves the
 memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, cycle
 
 import numpy as np
 import numpy.typing as npt
 
+from tinychat_mlx.awq.openings import dealt
+from tinychat_mlx.awq.settings import fitting_group
 from tinychat_mlx.awq.stream import Ids, Progress, Watch
 from tinychat_mlx.awq.tensors import rounded_rows
 from tinychat_mlx.backend import Backend, Segment
@@ -22,19 +25,6 @@ from tinychat_mlx.errors import TinychatError, TokenizerError
 from tinychat_mlx.tokenizer import Tokenizer
 from tinychat_mlx.weight import F32, Dense, Weight
 
-OPENINGS = (
-    "The", "In", "I", "A", "We", "It was", "He said", "She", "This is", "When", "Why", "How to", "What is",
-    "Once upon a time", "The history of", "According to", "Abstract:", "Chapter 1", "Dear", "To make",
-    "import", "def ", "#include <", "function ", "SELECT", "<html>", "# ", "1.", "Q: ", "2 + 2 =",
-    "Le", "Der", "El", "Il", "Die", "Les", "На", "中", "日本", "O", "En", "Question:",
-)  # fmt: skip
-# What a user's turn begins with. Where all begin so, the demo loses 9 % more at 3 bits (it knows no other language);
-# where every other does, awq+ loses 4 % less than where none does.
-QUESTIONS = (
-    "What", "How", "Why", "Who", "When", "Where", "Can you", "Write", "Tell me", "Explain", "I", "My", "Please",
-    "Is", "Give me", "In", "The", "Let's", "Make a list of", "Do you", "Which", "Hi", "```python", "def ", "2 + 2",
-    "1.", "Was ist", "Wie", "¿Qué", "Comment", "Qu'est-ce", "如何", "什么", "日本", "Что", "Translate",
-)  # fmt: skip
 # At 1 a small model derails now and then: KL of the demo at 4 bits 0.0032, at 0.9 0.0029, with real text 0.0028.
 TEMPERATURE = 0.9
 AT_ONCE = 32  # conversations, if that leaves them SHORTEST tokens: 32 rows decode in hardly more time than 16
@@ -54,7 +44,7 @@ class RoundedSource:
 
     def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
         weight = self.source.weight(module, shape)
-        size = next((g for g in (128, 64, 32) if weight.shape[1] % g == 0), 0)
+        size = fitting_group([weight.shape[1]])
         return rounded_rows(weight, 8, size) if isinstance(weight, Dense) and size else weight
 
     def vector(self, name: str) -> F32:
@@ -76,13 +66,13 @@ def write_text(
     decoder = Decoder(config, RoundedSource(source), backend)
     count, length = conversations(wanted, window)
     rng = np.random.default_rng(seed)
-    writers = [_Writer(*turns(tokenizer, rng), stops) for _ in range(count)]
-    caches = [decoder.new_cache(length) for _ in writers]
+    scripts = writers(tokenizer, stops, count, rng)
+    caches = [decoder.new_cache(length) for _ in scripts]
     ids = np.empty((count, length), np.int32)
     logits = None
     for at in range(length):
         choices = sampled(logits, rng) if logits is not None else [0] * count
-        ids[:, at] = [writer.next(choice) for writer, choice in zip(writers, choices, strict=True)]
+        ids[:, at] = [writer.next(choice) for writer, choice in zip(scripts, choices, strict=True)]
         step = backend.step([Segment(cache, 1) for cache in caches])
         x = decoder.graph.embedded(decoder.inputs, backend.ids(ids[:, at].tolist()), step)
         for layer in decoder.layers:
@@ -126,43 +116,84 @@ def _drawn(p: F32, total: npt.NDArray[np.float64], share: float) -> int:
 class _Writer:
     """Says which token comes next in one conversation: a given one, or the one the model chose."""
 
-    def __init__(
-        self, opening: list[int], to_answer: list[int], to_question: list[int], stops: frozenset[int]
-    ) -> None:
-        self.forced = list(opening)
-        self.turns = (to_answer, to_question)
-        self.stops, self.turn = stops, 0
+    def __init__(self, turns: Iterator[list[int]], stops: tuple[frozenset[int], frozenset[int]]) -> None:
+        """turns: what is given before each turn. stops: what ends the model's turns, in turn."""
+        self.turns, self.stops = turns, cycle(stops)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.forced, self.ends = next(self.turns), next(self.stops)
 
     def next(self, choice: int) -> int:
         """The next token; where the model ends a turn, the template's words between turns follow."""
-        if self.forced:
-            return self.forced.pop(0)
-        if choice not in self.stops:
-            return choice
-        self.forced = list(self.turns[self.turn % 2])
-        self.turn += 1
+        if not self.forced and choice in self.ends:
+            self._begin()
         return self.forced.pop(0) if self.forced else choice
 
 
-def turns(tokenizer: Tokenizer, rng: np.random.Generator) -> tuple[list[int], list[int], list[int]]:
-    """-> tokens that open a conversation, that lead from a question to its answer, from an answer to the next.
-
-    Taken from the chat template by rendering marks. A model without one gets an opening, and another
-    after each end of text.
+def writers(
+    tokenizer: Tokenizer, stops: frozenset[int], count: int, rng: np.random.Generator
+) -> list[_Writer]:
+    """The conversations. With a chat template the model completes a question, and writes answers and further questions;
+    without one it continues a text, and begins another after each end.
     """
-    try:
+    template = Turns.of(tokenizer)
+    beginnings = dealt(tokenizer, template is not None, rng)
+    if template is None:
+        return [_Writer(map(tokenizer.encode, beginnings), (stops, stops)) for _ in range(count)]
+
+    def encoded(part: str) -> list[int]:
+        return tokenizer.encode(part, special=False)
+
+    t = template
+    asked = stops | {encoded(t.to_answer.lstrip())[0]} if t.user_ends else stops
+    made = []
+    for begun, _ in zip(beginnings, range(count), strict=False):
+        given = chain([t.opening + begun, t.to_answer], cycle([t.to_question, t.to_next_answer]))
+        made.append(_Writer(map(encoded, given), (asked, stops)))
+    return made
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What a chat template writes round the messages' contents.
+
+    opening: before the first question. to_answer, to_next_answer: between a question and the model's first word, the
+    generation prompt included. to_question: between an answer and the next question, as the history has it.
+    user_ends: whether to_answer begins with a token that can only end a user's words.
+    """
+
+    opening: str
+    to_answer: str
+    to_question: str
+    to_next_answer: str
+    user_ends: bool
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> Turns | None:
+        """Rendered with marks in the place of contents; None: no template, or one that does not show them as they are."""
         roles = ("user", "assistant", "user")
         chat = [{"role": role, "content": mark} for role, mark in zip(roles, MARKS, strict=True)]
-        text = tokenizer.render(chat, add_generation_prompt=False)
-        parts = []
-        for mark in MARKS:
-            before, found, text = text.partition(mark)
-            if not found:
-                raise TokenizerError("the template does not show a message as it is")
-            parts.append(before)
-        parts[0] += (*QUESTIONS, *[""] * len(QUESTIONS))[rng.integers(2 * len(QUESTIONS))]
-        first, to_answer, to_question = (tokenizer.encode(part, special=False) for part in parts)
-        return first, to_answer, to_question
-    except TokenizerError:
-        opening, again = (tokenizer.encode(OPENINGS[rng.integers(len(OPENINGS))]) for _ in range(2))
-        return opening, again, again
+        try:
+            opening, to_answer = _around(tokenizer.render(chat[:1], add_generation_prompt=True), MARKS[:1])
+            _, history, to_question, to_next = _around(
+                tokenizer.render(chat, add_generation_prompt=True), MARKS
+            )
+            if tokenizer.render(chat[:1], add_generation_prompt=False) == opening + MARKS[0] + to_answer:
+                # Without a generation prompt of its own, a template shows how an answer begins in its history only.
+                to_answer = to_next = history if history.strip() != to_answer.strip() else to_answer
+        except TokenizerError:
+            return None
+        ends = tokenizer.starts_with_special(to_answer.lstrip())
+        return cls(opening, to_answer, to_question, to_next, ends)
+
+
+def _around(text: str, marks: Sequence[str]) -> list[str]:
+    """The parts of a text before, between and behind marks. Raises TokenizerError where one is missing."""
+    parts = []
+    for mark in marks:
+        before, found, text = text.partition(mark)
+        if not found:
+            raise TokenizerError("the template does not show a message as it is")
+        parts.append(before)
+    return [*parts, text]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tinychat_mlx.formats.stored import FLOATS
 
 HEADS = {"int8": 8, "int4": 4, "fp16": 16}
 FORMATS = ("mlx", "awq")
+GROUPS = (128, 64, 32)  # inputs that may share a scale
 LEAST = 128  # calibration tokens; fewer say nothing about an input of hundreds of channels
 CHECK_ROWS = 1 << 22  # numbers looked at at once
 # Bits of infinity, and of the first number that float16 rounds to infinity (65520; bfloat16's next is 65536).
@@ -29,11 +31,14 @@ BEYOND = {"F16": (0x7C00, 0x7C00), "BF16": (0x7F80, 0x4780), "F32": (0x7F800000,
 
 @dataclass(frozen=True)
 class Settings:
-    """One conversion. calib: "self", a file, or a hub id; tokens 0: chosen by the model's size."""
+    """One conversion. calib: "self", a file, or a hub id. tokens 0: chosen by the model's size.
+
+    group_size 0 ("auto"): the largest of GROUPS that fits the model, which `resolved` puts in its place.
+    """
 
     method: str = "awq+"
     w_bit: int = 4
-    group_size: int = 128
+    group_size: int = 0
     format: str = "mlx"
     head: str = "int8"
     calib: str = "self"
@@ -44,7 +49,7 @@ class Settings:
     def __post_init__(self) -> None:
         """Raises UsageError."""
         allowed: dict[str, tuple[Any, ...]] = {
-            "method": METHODS, "w_bit": (3, 4, 8), "group_size": (32, 64, 128), "format": FORMATS, "head": tuple(HEADS),
+            "method": METHODS, "w_bit": (3, 4, 8), "group_size": (0, *GROUPS), "format": FORMATS, "head": tuple(HEADS),
         }  # fmt: skip
         for name, values in allowed.items():
             if getattr(self, name) not in values:
@@ -55,9 +60,28 @@ class Settings:
         if self.format == "awq" and self.w_bit != 4:
             raise UsageError(f"the AutoAWQ format holds 4 bits, not {self.w_bit}: use --format mlx")
 
+    def resolved(self, config: ModelConfig) -> Settings:
+        """With the group size that the model's matrices are stored in. Raises FormatError naming one that does not fit."""
+        named: dict[int, str] = {}
+        for name, _, k in quantised_shapes(config):
+            named.setdefault(k, name)
+        fits = fitting_group(named)
+        for k, name in named.items():
+            if not fits and k % GROUPS[-1]:
+                raise FormatError(f"{name}: {k} inputs cannot be stored in groups of 32, 64 or 128")
+            if self.group_size and k % self.group_size:
+                raise FormatError(
+                    f"{name}: {k} inputs are no multiple of the group size {self.group_size}: use --group-size {fits}"
+                )
+        return replace(self, group_size=self.group_size or fits)
+
     @property
     def form(self) -> Form:
         return Form(self.w_bit, self.group_size)
+
+    @property
+    def form_text(self) -> str:
+        return f"{self.w_bit} bits in groups of {self.group_size}"
 
     @property
     def head_bits(self) -> int:
@@ -93,23 +117,26 @@ def active_size(config: ModelConfig, layer: int) -> int:
     return sizes[0] + sum(routed) + sum(sizes[1 + moe.num_experts :])
 
 
-def open_dense(source: Checkpoint, settings: Settings) -> ModelConfig:
-    """Check a dense checkpoint against the settings -> its config. Raises ConfigError or FormatError."""
+def fitting_group(inputs: Iterable[int]) -> int:
+    """The largest group size that divides every number of inputs; 0: none does."""
+    return next((g for g in GROUPS if gcd(*inputs) % g == 0), 0)
+
+
+def open_dense(source: Checkpoint, settings: Settings) -> tuple[ModelConfig, Settings]:
+    """Check a dense checkpoint against the settings -> its config, the settings with their group size.
+
+    Raises ConfigError or FormatError.
+    """
     config = parse_config(source.config)
-    for name, n, k in quantised_shapes(config):
-        if k % settings.group_size:
-            fits = [str(g) for g in (128, 64, 32) if k % g == 0]
-            hint = f"use --group-size {fits[0]}" if fits else "it cannot be stored in groups of 32, 64 or 128"
-            raise FormatError(
-                f"{name}: {k} inputs are no multiple of the group size {settings.group_size}: {hint}"
-            )
+    settings = settings.resolved(config)
+    for name, n, _ in quantised_shapes(config):
         if settings.format == "awq" and n % 8:
             raise FormatError(
                 f"{name}: {n} outputs are no multiple of 8, which AutoAWQ needs: use --format mlx"
             )
     check_complete(config, source)
     check_numbers(source)
-    return config
+    return config, settings
 
 
 def quantised_shapes(config: ModelConfig) -> Iterator[tuple[str, int, int]]:

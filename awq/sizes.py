@@ -8,7 +8,7 @@ from tinychat_mlx.awq import head
 from tinychat_mlx.awq.record import STEP_ROWS
 from tinychat_mlx.awq.settings import Settings, default_tokens, quantised_shapes
 from tinychat_mlx.awq.sites import experts, layer_shapes, mixture, routers, shapes, sites
-from tinychat_mlx.awq.tensors import rim_group, rim_names
+from tinychat_mlx.awq.tensors import rim_names
 from tinychat_mlx.checkpoint import Checkpoint
 from tinychat_mlx.config import ModelConfig
 
@@ -24,7 +24,7 @@ def result_bytes(config: ModelConfig, source: Checkpoint, settings: Settings) ->
     for name in matrices:
         n, k = source.info(f"{name}.weight")[1]
         plain = settings.head_bits == 16 or name == config.spec.name("positions")
-        total += n * k * (2 if plain else settings.head_bits / 8 + 4 / rim_group(config, settings.group_size))
+        total += n * k * (2 if plain else settings.head_bits / 8 + 4 / settings.group_size)
     return int(total)
 
 
@@ -90,7 +90,7 @@ def kinds(config: ModelConfig) -> dict[int, int]:
 def _head_phase(config: ModelConfig, settings: Settings, tokens: int) -> int:
     """Bytes held while the head is quantised: rows and moments, a stripe about seven times over, the rows by which
     scales were chosen with theirs scaled, codes and the whole that they are put together into."""
-    full, c, form = settings.method == "awq+", config.hidden_size, head.head_form(config, settings)
+    full, c, form = settings.method == "awq+", config.hidden_size, head.head_form(settings)
     stripe = 4 * c * min(head.ROWS, config.vocab_size)
     moments = 4 * c * (2 * c + 3 * c if full else form.group_size)
     codes = int(config.vocab_size * c * (form.w_bit / 8 + 4 / form.group_size))

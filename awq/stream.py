@@ -79,7 +79,7 @@ class WorkFolder:
         try:
             if not resume and self.path.exists():
                 shutil.rmtree(self.path)
-            self.path.mkdir(exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
             found = file.read_text(encoding="utf-8") if file.exists() else text
         except OSError as error:
             raise TinychatError(
@@ -211,7 +211,7 @@ class Conversion:
 
     def _head(self, x: F32, watch: Watch) -> tuple[SiteReport, ...]:
         """Quantise a head of its own, and the final norm with it, by the rows x (T, C) that reach them."""
-        config, source, form = self.config, self.source, head_form(self.config, self.settings)
+        config, source, form = self.config, self.source, head_form(self.settings)
         moments = head_moments(config, source, self.backend, x, form, self.settings.method)
         head = Head.chosen_by(config, source, moments, form, self.settings.compare)
         tensors = head.entries(lambda done, total: watch(Progress("head", done, total)))

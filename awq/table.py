@@ -1,11 +1,11 @@
-"""The README's quality table: every method at 4 and 3 bits, against the dense model, on held-out text.
+"""The quality table in docs/quantising.md: every method at 4 and 3 bits, against the dense model, on held-out text.
 
     python -m tinychat_mlx.awq.table tests/data/demo-fp16 --text tests/data/demo_heldout_text.jsonl \\
         --calib tests/data/demo_calib.jsonl
 
 A median over calibration seeds for each; "self" is text the model wrote itself. What can be shared is made
-once: the calibration text of a seed, and the dense model's last rows on the measured text. Prints the README's
-rows as they stand there, then a table of all that was measured, and JSON on request; progress goes to stderr.
+once: the calibration text of a seed, and the dense model's last rows on the measured text. Prints that table, then
+a table of all that was measured, and JSON on request; progress goes to stderr.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from statistics import median
 from tinychat_mlx.awq.calibrate import calibration_ids, encoded
 from tinychat_mlx.awq.convert import convert
 from tinychat_mlx.awq.evaluate import Quality, Scores, evaluate, kl_ratio, scores
+from tinychat_mlx.awq.parallel import limited
 from tinychat_mlx.awq.record import window_of
 from tinychat_mlx.awq.settings import Settings
 from tinychat_mlx.awq.stream import Ids
-from tinychat_mlx.awq.threads import limited
 from tinychat_mlx.awq.whole import streamed
 from tinychat_mlx.backend import Backend
 from tinychat_mlx.checkpoint import Checkpoint
@@ -165,7 +165,7 @@ def fill(lab: Laboratory, planned: list[tuple[Row, list[Settings]]]) -> None:
 
 
 def readme(found: list[Row]) -> str:
-    """The README's table: a line for each number of bits, a column for each method and kind of text."""
+    """The table in docs/quantising.md: a line for each number of bits, a column for each method and kind of text."""
     bits = list(dict.fromkeys(row.w_bit for row in found))
     columns = [row for row in found if row.w_bit == bits[0] and row.method != "rtn"]
     heads = [f"{row.method}, {'self' if row.calib == 'self' else 'real text'}" for row in columns]
@@ -215,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--calib", help="calibration text; self-written text is measured in any case")
     parser.add_argument("--calib-tokens", type=int, default=0, help="0: chosen by the model's size")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
-    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--group-size", type=int, default=0, help="0: the largest that fits the model")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=None, help="measure the first N tokens only")
     parser.add_argument("--backend", default="auto")

@@ -12,10 +12,11 @@ def check_target(source: Path | None, target: Path, force: bool) -> None:
     """Raises UsageError where the source, a stranger's files or the system stand in the way. None: it is not here yet."""
     if target.is_symlink():
         raise UsageError(f"{target} is a link, which would be replaced: give the folder that it leads to")
-    if not target.parent.is_dir():
-        if os.path.lexists(target.parent):
-            raise UsageError(f"{target.parent} is a file, not a folder: choose another place")
-        raise UsageError(f"{target.parent} is no folder: make it first")
+    holder = next(
+        p for p in target.absolute().parents if os.path.lexists(p)
+    )  # missing parents will be made in it
+    if not holder.is_dir():
+        raise UsageError(f"{holder} is a file, not a folder: choose another place")
     if source is not None and (_holds(source, target) or _holds(target, source)):
         raise UsageError(
             f"{target} is, holds or lies in the model that is read, {source}: choose another place"
@@ -31,7 +32,7 @@ def check_target(source: Path | None, target: Path, force: bool) -> None:
             raise UsageError(
                 f"{target} is a disk of its own, which cannot be replaced: choose a folder on it"
             )
-    for place in (target.parent, *([target] if target.exists() else [])):
+    for place in (holder, *([target] if target.exists() else [])):
         if not os.access(place, os.W_OK | os.X_OK):
             raise UsageError(f"{place} is read-only: choose another place, or allow writing there")
 

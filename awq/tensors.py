@@ -85,14 +85,9 @@ def rim_entries(
         if bits == 16 or name == config.spec.name("positions"):
             yield from weight_entries(weight, "mlx")
         else:
-            yield from weight_entries(rounded_rows(weight, bits, rim_group(config, group_size)), "mlx")
+            yield from weight_entries(rounded_rows(weight, bits, group_size), "mlx")
     for name in vectors:
         yield float_entry(name, source.vector(name), "F16")
-
-
-def rim_group(config: ModelConfig, group_size: int) -> int:
-    """The group size of embedding and head: the model's, or the largest that divides hidden_size."""
-    return next(g for g in (group_size, 64, 32) if config.hidden_size % g == 0)
 
 
 def rounded_rows(weight: Dense, bits: int, group_size: int) -> Packed:

@@ -23,20 +23,17 @@ from pathlib import Path
 from typing import Any
 
 from tinychat_mlx.awq.evaluate import evaluate
+from tinychat_mlx.awq.parallel import limited
 from tinychat_mlx.awq.settings import Settings
 from tinychat_mlx.awq.stream import Ids
 from tinychat_mlx.awq.table import Laboratory, Row, Run
-from tinychat_mlx.awq.tensors import rim_group
-from tinychat_mlx.awq.threads import limited
 from tinychat_mlx.checkpoint import Checkpoint
 from tinychat_mlx.errors import BackendError, ConfigError, TinychatError, UsageError
 
 MINE = ("rtn", "awq", "awq+")
 
 
-def mlx_lm_awq(
-    source: Path, target: Path, ids: Ids, window: int, settings: Settings, edge_group: int
-) -> float:
+def mlx_lm_awq(source: Path, target: Path, ids: Ids, window: int, settings: Settings) -> float:
     """Quantise with mlx_lm.quant.awq -> seconds. Raises BackendError without mlx-lm, ConfigError."""
     try:
         mx, awq, utils = (import_module(name) for name in ("mlx.core", "mlx_lm.quant.awq", "mlx_lm.utils"))
@@ -54,7 +51,7 @@ def mlx_lm_awq(
     with redirect_stdout(sys.stderr):  # it reports there
         awq.awq_quantize(
             model, text, awq.AWQ_MODEL_CONFIGS[config["model_type"]], bits=settings.w_bit,
-            group_size=settings.group_size, embed_bits=settings.head_bits, embed_group_size=edge_group,
+            group_size=settings.group_size, embed_bits=settings.head_bits, embed_group_size=settings.group_size,
         )  # fmt: skip
     utils.save(target, str(source), model, tokenizer, awq.update_config(model, config))
     return time.perf_counter() - start
@@ -70,9 +67,9 @@ def compare(lab: Laboratory, settings: Settings) -> list[Row]:
     lab.texts[settings.calib, settings.seed] = ids, 0.0, seconds[1] * len(ids) / len(made)
     found = [Row("mlx_lm.awq", settings.w_bit, settings.calib)]
     with tempfile.TemporaryDirectory() as folder:
-        target, group = Path(folder) / "theirs", rim_group(lab.config, settings.group_size)
+        target = Path(folder) / "theirs"
         say(f"mlx_lm.awq: {len(ids)} tokens in windows of {window}; this may take minutes")
-        spent = mlx_lm_awq(lab.source.folder, target, ids, window, settings, group)
+        spent = mlx_lm_awq(lab.source.folder, target, ids, window, settings)
         quality = evaluate(lab.ids, lab.scores(Checkpoint.open(target)), lab.dense, window)
     found[0].runs.append(Run(quality, spent, spent / lab.texts[settings.calib, settings.seed][2]))
     say(f"mlx_lm.awq: {spent:.1f} s")
@@ -115,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--calib", required=True, help="calibration text: a file, or self")
     parser.add_argument("--tokens", type=int, default=2048, help="of the calibration text")
     parser.add_argument("--w-bit", type=int, default=4)
-    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--group-size", type=int, default=0, help="0: the largest that fits the model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-tokens", type=int, default=None, help="measure the first N tokens only")
     parser.add_argument("--backend", default="auto")
@@ -127,6 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         with limited(args.threads):
             lab = Laboratory(args)
+            settings = settings.resolved(lab.config)
             found = compare(lab, settings)
     except (TinychatError, OSError) as error:
         say(f"error: {error}")

@@ -1,4 +1,4 @@
-"""The README's pictures of the chat, made by typing into the real one.
+"""The pictures of the chat in the documents, made by typing into the real one.
 
 python tests/pictures.py        writes apps/chat/pictures/*.svg anew, with this machine's name and speed in them
 """

@@ -10,15 +10,19 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from stand_in_hub import Hub
+from tokenizers import AddedToken, decoders, models
+from tokenizers import Tokenizer as RawTokenizer
 
 from tinychat_mlx.awq.calibrate import left_over, packed
 from tinychat_mlx.awq.documents import Document, documents
-from tinychat_mlx.awq.selftext import QUESTIONS, turns
+from tinychat_mlx.awq.openings import LANGUAGES, kinds
+from tinychat_mlx.awq.selftext import Turns, writers
 from tinychat_mlx.errors import UsageError, pip_install
 from tinychat_mlx.loading import DEMO
 from tinychat_mlx.tokenizer import Tokenizer
@@ -123,15 +127,116 @@ class Letters:
         return [ord(c) for c in text]
 
 
-def test_every_other_conversation_begins_with_the_first_words_of_a_question() -> None:
-    """Behind what the template puts before a user's words; answers and later questions are the model's alone."""
-    tokenizer, rng = Tokenizer.load(DEMO), np.random.default_rng(0)
-    before, after = tokenizer.render([{"role": "user", "content": "HERE"}]).split("HERE")
-    found = [turns(tokenizer, rng) for _ in range(400)]
-    words = [tokenizer.decode(first, skip_special=False).removeprefix(before) for first, _, _ in found]
-    assert {word for word in words if word} <= set(QUESTIONS)
-    assert len(set(words)) > 0.9 * len(QUESTIONS) and abs(words.count("") - 200) < 40  # 4 standard deviations
-    assert {tokenizer.decode(answer, skip_special=False) for _, answer, _ in found} == {after}
+# Templates of the shapes that are published: an answer in the history, and a generation prompt.
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+TEMPLATES = {
+    "chatml": CHATML + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "thinks": CHATML + "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}",
+    "thought": "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think></think>\n"
+    "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "channels": "{% for m in messages %}<|start|>{{ m.role }}{% if m.role == 'assistant' %}<|channel|>final{% endif %}"
+    "<|message|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}",
+    "r1": "<s>{% for m in messages %}{% if m.role == 'user' %}<|User|>{{ m.content }}{% else %}<|Assistant|>"
+    "{{ m.content.split('</think>')[-1] }}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}<|Assistant|><think>\n"
+    "{% endif %}",
+    "closes": "<s>{% for m in messages %}{% if m.role == 'user' %}<|User|>{{ m.content }}{% else %}<|Assistant|></think>"
+    "{{ m.content }}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}<|Assistant|><think></think>{% endif %}",
+    "strips": "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}",
+    "brackets": "<s>{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}",
+    "no prompt": "{% for m in messages %}<{{ m.role }}> {{ m.content }} </s>{% endfor %}",
+}
+SHAPES = [  # before a question, from there to an answer, from there to the next question
+    ("chatml", "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n<|im_start|>user\n", True),
+    ("thinks", "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n<think>\n", "<|im_end|>\n<|im_start|>user\n", True),
+    ("thought", "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n<|im_start|>user\n", True),
+    ("channels", "<|start|>user<|message|>", "<|end|><|start|>assistant", "<|end|><|start|>user<|message|>", True),
+    ("r1", "<s><|User|>", "<|Assistant|><think>\n", "</s><|User|>", True),
+    ("closes", "<s><|User|>", "<|Assistant|><think></think>", "</s><|User|>", True),
+    ("strips", "user: ", "\n\nassistant:", "\n\nuser: ", False),
+    ("brackets", "<s>[INST] ", " [/INST]", "</s>[INST] ", False),
+    ("no prompt", "<user> ", " </s><assistant> ", " </s><user> ", True),
+]  # fmt: skip
+ADDED = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start|>", "<|end|>", "<|User|>", "<|Assistant|>")
+
+
+def with_template(folder: Path, template: str) -> Tokenizer:
+    """A tokenizer of one token per letter, with the added tokens of real ones."""
+    raw = RawTokenizer(models.BPE({chr(c): c for c in range(128)}, []))
+    raw.decoder = decoders.Fuse()
+    raw.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ADDED])
+    folder.mkdir()
+    raw.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    (folder / "chat_template.jinja").write_text(template)
+    return Tokenizer.load(folder)
+
+
+@pytest.mark.parametrize(("name", "opening", "to_answer", "to_question", "ends"), SHAPES)
+def test_an_answer_begins_with_the_generation_prompt_of_its_template(
+    name: str, opening: str, to_answer: str, to_question: str, ends: bool, tmp_path: Path
+) -> None:
+    tokenizer = with_template(tmp_path / "t", TEMPLATES[name])
+    assert Turns.of(tokenizer) == Turns(opening, to_answer, to_question, to_answer, ends)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        CHATML.replace("m.content", "m.content | lower"),
+        CHATML.replace("{{ m.content }}", "{% if m.role == 'user' %}{{ m.content }}{% endif %}"),
+        CHATML + "{% if messages | length > 1 %}{{ raise_exception('one message only') }}{% endif %}",
+    ],
+)
+def test_a_template_that_does_not_show_its_messages_is_not_used(template: str, tmp_path: Path) -> None:
+    """Every conversation is a text then."""
+    tokenizer = with_template(tmp_path / "t", template)
+    assert Turns.of(tokenizer) is None
+    made = writers(tokenizer, frozenset(), 12, np.random.default_rng(0))
+    texts = {tuple(tokenizer.encode(text)) for kind in kinds(tokenizer) for text in kind.texts}
+    assert {tuple(w.forced) for w in made} <= texts
+
+
+def test_a_conversation_is_the_templates_words_and_the_models_in_turn(tmp_path: Path) -> None:
+    """A question ends with the template's token for that, a thought goes on over it; an answer ends with a stop."""
+    tokenizer = with_template(tmp_path / "t", TEMPLATES["channels"])
+    stop = tokenizer.id_of("</s>")
+    assert stop is not None
+    writer = writers(tokenizer, frozenset({stop}), 1, np.random.default_rng(3))[0]
+    question = tokenizer.decode(writer.forced, skip_special=False)
+    said = "x?<|end|>hm<|end|>y</s>z</s>w<|end|>v</s>"
+    taken: list[int] = [writer.next(0) for _ in range(len(writer.forced))]
+    for token in tokenizer.encode(said, special=False):
+        taken.append(writer.next(token))
+        taken += [writer.next(0) for _ in range(len(writer.forced))]
+    lead, back = "<|end|><|start|>assistant", "<|end|><|start|>user<|message|>"
+    assert tokenizer.decode(taken, skip_special=False) == (
+        f"{question}x?{lead}hm<|end|>y{back}z{lead}w<|end|>v{back}"
+    )
+
+
+def test_every_kind_of_text_has_its_share_of_the_conversations() -> None:
+    """Whatever the seed, which decides how each begins."""
+    tokenizer = Tokenizer.load(DEMO)
+    named = kinds(tokenizer)
+    assert len(named) == 4  # its tokenizer spells other languages out
+    for seed in range(5):
+        made = writers(tokenizer, frozenset(), 32, np.random.default_rng(seed))
+        words = [tokenizer.decode(w.forced, skip_special=False) for w in made]
+        for i, kind in enumerate(named):
+            begun = [word.removeprefix("<|bos|><|user|>") for word in words[i::4]]
+            assert len(begun) == 8 and set(begun) <= set(kind.questions)
+            assert len(set(begun)) == 8 or begun.count("") == 9 - len(set(begun))
+
+
+def test_languages_are_those_of_the_tokenizer() -> None:
+    """A stand-in that has a token for every three bytes, and one that has a token for every byte."""
+    wide: Any = SimpleNamespace(encode=lambda text, special: [0] * -(-len(text.encode()) // 4))
+    narrow: Any = SimpleNamespace(encode=lambda text, special: [0] * len(text.encode()))
+    assert set(kinds(wide)[-1].questions) == set(LANGUAGES) and len(kinds(wide)) == 5
+    assert len(kinds(narrow)) == 4
 
 
 def test_what_is_left_for_the_report_was_not_calibrated_on() -> None:

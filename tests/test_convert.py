@@ -14,7 +14,9 @@ import tiny_dense
 import tinychat_mlx
 from tinychat_mlx.apps.cli import main
 from tinychat_mlx.awq import sizes
+from tinychat_mlx.awq.settings import Settings
 from tinychat_mlx.checkpoint import Checkpoint
+from tinychat_mlx.config import parse_config
 from tinychat_mlx.tensorfile import TensorFile, entry, write
 from tinychat_mlx.weight import Packed
 
@@ -229,7 +231,6 @@ def test_bad_input_is_refused_by_name_and_nothing_is_written(
     source = damaged(home, f"bad-{name}", change)
     options = {
         "--calib": str(home / "text-0.jsonl"),
-        "--group-size": "32",
         "--backend": "reference",
     } | settings
     if "model_type" in options:
@@ -315,6 +316,60 @@ def test_dry_run_says_what_is_in_memory_when(home: Path, capsys: pytest.CaptureF
     assert main([*own, "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "the whole model, at 8 bits, writes its own text" in out and "one decoder layer of float" in out
+
+
+@pytest.mark.parametrize(
+    ("hidden", "inner", "group"),
+    [
+        (576, 1536, 64),
+        (960, 2560, 64),
+        (2880, 2880, 64),
+        (4096, 11008, 128),
+        (4096, 11296, 32),
+        (32, 4096, 32),
+    ],
+)
+def test_auto_is_the_largest_group_that_fits_every_matrix(hidden: int, inner: int, group: int) -> None:
+    config = parse_config(
+        tiny_dense.CONFIG | {"hidden_size": hidden, "intermediate_size": inner, "head_dim": 32}
+    )
+    assert Settings().resolved(config).group_size == group
+    assert Settings(group_size=32).resolved(config).group_size == 32
+
+
+@pytest.mark.parametrize("form", ["mlx", "awq"])
+def test_auto_is_the_same_as_the_number_it_stands_for(
+    home: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which the dry run, the model, its card and --json name, and with which an interrupted run goes on."""
+    source, command = str(home / "dense"), ["--method", "rtn", "--format", form, "--backend", "reference"]
+    auto, given = home / f"auto-{form}", home / f"given-{form}"
+    assert main(["convert", source, *command, "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["group_size"] == 64
+    assert main(["convert", source, *command, "--dry-run"]) == 0
+    assert "4 bits in groups of 64\n" in capsys.readouterr().out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tinychat_mlx.awq.convert.write_folder", None)
+        main(["convert", source, *command, "-o", str(auto)])
+    capsys.readouterr()
+    assert (
+        main(["convert", source, *command, "-o", str(auto), "--json", "--resume", "--group-size", "64"]) == 0
+    )
+    assert json.loads(capsys.readouterr().out)["settings"]["group_size"] == 64
+    assert main(["convert", source, *command, "-o", str(given), "--group-size", "64"]) == 0
+    assert Checkpoint.open(auto).quantization.group_size == 64 and files(auto) == files(given)
+    assert "in groups of 64 " in (auto / "README.md").read_text()
+
+
+def test_a_matrix_that_no_group_fits_is_named(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One that another group would fit is named with that."""
+    odd = tiny_dense.save(home / "odd", None, intermediate_size=72)
+    assert main(["convert", str(odd), "-o", str(home / "from-odd"), "--method", "rtn"]) == 1
+    error = capsys.readouterr().err
+    assert "down_proj: 72 inputs cannot be stored in groups of 32, 64 or 128" in error
+    args = ["convert", str(home / "dense"), "-o", str(home / "from-odd"), "--group-size", "128"]
+    assert main(args) == 1 and "use --group-size 64" in capsys.readouterr().err
+    assert not (home / "from-odd").exists()
 
 
 def test_json_says_what_was_done(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -114,6 +114,22 @@ def test_a_place_where_nothing_can_be_made_is_one_line(
     assert "cannot be made: Permission denied" in error and error.count("\n") == 1
 
 
+def test_missing_folders_above_the_target_are_made_when_nothing_refuses(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = home / "hold" / "dense", home / "new" / "folder" / "int4"
+    assert main(["convert", str(source), "-o", str(target), "--method", "rtn", "--group-size", "128"]) == 1
+    assert not (home / "new").exists()
+    assert rtn(source, target, "--report", str(home / "reports" / "of" / "it")) == 0
+    assert Checkpoint.open(target).quantization.w_bit == 4
+    assert (home / "reports" / "of" / "it" / "report.md").exists()
+    capsys.readouterr()
+    assert rtn(source, source / "new" / "int4") == 2 and "choose another place" in capsys.readouterr().err
+    (home / "file").write_text("mine")
+    assert rtn(source, home / "file" / "new" / "int4") == 2
+    assert f"{home / 'file'} is a file, not a folder" in capsys.readouterr().err
+
+
 def test_a_disk_of_its_own_is_not_replaced(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

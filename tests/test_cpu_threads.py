@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -65,3 +67,17 @@ def test_callers_on_several_threads_take_turns() -> None:
     for t in callers:
         t.join()
     assert not wrong
+
+
+def test_busy_processors_change_no_result() -> None:
+    """While other programs take the processors, lists run on fewer threads, and now and then on all."""
+    backend, handle, x, y = backend_and_weight(4)
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
+    try:
+        end = time.monotonic() + 1
+        while time.monotonic() < end:
+            assert np.array_equal(backend.to_host(backend.linear(x, handle)), y)
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()

@@ -94,7 +94,7 @@ def test_places_that_cannot_be_written_are_refused_before_any_work(
     said = {
         (*convert, "/proc/x"): "-o /proc/x: /proc takes no new files",
         (*convert, f"{file}/x"): f"{file} is a file, not a folder",
-        (*convert, f"{tmp_path}/no/x"): f"{tmp_path}/no is no folder: make it first",
+        (*convert, f"{file}/no/x"): f"{file} is a file, not a folder",
         (*convert, file): f"{file} exists",
         (*convert, str(tmp_path / ("x" * 250))): "the name is too long — shorten it",
         (*convert, out, "--report", f"{file}/x"): f"--report {file}/x: {file} is a file",

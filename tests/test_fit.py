@@ -140,7 +140,7 @@ def test_what_convert_writes_is_foreseen(tmp_path: Path) -> None:
     rows = lambda f: sorted((p.name, p.form, p.parameters, p.nbytes) for p in f.parts)
     assert rows(foreseen) == rows(made)
     config = parse_config(Checkpoint.open(DENSE).config)
-    written = needs.result_bytes(config, Checkpoint.open(DENSE), settings)
+    written = needs.result_bytes(config, Checkpoint.open(DENSE), settings.resolved(config))
     assert written == pytest.approx(made.nbytes, rel=0.01)
     for backend in (CpuBackend(threads=1), ReferenceBackend()):
         assert fit.cost(foreseen, backend).weights == fit.cost(made, backend).weights
@@ -169,7 +169,7 @@ def test_a_conversion_without_memory_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = parse_config(Checkpoint.open(DENSE).config)
-    wanted = needs.needs(config, Checkpoint.open(DENSE), Settings(method="rtn"))
+    wanted = needs.needs(config, Checkpoint.open(DENSE), Settings(method="rtn").resolved(config))
     command = ["convert", str(DENSE), "-o", str(tmp_path / "out"), "--method", "rtn", "--threads", "1"]
     free(monkeypatch, wanted.peak_bytes - 1_000_000)
     assert main(command) == 1
@@ -205,9 +205,9 @@ def test_a_file_of_text_is_named_where_writing_it_takes_the_memory(monkeypatch: 
     config = parse_config(source.config)
     deep = replace(config, num_hidden_layers=4000, window=config.window * 1000)
     monkeypatch.setattr(sizes, "kinds", lambda config: {0: config.num_hidden_layers})
-    assert "--calib FILE" in needs.smaller(deep, source, Settings())
-    assert not needs.smaller(deep, source, Settings(calib="text.txt"))
-    assert not needs.smaller(deep, source, Settings(method="rtn"))
+    assert "--calib FILE" in needs.smaller(deep, source, Settings(group_size=128))
+    assert not needs.smaller(deep, source, Settings(group_size=128, calib="text.txt"))
+    assert not needs.smaller(deep, source, Settings(group_size=128, method="rtn"))
 
 
 def test_what_is_int4_already_is_not_converted_to_the_same(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -39,6 +40,7 @@ from tinychat_mlx.formats.mlx import mlx_entries
 from tinychat_mlx.loading import DEMO, load
 from tinychat_mlx.tensorfile import entry, write
 from tinychat_mlx.weight import Dense
+from tinychat_mlx.words import size
 
 COMMIT = "0123456789" * 4
 DENSE = Path(__file__).resolve().parent / "data" / "demo-fp16"
@@ -208,6 +210,26 @@ def test_a_dense_model_is_shown_as_int4_as_well(capfd: pytest.CaptureFixture[str
     assert re.search(r"^as int4 +3\.3 MB: `tinychat convert ", shown, re.MULTILINE) and "cpu as int4" in shown
     assert main(["models", "show", "demo", "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["as_int4"] is None
+
+
+@pytest.mark.parametrize("name", ["dense", "my model's", "."])
+def test_the_command_that_is_shown_converts_as_it_is_printed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In a shell, of a model that groups of 128 do not fit."""
+    source = save(tmp_path / ("here" if name == "." else name))
+    monkeypatch.chdir(source if name == "." else tmp_path)
+    monkeypatch.setenv("COLUMNS", "1000")
+    assert main(["models", "show", name if name == "." else f"./{name}"]) == 0
+    shown = capfd.readouterr().out
+    command = re.search(r"^as int4 .*: `(tinychat convert .*)`$", shown, re.MULTILINE)
+    assert command, shown
+    program, *args = shlex.split(command[1])
+    assert program == "tinychat" and main([*args, "--method", "rtn"]) == 0
+    made = facts.local("made", tmp_path / f"{source.name}-int4")
+    assert (
+        re.search(rf"^as int4 +{size(made.nbytes)}:", shown, re.MULTILINE) and made.quantization == "int4 g64"
+    )
 
 
 def test_what_is_not_downloaded_is_to_download(client: Client) -> None:

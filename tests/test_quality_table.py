@@ -1,4 +1,4 @@
-"""The programs behind the README's quality table, on a tiny model: what they print is what was measured."""
+"""The programs behind the quality tables in docs/quantising.md, on a tiny model: what they print is what was measured."""
 
 from __future__ import annotations
 

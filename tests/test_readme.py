@@ -1,6 +1,6 @@
-"""Every command that README.md and CONTRIBUTING.md show runs as it stands there, pasted into a shell.
+"""Every command in README.md, CONTRIBUTING.md and docs/ runs as written, pasted into a shell.
 
-What needs a network, root, another machine or minutes is named in NOT_RUN, and at least parsed.
+A command that needs a network, root, another machine or minutes is listed in NOT_RUN and only parsed.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="the commands are for a 
 if not (ROOT / "README.md").exists():
     pytest.skip("a checkout's documents are not here", allow_module_level=True)
 
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")))
 PROGRAMS = {
     ".",
     "bash",
@@ -58,15 +59,18 @@ NOT_RUN = {  # how a command begins -> why it is not run here
     "tinychat bench --shape llama-3.2-1b --head int4 --against": "needs packages that the tests have not",
     "tinychat bench --shape llama-3.2-1b --kernels": "needs a Mac",
 }
-APPENDED = {  # to a command that would take more than seconds, ask, or say nothing: the last of two values counts
-    ". .venv/bin/activate": "&& command -v tinychat",
-    "tinychat convert": "--calib-tokens 512 --report-text CHANGELOG.md",
+ACTIVATE = ". .venv/bin/activate\n"  # README.md shows it; the pages in docs/ assume it
+APPENDED = {  # pattern -> text that makes a command shorter, silent on questions, or visible; the last of two values counts
+    r"\. \.venv/bin/activate": "&& command -v tinychat",
+    "tinychat convert .*demo-fp16": "--calib-tokens 512",
+    "tinychat convert .*--report": "--report-text CHANGELOG.md",
+    "tinychat convert .*--format awq": "--method rtn",
     "tinychat eval": "--max-tokens 1024",
     "tinychat bench": "--shape tiny --pp 16 --tg 4",
     "tinychat models rm": "--yes",
-    "python -m tinychat_mlx.awq.table": "--calib-tokens 512 --bits 3 --seeds 1 --group-size 32",
-    "python -m tinychat_mlx.awq.versus": "--tokens 140 --group-size 32",
-    'eval "$(tinychat completion': "&& complete -p tinychat",
+    r"python -m tinychat_mlx\.awq\.table": "--calib-tokens 512 --bits 3 --seeds 1 --group-size 32",
+    r"python -m tinychat_mlx\.awq\.versus": "--tokens 140 --group-size 32",
+    r'eval "\$\(tinychat completion': "&& complete -p tinychat",
 }
 ON_LESS = "python -m tinychat_mlx.awq."  # takes minutes: runs where a tiny model lies under the demo's name
 ON_THE_HUB = {  # model -> what the stand-in has under its name
@@ -113,11 +117,15 @@ def program(line: str) -> bool:
 
 def blocks() -> list[Block]:
     found = []
-    for document in ("README.md", "CONTRIBUTING.md"):
+    for document in DOCUMENTS:
         for token in MarkdownIt().parse((ROOT / document).read_text(encoding="utf-8")):
             if token.type in ("code_block", "fence") and token.map:
                 found.append(Block(document, token.map[0] + 1, token.content))
     return found
+
+
+def appended(command: str) -> str:
+    return " ".join(text for pattern, text in APPENDED.items() if re.match(pattern, command))
 
 
 def not_run(command: str) -> str | None:
@@ -129,7 +137,7 @@ COMMANDS = [(str(b), c) for b in SHELL for c in b.commands()]
 INLINE = sorted(
     {
         code
-        for document in ("README.md", "CONTRIBUTING.md")
+        for document in DOCUMENTS
         for code in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", (ROOT / document).read_text(encoding="utf-8"))
         if code.startswith("tinychat ")
     }
@@ -190,7 +198,7 @@ def less(checkout: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def environment(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Nothing of the user's own, no `tinychat` in the PATH, and a stand-in for the hub."""
+    """No settings of the user, no `tinychat` in the PATH, a stand-in for the hub; one thread, as tests run in parallel."""
     root = tmp_path_factory.mktemp("hub")
     for name, target in ON_THE_HUB.items():
         (root / "models" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -202,20 +210,24 @@ def environment(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     elsewhere = [p for p in os.environ["PATH"].split(os.pathsep) if not Path(p, "tinychat").exists()]
     own = {name: home for name in ("HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME")}
     with Hub(root) as hub:
-        more = {"PATH": os.pathsep.join(elsewhere), "TINYCHAT_WEIGHT_CACHE": "0"} | own
+        more = {
+            "PATH": os.pathsep.join(elsewhere),
+            "TINYCHAT_WEIGHT_CACHE": "0",
+            "OMP_NUM_THREADS": "1",
+        } | own
         yield kept | more | hub.environ(checkout.parent / "hf")
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_commands_run_one_after_the_other(
     document: str, checkout: Path, less: Path, environment: dict[str, str]
 ) -> None:
-    """As a newcomer pastes them, top to bottom: what is sourced counts for what comes after it."""
-    entered = ""
+    """A page from top to bottom, as a newcomer pastes it: a sourced file affects the commands after it."""
+    entered = "" if document == "README.md" else ACTIVATE
     for where, command in COMMANDS:
-        if not where.startswith(document) or not_run(command):
+        if not where.startswith(f"{document}:") or not_run(command):
             continue
-        more = next((text for start, text in APPENDED.items() if command.startswith(start)), "")
+        more = appended(command)
         done = subprocess.run(
             ["bash", "-o", "pipefail", "-c", f"{entered}{command} {more}"],
             cwd=less if command.startswith(ON_LESS) else checkout, env=environment, input=SAID, capture_output=True, text=True, timeout=1200, check=False,
@@ -259,7 +271,8 @@ def test_a_command_within_a_sentence_is_one(command: str, monkeypatch: pytest.Mo
 
 def test_the_reasons_are_of_commands_that_are_shown() -> None:
     shown = [c for _, c in COMMANDS]
-    assert all(any(c.startswith(start) for c in shown) for start in APPENDED)
+    assert all(any(re.match(pattern, c) for c in shown) for pattern in APPENDED)
+    assert ACTIVATE.strip() in shown
     with pytest.raises(click.UsageError), pytest.MonkeyPatch.context() as patch:
         parse_as_tinychat(["bench", "--no-such-option"], patch)
 

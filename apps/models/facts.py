@@ -150,16 +150,12 @@ def _facts(
 def as_int4(found: Facts, settings: Settings) -> Facts:
     """What `tinychat convert` would make of a dense model."""
     from tinychat_mlx.awq.settings import quantised_shapes
-    from tinychat_mlx.awq.tensors import rim_group
 
     assert found.config is not None
+    settings = settings.resolved(found.config)
     body = sum(n * k for _, n, k in quantised_shapes(found.config))
     inner = f"int{settings.w_bit} g{settings.group_size}"
-    rim = (
-        "fp16"
-        if settings.head_bits == 16
-        else f"int{settings.head_bits} g{rim_group(found.config, settings.group_size)}"
-    )
+    rim = "fp16" if settings.head_bits == 16 else f"int{settings.head_bits} g{settings.group_size}"
     parts = []
     for part in found.parts:
         rest = part.parameters

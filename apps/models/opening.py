@@ -16,7 +16,7 @@ from tinychat_mlx import hub, places
 from tinychat_mlx.apps import fit
 from tinychat_mlx.apps.models.download import download, lasting
 from tinychat_mlx.apps.terminal import detect
-from tinychat_mlx.errors import BackendError, ConfigError, TinychatError, UsageError
+from tinychat_mlx.errors import BackendError, ConfigError, FormatError, TinychatError, UsageError
 from tinychat_mlx.words import size
 
 if TYPE_CHECKING:
@@ -110,14 +110,14 @@ def may_convert(ref: hub.Ref, found: Facts, options: Options) -> bool:
 
 def int4_settings(found: Facts) -> Settings | None:
     """The conversion that suits a model, None where there is none."""
-    from tinychat_mlx.awq.settings import Settings, quantised_shapes
+    from tinychat_mlx.awq.settings import Settings
 
     if found.config is None or not found.dense:
         return None
-    inputs = {k for _, _, k in quantised_shapes(found.config)}
-    group = next((g for g in (128, 64, 32) if not any(k % g for k in inputs)), None)
-    head = "int8" if found.config.hidden_size % 32 == 0 else "fp16"
-    return Settings(group_size=group, head=head) if group else None
+    try:
+        return Settings().resolved(found.config)
+    except FormatError:  # a matrix that no group size divides
+        return None
 
 
 def _offer(ref: hub.Ref, options: Options, say: Say, freed: int) -> str:
@@ -195,11 +195,10 @@ def _convert(ref: hub.Ref, folder: Path, settings: Settings, options: Options, s
     from tinychat_mlx.apps.convert import Screen
     from tinychat_mlx.awq.calibrate import calibration_ids
     from tinychat_mlx.awq.convert import convert
-    from tinychat_mlx.awq.threads import limited
+    from tinychat_mlx.awq.parallel import limited
     from tinychat_mlx.checkpoint import Checkpoint
 
     target = conversion(ref)
-    target.parent.mkdir(parents=True, exist_ok=True)
     screen = Screen(quiet=False)
     try:
         with screen.bar, limited(options.get("threads")):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import click
@@ -100,9 +102,10 @@ def _about(found: facts.Facts, int4: facts.Facts | None) -> dict[str, str]:
         "weights": f"{size(found.nbytes)} {'on disk' if found.folder else 'to download'}",
     }
     if int4 is not None:
-        chat, made = f"`tinychat chat -m {found.name}` offers", f"{found.name.rstrip('/')}-int4"
         way = (
-            f"{chat} to convert it" if hub.parse(found.name) else f"`tinychat convert {found.name} -o {made}`"
+            f"`tinychat chat -m {found.name}` offers to convert it"
+            if hub.parse(found.name)
+            else f"`{_convert_command(Path(found.name).expanduser())}`"
         )
         about["as int4"] = f"{size(int4.nbytes)}: {way}"
     if found.trouble:
@@ -115,6 +118,13 @@ def _about(found: facts.Facts, int4: facts.Facts | None) -> dict[str, str]:
         "licence": found.licence or "not stated",
         "sampling": _sampling(found),
     }
+
+
+def _convert_command(folder: Path) -> str:
+    """What makes an int4 model of a folder, next to it."""
+    if folder.name in ("", ".."):  # of "." and the like: the name is the real folder's
+        folder = folder.resolve()
+    return shlex.join(["tinychat", "convert", str(folder), "-o", f"{folder}-int4"])
 
 
 def _sampling(found: facts.Facts) -> str:

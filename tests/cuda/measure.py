@@ -7,7 +7,7 @@
    usual AWQ kind; decoding from end to end with sampling on the device; graph launches counted; 2048 tokens of
    prefill beside torch's fp16 products of the same shapes.
 
-Prints a Markdown table for the README and writes all of it as JSON. --dry goes through the same code on CPU
+Prints a Markdown table for docs/devices.md and writes all of it as JSON. --dry goes through the same code on CPU
 tensors with a toy shape: its figures mean nothing and say so.
 """
 
@@ -227,7 +227,7 @@ def measured(shape: str, make: Callable[[], Any], rate: float, dry: bool) -> dic
 
 
 def table(report: dict[str, Any]) -> str:
-    """README rows."""
+    """Markdown for docs/devices.md: a row per shape."""
     dry = " A dry run on a CPU: these figures are no measurement." if report["dry"] else ""
     lines = [
         f"{report['device']}, {report['date']}: reads {report['bandwidth_gb_s']:.0f} GB/s.{dry}",

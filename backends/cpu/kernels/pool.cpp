@@ -15,6 +15,7 @@ static int process_id() {
   return _getpid();
 }
 #else
+#include <time.h>
 #include <unistd.h>
 static int process_id() {
   return (int)getpid();
@@ -40,16 +41,44 @@ static void relax() {
 // whose peer lost its core to another process gives up its own.
 static constexpr std::chrono::microseconds SPIN{60};
 
-// Waits until `a` is no longer `old`: spins briefly, then sleeps.
-static void await(std::atomic<uint32_t>& a, uint32_t old) {
+// Where other programs take processors away, a thread that is preempted holds up all others at the next meeting.
+// So lists then run on fewer threads, and now and then on all again, to see whether the processors are free.
+static constexpr int64_t WINDOW = 30'000'000;  // ns of lists that are judged together: some time slices
+static constexpr int64_t FIRST_REST = 200'000'000, LONGEST_REST = 3'200'000'000;  // ns before all are tried again
+static constexpr double LOST = 0.25;  // threads' worth of time that other programs may take
+
+static int64_t greater(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
+
+static int64_t now_ns() {
+  return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// Processor time of this thread in ns; -1 where the system counts it in whole time slices or not at all.
+static int64_t processor_ns() {
+#if defined(CLOCK_THREAD_CPUTIME_ID) && !defined(_WIN32)
+  timespec t;
+  if (!clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t)) return (int64_t)t.tv_sec * 1'000'000'000 + t.tv_nsec;
+#endif
+  return -1;
+}
+
+// Waits until `a` is no longer `old`: spins briefly, then sleeps -> when it fell asleep, or 0.
+static int64_t await(std::atomic<uint32_t>& a, uint32_t old) {
   auto end = std::chrono::steady_clock::time_point();
   for (int i = 1; a.load(std::memory_order_acquire) == old; i++) {
     relax();
     if (i % 64) continue;
     const auto now = std::chrono::steady_clock::now();
     if (end == std::chrono::steady_clock::time_point()) end = now + SPIN;
-    if (now > end) return a.wait(old, std::memory_order_acquire);
+    if (now > end) {
+      const int64_t asleep = now_ns();
+      a.wait(old, std::memory_order_acquire);
+      return asleep;
+    }
   }
+  return 0;
 }
 
 namespace {
@@ -65,32 +94,49 @@ struct Buffer {  // grows, aligned to a cache line, old contents lost
   }
   uint8_t* get() const { return (uint8_t*)(((uintptr_t)bytes.get() + 63) & ~(uintptr_t)63); }
 };
+
+struct alignas(64) Nanoseconds {
+  int64_t asleep = 0;  // of one thread, since its list began
+};
 }  // namespace
 
 struct Pool {
-  int threads;
-  int process = 0;  // the workers' process: a forked child has none of them
+  int threads, team;  // of which `team` run the next list
+  int process = 0;    // the workers' process: a forked child has none of them
   std::mutex one_caller;
   std::unique_ptr<std::vector<std::thread>> workers;
   std::vector<Buffer> scratch;
+  std::vector<Nanoseconds> waits;
   Buffer shared;
   WalkFn walk = nullptr;
   const void* list = nullptr;
   int n = 0;
   bool stop = false;
-  alignas(64) std::atomic<uint32_t> job{0};
+  int64_t judged = 0, lost = 0;  // ns of lists since the last judgement, and what other programs took of them
+  int64_t until = 0, rest = FIRST_REST;
+  std::atomic<int64_t> met{0};               // when the threads last met, or a list was announced
+  std::atomic<int64_t> taken{0};             // from the threads of this list by other programs, ns
+  alignas(64) std::atomic<uint32_t> job{0};  // its number * TEAMS + its team
   alignas(64) std::atomic<uint32_t> generation{0};
   alignas(64) std::atomic<int> arrived{0};
   alignas(64) std::atomic<int> next{0};
 };
 
+static constexpr uint32_t TEAMS = 1 << 12;
+
 void pool_barrier(const Worker& me) {
   Pool& p = *me.pool;
-  if (p.threads == 1) return p.next.store(0, std::memory_order_relaxed);
+  if (me.threads == 1) return p.next.store(0, std::memory_order_relaxed);
   const uint32_t now = p.generation.load(std::memory_order_relaxed);
-  if (p.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 < p.threads) return await(p.generation, now);
+  if (p.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 < me.threads) {
+    // What passes after the meeting until the thread has a processor again is not its sleep: others hold that.
+    if (const int64_t since = await(p.generation, now))
+      p.waits[(size_t)me.id].asleep += greater(p.met.load(std::memory_order_relaxed) - since, 0);
+    return;
+  }
   p.arrived.store(0, std::memory_order_relaxed);
   p.next.store(0, std::memory_order_relaxed);
+  p.met.store(now_ns(), std::memory_order_relaxed);
   p.generation.store(now + 1, std::memory_order_release);
   p.generation.notify_all();
 }
@@ -108,17 +154,51 @@ int pool_arrive(int32_t* n) {
   return reinterpret_cast<std::atomic<int32_t>*>(n)->fetch_add(1, std::memory_order_acq_rel);
 }
 
-static void walk_as(Pool* p, int id) {
-  const Worker me{p, id, p->threads, p->scratch[(size_t)id].get(), p->shared.get()};
+static void walk_as(Pool* p, int id, int team) {
+  const Worker me{p, id, team, p->scratch[(size_t)id].get(), p->shared.get()};
+  if (team == 1) return p->walk(me, p->list, p->n), pool_barrier(me);
+  int64_t& asleep = p->waits[(size_t)id].asleep;
+  asleep = 0;
+  const int64_t start = p->met.load(std::memory_order_relaxed), used = processor_ns();
   p->walk(me, p->list, p->n);
+  const int64_t busy = processor_ns() - used, taken = now_ns() - start - busy - asleep;
+  if (used >= 0 && taken > 0) p->taken.fetch_add(taken, std::memory_order_relaxed);
   pool_barrier(me);
 }
 
 static void work(Pool* p, int id, uint32_t seen) {
-  for (;; seen++) {
+  for (;;) {
     await(p->job, seen);
+    seen = p->job.load(std::memory_order_acquire);
     if (p->stop) return;
-    walk_as(p, id);
+    // A list that is over may be missed: the team of one that is not over waits for its threads.
+    if (const int team = (int)(seen % TEAMS); id < team) walk_as(p, id, team);
+  }
+}
+
+// Announces a list to its team.
+static void announce(Pool* p, int team) {
+  const uint32_t number = p->job.load(std::memory_order_relaxed) / TEAMS + 1;
+  p->met.store(now_ns(), std::memory_order_relaxed);
+  p->job.store(number * TEAMS + (uint32_t)team, std::memory_order_release);
+  p->job.notify_all();
+}
+
+// After a list of `wall` ns on a team: are there threads that other programs hold up? Then fewer run the next.
+static void judge(Pool* p, int64_t wall) {
+  p->judged += wall;
+  p->lost += p->taken.exchange(0, std::memory_order_relaxed);
+  if (p->judged < WINDOW) return;
+  const double lost = (double)p->lost / (double)p->judged;
+  const int64_t trial = p->judged;
+  p->judged = p->lost = 0;
+  if (lost >= LOST) {  // a thread that shares its processor with one other loses half its time
+    const int fewer = p->team - (lost > 0.75 ? (int)(2 * lost + 0.5) : 1);
+    p->team = fewer > 1 ? fewer : 1;
+    p->until = now_ns() + greater(p->rest, 32 * trial);  // trials take a few hundredths of the time
+    p->rest = p->rest * 2 < LONGEST_REST ? p->rest * 2 : LONGEST_REST;
+  } else if (p->team == p->threads) {
+    p->rest = FIRST_REST;
   }
 }
 
@@ -134,16 +214,16 @@ static void start(Pool* p) {
 Pool* pool_new(int threads) {
   Pool* p = new (std::nothrow) Pool();
   if (!p) return nullptr;
-  p->threads = threads;
-  p->scratch.resize((size_t)threads);
+  p->threads = p->team = threads < (int)TEAMS ? threads : (int)TEAMS - 1;
+  p->scratch.resize((size_t)p->threads);
+  p->waits.resize((size_t)p->threads);
   return p;
 }
 
 void pool_free(Pool* p) {
   if (p->process == process_id()) {
     p->stop = true;
-    p->job.fetch_add(1, std::memory_order_release);
-    p->job.notify_all();
+    announce(p, 0);
     for (auto& t : *p->workers) t.join();
   } else {
     (void)p->workers.release();
@@ -162,10 +242,12 @@ bool pool_run(Pool* p, WalkFn walk, const void* list, int n, size_t scratch, siz
   if (!p->shared.grow(shared)) return false;
   if (p->process != process_id()) start(p);
   p->walk = walk, p->list = list, p->n = n;
-  if (p->threads > 1) {
-    p->job.fetch_add(1, std::memory_order_release);
-    p->job.notify_all();
-  }
-  walk_as(p, 0);
+  if (p->threads == 1) return walk_as(p, 0, 1), true;
+  const int64_t start = now_ns();
+  if (p->team < p->threads && start >= p->until) p->team = p->threads, p->judged = p->lost = 0;
+  const int team = p->team;
+  if (team > 1) announce(p, team);
+  walk_as(p, 0, team);
+  if (team > 1) judge(p, now_ns() - start);
   return true;
 }

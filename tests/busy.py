@@ -1,0 +1,76 @@
+"""How much speed is left next to busy programs: idle and busy runs alternate, their medians are printed.
+
+    python tests/busy.py MODEL [--loops 2] [--rounds 3] [--convert FOLDER]
+
+A busy run has endless loops next to it. With --convert: also wall and processor time of a conversion (not on Windows).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+TINYCHAT = [sys.executable, "-m", "tinychat_mlx"]
+
+
+@contextmanager
+def loops(number: int) -> Iterator[None]:
+    """Endless loops in processes of their own."""
+    running = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(number)]
+    try:
+        yield
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+def speed(model: str) -> dict[str, float]:
+    command = [*TINYCHAT, "bench", "-m", model, "--backend", "cpu", "--pp", "128", "--tg", "64", "--json"]
+    result = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return {"prefill tok/s": result["pp_tok_s"], "decode tok/s": result["tg_tok_s"]}
+
+
+def conversion(folder: str) -> dict[str, float]:
+    import resource
+
+    def processor() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    with tempfile.TemporaryDirectory() as out:
+        command = [*TINYCHAT, "convert", folder, "-o", str(Path(out, "made")), "--backend", "cpu"]
+        start, before = time.perf_counter(), processor()
+        subprocess.run(command, capture_output=True, check=True)
+        return {"convert wall s": time.perf_counter() - start, "convert processor s": processor() - before}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model")
+    parser.add_argument("--loops", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--convert", metavar="FOLDER")
+    args = parser.parse_args()
+    rounds: dict[int, list[dict[str, float]]] = {0: [], args.loops: []}
+    for _ in range(args.rounds):
+        for number, found in rounds.items():
+            with loops(number):
+                found.append(speed(args.model) | (conversion(args.convert) if args.convert else {}))
+    for name in rounds[0][0]:
+        idle, busy = (statistics.median(one[name] for one in found) for found in rounds.values())
+        print(f"{name:20} idle {idle:9.1f}   busy {busy:9.1f}   busy / idle {busy / idle:.2f}")
+
+
+if __name__ == "__main__":
+    main()
