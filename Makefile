@@ -7,12 +7,15 @@ BIN := .venv/bin
 # Wheels of torch for Linux bring gigabytes of CUDA: the tests want the CPU build, pinned in pyproject.toml.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
+# A process per core; one that is done takes tests from the others.
+PYTEST := $(BIN)/python -m pytest -n logical --dist worksteal
+
 .PHONY: chat test check format wheel sanitize clean
 chat: .venv/chat.done
 	@$(BIN)/tinychat
 
 test: .venv/test.done
-	$(BIN)/python -m pytest $(TESTS)
+	$(PYTEST) $(TESTS)
 
 check: .venv/test.done
 	$(BIN)/ruff check .
@@ -20,7 +23,7 @@ check: .venv/test.done
 	$(BIN)/python tests/dev.py links
 	$(BIN)/mypy
 	git ls-files '*.cpp' '*.h' '*.metal' '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
-	$(BIN)/python -m pytest $(TESTS)
+	$(PYTEST) $(TESTS)
 
 format: .venv/test.done
 	$(BIN)/ruff check --fix .

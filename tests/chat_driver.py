@@ -107,8 +107,8 @@ class ScriptedModel:
         )
 
 
-def main() -> int:
-    script = json.loads(Path(sys.argv[1]).read_text())
+def loader(script: dict[str, Any]) -> Any:
+    """`tinychat_mlx.load`, with the scripted model for every name but "missing"."""
 
     def load(model: str, backend: str = "auto", **_: Any) -> ScriptedModel:
         time.sleep(script.get("load", 0))
@@ -118,7 +118,11 @@ def main() -> int:
             script, "scripted" if model == "demo" else model, "cpu" if backend == "auto" else backend
         )
 
-    tinychat_mlx.load = load  # type: ignore[assignment]
+    return load
+
+
+def main() -> int:
+    tinychat_mlx.load = loader(json.loads(Path(sys.argv[1]).read_text()))
     from tinychat_mlx.apps.cli import main as run
 
     return run(sys.argv[2:])

@@ -15,35 +15,17 @@ import pyte
 
 ROOT = Path(__file__).resolve().parent.parent
 DRIVER = ROOT / "tests" / "chat_driver.py"
+CEILING_S = 120  # a wait ends when what it waits for is there: this is for a machine that does much else
 CTRL_C, CTRL_D, CTRL_J, CTRL_R, ENTER, UP = "\x03", "\x04", "\x0a", "\x12", "\r", "\x1b[A"
 
 
-class Screen:
-    """A person at a terminal: types, and sees what a terminal would show, scrollback included."""
+class Display:
+    """What a terminal would show of what a program writes, scrollback included."""
 
-    def __init__(self, argv: list[str], rows: int, columns: int, env: dict[str, str]) -> None:
+    def __init__(self, rows: int, columns: int) -> None:
         self.screen = pyte.HistoryScreen(columns, rows, history=10_000, ratio=0.001)
         self.stream = pyte.ByteStream(self.screen)
-        self.child = pexpect.spawn(argv[0], argv[1:], dimensions=(rows, columns), env=env, timeout=20)
-        self.child.delaybeforesend = None
-        # Terminals answer the question for the cursor's place; so does this one.
-        self.screen.write_process_input = lambda data: self.child.send(data)
         self.raw = b""
-
-    def pump(self, seconds: float = 0.05) -> bool:
-        """Show what the program wrote -> whether it still runs."""
-        try:
-            data = self.child.read_nonblocking(65536, timeout=seconds)
-        except pexpect.TIMEOUT:
-            return True
-        except pexpect.EOF:
-            return False
-        self.raw += data
-        self.stream.feed(data)
-        return True
-
-    def type(self, text: str) -> None:
-        self.child.send(text)
 
     @property
     def lines(self) -> list[str]:
@@ -61,7 +43,33 @@ class Screen:
     def text(self) -> str:
         return "\n".join(self.lines)
 
-    def wait(self, wanted: str | Callable[[str], bool], seconds: float = 15) -> str:
+
+class Screen(Display):
+    """A person at a pseudo-terminal: types, and sees what a terminal would show."""
+
+    def __init__(self, argv: list[str], rows: int, columns: int, env: dict[str, str]) -> None:
+        super().__init__(rows, columns)
+        self.child = pexpect.spawn(argv[0], argv[1:], dimensions=(rows, columns), env=env, timeout=CEILING_S)
+        self.child.delaybeforesend = None
+        # Terminals answer the question for the cursor's place; so does this one.
+        self.screen.write_process_input = lambda data: self.child.send(data)
+
+    def pump(self, seconds: float = 0.05) -> bool:
+        """Show what the program wrote -> whether it still runs."""
+        try:
+            data = self.child.read_nonblocking(65536, timeout=seconds)
+        except pexpect.TIMEOUT:
+            return True
+        except pexpect.EOF:
+            return False
+        self.raw += data
+        self.stream.feed(data)
+        return True
+
+    def type(self, text: str) -> None:
+        self.child.send(text)
+
+    def wait(self, wanted: str | Callable[[str], bool], seconds: float = CEILING_S) -> str:
         """Until the screen shows it -> all text. Fails with the screen's picture."""
         seen = wanted if callable(wanted) else lambda text: wanted in text
         end = time.monotonic() + seconds
@@ -73,7 +81,7 @@ class Screen:
                 break
         raise AssertionError(f"never saw {wanted!r} in:\n{self.text.rstrip()}")
 
-    def prompt(self, seconds: float = 15) -> str:
+    def prompt(self, seconds: float = CEILING_S) -> str:
         """Until an empty prompt waits at the end."""
         return self.wait(lambda text: self._at_prompt(), seconds)
 
@@ -81,7 +89,7 @@ class Screen:
         row = "".join(self.screen.buffer[self.screen.cursor.y][x].data for x in range(self.screen.columns))
         return row.strip() in ("❯", ">") and self.screen.cursor.x == 2
 
-    def say(self, text: str, seconds: float = 15) -> str:
+    def say(self, text: str, seconds: float = CEILING_S) -> str:
         """Type a line, wait for the answer to end -> all text."""
         self.prompt()
         self.type(text)

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import proofs
 import pytest
 
-from tinychat_mlx.backend import Backend
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
+    from chat_screen import Chats
+    from fake_terminal import FakeChats
+
+    from tinychat_mlx.backend import Backend
+
+# Workers share the cores: NumPy and torch, not imported yet, compute with one thread each. OMP_NUM_THREADS stays: it is
+# an option of ours, too.
+os.environ["OPENBLAS_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub for anything
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["TINYCHAT_WEIGHT_CACHE"] = "0"  # no test writes into the user's cache
@@ -19,9 +32,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
-def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where tiny checkpoints of this run lie."""
-    return tmp_path_factory.mktemp("tiny")
+def tiny_root() -> Path:
+    """The folder of tiny models that all workers and later runs share (tiny_models.py)."""
+    return Path(__file__).resolve().parent.parent / "build" / "tiny-models"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -47,8 +60,36 @@ def backend(backend_name: str, monkeypatch: pytest.MonkeyPatch) -> Backend:
     return create(backend_name, exact=True, threads=2)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A chat in a pseudo-terminal runs in real time: on a busy machine a missed beat is tried again."""
-    for item in items:
-        if "chats" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.flaky(reruns=2))
+@pytest.fixture
+def chats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeChats]:
+    """Chats in this process with a fake keyboard and clock (fake_terminal.py)."""
+    from fake_terminal import FakeChats
+
+    made = FakeChats(tmp_path, monkeypatch)
+    yield made
+    for screen in made.open:
+        screen.close()
+
+
+@pytest.fixture
+def terminals(tmp_path: Path) -> Iterator[Chats]:
+    """Chats in pseudo-terminals (chat_screen.py): for what only a real terminal shows."""
+    from chat_screen import Chats
+
+    made = Chats(tmp_path)
+    yield made
+    for screen in made.open:
+        screen.child.close(force=True)
+
+
+# What the run proves of the model families: proofs.py ------------------------------------------------------------
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers inherit the folder from the process that starts them."""
+    if proofs.FOLDER not in os.environ:
+        os.environ[proofs.FOLDER] = tempfile.mkdtemp(prefix="proofs-")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(proofs.FOLDER)))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if count := len(proofs.read(Path(os.environ[proofs.FOLDER]))):
+        terminalreporter.write_line(f"{count} combinations of model, backend and form proven")

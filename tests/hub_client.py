@@ -44,7 +44,7 @@ class Client:
 
     def run(self, *args: str, more: str = "", **env: str) -> subprocess.CompletedProcess[str]:
         process = self.start(*args, more=more, **env)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=600)
         return subprocess.CompletedProcess(args, process.returncode, out, err)
 
     def refused(self, *args: str, more: str = "", **env: str) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_models import RENAMED, VARIANTS, tiny
+from proofs import proven
+from tiny_models import RENAMED, REPRESENTATIVES, VARIANTS, tiny
 
 from tinychat_mlx.arch import ARCHITECTURES
 from tinychat_mlx.awq.experts import multiplied
@@ -104,6 +105,7 @@ def test_scaling_every_site_leaves_the_layer_unchanged(variant: str, tiny_root: 
             # Products of ~100 terms, each off by 3 roundings of float32, through three matrices: 100 · 3 · 6e-8.
             # A norm's bias divided in float32 and a float16 norm followed exactly by s add nothing larger.
             assert np.abs(output(config, after, x, new) - before).max() < 2e-5 * np.abs(before).max(), site
+    proven(variant, "AWQ", "invariant", "every site")
 
 
 @pytest.mark.parametrize("variant", MIXTURES)
@@ -126,7 +128,7 @@ def test_routers_choose_as_before_when_the_norm_absorbs_scales(variant: str, tin
     assert np.abs(shares[0] - shares[1]).max() < 64 * 6e-8 * 10
 
 
-@pytest.mark.parametrize("variant", ALL)
+@pytest.mark.parametrize("variant", REPRESENTATIVES)
 def test_a_layer_taken_apart_and_put_together_is_the_layer(variant: str, tiny_root: Path) -> None:
     """And run as the conversion runs it, experts one at a time, it gives the same."""
     config, source = opened(variant, tiny_root)

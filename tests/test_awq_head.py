@@ -39,17 +39,15 @@ UNTIED = [
 ]  # fmt: skip
 
 
-def opened(variant: str, root: Path) -> Checkpoint:
-    """A tiny model with a head of its own; of a tied family's the embedding, disturbed, is the head."""
+def opened(variant: str, root: Path, aside: Path | None = None) -> Checkpoint:
+    """A tiny model with a head of its own; of a tied family's copy in `aside` the embedding, disturbed, is the head."""
     name = variant.removesuffix("-untied")
     folder = tiny(name, root).folder
-    if name == variant:
+    if aside is None or name == variant:
         return Checkpoint.open(folder)
-    target = root / variant
-    if not target.exists():
-        shutil.copytree(folder, target)
-        untie(target, noise=0.1)
-    return Checkpoint.open(target)
+    shutil.copytree(folder, aside / variant)
+    untie(aside / variant, noise=0.1)
+    return Checkpoint.open(aside / variant)
 
 
 def untie(folder: Path, noise: float = 0.0) -> None:
@@ -89,8 +87,8 @@ def logits(source: Source, config: Any, ids: Sequence[int]) -> F32:
 
 
 @pytest.mark.parametrize("variant", UNTIED)
-def test_scaling_the_head_leaves_the_logits_unchanged(variant: str, tiny_root: Path) -> None:
-    source = opened(variant, tiny_root)
+def test_scaling_the_head_leaves_the_logits_unchanged(variant: str, tiny_root: Path, tmp_path: Path) -> None:
+    source = opened(variant, tiny_root, tmp_path)
     config = parse_config(source.config)
     matrix = source.weight(config.spec.name("head"))
     assert isinstance(matrix, Dense)

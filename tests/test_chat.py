@@ -8,7 +8,6 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,14 +15,7 @@ import pytest
 if sys.platform == "win32":
     pytest.skip("needs a POSIX pseudo-terminal", allow_module_level=True)
 from chat_screen import CTRL_C, CTRL_D, CTRL_J, CTRL_R, ENTER, ROOT, Chats
-
-
-@pytest.fixture
-def chats(tmp_path: Path) -> Iterator[Chats]:
-    made = Chats(tmp_path)
-    yield made
-    for screen in made.open:
-        screen.child.close(force=True)
+from fake_terminal import FakeChats
 
 
 def after(text: str, marker: str) -> str:
@@ -31,7 +23,7 @@ def after(text: str, marker: str) -> str:
 
 
 # the conversation --------------------------------------------------------------------------------------
-def test_header_names_model_size_quantisation_backend_reason_and_context(chats: Chats) -> None:
+def test_header_names_model_size_quantisation_backend_reason_and_context(chats: FakeChats) -> None:
     text = chats().prompt()
     for fact in (
         "scripted",
@@ -44,21 +36,21 @@ def test_header_names_model_size_quantisation_backend_reason_and_context(chats: 
         assert fact in text
 
 
-def test_answer_is_shown_with_speed_and_context(chats: Chats) -> None:
-    text = chats(answers=["I am a test."]).say("who are you?")
+def test_answer_is_shown_with_speed_and_context(terminals: Chats) -> None:
+    text = terminals(answers=["I am a test."]).say("who are you?")
     assert "❯ who are you?\nI am a test.\n" in text
     assert "50.0 tok/s" in text and "first token" in text and "context 7 / 2,048" in text
 
 
-def test_ctrl_d_and_exit_leave_with_code_0(chats: Chats) -> None:
+def test_ctrl_d_and_exit_leave_with_code_0(terminals: Chats) -> None:
     for keys in (CTRL_D, "/exit" + ENTER):
-        chat = chats()
+        chat = terminals()
         chat.prompt()
         chat.type(keys)
         assert chat.exit_code() == 0
 
 
-def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(chats: Chats, tmp_path: Path) -> None:
+def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(chats: FakeChats, tmp_path: Path) -> None:
     log = tmp_path / "log"
     chat = chats(answers=["word " * 1000, "second"], delay=0.02, piece=5, log=str(log))
     chat.prompt()
@@ -73,24 +65,18 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(chats: Chats, tmp_path:
     assert len(asked[1]["content"]) < 5000
 
 
-def test_ctrl_c_is_back_within_200_ms(chats: Chats) -> None:
-    """The best of four: whatever else the machine does, the chat itself is that quick."""
-    chat = chats(answers=["word " * 1000], delay=0.02, piece=5, rows=40)
-    waits = []
-    for i in range(4):
-        chat.prompt()
-        chat.type("go" + ENTER)
-        chat.wait(lambda text, i=i: text.count("❯ go\nword word word") == i + 1)
-        start = time.monotonic()
-        chat.type(CTRL_C)
-        chat.wait(lambda text, i=i: text.count("stopped after") == i + 1)
-        waits.append(time.monotonic() - start)
-    assert min(waits) < 0.2, waits
+def test_ctrl_c_is_back_after_at_most_one_more_piece(chats: FakeChats) -> None:
+    chat = chats(answers=["word " * 1000], piece=5, rows=40)
+    chat.prompt()
+    chat.type("go" + ENTER)
+    shown = chat.wait("word word word").count("word")
+    chat.type(CTRL_C)
+    assert chat.prompt().count("word") <= shown + 1
 
 
-def test_ctrl_c_right_after_enter_is_never_missed(chats: Chats) -> None:
+def test_ctrl_c_right_after_enter_is_never_missed(terminals: Chats) -> None:
     """Once its byte was read as a key for the next prompt, while the answer ran on. Whenever it comes, the prompt is back."""
-    chat = chats(answers=["word " * 10_000], delay=0.02, piece=5, rows=40)
+    chat = terminals(answers=["word " * 10_000], delay=0.02, piece=5, rows=40)
     for i in range(12):
         chat.prompt()
         chat.type(f"go {i}")
@@ -103,11 +89,11 @@ def test_ctrl_c_right_after_enter_is_never_missed(chats: Chats) -> None:
     chat.say("/help")
 
 
-def test_ctrl_c_works_where_the_program_was_started_with_it_ignored(chats: Chats) -> None:
+def test_ctrl_c_works_where_the_program_was_started_with_it_ignored(terminals: Chats) -> None:
     """As a shell script starts what it puts into the background: a person at the terminal can still stop it."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        chat = chats(load=30)
+        chat = terminals(load=30)
     finally:
         signal.signal(signal.SIGINT, before)
     chat.wait("loading")
@@ -115,7 +101,7 @@ def test_ctrl_c_works_where_the_program_was_started_with_it_ignored(chats: Chats
     assert chat.exit_code() == 130
 
 
-def test_ctrl_c_at_the_prompt_clears_the_line_then_hints_and_never_leaves(chats: Chats) -> None:
+def test_ctrl_c_at_the_prompt_clears_the_line_then_hints_and_never_leaves(chats: FakeChats) -> None:
     chat = chats()
     chat.prompt()
     chat.type("half a thought")
@@ -127,7 +113,7 @@ def test_ctrl_c_at_the_prompt_clears_the_line_then_hints_and_never_leaves(chats:
     assert "still here" in chat.say("still here")
 
 
-def test_ctrl_c_while_the_model_loads_ends_with_130(chats: Chats) -> None:
+def test_ctrl_c_while_the_model_loads_ends_with_130(chats: FakeChats) -> None:
     chat = chats(load=30)
     chat.wait("loading")
     chat.type(CTRL_C)
@@ -135,17 +121,17 @@ def test_ctrl_c_while_the_model_loads_ends_with_130(chats: Chats) -> None:
     assert "Traceback" not in chat.text
 
 
-def test_ctrl_c_while_the_prompt_is_read_comes_back_to_the_prompt(chats: Chats) -> None:
+def test_ctrl_c_while_the_prompt_is_read_comes_back_to_the_prompt(chats: FakeChats) -> None:
     chat = chats(prefill=3, prefill_chunks=30)
     chat.prompt()
     chat.type("long" + ENTER)
-    chat.wait("reading the prompt: ")
+    chat.step()  # the first of 30 pieces of the prompt
     chat.type(CTRL_C)
     assert "nothing was said" in chat.prompt()
 
 
-def test_a_slow_prompt_shows_its_progress(chats: Chats) -> None:
-    chat = chats(prefill=2, prefill_chunks=4, answers=["done"])
+def test_a_slow_prompt_shows_its_progress(terminals: Chats) -> None:
+    chat = terminals(prefill=2, prefill_chunks=4, answers=["done"])
     chat.prompt()
     chat.type("long" + ENTER)
     chat.wait("of 2 tokens (1 s)")
@@ -153,8 +139,8 @@ def test_a_slow_prompt_shows_its_progress(chats: Chats) -> None:
     assert "reading the prompt" not in text and "done" in text
 
 
-def test_keys_typed_during_an_answer_reach_the_next_prompt_and_do_not_show_in_it(chats: Chats) -> None:
-    chat = chats(answers=["slow answer here", "{echo}!"], delay=0.15)
+def test_keys_typed_during_an_answer_reach_the_next_prompt_and_do_not_show_in_it(terminals: Chats) -> None:
+    chat = terminals(answers=["slow answer here", "{echo}!"], delay=0.15)
     chat.prompt()
     chat.type("first" + ENTER)
     chat.wait("slow")
@@ -163,18 +149,18 @@ def test_keys_typed_during_an_answer_reach_the_next_prompt_and_do_not_show_in_it
     assert "slow answer here\n" in text
 
 
-def test_keys_typed_while_the_model_loads_are_not_lost(chats: Chats) -> None:
-    chat = chats(load=1, answers=["{echo}!"])
+def test_keys_typed_while_the_model_loads_are_not_lost(terminals: Chats) -> None:
+    chat = terminals(load=1, answers=["{echo}!"])
     chat.wait("loading")
     chat.type("early bird" + ENTER)
     assert "early bird!" in chat.wait("first token")
 
 
-def test_unknown_command_names_the_nearest(chats: Chats) -> None:
+def test_unknown_command_names_the_nearest(chats: FakeChats) -> None:
     assert "did you mean /clear?" in chats().say("/claer")
 
 
-def test_clear_forgets_the_conversation_and_keeps_the_system_prompt(chats: Chats, tmp_path: Path) -> None:
+def test_clear_forgets_the_conversation_and_keeps_the_system_prompt(chats: FakeChats, tmp_path: Path) -> None:
     log = tmp_path / "log"
     chat = chats("--system", "Be brief.", log=str(log))
     chat.say("one")
@@ -184,14 +170,14 @@ def test_clear_forgets_the_conversation_and_keeps_the_system_prompt(chats: Chats
     assert asked == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "two"}]
 
 
-def test_help_lists_every_command(chats: Chats) -> None:
+def test_help_lists_every_command(chats: FakeChats) -> None:
     from tinychat_mlx.apps.chat.commands import COMMANDS
 
     text = chats(rows=60).say("/help")
     assert all(f"/{name}" in text for name in COMMANDS)
 
 
-def test_sampling_flags_reach_the_model(chats: Chats, tmp_path: Path) -> None:
+def test_sampling_flags_reach_the_model(chats: FakeChats, tmp_path: Path) -> None:
     log = tmp_path / "log"
     chats("--temperature", "0.5", "--seed", "7", "--on-full", "slide", log=str(log)).say("hi")
     asked = json.loads(log.read_text())
@@ -199,7 +185,7 @@ def test_sampling_flags_reach_the_model(chats: Chats, tmp_path: Path) -> None:
     assert "top_k" not in asked
 
 
-def test_context_full_is_said_and_the_message_comes_back(chats: Chats) -> None:
+def test_context_full_is_said_and_the_message_comes_back(chats: FakeChats) -> None:
     chat = chats(context=30, answers=["w " * 40], piece=2)
     chat.prompt()
     chat.type("first" + ENTER)
@@ -212,18 +198,18 @@ def test_context_full_is_said_and_the_message_comes_back(chats: Chats) -> None:
 
 
 # the bundled model -------------------------------------------------------------------------------------
-def test_a_newcomers_first_chat_with_the_bundled_model(chats: Chats, tmp_path: Path) -> None:
+def test_a_newcomers_first_chat_with_the_bundled_model(terminals: Chats, tmp_path: Path) -> None:
     """No script: the demo's own weights. Talk, look, save, leave, come back: it remembers, and reads only what is new."""
     bundled = (ROOT / "tinychat_mlx" / "models" / "demo").exists()  # a checkout may hold the original alone
     args = ["-m", "demo" if bundled else str(ROOT / "tests" / "data" / "demo-fp16"), "--temperature", "0"]
-    chat = chats(*args, real=True, rows=60, columns=100)
+    chat = terminals(*args, real=True, rows=60, columns=100)
     text = chat.say("who are you?")
     assert "demo" in after(text, "who are you?").lower() and "tok/s" in text
     chat.say("my name is Ada")
     chat.say("/save first chat")
     chat.type(CTRL_D)
     assert chat.exit_code() == 0
-    chat = chats(*args, "--session", "first chat", real=True, rows=60, columns=100)
+    chat = terminals(*args, "--session", "first chat", real=True, rows=60, columns=100)
     assert "Ada" in after(chat.say("what is my name?"), "what is my name?")
     chat.say("thank you")
     m = re.search(r"last prompt +(\d+) tokens, (\d+) of them reused", chat.say("/stats"))
@@ -239,15 +225,15 @@ LONG = "\n".join(
 )
 
 
-def test_an_answer_of_3000_lines_is_in_the_scrollback_exactly_once(chats: Chats) -> None:
-    chat = chats(answers=[LONG], piece=50, context=100_000)
+def test_an_answer_of_3000_lines_is_in_the_scrollback_exactly_once(chats: FakeChats) -> None:
+    chat = chats(answers=[LONG], piece=700, context=100_000)
     text = chat.say("go", seconds=60)
     body = text[text.index("Line 0 of") : text.index("first token")]
     expected = LONG.replace("**", "").replace("`", "")
     assert "".join(body.split()) == "".join(expected.split())
 
 
-def test_the_answer_on_the_screen_never_shrinks(chats: Chats) -> None:
+def test_the_answer_on_the_screen_never_shrinks(chats: FakeChats) -> None:
     """Append-only: rows above the open tail never change once a later row exists."""
     chat = chats(
         answers=["para **one** is " + "long " * 60 + "\n\nsecond para\n\n- item\n- item\n\nend."], delay=0.005
@@ -255,9 +241,8 @@ def test_the_answer_on_the_screen_never_shrinks(chats: Chats) -> None:
     chat.prompt()
     chat.type("go" + ENTER)
     best: list[str] = []
-    end = time.monotonic() + 10
-    while time.monotonic() < end and "first token" not in chat.text:
-        chat.pump(0.01)
+    while "first token" not in chat.text:
+        chat.step()
         rows = [r for r in after(chat.text, "❯ go\n").split("\n") if r]
         fixed = rows[:-5]
         assert fixed[: len(best)] == best[: len(fixed)]
@@ -265,14 +250,14 @@ def test_the_answer_on_the_screen_never_shrinks(chats: Chats) -> None:
     assert len(best) > 3
 
 
-def test_escape_sequences_from_a_model_do_not_reach_the_terminal(chats: Chats) -> None:
+def test_escape_sequences_from_a_model_do_not_reach_the_terminal(chats: FakeChats) -> None:
     chat = chats(answers=["safe\x1b]0;owned\x07 text \x1b[2Jend\x9b31m"])
     text = chat.say("go")
     assert "safe]0;owned text [2Jend31m" in text and b"owned\x07" not in chat.raw
 
 
-def test_made_narrower_in_the_middle_of_an_answer_it_goes_on(chats: Chats) -> None:
-    chat = chats(answers=["word " * 120], delay=0.01)
+def test_made_narrower_in_the_middle_of_an_answer_it_goes_on(terminals: Chats) -> None:
+    chat = terminals(answers=["word " * 120], delay=0.01)
     chat.prompt()
     chat.type("go" + ENTER)
     chat.wait("word word word")
@@ -287,9 +272,9 @@ def sent(log: Path) -> str:
     return str(json.loads(log.read_text().splitlines()[-1])["messages"][-1]["content"])
 
 
-def test_many_lines_by_alt_enter_ctrl_j_block_and_paste(chats: Chats, tmp_path: Path) -> None:
+def test_many_lines_by_alt_enter_ctrl_j_block_and_paste(terminals: Chats, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    chat = chats(log=str(log), answers=["ok"], rows=50)
+    chat = terminals(log=str(log), answers=["ok"], rows=50)
     for keys in ("one\x1b\rtwo", f"one{CTRL_J}two", f'"""{ENTER}one{ENTER}two{ENTER}"""'):
         chat.prompt()
         chat.type(keys)
@@ -300,9 +285,9 @@ def test_many_lines_by_alt_enter_ctrl_j_block_and_paste(chats: Chats, tmp_path: 
         assert sent(log) == "one\ntwo"
 
 
-def test_a_paste_of_200_lines_is_one_message(chats: Chats, tmp_path: Path) -> None:
+def test_a_paste_of_200_lines_is_one_message(terminals: Chats, tmp_path: Path) -> None:
     log, pasted = tmp_path / "log", "\n".join(f"line {i}" for i in range(200))
-    chat = chats(log=str(log), answers=["ok"])
+    chat = terminals(log=str(log), answers=["ok"])
     chat.prompt()
     chat.type(f"\x1b[200~{pasted}\x1b[201~")
     chat.wait("line 199")
@@ -311,31 +296,29 @@ def test_a_paste_of_200_lines_is_one_message(chats: Chats, tmp_path: Path) -> No
     assert sent(log) == pasted
 
 
-def test_history_is_kept_across_runs_and_searched(chats: Chats, tmp_path: Path) -> None:
+def test_history_is_kept_across_runs_and_searched(terminals: Chats, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    first = chats(log=str(log))
+    first = terminals(log=str(log))
     first.say("remember the heron")
     first.say("another thing")
     first.type(CTRL_D)
     first.exit_code()
-    second = chats(log=str(log))
+    second = terminals(log=str(log))
     second.prompt()
     second.type(CTRL_R + "heron")
     second.wait("remember the heron")
-    second.type(ENTER)
-    second.pump(0.3)
-    second.type(ENTER)
+    second.type(ENTER + ENTER)
     second.wait("first token")
     assert sent(log) == "remember the heron"
     assert (tmp_path / "data" / "history").stat().st_mode & 0o777 == 0o600
 
 
-def test_the_editor_of_the_environment_writes_the_message(chats: Chats, tmp_path: Path) -> None:
+def test_the_editor_of_the_environment_writes_the_message(terminals: Chats, tmp_path: Path) -> None:
     editor = tmp_path / "editor"
     editor.write_text("#!/bin/sh\nprintf 'written in\\nan editor' >> \"$1\"\n")
     editor.chmod(0o755)
     log = tmp_path / "log"
-    chat = chats(log=str(log), answers=["ok"], env={"EDITOR": str(editor), "VISUAL": ""})
+    chat = terminals(log=str(log), answers=["ok"], env={"EDITOR": str(editor), "VISUAL": ""})
     chat.prompt()
     chat.type("begun, ")
     chat.wait("begun,")
@@ -346,8 +329,8 @@ def test_the_editor_of_the_environment_writes_the_message(chats: Chats, tmp_path
     assert sent(log) == "begun, written in\nan editor"
 
 
-def test_slash_opens_a_menu_of_commands(chats: Chats) -> None:
-    chat = chats()
+def test_slash_opens_a_menu_of_commands(terminals: Chats) -> None:
+    chat = terminals()
     chat.prompt()
     chat.type("/cl")
     assert "Forget what was said" in chat.wait("Forget what was said")
@@ -355,8 +338,8 @@ def test_slash_opens_a_menu_of_commands(chats: Chats) -> None:
 
 # plain terminals ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("how", ["flag", "dumb"])
-def test_plain_writes_no_escape_sequence(chats: Chats, how: str) -> None:
-    chat = chats(
+def test_plain_writes_no_escape_sequence(terminals: Chats, how: str) -> None:
+    chat = terminals(
         *(["--plain"] if how == "flag" else []),
         env={"TERM": "dumb"} if how == "dumb" else {},
         answers=["**hi**"],
@@ -369,15 +352,15 @@ def test_plain_writes_no_escape_sequence(chats: Chats, how: str) -> None:
     assert b"\x1b" not in chat.raw
 
 
-def test_no_color_writes_no_colour(chats: Chats) -> None:
+def test_no_color_writes_no_colour(chats: FakeChats) -> None:
     chat = chats(env={"NO_COLOR": "1"}, answers=["# T\n`code` **b**"])
     chat.say("hi")
     codes = {int(c) for m in re.findall(rb"\x1b\[([\d;]*)m", chat.raw) for c in m.split(b";") if c}
     assert not {c for c in codes if 30 <= c <= 49 or 90 <= c <= 107}, codes
 
 
-def test_without_unicode_the_furniture_is_ascii(chats: Chats) -> None:
-    chat = chats("--plain", env={"PYTHONIOENCODING": "cp1252", "LC_ALL": "C"}, answers=["✓ fine 日本"])
+def test_without_unicode_the_furniture_is_ascii(terminals: Chats) -> None:
+    chat = terminals("--plain", env={"PYTHONIOENCODING": "cp1252", "LC_ALL": "C"}, answers=["✓ fine 日本"])
     chat.prompt()
     chat.type("hello\n")
     text = chat.wait("tok/s")
@@ -386,7 +369,7 @@ def test_without_unicode_the_furniture_is_ascii(chats: Chats) -> None:
     assert chat.exit_code() == 0 and max(chat.raw) < 128
 
 
-def test_a_terminal_of_40_columns_and_10_rows_works(chats: Chats) -> None:
+def test_a_terminal_of_40_columns_and_10_rows_works(chats: FakeChats) -> None:
     chat = chats(columns=40, rows=10, answers=["a long answer " * 30])
     text = chat.say("hi")
     assert max(len(row) for row in text.split("\n")) <= 40
@@ -394,10 +377,10 @@ def test_a_terminal_of_40_columns_and_10_rows_works(chats: Chats) -> None:
 
 
 @pytest.mark.parametrize("when", ["prompt", "answer"])
-def test_terminated_it_gives_the_terminal_its_mode_back(chats: Chats, when: str) -> None:
+def test_terminated_it_gives_the_terminal_its_mode_back(terminals: Chats, when: str) -> None:
     import termios
 
-    chat = chats(answers=["word " * 500], delay=0.01)
+    chat = terminals(answers=["word " * 500], delay=0.01)
     before = termios.tcgetattr(chat.child.child_fd)
     chat.prompt()
     if when == "answer":

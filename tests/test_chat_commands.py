@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import random
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +14,7 @@ import pytest
 if sys.platform == "win32":
     pytest.skip("needs a POSIX pseudo-terminal", allow_module_level=True)
 from chat_screen import CTRL_C, CTRL_D, ENTER, Chats, Screen
-
-
-@pytest.fixture
-def chats(tmp_path: Path) -> Iterator[Chats]:
-    made = Chats(tmp_path)
-    yield made
-    for screen in made.open:
-        screen.child.close(force=True)
+from fake_terminal import FakeChats, FakeScreen
 
 
 def asked(tmp_path: Path, at: int = -1) -> list[dict[str, Any]]:
@@ -35,14 +26,14 @@ def texts(messages: list[dict[str, Any]]) -> list[str]:
     return [m["content"] for m in messages]
 
 
-def leave(chat: Screen) -> None:
+def leave(chat: Screen | FakeScreen) -> None:
     chat.prompt()
     chat.type(CTRL_D)
     assert chat.exit_code() == 0
 
 
 # what was said -----------------------------------------------------------------------------------------
-def test_undo_retry_edit_change_what_the_model_sees(chats: Chats, tmp_path: Path) -> None:
+def test_undo_retry_edit_change_what_the_model_sees(chats: FakeChats, tmp_path: Path) -> None:
     chat = chats("--seed", "5", log=str(tmp_path / "log"), answers=["A1", "A2", "A3", "A4", "A5"], rows=60)
     chat.say("one")
     chat.say("two")
@@ -59,7 +50,7 @@ def test_undo_retry_edit_change_what_the_model_sees(chats: Chats, tmp_path: Path
     assert "the conversation is empty" in chat.say("/undo")
 
 
-def test_branch_and_new_leave_the_old_chat_as_it_was(chats: Chats, tmp_path: Path) -> None:
+def test_branch_and_new_leave_the_old_chat_as_it_was(chats: FakeChats, tmp_path: Path) -> None:
     chat = chats(rows=60)
     chat.say("shared")
     chat.say("/branch")
@@ -73,7 +64,7 @@ def test_branch_and_new_leave_the_old_chat_as_it_was(chats: Chats, tmp_path: Pat
 
 
 def test_compact_replaces_old_messages_for_the_model_and_keeps_them_on_record(
-    chats: Chats, tmp_path: Path
+    chats: FakeChats, tmp_path: Path
 ) -> None:
     chat = chats(
         log=str(tmp_path / "log"), answers=["A1", "A2", "they like herons", "A3"], rows=60, columns=160
@@ -90,7 +81,9 @@ def test_compact_replaces_old_messages_for_the_model_and_keeps_them_on_record(
     assert texts(kept) == ["I like herons", "A1", "two", "A2", "three", "A3"]
 
 
-def test_when_the_context_fills_the_policy_compact_sums_up_by_itself(chats: Chats, tmp_path: Path) -> None:
+def test_when_the_context_fills_the_policy_compact_sums_up_by_itself(
+    chats: FakeChats, tmp_path: Path
+) -> None:
     chat = chats(
         "--on-full",
         "compact",
@@ -105,7 +98,7 @@ def test_when_the_context_fills_the_policy_compact_sums_up_by_itself(chats: Chat
     assert "summing up" in text and "short sum" in text and "fine" in text
 
 
-def test_when_the_context_fills_the_policy_slide_says_what_it_dropped(chats: Chats) -> None:
+def test_when_the_context_fills_the_policy_slide_says_what_it_dropped(chats: FakeChats) -> None:
     chat = chats("--on-full", "slide", context=60, piece=2, answers=["w " * 25], rows=60)
     chat.say("one")
     chat.say("two")
@@ -113,7 +106,7 @@ def test_when_the_context_fills_the_policy_slide_says_what_it_dropped(chats: Cha
 
 
 # settings ----------------------------------------------------------------------------------------------
-def test_set_and_show_tell_value_and_origin(chats: Chats, tmp_path: Path) -> None:
+def test_set_and_show_tell_value_and_origin(chats: FakeChats, tmp_path: Path) -> None:
     chat = chats("--top-k", "7", log=str(tmp_path / "log"), rows=80, env={"TINYCHAT_MIN_P": "0.1"})
     text = chat.say("/show")
     assert "top_k               7  (flag)" in text and "min_p               0.1  (environment)" in text
@@ -127,7 +120,7 @@ def test_set_and_show_tell_value_and_origin(chats: Chats, tmp_path: Path) -> Non
     assert "0.6  (model)" in chat.say("/set temperature default")
 
 
-def test_system_prompt_is_changed_shown_and_taken_away(chats: Chats, tmp_path: Path) -> None:
+def test_system_prompt_is_changed_shown_and_taken_away(chats: FakeChats, tmp_path: Path) -> None:
     chat = chats(log=str(tmp_path / "log"), rows=60)
     chat.say("/system Speak like a heron.")
     chat.say("one")
@@ -137,7 +130,7 @@ def test_system_prompt_is_changed_shown_and_taken_away(chats: Chats, tmp_path: P
     assert asked(tmp_path)[0]["role"] == "user"
 
 
-def test_model_and_backend_switch_and_the_conversation_goes_on(chats: Chats, tmp_path: Path) -> None:
+def test_model_and_backend_switch_and_the_conversation_goes_on(chats: FakeChats, tmp_path: Path) -> None:
     chat = chats(log=str(tmp_path / "log"), rows=60)
     chat.say("one")
     assert "other · llama" in chat.say("/model other")
@@ -148,7 +141,7 @@ def test_model_and_backend_switch_and_the_conversation_goes_on(chats: Chats, tmp
     assert texts(asked(tmp_path)) == ["one", "one", "two"]
 
 
-def test_a_model_that_does_not_load_leaves_the_meter_as_it_was(chats: Chats) -> None:
+def test_a_model_that_does_not_load_leaves_the_meter_as_it_was(chats: FakeChats) -> None:
     chat = chats()
     chat.say("one")
     assert "3 / 2,048" in chat.say("/context")
@@ -156,7 +149,9 @@ def test_a_model_that_does_not_load_leaves_the_meter_as_it_was(chats: Chats) -> 
     assert "3 / 2,048" in chat.say("/context").rpartition("/context")[2]
 
 
-def test_a_model_too_large_for_memory_is_refused_before_it_is_loaded(chats: Chats, tmp_path: Path) -> None:
+def test_a_model_too_large_for_memory_is_refused_before_it_is_loaded(
+    chats: FakeChats, tmp_path: Path
+) -> None:
     huge = folders.huge(tmp_path / "huge")
     chat = chats(rows=60, columns=160)
     text = chat.say(f"/model {huge}")
@@ -164,7 +159,7 @@ def test_a_model_too_large_for_memory_is_refused_before_it_is_loaded(chats: Chat
     assert "scripted" in chat.say("/show")
 
 
-def test_models_at_hand_are_listed_and_offered(chats: Chats, tmp_path: Path) -> None:
+def test_models_at_hand_are_listed_and_offered(terminals: Chats, tmp_path: Path) -> None:
     """A whole one stays so while a newer upload of it is half here."""
     commit = "0123456789" * 4
     for name, whole in (("org--whole", True), ("org--half", False)):
@@ -181,7 +176,7 @@ def test_models_at_hand_are_listed_and_offered(chats: Chats, tmp_path: Path) -> 
     ours = tmp_path / "share" / "tinychat-mlx" / "models" / "org--other-int4"
     ours.mkdir(parents=True)
     (ours / "config.json").write_text("{}")
-    chat = chats(env={"HF_HUB_CACHE": str(tmp_path / "hub"), "XDG_DATA_HOME": str(tmp_path / "share")})
+    chat = terminals(env={"HF_HUB_CACHE": str(tmp_path / "hub"), "XDG_DATA_HOME": str(tmp_path / "share")})
     text = chat.say("/model")
     assert "* demo" in text and "org/whole" in text and "org/half" not in text
     assert sys.platform != "linux" or "org--other-int4" in text
@@ -189,7 +184,7 @@ def test_models_at_hand_are_listed_and_offered(chats: Chats, tmp_path: Path) -> 
     chat.wait(lambda text: text.count("org/whole") == 2)
 
 
-def test_stats_and_context_count(chats: Chats) -> None:
+def test_stats_and_context_count(chats: FakeChats) -> None:
     chat = chats(answers=["one two three"], rows=60)
     chat.say("hello there")
     assert "first token" in chat.say("/stats") and "weights         7.1 MB" in chat.text
@@ -198,7 +193,7 @@ def test_stats_and_context_count(chats: Chats) -> None:
 
 
 # thinking ----------------------------------------------------------------------------------------------
-def test_a_thought_is_folded_kept_apart_and_can_be_shown(chats: Chats, tmp_path: Path) -> None:
+def test_a_thought_is_folded_kept_apart_and_can_be_shown(chats: FakeChats, tmp_path: Path) -> None:
     chat = chats(
         log=str(tmp_path / "log"),
         answers=["<think>\nsecret musing\n</think>\n\nThe answer."],
@@ -221,12 +216,12 @@ def test_a_thought_is_folded_kept_apart_and_can_be_shown(chats: Chats, tmp_path:
     }
 
 
-def test_a_thought_that_the_template_opened_is_a_thought(chats: Chats) -> None:
+def test_a_thought_that_the_template_opened_is_a_thought(chats: FakeChats) -> None:
     text = chats(template_thinks=True, answers=["secret musing</think>\nThe answer."]).say("why?")
     assert "2 words" in text and "secret" not in text and "\nThe answer.\n" in text
 
 
-def test_a_thought_beyond_its_budget_is_cut_and_answered(chats: Chats) -> None:
+def test_a_thought_beyond_its_budget_is_cut_and_answered(chats: FakeChats) -> None:
     chat = chats(answers=["<think>" + "muse " * 500 + "</think>late", "In time."], piece=5, rows=60)
     chat.say("/think budget 10")
     text = chat.say("why?")
@@ -234,7 +229,7 @@ def test_a_thought_beyond_its_budget_is_cut_and_answered(chats: Chats) -> None:
 
 
 # files -------------------------------------------------------------------------------------------------
-def test_files_go_along_with_a_message(chats: Chats, tmp_path: Path) -> None:
+def test_files_go_along_with_a_message(chats: FakeChats, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("water the ```fern```\n")
     (tmp_path / "bytes.bin").write_bytes(b"\xff\xfe\x00")
     chat = chats(log=str(tmp_path / "log"), answers=["ok"], rows=60, columns=160)
@@ -249,9 +244,9 @@ def test_files_go_along_with_a_message(chats: Chats, tmp_path: Path) -> None:
     assert "no such file" in chat.say(f"/file {tmp_path / 'absent'}")
 
 
-def test_an_at_sign_offers_files(chats: Chats, tmp_path: Path) -> None:
+def test_an_at_sign_offers_files(terminals: Chats, tmp_path: Path) -> None:
     (tmp_path / "heron.txt").write_text("x")
-    chat = chats()
+    chat = terminals()
     chat.prompt()
     chat.type(f"see @{tmp_path}/her")
     chat.wait("heron.txt")
@@ -259,7 +254,7 @@ def test_an_at_sign_offers_files(chats: Chats, tmp_path: Path) -> None:
     chat.wait("see @")
 
 
-def test_export_writes_markdown_and_json_and_overwrites_nothing(chats: Chats, tmp_path: Path) -> None:
+def test_export_writes_markdown_and_json_and_overwrites_nothing(chats: FakeChats, tmp_path: Path) -> None:
     chat = chats("--system", "Be brief.", answers=["**A** 日本"], rows=60, columns=160)
     chat.say("question?")
     chat.say(f"/export {tmp_path / 'o.md'}")
@@ -272,7 +267,7 @@ def test_export_writes_markdown_and_json_and_overwrites_nothing(chats: Chats, tm
     assert texts(saved["messages"]) == ["Be brief.", "question?", "**A** 日本"]
 
 
-def test_copy_reaches_the_clipboard_of_the_terminal(chats: Chats, tmp_path: Path) -> None:
+def test_copy_reaches_the_clipboard_of_the_terminal(chats: FakeChats, tmp_path: Path) -> None:
     """No clipboard program in PATH: the terminal's own (OSC 52) is asked."""
     import base64
 
@@ -284,7 +279,7 @@ def test_copy_reaches_the_clipboard_of_the_terminal(chats: Chats, tmp_path: Path
 
 
 # saved chats -------------------------------------------------------------------------------------------
-def test_continue_goes_on_with_the_latest_chat(chats: Chats, tmp_path: Path) -> None:
+def test_continue_goes_on_with_the_latest_chat(chats: FakeChats, tmp_path: Path) -> None:
     first = chats("--system", "Be brief.", answers=["A1"])
     first.say("my name is Ada")
     leave(first)
@@ -299,7 +294,7 @@ def test_continue_goes_on_with_the_latest_chat(chats: Chats, tmp_path: Path) -> 
     assert (tmp_path / "data" / "sessions").stat().st_mode & 0o777 == 0o700
 
 
-def test_session_save_load_search_by_title(chats: Chats, tmp_path: Path) -> None:
+def test_session_save_load_search_by_title(chats: FakeChats, tmp_path: Path) -> None:
     chat = chats(rows=70, answers=["the heron flies", "B"])
     chat.say("about birds")
     chat.say("/save birds")
@@ -316,16 +311,17 @@ def test_session_save_load_search_by_title(chats: Chats, tmp_path: Path) -> None
 
 
 def test_killed_in_the_middle_of_an_answer_it_continues_with_what_was_said(
-    chats: Chats, tmp_path: Path
+    terminals: Chats, tmp_path: Path
 ) -> None:
-    first = chats(answers=["word " * 500], piece=5, delay=0.01)
+    first = terminals(answers=["word " * 500], piece=5, delay=0.01)
     first.prompt()
     first.type("go" + ENTER)
     first.wait("word " * 10)
-    time.sleep(0.5)
+    (file,) = (tmp_path / "data" / "sessions").iterdir()
+    first.wait(lambda _: file.read_text().count("word ") >= 10)
     first.child.kill(9)
     first.exit_code()
-    second = chats("--continue", answers=["A2"], log=str(tmp_path / "log"))
+    second = terminals("--continue", answers=["A2"], log=str(tmp_path / "log"))
     assert "resumed: go (2 messages)" in second.prompt()
     second.say("on")
     seen = asked(tmp_path)
@@ -388,7 +384,7 @@ def test_replaying_a_session_gives_the_session(tmp_path: Path) -> None:
         assert again.for_model() == session.for_model()
 
 
-def test_no_save_writes_nothing(chats: Chats, tmp_path: Path) -> None:
+def test_no_save_writes_nothing(chats: FakeChats, tmp_path: Path) -> None:
     chat = chats("--no-save")
     chat.say("private")
     assert "chats are not saved" in chat.say("/sessions")
@@ -396,8 +392,8 @@ def test_no_save_writes_nothing(chats: Chats, tmp_path: Path) -> None:
     assert not (tmp_path / "data").exists()
 
 
-def test_ctrl_c_at_save_loses_nothing(chats: Chats, tmp_path: Path) -> None:
-    chat = chats(answers=["A", "B"])
+def test_ctrl_c_at_save_loses_nothing(terminals: Chats, tmp_path: Path) -> None:
+    chat = terminals(answers=["A", "B"])
     chat.say("one")
     for title in ("first", "second", "third"):
         chat.type(f"/save {title}" + ENTER + CTRL_C)
@@ -410,7 +406,7 @@ def test_ctrl_c_at_save_loses_nothing(chats: Chats, tmp_path: Path) -> None:
     assert said == ["one", "A", "two", "B"]
 
 
-def test_ctrl_c_while_another_model_loads_keeps_the_old_one(chats: Chats) -> None:
+def test_ctrl_c_while_another_model_loads_keeps_the_old_one(chats: FakeChats) -> None:
     chat = chats(load=1.5)
     chat.say("one")
     chat.type("/model other" + ENTER)

@@ -5,28 +5,21 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 if sys.platform == "win32":
     pytest.skip("needs a POSIX pseudo-terminal", allow_module_level=True)
 from chat_screen import CTRL_D, ENTER, Chats, Screen
+from fake_terminal import FakeChats, FakeScreen
 
 DEMO = ("-m", "demo", "--backend", "cpu", "--temperature", "0", "--max-tokens", "40")
 WORDS = "the small fox said that it was late and went home over the hill to sleep by the old river "
 
 
-@pytest.fixture
-def chats(tmp_path: Path) -> Iterator[Chats]:
-    made = Chats(tmp_path)
-    yield made
-    for screen in made.open:
-        screen.child.close(force=True)
-
-
-def tell(chat: Screen, text: str, answers: int) -> None:
+def tell(chat: Screen | FakeScreen, text: str, answers: int) -> None:
     """Paste a message and wait for the so-manieth answer of this run."""
     chat.prompt(60)
     chat.type(f"\x1b[200~{text}\x1b[201~")
@@ -35,7 +28,7 @@ def tell(chat: Screen, text: str, answers: int) -> None:
     chat.wait(lambda shown: shown.count("first token") >= answers, 60)
 
 
-def long_chat(chats: Chats, *args: str, messages: int = 3, leave: bool = True) -> Screen:
+def long_chat(chats: Any, *args: str, messages: int = 3, leave: bool = True) -> Any:
     """A chat of about 1,000 tokens a message."""
     chat = chats(*DEMO, *args, real=True, rows=50, columns=120)
     for i in range(messages):
@@ -47,14 +40,14 @@ def long_chat(chats: Chats, *args: str, messages: int = 3, leave: bool = True) -
     return chat
 
 
-def last_prompt(chat: Screen) -> tuple[int, int]:
+def last_prompt(chat: Screen | FakeScreen) -> tuple[int, int]:
     """-> tokens of the last prompt, and how many of them were reused."""
     found = re.search(r"last prompt +([\d,]+) tokens, ([\d,]+) of them reused", chat.say("/stats", 60))
     assert found is not None
     return int(found[1].replace(",", "")), int(found[2].replace(",", ""))
 
 
-def test_a_resumed_chat_of_3000_tokens_computes_only_what_is_new(chats: Chats, tmp_path: Path) -> None:
+def test_a_resumed_chat_of_3000_tokens_computes_only_what_is_new(chats: FakeChats, tmp_path: Path) -> None:
     long_chat(chats)
     chat = chats(*DEMO, "--continue", real=True, rows=50, columns=120)
     tell(chat, "who are you?", 1)
@@ -66,22 +59,20 @@ def test_a_resumed_chat_of_3000_tokens_computes_only_what_is_new(chats: Chats, t
     assert (tmp_path / "cache" / "prefixes").stat().st_mode & 0o777 == 0o700
 
 
-def test_the_answer_of_a_resumed_chat_is_that_of_one_never_left(chats: Chats, tmp_path: Path) -> None:
+def test_the_answer_of_a_resumed_chat_is_that_of_one_never_left(
+    chats: FakeChats, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On the cpu backend keys and values come back bit for bit; the first chat here computes everything."""
     stayed = long_chat(chats, leave=False)
     tell(stayed, "who are you?", 4)
     stayed.prompt()
-    left = Chats(tmp_path / "other")
     (tmp_path / "other").mkdir()
-    try:
-        long_chat(left)
-        again = left(*DEMO, "--continue", real=True, rows=50, columns=120)
-        tell(again, "who are you?", 1)
-        again.prompt()
-        assert last_prompt(again)[1] >= 2900
-    finally:
-        for screen in left.open:
-            screen.child.close(force=True)
+    left = FakeChats(tmp_path / "other", monkeypatch)
+    long_chat(left)
+    again = left(*DEMO, "--continue", real=True, rows=50, columns=120)
+    tell(again, "who are you?", 1)
+    again.prompt()
+    assert last_prompt(again)[1] >= 2900
     assert messages(tmp_path) == messages(tmp_path / "other")
 
 
@@ -94,7 +85,7 @@ def messages(folder: Path) -> list[tuple[str, str, list[int]]]:
 
 @pytest.mark.parametrize("harm", ["deleted", "cut", "flipped", "folder is a file", "off"])
 def test_without_a_usable_cache_the_chat_goes_on_and_computes(
-    chats: Chats, tmp_path: Path, harm: str
+    chats: FakeChats, tmp_path: Path, harm: str
 ) -> None:
     long_chat(chats, messages=1)
     folder, env = tmp_path / "cache" / "prefixes", {}
@@ -120,25 +111,25 @@ def test_without_a_usable_cache_the_chat_goes_on_and_computes(
     assert chat.exit_code() == 0
 
 
-def test_killed_after_an_answer_it_still_has_all_but_the_last_part(chats: Chats) -> None:
+def test_killed_after_an_answer_it_still_has_all_but_the_last_part(terminals: Chats) -> None:
     """Whole parts are on disk soon after each answer; the last, unfinished one is written when the chat is left."""
-    chat = long_chat(chats, messages=2, leave=False)
-    folder = chats.folder / "cache" / "prefixes"
+    chat = long_chat(terminals, messages=2, leave=False)
+    folder = terminals.folder / "cache" / "prefixes"
     chat.wait(lambda _: folder.exists() and len(list(folder.glob("*.safetensors"))) >= 7, 60)
     chat.child.kill(9)
     chat.exit_code()
-    again = chats(*DEMO, "--continue", real=True, rows=50, columns=120)
+    again = terminals(*DEMO, "--continue", real=True, rows=50, columns=120)
     tell(again, "who are you?", 1)
     prompt, reused = last_prompt(again)
     assert reused >= 7 * 256 and prompt - reused < 256 + 40
 
 
-def test_an_unsaved_chat_leaves_nothing_in_the_cache(chats: Chats, tmp_path: Path) -> None:
+def test_an_unsaved_chat_leaves_nothing_in_the_cache(chats: FakeChats, tmp_path: Path) -> None:
     long_chat(chats, "--no-save", messages=1)
     assert not (tmp_path / "cache").exists() and not (tmp_path / "data").exists()
 
 
-def test_load_goes_on_without_computing_too(chats: Chats) -> None:
+def test_load_goes_on_without_computing_too(chats: FakeChats) -> None:
     chat = long_chat(chats, messages=1, leave=False)
     chat.say("/save long one")
     chat.say("/new")

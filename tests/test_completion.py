@@ -58,7 +58,7 @@ def run(shell: str, script: str, env: dict[str, str], cwd: Path) -> list[str]:
     if shutil.which(shell) is None:
         absent(f"{shell} is not here")
     command = [shell, *START[shell], "-c", f"{SOURCE[shell]}\ncd modelfolder/..\n{script}"]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout.split("\n")
 
@@ -84,7 +84,7 @@ def test_what_help_says_of_start_files_works_in_a_new_shell(
     reads = "; source ~/.config/fish/completions/tinychat.fish" if shell == "fish" else ""
     done = subprocess.run(
         [shell, *START[shell], "-c", f"{line}{reads}\n{asks[shell]}"], capture_output=True, text=True, env=env, cwd="/",
-        check=False, timeout=60,
+        check=False, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0 and {"fish": "models"}.get(shell, "_tinychat") in done.stdout, done.stderr
 
@@ -143,11 +143,11 @@ def test_tab_completes_what_is_typed(shell: str, env: dict[str, str], tmp_path: 
     pexpect, pyte = pytest.importorskip("pexpect"), pytest.importorskip("pyte")
     screen = pyte.Screen(100, 50)
     stream = pyte.ByteStream(screen)
-    arguments = {"args": [*START[shell], "-i"], "dimensions": (50, 100), "timeout": 30}
+    arguments = {"args": [*START[shell], "-i"], "dimensions": (50, 100), "timeout": 300}
     child = pexpect.spawn(shell, env=env | {"TERM": "xterm", "PS1": "> "}, cwd=str(tmp_path), **arguments)
 
     def wait(wanted: str) -> None:
-        end = time.monotonic() + 30
+        end = time.monotonic() + 300
         while not any(row.rstrip().endswith(wanted) for row in screen.display):
             assert time.monotonic() < end, f"no {wanted!r} in\n" + "\n".join(screen.display).rstrip()
             with suppress(pexpect.TIMEOUT):

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import test_awq_fold
-import test_convert_families
-import test_graph
+import test_support
 from tiny_models import VARIANTS
 
 from tinychat_mlx.arch import ARCHITECTURES
 from tinychat_mlx.archspec import ArchSpec
+from tinychat_mlx.backend import Backend
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "architectures.md"
 pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="a checkout's documents are not here")
@@ -37,13 +37,14 @@ def added(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     yield family
 
 
-@pytest.mark.parametrize("backend", test_graph.BACKENDS)
-def test_it_computes_what_transformers_does(added: str, backend: str, tiny_root: Path) -> None:
-    test_graph.test_logits_equal_transformers(added, backend, tiny_root)
-    test_graph.test_pieces_and_single_steps_equal_one_pass(added, backend, tiny_root)
+@pytest.mark.parametrize("int4", [False, True], ids=["dense", "int4"])
+def test_it_computes_what_transformers_does(
+    added: str, int4: bool, backend: Backend, tiny_root: Path
+) -> None:
+    test_support.test_family_runs_on(added, int4, backend, tiny_root)
 
 
 def test_awq_folds_and_converts_it(added: str, tiny_root: Path, tmp_path: Path) -> None:
     test_awq_fold.test_scaling_every_site_leaves_the_layer_unchanged(added, tiny_root)
     test_awq_fold.test_every_linear_belongs_to_one_site_and_every_norm_before_one_is_used(added, tiny_root)
-    test_convert_families.test_eight_bits_hardly_move_the_logits(added, tiny_root, tmp_path)
+    test_support.test_eight_bits_hardly_move_the_logits(added, tiny_root, tmp_path)

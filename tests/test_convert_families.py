@@ -1,4 +1,4 @@
-"""Every family converts: at 8 bits its logits hardly move, whatever is fused, folded or renamed."""
+"""Conversions of unlike structures, by every method and on every backend. test_support.py converts every family."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_models import RENAMED, VARIANTS, tiny
+from tiny_models import VARIANTS, tiny
 
 import tinychat_mlx
 from tinychat_mlx.arch import ARCHITECTURES
@@ -34,15 +34,6 @@ def off(folder: Path, variant: str, root: Path) -> float:
     t = tiny(variant, root)
     logits = tinychat_mlx.load(folder, backend="reference").logits(t.ids)
     return float(np.sqrt(np.square(logits - t.logits).mean()) / np.abs(t.logits).max())
-
-
-@pytest.mark.parametrize("variant", [*VARIANTS, *RENAMED])
-def test_eight_bits_hardly_move_the_logits(variant: str, tiny_root: Path, tmp_path: Path) -> None:
-    result = converted(variant, tiny_root, tmp_path / "out", method="awq+", w_bit=8)
-    assert all(site.error < 1e-3 for layer in result.layers for site in layer)
-    # A step is 1/255 of a group's range, its rounding 0.3 % of a weight's size; over ~30 matrices, at random,
-    # 5 of that. Rows in a wrong order, or a scale folded into the wrong place, give another model: 50 % and more.
-    assert off(tmp_path / "out", variant, tiny_root) < 0.02
 
 
 @pytest.mark.parametrize("method", ["rtn", "awq"])

@@ -61,7 +61,7 @@ def run(home: Path, target: Path, *more: str, kill: str = "", when: str = "befor
     """
     env = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")} | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", KILLED, kill, when, *arguments(home, target, *more)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1200, check=False)
     return done.returncode, done.stdout.splitlines()[1:]
 
 

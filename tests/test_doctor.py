@@ -43,7 +43,7 @@ def environment(home: Path, *paths: Path, **more: str) -> dict[str, str]:
 def doctor(*args: str, env: dict[str, str], prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     command = [*prefix, sys.executable, "-m", "tinychat_mlx", "doctor", *args]
     done = subprocess.run(
-        command, capture_output=True, text=True, encoding="utf-8", check=False, env=env, timeout=120
+        command, capture_output=True, text=True, encoding="utf-8", check=False, env=env, timeout=600
     )
     assert "Traceback" not in done.stderr, done.stderr
     return done

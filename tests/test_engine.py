@@ -36,8 +36,8 @@ class Letters:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> tinychat_mlx.Model:
-    t = tiny("llama", tmp_path_factory.mktemp("engine"))
+def model(tiny_root: Path) -> tinychat_mlx.Model:
+    t = tiny("llama", tiny_root)
     return tinychat_mlx.load(t.folder, backend="reference")
 
 

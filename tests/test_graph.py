@@ -1,56 +1,21 @@
-"""The one graph equals transformers, for every family, in one piece, in pieces and step by step."""
+"""Laws of the one graph. test_support.py compares it with transformers for every family."""
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_models import RENAMED, VARIANTS, tiny
+from tiny_models import tiny
 
 import tinychat_mlx
 from tinychat_mlx.arch import ARCHITECTURES
 
-# float32 throughout. A logit sums ~100 products through 4 layers: 100 · 6e-8 · 4 ≈ 2e-5 of the largest;
-# the issue's bound is 1e-4. The subtlest wrong spec (interleaved rope) is off by 0.04.
-TOLERANCE = 1e-4
-BACKENDS = ["reference", "cpu"]
+TOLERANCE = 1e-4  # of the largest logit: derived in test_support.py
 
 
 def load(folder: Path, backend: str) -> tinychat_mlx.Model:
     return tinychat_mlx.load(folder, backend=backend, exact=True, threads=1)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("variant", [*VARIANTS, *RENAMED])
-def test_logits_equal_transformers(variant: str, backend: str, tiny_root: Path) -> None:
-    t = tiny(variant, tiny_root)
-    got = load(t.folder, backend).logits(t.ids)
-    assert got.shape == t.logits.shape
-    assert np.abs(got - t.logits).max() < TOLERANCE * np.abs(t.logits).max()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("variant", [*VARIANTS, *RENAMED])
-def test_pieces_and_single_steps_equal_one_pass(variant: str, backend: str, tiny_root: Path) -> None:
-    t = tiny(variant, tiny_root)
-    model = load(t.folder, backend)
-    decoder, host = model.engine.decoder, model.backend.to_host
-    whole = model.logits(t.ids)
-
-    def run(cuts: list[int]) -> np.ndarray:
-        cache, edges = decoder.new_cache(len(t.ids)), [0, *cuts, len(t.ids)]
-        spans = list(pairwise(edges))
-        return np.concatenate([host(decoder.forward(t.ids[a:b], cache, last_only=False)) for a, b in spans])
-
-    bound = TOLERANCE * np.abs(t.logits).max()
-    assert np.abs(run([7, 8, 23]) - whole).max() < bound
-    assert np.abs(run(list(range(7, len(t.ids)))) - whole).max() < bound
-
-
-def test_every_architecture_has_a_tiny_model() -> None:
-    assert {kind for kind, _ in VARIANTS.values()} | {v.split("-")[0] for v in RENAMED} == set(ARCHITECTURES)
 
 
 def test_earlier_logits_do_not_see_later_tokens(tiny_root: Path) -> None:

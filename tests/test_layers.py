@@ -7,14 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "tinychat_mlx"
 # Modules of the core that start a program, and so stand above the apps they start.
 ENTRIES = {"tinychat_mlx/__main__.py", "tinychat_mlx/convert.py"}
 # All of the core that a backend may see: the contract, and what asks the operating system alone.
 CONTRACT = {"backend", "weight", "errors", "limits"}
+EVERYONE = ["errors", "limits", "places", "words"]  # modules that everyone may import
+HEAVY = ["torch", "transformers", "mlx", "mlx_lm"]
 CORE_IGNORES_DEVICE = {"decoder", "config", "arch", "rope", "generate", "sampler", "weight", "backend"}
 
 
@@ -31,7 +31,7 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative imports hide the layer they reach"
+            assert node.level == 0, f"{path}: a relative import hides the layer that it reaches"
             found.add(node.module or "")
             found |= {f"{node.module}.{a.name}" for a in node.names}
     return found
@@ -41,42 +41,45 @@ def reaches(path: Path, *layers: str) -> set[str]:
     return {m for m in imports(path) if any(m == x or m.startswith(x + ".") for x in layers)}
 
 
-@pytest.mark.parametrize("path", sources(PACKAGE), ids=lambda p: str(p.relative_to(ROOT)))
-def test_the_core_imports_no_app_quantiser_or_device(path: Path) -> None:
-    if str(path.relative_to(ROOT)).replace("\\", "/") in ENTRIES:
-        return
-    assert not reaches(path, "tinychat_mlx.apps", "tinychat_mlx.awq", "tinychat_mlx.backends")
-    assert not reaches(path, "torch", "transformers", "mlx", "mlx_lm")
+def offenders() -> list[str]:
+    """Every import, and every name of a device, that the layers forbid: a line each."""
+    found: list[str] = []
+
+    def forbid(path: Path, modules: set[str]) -> None:
+        found.extend(f"{path.relative_to(ROOT).as_posix()} imports {module}" for module in sorted(modules))
+
+    for path in sources(PACKAGE):
+        if path.relative_to(ROOT).as_posix() not in ENTRIES:
+            forbid(
+                path, reaches(path, "tinychat_mlx.apps", "tinychat_mlx.awq", "tinychat_mlx.backends", *HEAVY)
+            )
+    for path in sources("awq"):
+        forbid(
+            path, reaches(path, "tinychat_mlx.apps", "tinychat_mlx.backends", "torch", "transformers", "mlx")
+        )
+    for path in sources("backends"):
+        inside = path.relative_to(ROOT / "backends").parts[0].removesuffix(".py")
+        allowed = {f"{PACKAGE}.{m}" for m in CONTRACT} | {PACKAGE, f"{PACKAGE}.backends"}
+        layers = [f"{PACKAGE}.{m}" for m in (*CONTRACT, f"backends.{inside}", "backends.reference")]
+        forbid(path, reaches(path, PACKAGE) - allowed - reaches(path, *layers))
+    for name in EVERYONE:  # neither NumPy, for a shell's Tab, nor a part of ours that a backend must not see
+        path = ROOT / PACKAGE / f"{name}.py"
+        words = {f"{PACKAGE}.words", f"{PACKAGE}.words.of_the_system", f"{PACKAGE}.words.size"}
+        forbid(path, reaches(path, PACKAGE, "numpy") - {PACKAGE} - words)
+    for name in sorted(CORE_IGNORES_DEVICE):
+        path = ROOT / PACKAGE / f"{name}.py"
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        strings = {
+            n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+        }
+        named = sorted(strings & {"cpu", "mlx", "cuda", "reference"})
+        found.extend(f"{path.relative_to(ROOT).as_posix()} names the device {device}" for device in named)
+    return found
 
 
-@pytest.mark.parametrize("path", sources("awq"), ids=lambda p: str(p.relative_to(ROOT)))
-def test_the_quantiser_imports_no_app_or_device(path: Path) -> None:
-    assert not reaches(path, "tinychat_mlx.apps", "tinychat_mlx.backends", "torch", "transformers", "mlx")
-
-
-@pytest.mark.parametrize("path", sources("backends"), ids=lambda p: str(p.relative_to(ROOT)))
-def test_a_backend_sees_the_contract_itself_and_the_reference(path: Path) -> None:
-    inside = path.relative_to(ROOT / "backends").parts[0].removesuffix(".py")
-    allowed = {f"tinychat_mlx.{m}" for m in CONTRACT}
-    allowed |= {"tinychat_mlx.backends", f"tinychat_mlx.backends.{inside}", "tinychat_mlx.backends.reference"}
-    for module in reaches(path, PACKAGE):
-        parts = module.split(".")
-        prefixes = {".".join(parts[:i]) for i in range(1, len(parts) + 1)}
-        assert prefixes & allowed or module == PACKAGE, f"{path.name} imports {module}"
-
-
-@pytest.mark.parametrize("name", ["errors", "limits", "places", "words"])
-def test_what_everyone_may_ask_imports_nothing_heavy(name: str) -> None:
-    """Neither NumPy, for a shell's Tab, nor any other part of ours that a backend must not see."""
-    seen = reaches(ROOT / PACKAGE / f"{name}.py", PACKAGE, "numpy")
-    assert seen <= {PACKAGE, f"{PACKAGE}.words"} | {f"{PACKAGE}.words.{n}" for n in ("of_the_system", "size")}
-
-
-@pytest.mark.parametrize("name", sorted(CORE_IGNORES_DEVICE))
-def test_the_graph_never_names_a_device(name: str) -> None:
-    tree = ast.parse((ROOT / PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
-    strings = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-    assert not strings & {"cpu", "mlx", "cuda", "reference"}
+def test_no_file_imports_a_layer_above_it() -> None:
+    found = offenders()
+    assert not found, "\n" + "\n".join(found)
 
 
 def test_the_chat_path_imports_no_heavy_library() -> None:

@@ -124,7 +124,7 @@ print(json.dumps({
 def limited(nbytes: int, *command: str) -> subprocess.CompletedProcess[str]:
     """Run under `ulimit -v`."""
     shell = ["sh", "-c", f'ulimit -v {nbytes // 1024}; exec "$@"', "sh"]
-    return subprocess.run([*shell, *command], capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run([*shell, *command], capture_output=True, text=True, check=False, timeout=600)
 
 
 @LINUX

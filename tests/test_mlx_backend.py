@@ -13,7 +13,7 @@ import pytest
 mx = pytest.importorskip("mlx.core", reason="MLX is not installed")
 
 from mlx_models import agree, answer, decoder, logits, quantised, tokens
-from tiny_models import VARIANTS, tiny
+from tiny_models import REPRESENTATIVES, VARIANTS, tiny
 
 import tinychat_mlx
 from tinychat_mlx.backend import Backend, Segment
@@ -30,7 +30,7 @@ def uncompiled() -> Iterator[None]:
     mx.enable_compile()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*REPRESENTATIVES, "qwen2-window", "phi3-longrope"])
 def test_logits_equal_the_reference_in_one_piece_in_pieces_and_step_by_step(
     variant: str, tiny_root: Path
 ) -> None:
@@ -125,7 +125,7 @@ def test_three_conversations_in_one_step_equal_three_steps(tiny_root: Path) -> N
 
 @pytest.mark.parametrize("bits, group", [(bits, group) for bits in (4, 8) for group in (32, 64, 128)])
 def test_folders_of_mlx_lm_give_its_tokens(
-    bits: int, group: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bits: int, group: int, tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Greedy, 24 tokens, on the folder that mlx_lm.convert writes; logits within float32's reach."""
     mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
@@ -133,7 +133,7 @@ def test_folders_of_mlx_lm_give_its_tokens(
 
     sizes = {"hidden_size": 256, "intermediate_size": 384, "rope_theta": 5e5}
     monkeypatch.setitem(VARIANTS, "mlx-lm", ("llama", sizes))
-    t = tiny("mlx-lm", tmp_path)
+    t = tiny("mlx-lm", tiny_root)
     folder = convert(t.folder, tmp_path / "q", bits, group)
     theirs, _ = mlx_lm.utils.load_model(folder)
     theirs.set_dtype(mx.float32)

@@ -40,8 +40,8 @@ def uncompiled() -> Any:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny("qwen3", tmp_path_factory.mktemp("interop")).folder
+def folder(tiny_root: Path) -> Path:
+    return tiny("qwen3", tiny_root).folder
 
 
 def naive(folder: Path, prompt: list[int], n: int) -> list[int]:
@@ -122,9 +122,9 @@ def small(limit: int) -> MlxBackend:
 
 
 @pytest.mark.parametrize("variant", ["llama", "cohere2"])
-def test_what_a_context_will_take_is_known_before(variant: str, tmp_path: Path) -> None:
+def test_what_a_context_will_take_is_known_before(variant: str, tiny_root: Path) -> None:
     """Against what mlx-lm's own caches then hold; Cohere's sliding layers hold their window."""
-    decoder = MlxLmDecoder(tiny(variant, tmp_path).folder)
+    decoder = MlxLmDecoder(tiny(variant, tiny_root).folder)
     cache = decoder.new_cache(512)
     decoder.backend.to_host(decoder.forward([1] * 511, cache))
     decoder.backend.to_host(decoder.forward([1], cache))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,8 @@ def uncompiled() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def engines(tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, Engine]:
-    folder = tiny("qwen3", tmp_path_factory.mktemp("engines")).folder
+def engines(tiny_root: Path) -> tuple[Engine, Engine]:
+    folder = tiny("qwen3", tiny_root).folder
     on_host = MlxBackend(exact=True)
     on_host.sampler = lambda *a: None  # type: ignore[method-assign]
     return Engine(decoder(folder, MlxBackend(exact=True, compiled=True)), 64), Engine(

@@ -25,7 +25,6 @@ def told(picture: str) -> str:
     return re.sub(r"[\d.,]+(?=tok/s|s·|MB)", "#", text)
 
 
-@pytest.mark.flaky(reruns=2)  # a person's pace: on a busy machine a beat may be missed
 @pytest.mark.parametrize("picture", PICTURES, ids=lambda p: p.name)
 def test_a_picture_shows_what_the_chat_prints(picture: Picture, tmp_path: Path) -> None:
     """If not: `python tests/pictures.py`, and look at what has changed."""

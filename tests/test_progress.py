@@ -36,7 +36,7 @@ def stopped(screen: Screen, columns: int, says: str) -> None:
     while time.monotonic() < end:
         screen.pump()
     screen.type(CTRL_C)
-    screen.wait(lambda text: says in " ".join(text.split()), 20)
+    screen.wait(lambda text: says in " ".join(text.split()))
     assert screen.exit_code() == 130
     assert not any(mark in screen.text for mark in BAR), screen.text
     assert all(len(row) <= columns for row in screen.lines)
@@ -47,7 +47,7 @@ def test_a_conversions_bar_goes(tmp_path: Path, columns: int = 60) -> None:
     text = str(tiny_dense.text(tmp_path))
     command = ("convert", str(tmp_path / "dense"), "-o", str(tmp_path / "made"), "--calib", text)
     screen = started(columns, *command, "--group-size", "32", "--backend", "reference", code=SLOW)
-    screen.wait("━ 3/3", 60)
+    screen.wait("━ 3/3")
     stopped(screen, columns, "--resume to go on")
 
 
@@ -56,5 +56,5 @@ def test_a_downloads_bar_goes(tmp_path: Path, columns: int = 79) -> None:
     with Hub(tmp_path) as hub:
         hub.pause = 1.0
         screen = started(columns, "models", "pull", "org/model", env=hub.environ(tmp_path / "hf"))
-        screen.wait("left", 30)
+        screen.wait("left")
         stopped(screen, columns, "goes on from there")

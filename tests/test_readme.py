@@ -155,7 +155,7 @@ def test_a_block_with_a_command_has_nothing_else() -> None:
 @pytest.mark.parametrize("block", [b for b in blocks() if b.is_python], ids=str)
 def test_python_runs(block: Block, checkout: Path, environment: dict[str, str]) -> None:
     done = subprocess.run(
-        [".venv/bin/python", "-c", block.text], cwd=checkout, env=environment, capture_output=True, text=True, timeout=120,
+        [".venv/bin/python", "-c", block.text], cwd=checkout, env=environment, capture_output=True, text=True, timeout=1200,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -230,7 +230,7 @@ def test_commands_run_one_after_the_other(
         more = appended(command)
         done = subprocess.run(
             ["bash", "-o", "pipefail", "-c", f"{entered}{command} {more}"],
-            cwd=less if command.startswith(ON_LESS) else checkout, env=environment, input=SAID, capture_output=True, text=True, timeout=900, check=False,
+            cwd=less if command.startswith(ON_LESS) else checkout, env=environment, input=SAID, capture_output=True, text=True, timeout=1200, check=False,
         )  # fmt: skip
         assert done.returncode == 0, f"{where}: {command}\n{done.stdout}\n{done.stderr}"
         assert done.stdout.strip() or done.stderr.strip(), f"{where}: {command} says nothing"

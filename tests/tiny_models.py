@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import tempfile
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
+from safetensors.numpy import load_file, save_file
 
 VOCABULARY, LAYERS = 97, 4
 BASE = {
@@ -161,6 +167,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 # Families whose code is not in transformers, but which compute what Llama does: a Llama, stored their way.
 RENAMED = {"internlm2": "llama-mha", "internlm2-gqa": "llama-llama3", "exaone": "llama-llama3"}
 
+# One variant of each structure, for tests whose subject is not the family: plain, norms behind the blocks and capped
+# logits, parallel residual, mixture of experts, learned positions, ALiBi. test_support.py walks all.
+REPRESENTATIVES = ["llama", "gemma2", "gpt_neox", "qwen2_moe", "opt", "bloom"]
+
 
 @dataclass(frozen=True)
 class Tiny:
@@ -194,10 +204,6 @@ def build(variant: str, seed: int = 0) -> Any:
 
 def save_renamed(model: Any, model_type: str, folder: Path) -> None:
     """Write a Llama as another family stores it, by that family's published layout."""
-    import json
-
-    from safetensors.numpy import save_file
-
     config, state = model.config, {k: v.detach().numpy() for k, v in model.state_dict().items()}
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     if model_type == "internlm2":  # wqkv: for each kv head its queries, its key, its value
@@ -234,16 +240,40 @@ def save_renamed(model: Any, model_type: str, folder: Path) -> None:
 
 @cache
 def tiny(variant: str, root: Path, seed: int = 0, length: int = 40) -> Tiny:
-    """Save a tiny model of a variant below root, once, with transformers' logits of random ids."""
+    """A tiny model of a variant with transformers' logits of random ids, built below `root` if it is not there.
+
+    Every process of a run shares `root`, and later runs find what earlier ones built: the folder's name is a digest of
+    all that decides its content. Nothing may write into it.
+    """
+    made = root / f"{variant}-{seed}-{_digest(variant, length)}"
+    if not made.exists():
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(made.with_suffix(".lock")):
+            if not made.exists():
+                _build_into(made, variant, seed, length)
+    expected = load_file(made / "expected.safetensors")
+    return Tiny(made / variant, expected["ids"].tolist(), expected["logits"])
+
+
+def _digest(variant: str, length: int) -> str:
+    source = Path(__file__).read_text(encoding="utf-8")
+    row = VARIANTS[RENAMED.get(variant, variant)]
+    parts = [version("transformers"), version("torch"), source, repr(row), str(length)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _build_into(made: Path, variant: str, seed: int, length: int) -> None:
+    """Build aside and rename, so that a folder with this name is complete."""
     import torch
 
+    aside = Path(tempfile.mkdtemp(dir=made.parent))
     model = build(RENAMED.get(variant, variant), seed)
-    folder = root / f"{variant}-{seed}"
     if variant in RENAMED:
-        save_renamed(model, variant.split("-")[0], folder)
+        save_renamed(model, variant.split("-")[0], aside / variant)
     else:
-        model.save_pretrained(folder)
-    ids = np.random.default_rng(seed).integers(3, VOCABULARY, length).tolist()
+        model.save_pretrained(aside / variant)
+    ids = np.random.default_rng(seed).integers(3, VOCABULARY, length)
     with torch.no_grad():
-        logits = model(torch.tensor([ids])).logits[0].numpy()
-    return Tiny(folder, ids, logits)
+        logits = model(torch.tensor(ids[None])).logits[0].numpy()
+    save_file({"ids": ids, "logits": logits}, aside / "expected.safetensors")
+    aside.rename(made)

@@ -1,0 +1,36 @@
+"""What a run has proven of the model families: a line of JSON per proof, in a file per process.
+
+conftest.py names the folder for all processes of a run, and prints the count at its end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+FOLDER = "TINYCHAT_PROOFS"  # environment variable: where the files are
+
+
+class Proof(NamedTuple):
+    variant: str  # of tiny_models.py
+    seed: int
+    column: str  # a backend, or "AWQ"
+    claim: str  # of the README's table: dense, int4, invariant, converted
+    how: str  # whole, pieces, steps, 8 bits, …
+
+
+def proven(variant: str, column: str, claim: str, *how: str, seed: int = 0) -> None:
+    """Note what the calling test has just shown."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+    with (Path(os.environ[FOLDER]) / f"{worker}.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(Proof(variant, seed, column, claim, h)) + "\n" for h in how)
+
+
+def read(folder: Path) -> set[Proof]:
+    """All proofs of a run, from all its processes."""
+    lines = [
+        line for file in folder.glob("*.jsonl") for line in file.read_text(encoding="utf-8").splitlines()
+    ]
+    return {Proof(*json.loads(line)) for line in lines}
