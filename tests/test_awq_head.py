@@ -21,6 +21,7 @@ from tinychat_mlx.awq.evaluate import evaluate
 from tinychat_mlx.awq.layer import Form
 from tinychat_mlx.awq.settings import Settings
 from tinychat_mlx.awq.sites import LayerWeights, fold
+from tinychat_mlx.awq.streams import Split
 from tinychat_mlx.awq.tensors import joined_rows, rounded_rows
 from tinychat_mlx.awq.whole import last_rows, streamed
 from tinychat_mlx.backends.reference import ReferenceBackend
@@ -128,7 +129,7 @@ def test_what_is_written_is_the_head_that_was_chosen(
     converted(source, tmp_path / "striped", method=method)
     striped, whole = (Checkpoint.open(tmp_path / name).weight("lm_head") for name in ("striped", "whole"))
     assert isinstance(striped, Packed) and isinstance(whole, Packed) and whole.w_bit == 4
-    (report,) = result.layers[-1]
+    (report,) = result.layers[-1].sites
     assert report.key == "head" and report.error < report.rtn and not report.fell_back
     sampled = seen[0].chosen.parts["head"].to_float32()  # every third row, by which scales were chosen
     # Rows do not meet: only sums in another order part the two, which tip a code over now and then.
@@ -140,7 +141,7 @@ def test_a_tied_one_is_rounded_and_so_is_one_at_8_bits(tiny_root: Path, tmp_path
         source, target = opened(variant, tiny_root), tmp_path / f"{variant}-{bits}"
         result = converted(source, target, head=bits, method="awq")
         found = Checkpoint.open(target)
-        assert [site.key for site in result.layers[-1]] != ["head"] and len(result.layers) == 4
+        assert [site.key for site in result.layers[-1].sites] != ["head"] and len(result.layers) == 4
         assert np.array_equal(found.vector("model.norm.weight"), half(source.vector("model.norm.weight")))
 
 
@@ -151,8 +152,8 @@ def half(v: F32) -> F32:
 @pytest.mark.parametrize(
     ("method", "before", "kept"),
     [
-        ("awq+", "head_moments", True),
-        ("awq", "head_moments", True),
+        ("awq+", "head_inputs", True),
+        ("awq", "head_inputs", True),
         ("awq", "entries", True),
         ("awq", "rim_entries", False),
     ],
@@ -174,10 +175,10 @@ def test_killed_at_the_head_and_resumed_it_ends_with_the_same_bytes(
     assert (work / "rows-0004.npy").exists() == kept and (work / "layer-0003.safetensors").exists()
     again: list[int] = []
     with monkeypatch.context() as m:
-        quantize = stream.quantize_layer
-        m.setattr(stream, "quantize_layer", lambda *a: again.append(1) or quantize(*a))
+        quantize = stream.LayerQuantizer.run
+        m.setattr(stream.LayerQuantizer, "run", lambda *a: again.append(1) or quantize(*a))
         result = converted(source, tmp_path / "broken", method=method, more={"resume": True})
-    assert not again and [site.key for site in result.layers[-1]] == ["head"]
+    assert not again and [site.key for site in result.layers[-1].sites] == ["head"]
     assert files(tmp_path / "broken") == files(tmp_path / "whole")
 
 
@@ -218,8 +219,8 @@ def loss(demo: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         made: Weight = rounded_rows(matrix, 4, 128)
         vectors = norm_vectors(demo)
         if method != "rtn":
-            moments = head.head_moments(config, demo, backend, x, form, method)
-            found = head.Head.chosen_by(config, demo, moments, form, False)
+            inputs = head.head_inputs(config, demo, backend, x, Split.of(len(x), 512), form, method)
+            found = head.Head.chosen_by(config, demo, *inputs, form)
             made, vectors = joined_rows(matrix, found.stripes()), found.weights.vectors
         one = streamed(config, Changed(demo, made, vectors), backend, held, 512)
         kl = evaluate(held, one, dense).kl_mean

@@ -56,5 +56,5 @@ def test_every_backend_converts(
 
     result = converted(variant, tiny_root, tmp_path / "out", make=make, method="awq+", w_bit=8)
     assert [b.name for b in made] == [backend_name] * 2
-    assert all(site.error < 1e-3 for layer in result.layers for site in layer)
+    assert all(site.error < 1e-3 for layer in result.layers for site in layer.sites)
     assert off(tmp_path / "out", variant, tiny_root) < 0.02

@@ -149,11 +149,10 @@ def test_experts_that_saw_nothing_are_quantised_for_what_others_see(
             tmp_path / "out",
             np.full(40, 5, np.int32),
             method=method,
-            compare=method == "awq+",
         )
-    sites = [site for layer in result.layers for site in layer if site.note]
+    sites = [site for layer in result.layers for site in layer.sites if site.note]
     assert sites and all("experts were sent fewer than 512 tokens" in site.note for site in sites)
-    assert all(np.isfinite([site.error, site.rtn, *site.others.values()]).all() for site in sites)
+    assert all(np.isfinite([site.error, site.rtn]).all() for site in sites)
     assert all(site.error <= site.rtn for site in sites)
     assert np.isfinite(logits(tmp_path / "out")).all()
 
