@@ -39,14 +39,16 @@ def test_the_report_shows_every_method_beside_the_others(
     assert f"wrote {folder / 'report.md'}\n" in capsys.readouterr().err
     found = json.loads((folder / "report.json").read_text())
     assert len(found["layers"]) == 3
-    for layer in found["layers"]:
-        for site in layer:
-            assert 0 < site["error"] < site["rtn"] and site["error"] < site["others"]["awq"] <= site["rtn"]
     text = (folder / "report.md").read_text()
-    assert "rtn | awq | awq+" in text
-    for key in ("attn_in", "o_in", "mlp_in", "down_in"):
-        assert f"error-{key}.svg" in text
-        assert (folder / f"error-{key}.svg").read_text().count("<title>") == 9  # 3 layers, 3 methods
+    for i, layer in enumerate(found["layers"]):
+        assert 0 < layer["off"] < layer["rounded"]
+        assert [site["key"] for site in layer["sites"]] == ["attn_in", "o_in", "mlp_in", "down_in"]
+        for site in layer["sites"]:
+            assert 0 < site["error"] < site["rtn"]
+            assert f"| {i} | {site['key']} | {site['rtn']:.2e} | {site['error']:.2e} |" in text
+    assert (folder / "layers.svg").read_text().count("<title>") == 6  # 3 layers, 2 methods
+    assert 0 < found["check"]["made"]["kl_mean"] < found["check"]["rtn"]["kl_mean"] and not found["rejected"]
+    assert f"- check: KL {found['check']['made']['kl_mean']:.4f}" in text
     for part, size in found["sizes"].items():
         assert sum(size.values()) == found[f"{part}_bytes"] and size["embedding and head"] > 0
     assert found["quality"]["text"] == "what the calibration left of text-7.jsonl"
@@ -56,7 +58,7 @@ def test_the_report_shows_every_method_beside_the_others(
     assert list(quality) == ["rtn", "awq", "awq+"] and quality["rtn"]["tokens"] > 2048
     assert 0 < quality["awq+"]["kl_mean"] < quality["awq"]["kl_mean"] < quality["rtn"]["kl_mean"]
     assert not list(home.glob(".reported*"))  # what was made to be measured is gone
-    for name in ("sizes", "quality", "error-o_in"):
+    for name in ("sizes", "quality", "layers"):
         assert ElementTree.parse(folder / f"{name}.svg").getroot().tag.endswith("svg")
 
 
@@ -165,8 +167,8 @@ def test_a_mixtures_notes_are_in_the_report(tiny_root: Path, tmp_path: Path) -> 
     source = Checkpoint.open(tiny("mixtral", tiny_root).folder)
     settings, ids = Settings(method="awq", group_size=32), np.full(40, 5, np.int32)
     result = convert(source, tmp_path / "out", settings, ReferenceBackend, lambda *_: ids)
-    write_report(tmp_path / "report", source, result, settings, 1.0, None)
-    notes = [(i, site.key, site.note) for i, sites in enumerate(result.layers) for site in sites if site.note]
+    write_report(tmp_path / "report", source, result, 1.0, None)
+    notes = [(i, s.key, s.note) for i, layer in enumerate(result.layers) for s in layer.sites if s.note]
     assert notes
     text = (tmp_path / "report" / "report.md").read_text()
     for layer, key, note in notes:
@@ -184,9 +186,8 @@ def test_the_head_is_called_what_it_is(tmp_path: Path, capsys: pytest.CaptureFix
     more = ["--calib", str(text), "--report", str(folder), "--report-text", str(text)]
     assert main([*args, *more, "--backend", "reference"]) == 0
     said = capsys.readouterr().err
-    assert "kept, its error did not fall: head\n" in said and "layer 4" not in said
+    assert "kept where nothing was better: head\n" in said and "layer 4" not in said
     report = (folder / "report.md").read_text()
     assert "| head | head (plain rounding kept" in report and "| 3 |" not in report
-    assert not (folder / "error-head.svg").exists()
     layers = json.loads((folder / "report.json").read_text())["layers"]
-    assert [site["key"] for site in layers[3]] == ["head"]
+    assert [site["key"] for site in layers[3]["sites"]] == ["head"]
