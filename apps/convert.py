@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import json
+import math
 import os
 import sys
 import time
@@ -307,20 +309,18 @@ class Screen:
 
     def __init__(self, quiet: bool) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         self.console = Console(stderr=True, quiet=quiet)
         # A terminal adds ^C to the bar: where that made a row more, one would stay.
         self.console.width -= len("^C")
         columns = ("[progress.description]{task.description}", "{task.completed}/{task.total}")
         self.bar = Progress(
-            TextColumn(columns[0]), BarColumn(), TextColumn(columns[1]), TimeElapsedColumn(), TextColumn("left"),
-            TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal, speed_estimate_period=600,
+            TextColumn(columns[0]), BarColumn(), TextColumn(columns[1]), TimeElapsedColumn(), TextColumn("{task.fields[left]}"),
+            console=self.console, disable=not self.console.is_terminal,
         )  # fmt: skip
         self.tasks: dict[str, Any] = {}
-        self.begun: dict[
-            str, tuple[float, int]
-        ] = {}  # phase -> when it was first heard of, and what was done then
+        self.rates: dict[str, Rate] = {}
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -334,15 +334,18 @@ class Screen:
 
     def show(self, p: Progress) -> None:
         if p.phase not in self.tasks:
-            self.tasks[p.phase] = self.bar.add_task(p.phase, total=p.total)
-        if p.phase not in self.begun or p.note == "kept":
-            self.begun[p.phase] = time.perf_counter(), p.done
-        self.bar.update(self.tasks[p.phase], completed=p.done, total=p.total)
+            self.tasks[p.phase] = self.bar.add_task(p.phase, total=p.total, left="")
+        if p.phase not in self.rates or p.note == "kept":
+            self.rates[p.phase] = Rate()
+        self.rates[p.phase].add(p.done)
+        left = self._left(p)
+        self.bar.update(self.tasks[p.phase], completed=p.done, total=p.total, left=left)
+        line_left = f", {left}" if left and not self.console.is_terminal else ""
         if p.layer and p.layer.rounded:
             fallen = [site.key for site in p.layer.sites if site.fell_back]
             plain = f"  plain rounding kept: {', '.join(fallen)}" if fallen else ""
             off = f"off by {p.layer.off:.1%}, plain rounding {p.layer.rounded:.1%}{plain}"
-            self._print(f"layer {p.done}/{p.total}  {off}  {_memory()}{self._left(p)}")
+            self._print(f"layer {p.done}/{p.total}  {off}  {_memory()}{line_left}")
         elif p.note and (p.done in (0, p.total) or p.phase == "finish"):
             self._print(f"{p.phase}: {p.note}")
         elif (
@@ -351,20 +354,38 @@ class Screen:
             and p.phase != "finish"
             and p.done * 4 // p.total > (p.done - 1) * 4 // p.total
         ):
-            self._print(f"{p.phase} {p.done / p.total:.0%}{self._left(p)}")
+            self._print(f"{p.phase} {p.done / p.total:.0%}{line_left}")
 
     def _print(self, line: str) -> None:
         self.console.print(line, highlight=False, soft_wrap=True)
 
     def _left(self, p: Progress) -> str:
-        """How long the rest of a phase will take, where no bar says it."""
-        start, before = self.begun[p.phase]
-        if self.console.is_terminal or p.done <= before or p.done == p.total:
-            return ""
+        """How long the rest of a phase will take: "40 s left", or "" where that is unknown or nothing is left."""
         from tinychat_mlx.apps.models.download import lasting
 
-        left = (time.perf_counter() - start) / (p.done - before) * (p.total - p.done)
-        return f", {lasting(left)} left"
+        seconds = self.rates[p.phase].seconds(p.total - p.done)
+        return f"{lasting(seconds)} left" if seconds else ""
+
+
+class Rate:
+    """The time of the rest of a phase, from the later half of its steps so far.
+
+    The first steps are slow, as memory and caches are cold, and later ones take longer, as the model's cache grows. The
+    later half has left the first effect behind and follows the second.
+    """
+
+    def __init__(self) -> None:
+        self.times: list[tuple[int, float]] = []  # steps done, and when
+
+    def add(self, done: int) -> None:
+        self.times.append((done, time.perf_counter()))
+
+    def seconds(self, steps: int) -> float:
+        """The time of so many further steps; 0.0 before one is done."""
+        (first, _), (done, now) = self.times[0], self.times[-1]
+        middle = bisect.bisect_right(self.times, ((first + done) / 2, math.inf)) - 1
+        begun, start = self.times[middle]
+        return (now - start) / (done - begun) * steps if done > begun else 0.0
 
 
 def _memory() -> str:

@@ -1,6 +1,6 @@
 """How much speed is left next to busy programs: idle and busy runs alternate, their medians are printed.
 
-    python tests/busy.py MODEL [--loops 2] [--rounds 3] [--convert FOLDER]
+    python tests/busy.py MODEL [--loops 2] [--rounds 3] [--convert FOLDER [--calib FILE]]
 
 A busy run has endless loops next to it. With --convert: also wall and processor time of a conversion (not on Windows).
 """
@@ -39,7 +39,7 @@ def speed(model: str) -> dict[str, float]:
     return {"prefill tok/s": result["pp_tok_s"], "decode tok/s": result["tg_tok_s"]}
 
 
-def conversion(folder: str) -> dict[str, float]:
+def conversion(folder: str, calib: str) -> dict[str, float]:
     import resource
 
     def processor() -> float:
@@ -48,6 +48,7 @@ def conversion(folder: str) -> dict[str, float]:
 
     with tempfile.TemporaryDirectory() as out:
         command = [*TINYCHAT, "convert", folder, "-o", str(Path(out, "made")), "--backend", "cpu"]
+        command += ["--method", "awq", "--calib", calib]
         start, before = time.perf_counter(), processor()
         subprocess.run(command, capture_output=True, check=True)
         return {"convert wall s": time.perf_counter() - start, "convert processor s": processor() - before}
@@ -61,12 +62,15 @@ def main() -> None:
     parser.add_argument("--loops", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--convert", metavar="FOLDER")
+    parser.add_argument("--calib", default="self", metavar="FILE")
     args = parser.parse_args()
     rounds: dict[int, list[dict[str, float]]] = {0: [], args.loops: []}
     for _ in range(args.rounds):
         for number, found in rounds.items():
             with loops(number):
-                found.append(speed(args.model) | (conversion(args.convert) if args.convert else {}))
+                found.append(
+                    speed(args.model) | (conversion(args.convert, args.calib) if args.convert else {})
+                )
     for name in rounds[0][0]:
         idle, busy = (statistics.median(one[name] for one in found) for found in rounds.values())
         print(f"{name:20} idle {idle:9.1f}   busy {busy:9.1f}   busy / idle {busy / idle:.2f}")

@@ -484,3 +484,19 @@ def test_without_a_terminal_each_line_says_how_long_the_rest_takes(
     seconds[0] += 49
     screen.show(Progress("calibrate", 50, 100))
     assert capsys.readouterr().err.splitlines() == ["calibrate 50%, 50 s left"]
+
+
+def test_the_time_left_of_own_text_is_right_within_a_half_after_a_tenth(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first step is cold, and the last takes twice the time of the second, as caches grow."""
+    from tinychat_mlx.apps.convert import Rate
+
+    steps, seconds = 500, [0.0]
+    monkeypatch.setattr("tinychat_mlx.apps.convert.time.perf_counter", lambda: seconds[0])
+    costs, rate = [30.0] + [1 + at / steps for at in range(1, steps)], Rate()
+    for done, cost in enumerate(costs, 1):
+        seconds[0] += cost
+        rate.add(done)
+        if done * 10 >= steps and done < steps:
+            assert abs(rate.seconds(steps - done) / sum(costs[done:]) - 1) < 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from tinychat_mlx.backends.cpu import CpuBackend
+from tinychat_mlx.backends.cpu.library import open_library
 from tinychat_mlx.weight import Dense
 
 RNG = np.random.default_rng(0)
@@ -69,15 +71,34 @@ def test_callers_on_several_threads_take_turns() -> None:
     assert not wrong
 
 
-def test_busy_processors_change_no_result() -> None:
-    """While other programs take the processors, lists run on fewer threads, and now and then on all."""
-    backend, handle, x, y = backend_and_weight(4)
-    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
+def test_a_team_gets_smaller_only_where_fewer_threads_would_have_more() -> None:
+    """The rule takes what the threads lost to other programs, and what they had, in threads."""
+    rule = open_library().tc_fewer
+    rule.argtypes = [ctypes.c_int32, ctypes.c_double, ctypes.c_double]
+    assert rule(4, 0.0, 1.0) == 4  # they waited for each other, not for processors
+    assert rule(4, 0.1, 1.0) == 4
+    assert rule(2, 1.0, 0.5) == 1  # two loops on two processors: one thread has at least a half of one
+    assert rule(2, 0.4, 1.4) == 2  # a short visitor: one thread would have 1.0
+    assert rule(8, 0.5, 4.0) == 7  # one loop holds up eight that meet often
+    assert rule(8, 0.5, 7.4) == 8  # the same where a late thread's work goes to the others
+    assert rule(8, 2.0, 3.0) == 4
+    assert rule(4, 4.0, 0.0) == 1
+
+
+def test_busy_processors_make_the_team_smaller_and_change_no_result() -> None:
+    """Endless loops on every processor: the team is smaller before long, and every result is what it was."""
+    processors = os.cpu_count() or 1
+    backend, handle, x, y = backend_and_weight(processors + 1)
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * processors)]
     try:
-        end = time.monotonic() + 1
-        while time.monotonic() < end:
-            assert np.array_equal(backend.to_host(backend.linear(x, handle)), y)
+        end = time.monotonic() + 60
+        while backend.engine.team == processors + 1 and time.monotonic() < end:
+            assert np.array_equal(backend.to_host(backend.linear(x, handle)), y)  # type: ignore[arg-type]
+        smaller = backend.engine.team
+        for _ in range(100):
+            assert np.array_equal(backend.to_host(backend.linear(x, handle)), y)  # type: ignore[arg-type]
     finally:
         for loop in loops:
             loop.kill()
             loop.wait()
+    assert smaller <= processors

@@ -43,6 +43,11 @@ class Engine:
             raise BackendError("out of memory", where="cpu backend", remedy="close other programs")
         weakref.finalize(self, self._lib.tc_free, self._handle)
 
+    @property
+    def team(self) -> int:
+        """Threads that run the next ops: fewer than `threads` while other programs take the processors."""
+        return int(self._lib.tc_team(ctypes.c_void_p(self._handle)))
+
     def run_one(self, op: Op) -> None:
         pointer = ctypes.c_void_p(ctypes.addressof(op))
         self._check(self._lib.tc_run(self._handle, ctypes.byref(pointer), 1))

@@ -62,6 +62,16 @@ API int32_t tc_run(Engine* e, const Op* const* ops, int n) {
   return pool_run(e->pool, e->kernels->walk, ops, n, scratch, shared) ? OK : NO_MEMORY;
 }
 
+// Threads that run the next ops: fewer than the pool has while other programs take the processors.
+API int32_t tc_team(const Engine* e) {
+  return pool_team(e->pool);
+}
+
+// The rule by which a team becomes smaller, for tests (pool.h).
+API int32_t tc_fewer(int32_t team, double lost, double used) {
+  return pool_fewer(team, lost, used);
+}
+
 // Bytes of a weight's buffer: its tiles and its bias.
 API int64_t tc_weight_bytes(const Weight* w) {
   return (int64_t)codes_bytes(*w) + (w->has_bias ? (int64_t)tiles_of(*w) * 64 : 0);

@@ -112,10 +112,11 @@ struct Pool {
   const void* list = nullptr;
   int n = 0;
   bool stop = false;
-  int64_t judged = 0, lost = 0;  // ns of lists since the last judgement, and what other programs took of them
+  int64_t judged = 0, lost = 0, used = 0;  // ns since the last judgement: of lists, taken by others, of our threads
   int64_t until = 0, rest = FIRST_REST;
   std::atomic<int64_t> met{0};               // when the threads last met, or a list was announced
   std::atomic<int64_t> taken{0};             // from the threads of this list by other programs, ns
+  std::atomic<int64_t> had{0};               // processor time of the threads of this list, ns
   alignas(64) std::atomic<uint32_t> job{0};  // its number * TEAMS + its team
   alignas(64) std::atomic<uint32_t> generation{0};
   alignas(64) std::atomic<int> arrived{0};
@@ -162,6 +163,7 @@ static void walk_as(Pool* p, int id, int team) {
   const int64_t start = p->met.load(std::memory_order_relaxed), used = processor_ns();
   p->walk(me, p->list, p->n);
   const int64_t busy = processor_ns() - used, taken = now_ns() - start - busy - asleep;
+  p->had.fetch_add(busy, std::memory_order_relaxed);
   if (used >= 0 && taken > 0) p->taken.fetch_add(taken, std::memory_order_relaxed);
   pool_barrier(me);
 }
@@ -184,20 +186,27 @@ static void announce(Pool* p, int team) {
   p->job.notify_all();
 }
 
-// After a list of `wall` ns on a team: are there threads that other programs hold up? Then fewer run the next.
+int pool_fewer(int team, double lost, double used) {
+  if (lost < LOST) return team;
+  const int shared = lost > 0.75 ? (int)(2 * lost + 0.5) : 1;  // one that shares with another loses half its time
+  const int fewer = team - shared > 1 ? team - shared : 1;
+  return used < fewer ? fewer : team;
+}
+
+// After a list of `wall` ns: decides how many threads run the next ones.
 static void judge(Pool* p, int64_t wall) {
   p->judged += wall;
   p->lost += p->taken.exchange(0, std::memory_order_relaxed);
+  p->used += p->had.exchange(0, std::memory_order_relaxed);
   if (p->judged < WINDOW) return;
-  const double lost = (double)p->lost / (double)p->judged;
   const int64_t trial = p->judged;
-  p->judged = p->lost = 0;
-  if (lost >= LOST) {  // a thread that shares its processor with one other loses half its time
-    const int fewer = p->team - (lost > 0.75 ? (int)(2 * lost + 0.5) : 1);
-    p->team = fewer > 1 ? fewer : 1;
+  const int team = pool_fewer(p->team, (double)p->lost / (double)trial, (double)p->used / (double)trial);
+  p->judged = p->lost = p->used = 0;
+  if (team < p->team) {
+    p->team = team;
     p->until = now_ns() + greater(p->rest, 32 * trial);  // trials take a few hundredths of the time
     p->rest = p->rest * 2 < LONGEST_REST ? p->rest * 2 : LONGEST_REST;
-  } else if (p->team == p->threads) {
+  } else if (team == p->threads) {
     p->rest = FIRST_REST;
   }
 }
@@ -235,6 +244,10 @@ int pool_threads(const Pool* p) {
   return p->threads;
 }
 
+int pool_team(const Pool* p) {
+  return p->team;
+}
+
 bool pool_run(Pool* p, WalkFn walk, const void* list, int n, size_t scratch, size_t shared) {
   std::lock_guard<std::mutex> guard(p->one_caller);
   for (auto& s : p->scratch)
@@ -244,7 +257,7 @@ bool pool_run(Pool* p, WalkFn walk, const void* list, int n, size_t scratch, siz
   p->walk = walk, p->list = list, p->n = n;
   if (p->threads == 1) return walk_as(p, 0, 1), true;
   const int64_t start = now_ns();
-  if (p->team < p->threads && start >= p->until) p->team = p->threads, p->judged = p->lost = 0;
+  if (p->team < p->threads && start >= p->until) p->team = p->threads, p->judged = p->lost = p->used = 0;
   const int team = p->team;
   if (team > 1) announce(p, team);
   walk_as(p, 0, team);

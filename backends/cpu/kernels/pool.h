@@ -33,6 +33,11 @@ using WalkFn = void (*)(const Worker& me, const void* list, int n);
 Pool* pool_new(int threads);
 void pool_free(Pool* pool);
 int pool_threads(const Pool* pool);
+int pool_team(const Pool* pool);  // of which so many run the next list
+
+// How many threads run the next lists, after `team` threads that lost the time of `lost` threads to other programs and
+// had processors for the time of `used` threads. Fewer only where those, undisturbed, would have had more.
+int pool_fewer(int team, double lost, double used);
 
 // Runs `walk` on every thread, with that much scratch; false if memory is short. One caller at a time.
 bool pool_run(Pool* pool, WalkFn walk, const void* list, int n, size_t scratch, size_t shared);
