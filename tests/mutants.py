@@ -1,0 +1,356 @@
+"""Mutation testing: make one small mistake in the product, run the tests that cover it, expect a failure.
+
+    python tests/mutants.py [--only NAME …] [--jobs N] [--timeout S] [--json FILE]
+    python tests/mutants.py --check      only find every snippet in the source and every test file
+
+Mutations run in copies of this checkout, in a temporary folder; files of the checkout itself are only read. The
+native library is built in the copy, so `cmake` and a C++ compiler are required.
+
+Exit code: 0 every mutation was killed; 1 one survived; 2 one could not be judged (a snippet is missing or ambiguous,
+the tests fail or are all skipped without the mutation, a timeout, a build or collection error).
+
+When code or tests are renamed: edit the snippet, or add the new spelling to `change`; name test files by their base
+name, whatever folder they are in. Which test killed which mutation first is recorded in tests/data/mutants.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import venv
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from mutations import MUTATIONS, Mutation
+
+ROOT = Path(__file__).resolve().parent.parent
+PRODUCT = ("tinychat_mlx", "apps", "awq", "backends")
+SUFFIXES = {".py", ".h", ".cpp", ".cu", ".cuh", ".metal"}
+NATIVE = {".h", ".cpp"}
+CMAKE_SOURCE = "backends/cpu"
+
+
+class Unjudged(Exception):
+    """A mutation that says nothing about the tests, and why."""
+
+
+class Place(NamedTuple):
+    """The file that a mutation changes, relative to the checkout, and its text before and after."""
+
+    file: str
+    before: str
+    after: str
+
+
+class Verdict(NamedTuple):
+    outcome: str  # killed | survived | error
+    by: str  # the first failing test, or the reason of an error
+    seconds: float
+
+
+def tracked() -> list[str]:
+    """Every file of the checkout that git does not ignore."""
+    command = ["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard", "-z"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")
+    return [name for name in listed if name and (ROOT / name).is_file()]
+
+
+def sources(names: list[str]) -> dict[str, str]:
+    """The product's source files: name -> text."""
+    mine = (n for n in names if n.split("/")[0] in PRODUCT and Path(n).suffix in SUFFIXES)
+    return {name: (ROOT / name).read_text(encoding="utf-8") for name in mine}
+
+
+def find(mutation: Mutation, texts: dict[str, str]) -> Place:
+    """Locate the one place that a mutation changes. Raises Unjudged."""
+    hits = [
+        (f, old, new) for old, new in mutation.change for f, t in texts.items() for _ in range(t.count(old))
+    ]
+    if len(hits) != 1:
+        where = ", ".join(sorted({f for f, _, _ in hits}))
+        raise Unjudged(
+            f"its snippet is in {where} {len(hits)} times" if hits else "its snippet is in no product file"
+        )
+    file, old, new = hits[0]
+    return Place(file, texts[file], texts[file].replace(old, new))
+
+
+def test_files(mutation: Mutation, names: list[str]) -> list[str]:
+    """Paths of a mutation's test files, found by base name. Raises Unjudged."""
+    found = []
+    for wanted in mutation.tests:
+        paths = [n for n in names if n.startswith("tests/") and Path(n).name == wanted]
+        if len(paths) != 1:
+            raise Unjudged(f"{len(paths)} files named {wanted} under tests/: {', '.join(paths)}")
+        found += paths
+    return found
+
+
+class Sandbox:
+    """A copy of the checkout with an interpreter that imports the product from it.
+
+    The copy always has the same path, `work`, and every mutation gets it fresh from `clean`. The interpreter is a
+    virtual environment whose only contents are two paths: the copy, and the packages of the interpreter that runs
+    this program. A path in a .pth file does not run the .pth files of that folder, so the finder of an editable
+    install stays out; child processes started with `sys.executable` see the same.
+    """
+
+    def __init__(self, folder: Path, names: list[str], library: Path | None) -> None:
+        self.folder, self.work, self.clean = folder, folder / "work", folder / "clean"
+        self.cache, self.clean_cache, self.build = folder / "cache", folder / "clean-cache", folder / "build"
+        self.mutated: set[str] = set()  # native sources whose object files are those of a mutation
+        for name in names:
+            (self.clean / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, self.clean / name)
+        self.clean_cache.mkdir()
+        self.python = self._interpreter()
+        if library is not None:
+            shutil.copy2(library, self.clean / "tinychat_mlx")
+            return
+        self.reset()
+        self.compile()
+        shutil.copy2(self.library(self.work), self.clean / "tinychat_mlx")
+
+    def _interpreter(self) -> Path:
+        place = self.folder / "venv"
+        venv.create(place, symlinks=os.name != "nt", with_pip=False)
+        packages = [p for p in sys.path if Path(p).name in ("site-packages", "dist-packages")]
+        site = next(place.rglob("site-packages"))
+        (site / "mutants.pth").write_text("\n".join([str(self.work), *packages]) + "\n", encoding="utf-8")
+        return place / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+    @staticmethod
+    def library(tree: Path) -> Path:
+        found = [
+            p for p in (tree / "tinychat_mlx").glob("tinychat_cpu.*") if p.suffix in (".so", ".dylib", ".dll")
+        ]
+        if len(found) != 1:
+            raise Unjudged("the build left no native library in tinychat_mlx/")
+        return found[0]
+
+    def reset(self) -> None:
+        """Bring back the unmutated copy and the caches that unmutated tests left."""
+        for now, before in ((self.work, self.clean), (self.cache, self.clean_cache)):
+            shutil.rmtree(now, ignore_errors=True)
+            shutil.copytree(before, now)
+
+    def keep(self) -> None:
+        """Let later runs start from what the unmutated tests left: caches save them time."""
+        for now, before in ((self.work, self.clean), (self.cache, self.clean_cache)):
+            shutil.rmtree(before)
+            now.rename(before)
+
+    def compile(self, changed: str = "") -> None:
+        """Build the native library of `work`. Raises Unjudged."""
+        for name in self.mutated:
+            os.utime(self.work / name)
+        self.mutated = {changed} - {""}
+        if not (self.build / "CMakeCache.txt").exists():
+            self._run("cmake", "-S", str(self.work / CMAKE_SOURCE), "-B", str(self.build))
+        self._run("cmake", "--build", str(self.build), "--parallel", "2")
+
+    def _run(self, *command: str) -> None:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            raise Unjudged(
+                f"{command[0]} is not installed, and the native library is built with it"
+            ) from None
+        if done.returncode:
+            raise Unjudged(f"{shlex.join(command)} fails: {last_lines(done.stdout + done.stderr)}")
+
+    def environment(self) -> dict[str, str]:
+        """Bytecode of a mutation must not outlive it, nor what it computed: caches are this copy's."""
+        drop = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTEST_ADDOPTS")
+        env = {k: v for k, v in os.environ.items() if k not in drop}
+        return env | {"PYTHONDONTWRITEBYTECODE": "1", "XDG_CACHE_HOME": str(self.cache)}
+
+    def pytest(self, files: list[str], keyword: str, timeout: float) -> tuple[int, str]:
+        """Run tests in `work` until the first failure -> exit code, output. Raises Unjudged on a timeout."""
+        scratch = self.folder / "tmp"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        command = [str(self.python), "-m", "pytest", "-x", "-rfE", "--tb=short", "--color=no"]
+        command += ["-o", f"cache_dir={self.cache / 'pytest'}", *files, *(["-k", keyword] if keyword else [])]
+        with tempfile.TemporaryFile() as out:
+            process = subprocess.Popen(
+                command, cwd=self.work, env=self.environment() | {"TMPDIR": str(scratch)}, stdin=subprocess.DEVNULL,
+                stdout=out, stderr=subprocess.STDOUT, start_new_session=os.name == "posix",
+            )  # fmt: skip
+            try:
+                code = process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                raise Unjudged(f"no verdict after {timeout:g} s") from None
+            finally:
+                end(process)
+            out.seek(0)
+            return code, out.read().decode(errors="replace")
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Stop a process, and what it started, if it still runs."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
+        process.wait()
+
+
+def last_lines(text: str, count: int = 12) -> str:
+    return "\n    " + "\n    ".join(text.strip().splitlines()[-count:])
+
+
+def first_failure(output: str) -> str:
+    """The id of the first failing test that pytest's summary names, or ""."""
+    found = re.search(r"^(?:FAILED|ERROR) (\S+?::.+?)(?: - .*)?$", output, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def baseline(box: Sandbox, files: list[str], keyword: str, timeout: float) -> None:
+    """Run a selection of tests without a mutation. Raises Unjudged unless some pass and none fail."""
+    box.reset()
+    code, output = box.pytest(files, keyword, timeout)
+    if code == 5:
+        raise Unjudged(f"no test in {' '.join(files)} matches {keyword!r}")
+    if code:
+        raise Unjudged(f"the tests fail without the mutation (exit code {code}): {last_lines(output)}")
+    if not re.search(r"\b\d+ passed", output):
+        raise Unjudged(f"no test ran without the mutation: {last_lines(output)}")
+    box.keep()
+
+
+def judge(box: Sandbox, place: Place, files: list[str], keyword: str, timeout: float) -> tuple[str, str]:
+    """Run the tests with a mutation -> outcome, the test that killed it. Raises Unjudged."""
+    box.reset()
+    (box.work / place.file).write_text(place.after, encoding="utf-8")
+    if Path(place.file).suffix in NATIVE:
+        box.compile(place.file)
+    code, output = box.pytest(files, keyword, timeout)
+    if code == 0:
+        return "survived", ""
+    if code == 1 and (test := first_failure(output)):
+        return "killed", test
+    raise Unjudged(f"pytest ends with exit code {code}: {last_lines(output)}")
+
+
+class Runner:
+    """Judges mutations, those of one selection of tests after each other, selections in parallel."""
+
+    def __init__(self, chosen: list[Mutation], timeout: float) -> None:
+        self.timeout, self.names = timeout, tracked()
+        self.texts = sources(self.names)
+        self.verdicts: dict[str, Verdict] = {}
+        self.lock = threading.Lock()
+        groups: dict[tuple[tuple[str, ...], str], list[tuple[Mutation, Place]]] = defaultdict(list)
+        for mutation in chosen:
+            try:
+                place = find(mutation, self.texts)
+                groups[tuple(test_files(mutation, self.names)), mutation.keyword].append((mutation, place))
+            except Unjudged as reason:
+                self.report(mutation.name, Verdict("error", str(reason), 0.0))
+        # A copy in which the library was built once rebuilds only what changed: one copy gets all native mutations.
+        self.native: queue.SimpleQueue[tuple[list[str], str, list[tuple[Mutation, Place]]]] = (
+            queue.SimpleQueue()
+        )
+        self.others: queue.SimpleQueue[tuple[list[str], str, list[tuple[Mutation, Place]]]] = (
+            queue.SimpleQueue()
+        )
+        for (files, keyword), members in groups.items():
+            native = any(Path(place.file).suffix in NATIVE for _, place in members)
+            (self.native if native else self.others).put((list(files), keyword, members))
+
+    def report(self, name: str, verdict: Verdict) -> None:
+        with self.lock:
+            self.verdicts[name] = verdict
+            by = f"  {verdict.by}" if verdict.by else ""
+            print(f"{verdict.outcome:<9}{verdict.seconds:7.1f} s  {name}{by}", flush=True)
+
+    def run(self, jobs: int) -> None:
+        with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+            first = Sandbox(Path(folder, "0"), self.names, None)
+            boxes = [
+                Sandbox(Path(folder, str(i)), self.names, first.library(first.clean)) for i in range(1, jobs)
+            ]
+            workers = [
+                threading.Thread(target=self._work, args=(box, box is first)) for box in [first, *boxes]
+            ]
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+
+    def _work(self, box: Sandbox, builds: bool) -> None:
+        for files, keyword, members in self._groups(builds):
+            reason, started = "", time.monotonic()
+            try:
+                baseline(box, files, keyword, self.timeout)
+            except Unjudged as e:
+                reason = str(e)
+            print(
+                f"{'baseline':<9}{time.monotonic() - started:7.1f} s  {' '.join(files)} {keyword}", flush=True
+            )
+            for mutation, place in members:
+                started = time.monotonic()
+                try:
+                    if reason:
+                        raise Unjudged(reason)
+                    outcome, by = judge(box, place, files, keyword, self.timeout)
+                except Unjudged as e:
+                    outcome, by = "error", str(e)
+                self.report(mutation.name, Verdict(outcome, by, time.monotonic() - started))
+
+    def _groups(self, builds: bool) -> Iterator[tuple[list[str], str, list[tuple[Mutation, Place]]]]:
+        for source in (self.native, self.others) if builds else (self.others,):
+            while True:
+                try:
+                    yield source.get_nowait()
+                except queue.Empty:
+                    break
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="mutations to run (default: all)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="copies that run at the same time")
+    parser.add_argument(
+        "--timeout", type=float, default=300, metavar="S", help="seconds per run of the tests"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the verdicts to a file")
+    parser.add_argument("--check", action="store_true", help="only look for the snippets and the test files")
+    options = parser.parse_args()
+    known = {m.name: m for m in MUTATIONS}
+    if unknown := sorted(set(options.only or ()) - set(known)):
+        parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
+    runner = Runner([known[name] for name in options.only or known], options.timeout)
+    if not options.check:
+        runner.run(max(1, options.jobs))
+    elif not runner.verdicts:
+        print(f"all of {len(known)} snippets and their tests are found")
+    counts = {
+        o: sum(v.outcome == o for v in runner.verdicts.values()) for o in ("killed", "survived", "error")
+    }
+    if not options.check:
+        print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+    if options.json:
+        rows = {name: runner.verdicts[name]._asdict() for name in known if name in runner.verdicts}
+        for name, row in rows.items():
+            row["area"], row["seconds"] = known[name].area, round(row["seconds"], 1)
+        options.json.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return 2 if counts["error"] else 1 if counts["survived"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
