@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import queue
 import re
 import shlex
 import shutil
@@ -29,8 +28,8 @@ import tempfile
 import threading
 import time
 import venv
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,6 +110,7 @@ class Sandbox:
     def __init__(self, folder: Path, names: list[str], library: Path | None) -> None:
         self.folder, self.work, self.clean = folder, folder / "work", folder / "clean"
         self.cache, self.clean_cache, self.build = folder / "cache", folder / "clean-cache", folder / "build"
+        self.process: subprocess.Popen[bytes] | None = None
         self.mutated: set[str] = set()  # native sources whose object files are those of a mutation
         for name in names:
             (self.clean / name).parent.mkdir(parents=True, exist_ok=True)
@@ -186,7 +186,7 @@ class Sandbox:
         command = [str(self.python), "-m", "pytest", "-x", "-rfE", "--tb=short", "--color=no"]
         command += ["-o", f"cache_dir={self.cache / 'pytest'}", *files, *(["-k", keyword] if keyword else [])]
         with tempfile.TemporaryFile() as out:
-            process = subprocess.Popen(
+            self.process = process = subprocess.Popen(
                 command, cwd=self.work, env=self.environment() | {"TMPDIR": str(scratch)}, stdin=subprocess.DEVNULL,
                 stdout=out, stderr=subprocess.STDOUT, start_new_session=os.name == "posix",
             )  # fmt: skip
@@ -195,16 +195,15 @@ class Sandbox:
             except subprocess.TimeoutExpired:
                 raise Unjudged(f"no verdict after {timeout:g} s") from None
             finally:
-                end(process)
+                self.stop()
             out.seek(0)
             return code, out.read().decode(errors="replace")
 
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Stop a process, and what it started, if it still runs."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
-        process.wait()
+    def stop(self) -> None:
+        """Stop the tests that run here, and what they started."""
+        if self.process is not None and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL) if os.name == "posix" else self.process.kill()
+            self.process.wait()
 
 
 def last_lines(text: str, count: int = 12) -> str:
@@ -244,31 +243,35 @@ def judge(box: Sandbox, place: Place, files: list[str], keyword: str, timeout: f
     raise Unjudged(f"pytest ends with exit code {code}: {last_lines(output)}")
 
 
+class Group(NamedTuple):
+    """Mutations that one selection of tests judges."""
+
+    files: list[str]
+    keyword: str
+    members: list[tuple[Mutation, Place]]
+
+    @property
+    def native(self) -> bool:
+        return any(Path(place.file).suffix in NATIVE for _, place in self.members)
+
+
 class Runner:
     """Judges mutations, those of one selection of tests after each other, selections in parallel."""
 
     def __init__(self, chosen: list[Mutation], timeout: float) -> None:
         self.timeout, self.names = timeout, tracked()
-        self.texts = sources(self.names)
         self.verdicts: dict[str, Verdict] = {}
-        self.lock = threading.Lock()
-        groups: dict[tuple[tuple[str, ...], str], list[tuple[Mutation, Place]]] = defaultdict(list)
+        self.lock, self.ending = threading.Lock(), threading.Event()
+        texts, groups = sources(self.names), dict[tuple[str, ...], Group]()
         for mutation in chosen:
             try:
-                place = find(mutation, self.texts)
-                groups[tuple(test_files(mutation, self.names)), mutation.keyword].append((mutation, place))
+                place, files = find(mutation, texts), test_files(mutation, self.names)
             except Unjudged as reason:
                 self.report(mutation.name, Verdict("error", str(reason), 0.0))
-        # A copy in which the library was built once rebuilds only what changed: one copy gets all native mutations.
-        self.native: queue.SimpleQueue[tuple[list[str], str, list[tuple[Mutation, Place]]]] = (
-            queue.SimpleQueue()
-        )
-        self.others: queue.SimpleQueue[tuple[list[str], str, list[tuple[Mutation, Place]]]] = (
-            queue.SimpleQueue()
-        )
-        for (files, keyword), members in groups.items():
-            native = any(Path(place.file).suffix in NATIVE for _, place in members)
-            (self.native if native else self.others).put((list(files), keyword, members))
+                continue
+            group = groups.setdefault((*files, mutation.keyword), Group(files, mutation.keyword, []))
+            group.members.append((mutation, place))
+        self.groups = sorted(groups.values(), key=lambda group: not group.native)
 
     def report(self, name: str, verdict: Verdict) -> None:
         with self.lock:
@@ -277,46 +280,46 @@ class Runner:
             print(f"{verdict.outcome:<9}{verdict.seconds:7.1f} s  {name}{by}", flush=True)
 
     def run(self, jobs: int) -> None:
-        with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        with tempfile.TemporaryDirectory(prefix="mutants-", ignore_cleanup_errors=True) as folder:
             first = Sandbox(Path(folder, "0"), self.names, None)
-            boxes = [
-                Sandbox(Path(folder, str(i)), self.names, first.library(first.clean)) for i in range(1, jobs)
-            ]
-            workers = [
-                threading.Thread(target=self._work, args=(box, box is first)) for box in [first, *boxes]
-            ]
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                worker.join()
+            library = first.library(first.clean)
+            boxes = [first, *(Sandbox(Path(folder, str(i)), self.names, library) for i in range(1, jobs))]
+            with ThreadPoolExecutor(jobs) as pool:
+                try:
+                    for worker in [pool.submit(self._work, box, box is first) for box in boxes]:
+                        worker.result()
+                except BaseException:  # an interrupt, or a defect in a worker: begin nothing more
+                    self.ending.set()
+                    for box in boxes:
+                        box.stop()
+                    raise
+
+    def _next(self, builds: bool) -> Group | None:
+        """Native mutations go to the copy that has their object files: it rebuilds only what changed."""
+        with self.lock:
+            at = next((i for i, group in enumerate(self.groups) if builds or not group.native), None)
+            return None if at is None else self.groups.pop(at)
 
     def _work(self, box: Sandbox, builds: bool) -> None:
-        for files, keyword, members in self._groups(builds):
+        while not self.ending.is_set() and (group := self._next(builds)):
             reason, started = "", time.monotonic()
             try:
-                baseline(box, files, keyword, self.timeout)
+                baseline(box, group.files, group.keyword, self.timeout)
             except Unjudged as e:
                 reason = str(e)
-            print(
-                f"{'baseline':<9}{time.monotonic() - started:7.1f} s  {' '.join(files)} {keyword}", flush=True
-            )
-            for mutation, place in members:
+            seconds = time.monotonic() - started
+            print(f"baseline {seconds:7.1f} s  {' '.join(group.files)} -k {group.keyword!r}", flush=True)
+            for mutation, place in group.members:
+                if self.ending.is_set():
+                    return
                 started = time.monotonic()
                 try:
                     if reason:
                         raise Unjudged(reason)
-                    outcome, by = judge(box, place, files, keyword, self.timeout)
+                    outcome, by = judge(box, place, group.files, group.keyword, self.timeout)
                 except Unjudged as e:
                     outcome, by = "error", str(e)
                 self.report(mutation.name, Verdict(outcome, by, time.monotonic() - started))
-
-    def _groups(self, builds: bool) -> Iterator[tuple[list[str], str, list[tuple[Mutation, Place]]]]:
-        for source in (self.native, self.others) if builds else (self.others,):
-            while True:
-                try:
-                    yield source.get_nowait()
-                except queue.Empty:
-                    break
 
 
 def main() -> int:
@@ -334,14 +337,14 @@ def main() -> int:
     known = {m.name: m for m in MUTATIONS}
     if unknown := sorted(set(options.only or ()) - set(known)):
         parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: nothing is left running
     runner = Runner([known[name] for name in options.only or known], options.timeout)
     if not options.check:
         runner.run(max(1, options.jobs))
     elif not runner.verdicts:
         print(f"all of {len(known)} snippets and their tests are found")
-    counts = {
-        o: sum(v.outcome == o for v in runner.verdicts.values()) for o in ("killed", "survived", "error")
-    }
+    found = Counter(verdict.outcome for verdict in runner.verdicts.values())
+    counts = {outcome: found[outcome] for outcome in ("killed", "survived", "error")}
     if not options.check:
         print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
     if options.json:
