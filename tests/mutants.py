@@ -107,22 +107,28 @@ class Sandbox:
     install stays out; child processes started with `sys.executable` see the same.
     """
 
-    def __init__(self, folder: Path, names: list[str], library: Path | None) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder, self.work, self.clean = folder, folder / "work", folder / "clean"
         self.cache, self.clean_cache, self.build = folder / "cache", folder / "clean-cache", folder / "build"
         self.process: subprocess.Popen[bytes] | None = None
         self.mutated: set[str] = set()  # native sources whose object files are those of a mutation
+        self.python = self._interpreter()
+
+    def fill(self, names: list[str]) -> None:
+        """Copy the checkout and build its native library. Raises Unjudged."""
         for name in names:
             (self.clean / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, self.clean / name)
         self.clean_cache.mkdir()
-        self.python = self._interpreter()
-        if library is not None:
-            shutil.copy2(library, self.clean / "tinychat_mlx")
-            return
         self.reset()
         self.compile()
-        shutil.copy2(self.library(self.work), self.clean / "tinychat_mlx")
+        for library in (self.work / "tinychat_mlx").glob("tinychat_cpu.*"):
+            shutil.copy2(library, self.clean / "tinychat_mlx")
+
+    def fill_from(self, other: Sandbox) -> None:
+        """Take over another copy's files, library and caches."""
+        shutil.copytree(other.clean, self.clean)
+        shutil.copytree(other.clean_cache, self.clean_cache)
 
     def _interpreter(self) -> Path:
         place = self.folder / "venv"
@@ -131,15 +137,6 @@ class Sandbox:
         site = next(place.rglob("site-packages"))
         (site / "mutants.pth").write_text("\n".join([str(self.work), *packages]) + "\n", encoding="utf-8")
         return place / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-
-    @staticmethod
-    def library(tree: Path) -> Path:
-        found = [
-            p for p in (tree / "tinychat_mlx").glob("tinychat_cpu.*") if p.suffix in (".so", ".dylib", ".dll")
-        ]
-        if len(found) != 1:
-            raise Unjudged("the build left no native library in tinychat_mlx/")
-        return found[0]
 
     def reset(self) -> None:
         """Bring back the unmutated copy and the caches that unmutated tests left."""
@@ -178,13 +175,13 @@ class Sandbox:
         env = {k: v for k, v in os.environ.items() if k not in drop}
         return env | {"PYTHONDONTWRITEBYTECODE": "1", "XDG_CACHE_HOME": str(self.cache)}
 
-    def pytest(self, files: list[str], keyword: str, timeout: float) -> tuple[int, str]:
-        """Run tests in `work` until the first failure -> exit code, output. Raises Unjudged on a timeout."""
+    def pytest(self, arguments: list[str], timeout: float) -> tuple[int, str]:
+        """Run tests in `work` -> exit code, output. Raises Unjudged on a timeout."""
         scratch = self.folder / "tmp"
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
-        command = [str(self.python), "-m", "pytest", "-x", "-rfE", "--tb=short", "--color=no"]
-        command += ["-o", f"cache_dir={self.cache / 'pytest'}", *files, *(["-k", keyword] if keyword else [])]
+        command = [str(self.python), "-m", "pytest", "-rpfE", "--tb=short", "--color=no"]
+        command += ["-o", f"cache_dir={self.cache / 'pytest'}", *arguments]
         with tempfile.TemporaryFile() as out:
             self.process = process = subprocess.Popen(
                 command, cwd=self.work, env=self.environment() | {"TMPDIR": str(scratch)}, stdin=subprocess.DEVNULL,
@@ -206,27 +203,18 @@ class Sandbox:
             self.process.wait()
 
 
+def base_name(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
 def last_lines(text: str, count: int = 12) -> str:
     return "\n    " + "\n    ".join(text.strip().splitlines()[-count:])
 
 
-def first_failure(output: str) -> str:
-    """The id of the first failing test that pytest's summary names, or ""."""
-    found = re.search(r"^(?:FAILED|ERROR) (\S+?::.+?)(?: - .*)?$", output, re.MULTILINE)
-    return found[1] if found else ""
-
-
-def baseline(box: Sandbox, files: list[str], keyword: str, timeout: float) -> None:
-    """Run a selection of tests without a mutation. Raises Unjudged unless some pass and none fail."""
-    box.reset()
-    code, output = box.pytest(files, keyword, timeout)
-    if code == 5:
-        raise Unjudged(f"no test in {' '.join(files)} matches {keyword!r}")
-    if code:
-        raise Unjudged(f"the tests fail without the mutation (exit code {code}): {last_lines(output)}")
-    if not re.search(r"\b\d+ passed", output):
-        raise Unjudged(f"no test ran without the mutation: {last_lines(output)}")
-    box.keep()
+def outcomes(output: str, *kinds: str) -> list[str]:
+    """The tests that pytest's summary lists as PASSED, FAILED or ERROR, in order."""
+    lines = re.finditer(r"^(PASSED|FAILED|ERROR) (\S+?(?:::.+?)?)(?: - .*)?$", output, re.MULTILINE)
+    return [line[2] for line in lines if line[1] in kinds]
 
 
 def judge(box: Sandbox, place: Place, files: list[str], keyword: str, timeout: float) -> tuple[str, str]:
@@ -235,11 +223,13 @@ def judge(box: Sandbox, place: Place, files: list[str], keyword: str, timeout: f
     (box.work / place.file).write_text(place.after, encoding="utf-8")
     if Path(place.file).suffix in NATIVE:
         box.compile(place.file)
-    code, output = box.pytest(files, keyword, timeout)
-    if code == 0:
+    code, output = box.pytest(["-x", *files, "-k", keyword], timeout)
+    if code == 1 and (failed := outcomes(output, "FAILED", "ERROR")):
+        return "killed", failed[0]
+    if code == 0 and outcomes(output, "PASSED"):
         return "survived", ""
-    if code == 1 and (test := first_failure(output)):
-        return "killed", test
+    if code in (0, 5):
+        raise Unjudged(f"no test of {' '.join(files)} that matches {keyword!r} runs here")
     raise Unjudged(f"pytest ends with exit code {code}: {last_lines(output)}")
 
 
@@ -281,18 +271,37 @@ class Runner:
 
     def run(self, jobs: int) -> None:
         with tempfile.TemporaryDirectory(prefix="mutants-", ignore_cleanup_errors=True) as folder:
-            first = Sandbox(Path(folder, "0"), self.names, None)
-            library = first.library(first.clean)
-            boxes = [first, *(Sandbox(Path(folder, str(i)), self.names, library) for i in range(1, jobs))]
+            boxes = [Sandbox(Path(folder, str(i))) for i in range(jobs)]
             with ThreadPoolExecutor(jobs) as pool:
                 try:
-                    for worker in [pool.submit(self._work, box, box is first) for box in boxes]:
+                    boxes[0].fill(self.names)
+                    self._baseline(boxes[0])
+                    for box in boxes[1:]:
+                        box.fill_from(boxes[0])
+                    for worker in [pool.submit(self._work, box, box is boxes[0]) for box in boxes]:
                         worker.result()
                 except BaseException:  # an interrupt, or a defect in a worker: begin nothing more
                     self.ending.set()
                     for box in boxes:
                         box.stop()
                     raise
+
+    def _baseline(self, box: Sandbox) -> None:
+        """Run all selections without a mutation; groups with a failure in one of their files cannot be judged."""
+        started, files = time.monotonic(), sorted({file for group in self.groups for file in group.files})
+        selections = (f"({' or '.join(map(base_name, g.files))}) and ({g.keyword})" for g in self.groups)
+        box.reset()
+        code, output = box.pytest([*files, "-k", " or ".join(f"({s})" for s in selections)], 4 * self.timeout)
+        box.keep()
+        print(f"baseline {time.monotonic() - started:7.1f} s  {output.strip().splitlines()[-1]}", flush=True)
+        bad = outcomes(output, "FAILED", "ERROR")
+        if code not in (0, 1) or code == 1 and not bad:
+            raise SystemExit(f"without a mutation pytest ends with exit code {code}: {last_lines(output)}")
+        for group in [g for g in self.groups if any(test.split("::")[0] in g.files for test in bad)]:
+            self.groups.remove(group)
+            failed = ", ".join(test for test in bad if test.split("::")[0] in group.files)
+            for mutation, _ in group.members:
+                self.report(mutation.name, Verdict("error", f"fails without the mutation: {failed}", 0.0))
 
     def _next(self, builds: bool) -> Group | None:
         """Native mutations go to the copy that has their object files: it rebuilds only what changed."""
@@ -301,21 +310,12 @@ class Runner:
             return None if at is None else self.groups.pop(at)
 
     def _work(self, box: Sandbox, builds: bool) -> None:
-        while not self.ending.is_set() and (group := self._next(builds)):
-            reason, started = "", time.monotonic()
-            try:
-                baseline(box, group.files, group.keyword, self.timeout)
-            except Unjudged as e:
-                reason = str(e)
-            seconds = time.monotonic() - started
-            print(f"baseline {seconds:7.1f} s  {' '.join(group.files)} -k {group.keyword!r}", flush=True)
+        while group := self._next(builds):
             for mutation, place in group.members:
                 if self.ending.is_set():
                     return
                 started = time.monotonic()
                 try:
-                    if reason:
-                        raise Unjudged(reason)
                     outcome, by = judge(box, place, group.files, group.keyword, self.timeout)
                 except Unjudged as e:
                     outcome, by = "error", str(e)
@@ -340,7 +340,10 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: nothing is left running
     runner = Runner([known[name] for name in options.only or known], options.timeout)
     if not options.check:
-        runner.run(max(1, options.jobs))
+        try:
+            runner.run(max(1, options.jobs))
+        except Unjudged as reason:
+            raise SystemExit(f"error: {reason}") from None
     elif not runner.verdicts:
         print(f"all of {len(known)} snippets and their tests are found")
     found = Counter(verdict.outcome for verdict in runner.verdicts.values())

@@ -27,12 +27,12 @@ MUTATIONS = (
     mutation(
         "cpu-attention-sees-the-next-key", "cpu kernels", "off by one",
         "first, lo, position + 1)", "first, lo, position + 2)",
-        "test_cpu_kernels.py", "attention_over_a_growing_cache",
+        "test_cpu_kernels.py", "attention_over_a_growing_cache and fp32",
     ),
     mutation(
-        "cpu-window-one-key-longer", "cpu kernels", "off by one",
-        "op.window > 0 ? position - op.window + 1 : 0", "op.window > 0 ? position - op.window : 0",
-        "test_cpu_kernels.py", "attention_over_a_growing_cache",
+        "cpu-packed-halves-swapped", "cpu kernels", "swapped name",
+        "spread(low) | spread(high) << 4", "spread(high) | spread(low) << 4",
+        "test_backends.py", "linear_is_the_matrix_product and cpu",
     ),
     mutation(
         "cpu-activation-scale", "cpu kernels", "off by one",
