@@ -6,8 +6,9 @@
 Mutations run in copies of this checkout, in a temporary folder; files of the checkout itself are only read. The
 native library is built in the copy, so `cmake` and a C++ compiler are required.
 
-Exit code: 0 every mutation was killed; 1 one survived; 2 one could not be judged (a snippet is missing or ambiguous,
-the tests fail or are all skipped without the mutation, a timeout, a build or collection error).
+Exit code: 0 every mutation was killed, or survived as before (`survived_before`: known gaps of the tests); 1 another
+one survived; 2 one could not be judged (a snippet is missing or ambiguous, the tests fail or are all skipped without
+the mutation, a timeout, a build or collection error).
 
 When code or tests are renamed: edit the snippet, or add the new spelling to `change`; name test files by their base
 name, whatever folder they are in. Which test killed which mutation first is recorded in tests/data/mutants.json.
@@ -347,15 +348,17 @@ def main() -> int:
     elif not runner.verdicts:
         print(f"all of {len(known)} snippets and their tests are found")
     found = Counter(verdict.outcome for verdict in runner.verdicts.values())
-    counts = {outcome: found[outcome] for outcome in ("killed", "survived", "error")}
+    known_gaps = {m.name for m in MUTATIONS if m.survived_before}
+    survivors = {n for n, v in runner.verdicts.items() if v.outcome == "survived"}
     if not options.check:
-        print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+        print(f"{found['killed']} killed, {len(survivors)} survived ({len(survivors & known_gaps)} as before), "
+              f"{found['error']} not judged")  # fmt: skip
     if options.json:
         rows = {name: runner.verdicts[name]._asdict() for name in known if name in runner.verdicts}
         for name, row in rows.items():
             row["area"], row["seconds"] = known[name].area, round(row["seconds"], 1)
         options.json.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return 2 if counts["error"] else 1 if counts["survived"] else 0
+    return 2 if found["error"] else 1 if survivors - known_gaps else 0
 
 
 if __name__ == "__main__":
