@@ -84,12 +84,12 @@ MUTATIONS = (
     mutation(
         "graph-residual-multiplier-forgotten", "graph", "dropped factor",
         "return b.add(x, y, self.config.residual_scale)", "return b.add(x, y, 1.0)",
-        "test_graph.py", "logits_equal and granite and reference",
+        "test_support.py", "family_runs_on and granite and reference and dense",
     ),
     mutation(
         "graph-parallel-mlp-reads-unnormed", "graph", "swapped name",
         "return self.mlp(h, layer, None, y)", "return self.mlp(x, layer, None, y)",
-        "test_graph.py", "logits_equal and gptj and reference",
+        "test_support.py", "family_runs_on and gptj and reference and dense",
     ),
     mutation(
         "graph-choice-temperature", "graph", "swapped operator",
@@ -106,7 +106,7 @@ MUTATIONS = (
     mutation(
         "families-mixtral-shares-not-normalised", "config", "wrong default",
         '{"norm_topk_prob": True}', '{"norm_topk_prob": False}',
-        "test_graph.py", "logits_equal and mixtral and reference",
+        "test_support.py", "family_runs_on and mixtral and reference and dense",
     ),
     mutation(
         "rope-llama3-blend", "rope", "sign",
@@ -151,10 +151,13 @@ MUTATIONS = (
         "weights.biases[site.absorber] / s", "weights.biases[site.absorber] * s",
         "test_awq_fold.py", "leaves_the_layer_unchanged and qwen2",
     ),
-    mutation(
+    Mutation(
         "awq-feedback-sign", "awq", "sign",
-        "v = w[at] + f.u[: at.start, at].T @ e[: at.start]", "v = w[at] - f.u[: at.start, at].T @ e[: at.start]",
-        "test_awq_quantizer.py", "feedback_is_gptqs",
+        (
+            ("v = w[at] + product(f.u[: at.start, at].T", "v = w[at] - product(f.u[: at.start, at].T"),
+            ("v = w[at] + f.u[: at.start, at].T @", "v = w[at] - f.u[: at.start, at].T @"),
+        ),
+        ("test_awq_quantizer.py",), "feedback_is_gptqs",
     ),
     mutation(
         "awq-moments-of-the-drift-negated", "awq", "sign",
