@@ -288,7 +288,7 @@ class Runner:
                     raise
 
     def _baseline(self, box: Sandbox) -> None:
-        """Run all selections without a mutation; groups with a failure in one of their files cannot be judged."""
+        """Run all selections without a mutation; those that fail cannot judge one."""
         started, files = time.monotonic(), sorted({file for group in self.groups for file in group.files})
         selections = (f"({' or '.join(map(base_name, g.files))}) and ({g.keyword})" for g in self.groups)
         box.reset()
@@ -299,10 +299,13 @@ class Runner:
         if code not in (0, 1) or code == 1 and not bad:
             raise SystemExit(f"without a mutation pytest ends with exit code {code}: {last_lines(output)}")
         for group in [g for g in self.groups if any(test.split("::")[0] in g.files for test in bad)]:
-            self.groups.remove(group)
-            failed = ", ".join(test for test in bad if test.split("::")[0] in group.files)
-            for mutation, _ in group.members:
-                self.report(mutation.name, Verdict("error", f"fails without the mutation: {failed}", 0.0))
+            box.reset()  # a failure in one of its files may be of another selection
+            code, output = box.pytest([*group.files, "-k", group.keyword], self.timeout)
+            if code:
+                self.groups.remove(group)
+                reason = f"fails without the mutation: {', '.join(outcomes(output, 'FAILED', 'ERROR'))}"
+                for mutation, _ in group.members:
+                    self.report(mutation.name, Verdict("error", reason, 0.0))
 
     def _next(self, builds: bool) -> Group | None:
         """Native mutations go to the copy that has their object files: it rebuilds only what changed."""
