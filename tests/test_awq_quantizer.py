@@ -245,12 +245,13 @@ def test_scales_for_feedback_shrink_outlier_channels_and_may_be_none() -> None:
 
 def test_correction_is_the_least_squares_answer_to_drifted_inputs() -> None:
     """W x wanted, x_hat given: the best linear map of x_hat, in both forms of the cross moment."""
-    x, w = inputs(3000, 64), weights(8, 64)
+    x = inputs(3000, 64)
     drifted = x + 0.3 * inputs(3000, 64, seed=5)
-    best = np.linalg.lstsq(drifted.astype(np.float64), (x @ w.T).astype(np.float64), rcond=None)[0].T
-    for given in (None, w):
-        moments = FullMoments.empty(64, given)
-        assert (moments.w is None) == (given is None)
+    for rows in (8, 96):  # fewer outputs than inputs, or more
+        w = weights(rows, 64)
+        best = np.linalg.lstsq(drifted.astype(np.float64), (x @ w.T).astype(np.float64), rcond=None)[0].T
+        moments = FullMoments.empty(64, w)
+        assert (moments.w is None) == (rows > 64)
         for a, b in zip(np.array_split(drifted, 3), np.array_split(x, 3), strict=True):
             moments.add(a, b)
         f = feedback.factor(feedback.damped(moments.whole().copy(), 1 / 3000, 1e-7))

@@ -165,7 +165,7 @@ def large_products() -> str:
     """A digest of every product that a conversion splits, at sizes where it does."""
     rng = np.random.default_rng(0)
     x, w = (rng.standard_normal((n, 768), np.float32) for n in (600, 600))
-    full, blocks = FullMoments.empty(768), BlockMoments.empty(768, 32)
+    full, blocks = FullMoments.empty(768, w), BlockMoments.empty(768, 32)
     full.add(x, x + 1)
     blocks.add(x)
     h = feedback.damped(full.whole().copy(), 1 / len(x))

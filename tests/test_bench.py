@@ -122,12 +122,12 @@ def test_a_sweep_measures_each_number_of_threads(
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["--shape", "lama-3.2-1b"], "did you mean llama-3.2-1b?"),
-        (["--shape", "tiny", "-m", "demo"], "not both"),
+        (["--shape", "lama-3.2-1b"], "nearest: llama-3.2-1b"),
+        (["--shape", "tiny", "-m", "demo"], "exclude each other"),
         (["-m", "demo", "--head", "int4"], "--head applies to --shape"),
         (["--shape", "tiny", "--repeat", "4"], "x>=5"),
-        (["--shape", "tiny", "--against", "vllm"], "'vllm' is unknown"),
-        (["--shape", "tiny", "--against", "llama.cpp:Q9"], "'llama.cpp:Q9' is unknown"),
+        (["--shape", "tiny", "--against", "vllm"], "unknown peer 'vllm'"),
+        (["--shape", "tiny", "--against", "llama.cpp:Q9"], "unknown peer 'llama.cpp:Q9'"),
         ([*SMALL, "--depth", "2000"], "more than the 1024 of this model"),
     ],
 )
@@ -163,7 +163,7 @@ def test_a_shape_too_large_for_the_memory_is_refused_before_it_is_built(
     # 6.48 G weights of 4.125 bits and two tables of 131 M at 8.25 bits: 3.61 GB; 640 tokens of 524 kB: 0.34 GB; the
     # program 0.16 GB, activations of 512 rows (4 x 4096 + 11008 wide) 0.08 GB
     line = capsys.readouterr().err
-    assert "llama-2-7b needs 4.2 GB of memory on the cpu backend with a context of 640 tokens" in line
+    assert "llama-2-7b: needs 4.2 GB of memory on the cpu backend with a context of 640 tokens" in line
 
 
 # figures -------------------------------------------------------------------------------------------------
