@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import log
+from math import isfinite, log
 from typing import Any
 
-from tinychat_mlx.awq.evaluate import Quality, Scores, evaluate
+from tinychat_mlx.awq.evaluate import Quality, Scores, evaluate, kl_ratio
 from tinychat_mlx.awq.layer import LayerReport
 from tinychat_mlx.awq.stream import Ids
 from tinychat_mlx.awq.streams import Split
@@ -27,9 +27,9 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        made, rounded = self.made.kl_mean, self.rounded.kl_mean
-        assert made is not None and rounded is not None
-        return made <= rounded
+        """Whether the method lost no more than plain rounding, within one standard error of their ratio."""
+        ratio, error = kl_ratio(self.made, self.rounded)
+        return ratio - (error if isfinite(error) else 0.0) <= 1
 
     def as_dict(self) -> dict[str, Any]:
         return {"made": self.made.as_dict(), "rtn": self.rounded.as_dict()}

@@ -223,7 +223,7 @@ def test_config_show_tells_the_origin_of_every_setting(config: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "wrong"),
     [
-        ("temprature = 1", "did you mean 'temperature'?"),
+        ("temprature = 1", "use 'temperature', if you meant that"),
         ("temperature = -1", "temperature: -1"),
         ("exact = 'yes'", "exact: 'yes' is not true or false"),
         ("stop = 'x'", "is not a list of texts"),
@@ -295,13 +295,13 @@ def test_an_error_wraps_between_words_on_a_terminal(columns: int, monkeypatch: p
 
     monkeypatch.setenv("COLUMNS", str(columns))
     text = (
-        "x holds an interrupted conversion: add --resume to finish it, --force to begin anew, or look at " * 3
+        "x is an interrupted conversion: add --resume to finish it, --force to start again, or look at " * 3
     )
     for stream in (Terminal(), io.StringIO()):
         monkeypatch.setattr(sys, "stderr", stream)
-        assert _report(UsageError(text)) == 2
+        assert _report(UsageError(text, remedy="choose")) == 2
         rows = stream.getvalue().splitlines()
-        assert " ".join(" ".join(rows).split()) == f"error: {text.strip()}"
+        assert " ".join(" ".join(rows).split()) == f"error: {text.strip()} — choose"
         if stream.isatty():
             assert len(rows) > 3 and max(map(len, rows)) <= columns
             assert all(row.startswith("  ") and not row.endswith("--") for row in rows[1:])

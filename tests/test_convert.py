@@ -382,9 +382,9 @@ def test_json_says_what_was_done(home: Path, capsys: pytest.CaptureFixture[str])
     out = capsys.readouterr()
     found = json.loads(out.out)
     assert found["bytes"] == Checkpoint.open(home / "told").nbytes and found["plain_rounding"] == []
-    assert [len(layer) for layer in found["layers"]] == [4, 4, 4]
+    assert [len(layer["sites"]) for layer in found["layers"]] == [4, 4, 4]
     for layer in found["layers"]:
-        assert all(site["error"] <= site["rtn"] for site in layer)
+        assert all(site["error"] <= site["rtn"] for site in layer["sites"])
 
 
 def test_text_packs_every_token_and_says_what_it_left(home: Path) -> None:
@@ -466,12 +466,12 @@ def test_without_a_terminal_each_line_says_how_long_the_rest_takes(
 ) -> None:
     """A layer takes ten seconds by this clock, one that an interrupted run had done takes none."""
     from tinychat_mlx.apps.convert import Screen
-    from tinychat_mlx.awq.layer import SiteReport
+    from tinychat_mlx.awq.layer import LayerReport
     from tinychat_mlx.awq.stream import Progress
 
     seconds = [100.0]
     monkeypatch.setattr("tinychat_mlx.apps.convert.time.perf_counter", lambda: seconds[0])
-    screen, site = Screen(quiet=False), (SiteReport("o_in", ("o",), 2e-3, 1e-3, 0.5, False),)
+    screen, site = Screen(quiet=False), LayerReport((), 0.1, 0.2)
     screen.show(Progress("layers", 1, 10, "kept", site))
     screen.show(Progress("layers", 1, 10))
     for done in (2, 3):

@@ -62,7 +62,10 @@ def run(home: Path, target: Path, *more: str, kill: str = "", when: str = "befor
     env = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")} | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", KILLED, kill, when, *arguments(home, target, *more)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1200, check=False)
-    return done.returncode, done.stdout.splitlines()[1:]
+    names = [
+        line for line in done.stdout.splitlines() if " " not in line
+    ]  # renames, and not what convert says
+    return done.returncode, names
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -127,7 +127,7 @@ def test_missing_folders_above_the_target_are_made_when_nothing_refuses(
     assert rtn(source, source / "new" / "int4") == 2 and "choose another place" in capsys.readouterr().err
     (home / "file").write_text("mine")
     assert rtn(source, home / "file" / "new" / "int4") == 2
-    assert f"{home / 'file'} is a file, not a folder" in capsys.readouterr().err
+    assert f"{home / 'file'}: this is a file, not a folder" in capsys.readouterr().err
 
 
 def test_a_disk_of_its_own_is_not_replaced(

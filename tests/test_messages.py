@@ -270,7 +270,6 @@ CASES: dict[str, Case] = {
     "config: no file": env("TINYCHAT_CONFIG", "{tmp}/c", run("run", "--preset", "coder", "hi")),
     # convert
     "convert: target exists": run("convert", str(DENSE), "-o", "{tmp}"),
-    "convert: target in no folder": run("convert", str(DENSE), "-o", "{tmp}/no/out"),
     "convert: target is not a model": written({"out/x": ""}, run("convert", str(DENSE), "-o", "{tmp}/out", "--force")),
     "convert: target in the source": demo("convert", "{tmp}/m", "-o", "{tmp}/m/out", change=lambda m: None),
     "convert: report is a file": written({"r": ""}, run("convert", str(DENSE), "-o", "{tmp}/out", "--report", "{tmp}/r/x")),

@@ -188,7 +188,7 @@ CASES: dict[str, Case] = {
         np.full((1, 4), np.nan, np.float32), np.random.default_rng(0)),
     "inputs not a multiple of the group": sizes(100, group_size=32),
     "comparison without mlx-lm": lambda tmp, patch: (
-        patch.setattr(versus, "import_module", absent), versus.mlx_lm_awq(tmp, tmp, None, 1, Settings(), 64)),  # type: ignore
+        patch.setattr(versus, "import_module", absent), versus.mlx_lm_awq(tmp, tmp, None, 1, Settings())),  # type: ignore
     "comparison of too little text": lambda tmp, patch: versus.compare(
         SimpleNamespace(window=64, text=lambda *a: (np.zeros(9), 0, 1)), Settings()),  # type: ignore[arg-type]
     "native library absent": lambda tmp, patch: (
