@@ -28,6 +28,8 @@ class Verdict:
     @property
     def passed(self) -> bool:
         """Whether the method lost no more than plain rounding, within one standard error of their ratio."""
+        if not self.rounded.kl_mean:
+            return not self.made.kl_mean
         ratio, error = kl_ratio(self.made, self.rounded)
         return ratio - (error if isfinite(error) else 0.0) <= 1
 

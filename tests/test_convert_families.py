@@ -62,5 +62,6 @@ def test_every_backend_converts(
 
     result = converted(variant, tiny_root, tmp_path / "out", make=make, method="awq+", w_bit=8)
     assert [b.name for b in made] == [backend_name] * 2
-    assert all(site.error < 1e-3 for layer in result.layers for site in layer.sites)
+    # A site is judged with the inputs that it will have: with int8 activations they are off by 1e-4 per product.
+    assert max(site.error for layer in result.layers for site in layer.sites) < 5e-3
     assert off(tmp_path / "out", variant, tiny_root) < 0.02

@@ -165,7 +165,7 @@ def test_eight_bits_hardly_move_the_logits(variant: str, tiny_root: Path, tmp_pa
     that. Rows in a wrong order, or a scale folded into the wrong place, give another model: 50 % and more.
     """
     result = converted(variant, tiny_root, tmp_path / "out", w_bit=8)
-    assert all(site.error < 1e-3 for layer in result.layers for site in layer)
+    assert all(site.error < 1e-3 for layer in result.layers for site in layer.sites)
     t = tiny(variant, tiny_root)
     got = tinychat_mlx.load(tmp_path / "out", backend="reference").logits(t.ids)
     assert np.sqrt(np.square(got - t.logits).mean()) < 0.02 * np.abs(t.logits).max()
