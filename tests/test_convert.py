@@ -489,12 +489,12 @@ def test_without_a_terminal_each_line_says_how_long_the_rest_takes(
 def test_the_time_left_of_own_text_is_right_within_a_half_after_a_tenth(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The first step is cold, and the last takes twice the time of the second, as caches grow."""
+    """The first five steps are cold, and the last takes twice the time of the sixth, as caches grow."""
     from tinychat_mlx.apps.convert import Rate
 
     steps, seconds = 500, [0.0]
     monkeypatch.setattr("tinychat_mlx.apps.convert.time.perf_counter", lambda: seconds[0])
-    costs, rate = [30.0] + [1 + at / steps for at in range(1, steps)], Rate()
+    costs, rate = [30.0] * 5 + [1 + at / steps for at in range(5, steps)], Rate()
     for done, cost in enumerate(costs, 1):
         seconds[0] += cost
         rate.add(done)
