@@ -34,7 +34,9 @@ def fast() -> Model:
 def test_int8_activations_add_at_most_a_tenth_to_what_int4_weights_lost(fast: Model, exact: Model) -> None:
     dense = tinychat_mlx.load(DATA / "demo-fp16", backend="cpu", exact=True)
     lost, also = quality(exact, dense).kl_mean, quality(fast, dense).kl_mean
-    assert lost is not None and also is not None and 0 < lost < also <= 1.1 * lost
+    assert lost is not None and also is not None and lost > 0
+    # awq+ chooses codes for the inputs that they will have, in int8 on this backend: exact inputs may even lose more.
+    assert also != lost and 0.9 * lost <= also <= 1.1 * lost
 
 
 def test_int8_activations_choose_the_same_token(fast: Model, exact: Model) -> None:

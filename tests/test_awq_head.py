@@ -39,11 +39,7 @@ UNTIED = [
     "gemma2-untied", "gemma3-untied", "cohere-untied", "internlm2", "exaone",
 ]  # fmt: skip
 
-
-@pytest.fixture(autouse=True)
-def accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a few tokens of a random model, plain rounding may be better by chance: no method is rejected here."""
-    monkeypatch.setattr("tinychat_mlx.awq.verdict.Verdict.passed", True)
+pytestmark = pytest.mark.usefixtures("accepted")
 
 
 def opened(variant: str, root: Path, aside: Path | None = None) -> Checkpoint:

@@ -27,11 +27,7 @@ from tinychat_mlx.weight import Dense, Packed, Weight
 MIXTURES = ["mixtral", "qwen2_moe", "qwen2_moe-all", "qwen3_moe", "qwen3_moe-mixed", "olmoe"]
 SOME = [3, 45, 7, 80, 22, 9, 61, 5, 33, 70]
 
-
-@pytest.fixture(autouse=True)
-def accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a few tokens of a random model, plain rounding may be better by chance: no method is rejected here."""
-    monkeypatch.setattr("tinychat_mlx.awq.verdict.Verdict.passed", True)
+pytestmark = pytest.mark.usefixtures("accepted")
 
 
 def converted(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_support import decoder, logits
+from decoding import decoder, logits
 from tiny_models import tiny
 
 from tinychat_mlx.backend import Mlp, Moe, Norm, route

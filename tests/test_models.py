@@ -45,11 +45,7 @@ from tinychat_mlx.words import size
 COMMIT = "0123456789" * 4
 DENSE = Path(__file__).resolve().parent / "data" / "demo-fp16"
 
-
-@pytest.fixture(autouse=True)
-def accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a few tokens of a random model, plain rounding may be better by chance: no method is rejected here."""
-    monkeypatch.setattr("tinychat_mlx.awq.verdict.Verdict.passed", True)
+pytestmark = pytest.mark.usefixtures("accepted")
 
 
 @pytest.fixture

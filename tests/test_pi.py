@@ -61,12 +61,13 @@ def test_a_processor_is_offered_what_it_has(lane: arm.Lane, isa: str) -> None:
 @pytest.mark.parametrize("isa", ARM)
 def test_the_kernels_own_tests_pass(lane: arm.Lane, isa: str, tmp_path: Path) -> None:
     """All but what is float64 NumPy for minutes under an emulator (attention is fuzzed in test_cpu_arm.py), the plain
-    C++, which knows no processor, and fork: qemu 7 ends with a failed assertion when a forked child starts threads.
+    C++, which knows no processor, fork (qemu 7 ends with a failed assertion when a forked child starts threads), and
+    busy loops, which would be programs of another processor.
     """
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     others = [f"[{name}{end}" for name in ("scalar", *ARM) if name != isa for end in "]-"]
     left_out = " and ".join(
-        f"not {what}" for what in ("growing_cache", "forked", "reference", "mlx", "cuda", *others)
+        f"not {what}" for what in ("growing_cache", "forked", "busy", "reference", "mlx", "cuda", *others)
     )
     command = lane.command(
         ARM[isa], "-m", "pytest", "-v", "-p", "no:cacheprovider", "-c", tmp_path / "pytest.ini",

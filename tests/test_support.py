@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import tempfile
 from collections import Counter
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import proofs
 import pytest
+from decoding import decoder, logits
 from proofs import proven
 from tiny_models import RENAMED, VARIANTS, tiny
 from virtual_gpu import SLACK
@@ -33,13 +33,13 @@ from tinychat_mlx.backend import Backend
 from tinychat_mlx.backends.reference import ReferenceBackend
 from tinychat_mlx.checkpoint import Checkpoint
 from tinychat_mlx.config import parse_config
-from tinychat_mlx.decoder import Decoder
-from tinychat_mlx.weight import Dense, Packed, Weight, pack_codes
+from tinychat_mlx.weight import Dense, Packed
 
+pytestmark = pytest.mark.usefixtures("accepted")
 ROOT = Path(__file__).resolve().parent.parent
 README, STORED = ROOT / "README.md", ROOT / "tests" / "data" / "support.json"
 FAMILIES, ALL = sorted(ARCHITECTURES), [*VARIANTS, *RENAMED]
-GROUP, TOKENS = 32, 40  # longer than every window
+TOKENS = 40  # longer than every window
 # Kernels differ for one row, for 2 to 8 and for more: a piece of each, then token by token past every window.
 CUTS = [7, 1, 15, *[1] * 17]
 # float32 throughout: a logit sums about 100 products through 4 layers, 100 · 6e-8 · 4 ≈ 2e-5 of the largest. The subtlest
@@ -55,44 +55,6 @@ def variant_of(family: str, n: int = 0) -> str:
     """The n-th tiny model of a family; after the last comes the first."""
     named = [v for v in ALL if family_of(v) == family]
     return named[n % len(named)]
-
-
-def round_to_int4(weight: Dense) -> Packed:
-    """Plain rounding, enough to have int4 weights: scale and offset from each group's ends."""
-    w = weight.to_float32()
-    groups = w.reshape(w.shape[0], -1, GROUP)
-    low, high = groups.min(-1), groups.max(-1)
-    scales, biases = ((high - low) / 15).astype(np.float16), low.astype(np.float16)
-    q = (groups - biases[..., None].astype(np.float32)) / scales[..., None].astype(np.float32)
-    codes = np.clip(np.rint(q), 0, 15).astype(np.uint8).reshape(w.shape)
-    return Packed(weight.name, pack_codes(codes, 4), scales, biases, 4, GROUP, weight.bias)
-
-
-class Int4:
-    """A checkpoint whose linears are int4; routers and learned positions stay dense, as AWQ keeps them."""
-
-    def __init__(self, source: Checkpoint) -> None:
-        self.source, self.has, self.vector = source, source.has, source.vector
-
-    def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
-        weight = self.source.weight(module, shape)
-        dense = re.search(r"(mlp|block_sparse_moe)\.gate$|shared_expert_gate$|wpe$|embed_positions$", module)
-        return weight if dense or not isinstance(weight, Dense) else round_to_int4(weight)
-
-
-def decoder(folder: Path, backend: Backend, int4: bool) -> Decoder:
-    checkpoint = Checkpoint.open(folder)
-    return Decoder(parse_config(checkpoint.config), Int4(checkpoint) if int4 else checkpoint, backend)
-
-
-def logits(decoder: Decoder, ids: list[int], cuts: list[int]) -> np.ndarray:
-    """Logits (T, V) of all ids, computed in pieces of these lengths."""
-    cache, host, at, rows = decoder.new_cache(len(ids)), decoder.backend.to_host, 0, []
-    for n in cuts:
-        rows.append(host(decoder.forward(ids[at : at + n], cache, last_only=False)))
-        at += n
-    assert at == len(ids)
-    return np.concatenate(rows)
 
 
 @cache
@@ -165,7 +127,8 @@ def test_eight_bits_hardly_move_the_logits(variant: str, tiny_root: Path, tmp_pa
     that. Rows in a wrong order, or a scale folded into the wrong place, give another model: 50 % and more.
     """
     result = converted(variant, tiny_root, tmp_path / "out", w_bit=8)
-    assert all(site.error < 1e-3 for layer in result.layers for site in layer.sites)
+    # A site's error includes what the layers before it lost: 0.3 % for each of about 30 matrices, squared and added up.
+    assert max(site.error for layer in result.layers for site in layer.sites) < 5e-3
     t = tiny(variant, tiny_root)
     got = tinychat_mlx.load(tmp_path / "out", backend="reference").logits(t.ids)
     assert np.sqrt(np.square(got - t.logits).mean()) < 0.02 * np.abs(t.logits).max()
