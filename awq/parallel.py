@@ -54,7 +54,7 @@ def each(work: Callable[[T], R], pieces: Sequence[T]) -> list[R]:
     with all threads busy, the caller does the inner pieces itself. NumPy releases the interpreter lock in its loops.
     """
     results: dict[int, R] = {}
-    turns, lock = iter(enumerate(pieces)), threading.Lock()
+    turns, lock, todo = iter(enumerate(pieces)), threading.Lock(), [work]
 
     def share() -> None:
         while True:
@@ -62,7 +62,7 @@ def each(work: Callable[[T], R], pieces: Sequence[T]) -> list[R]:
                 i, piece = next(turns, (-1, None))
             if i < 0:
                 return
-            results[i] = work(piece)  # type: ignore[arg-type]
+            results[i] = todo[0](piece)  # type: ignore[arg-type]
 
     helpers = min(count(), len(pieces)) - 1
     begun = [_pool(count() - 1).submit(share) for _ in range(helpers)]
@@ -72,9 +72,11 @@ def each(work: Callable[[T], R], pieces: Sequence[T]) -> list[R]:
         begun = [helper for helper in begun if not helper.cancel()]
         for helper in begun:
             helper.exception()
+        # What is cancelled waits in the pool's queue until a thread is free, and must not hold arrays meanwhile.
+        todo.clear()
     for helper in begun:
         helper.result()
-    return [results[i] for i in range(len(pieces))]
+    return [results.pop(i) for i in range(len(pieces))]
 
 
 def over_rows(n: int, row_bytes: int, work: Callable[[slice], R]) -> list[R]:

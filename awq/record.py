@@ -6,7 +6,7 @@ The graph has no hooks; a backend that notes what it is asked to multiply needs 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,6 +64,10 @@ class Routing:
         return weight
 
 
+def _ignored(name: str, x: Tensor) -> None:
+    """Shown an input: nothing is done."""
+
+
 class Recorder(Backend):
     """Another backend, whose `linear` first shows its input. Composites run in their primitives.
 
@@ -73,8 +77,17 @@ class Recorder(Backend):
 
     def __init__(self, inner: Backend) -> None:
         self.inner, self.name = inner, inner.name
-        self.seen: Callable[[str, Tensor], None] = lambda name, x: None
+        self.seen = _ignored
         self.routed: Routing | None = None
+
+    @contextmanager
+    def showing(self, seen: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """Call seen(name, input) at every linear. Afterwards `seen`, which may hold a layer's weights, is let go."""
+        self.seen = seen
+        try:
+            yield
+        finally:
+            self.seen = _ignored
 
     def linear(self, x: Tensor, w: Handle) -> Tensor:
         self.seen(w.name, x)
@@ -222,8 +235,9 @@ class LayerRun:
 
     def _run(self, x: F32, seen: Callable[[str, Tensor], None]) -> Tensor:
         step = self.windows.step(len(x))
-        self.backend.seen, self.backend.routed = seen, None
-        y = self.graph.block(self.backend.put(x), self.layer, step)
+        self.backend.routed = None
+        with self.backend.showing(seen):
+            y = self.graph.block(self.backend.put(x), self.layer, step)
         if self.backend.routed is not None:
             self.routings.append(self.backend.routed)
         return y
@@ -252,8 +266,8 @@ class ExpertRun:
             if name == self.mlp.down.name:
                 got.append(self.backend.to_host(tensor))
 
-        self.backend.seen = seen
-        y = self.backend.to_host(self.backend.mlp(self.backend.put(h), self.mlp))
+        with self.backend.showing(seen):
+            y = self.backend.to_host(self.backend.mlp(self.backend.put(h), self.mlp))
         return got[0], y
 
 
