@@ -64,6 +64,9 @@ class Routing:
         return weight
 
 
+Seen = Callable[[str, Tensor], None]  # called with a linear's name and its input
+
+
 def _ignored(name: str, x: Tensor) -> None:
     """Shown an input: nothing is done."""
 
@@ -77,11 +80,11 @@ class Recorder(Backend):
 
     def __init__(self, inner: Backend) -> None:
         self.inner, self.name = inner, inner.name
-        self.seen = _ignored
+        self.seen: Seen = _ignored
         self.routed: Routing | None = None
 
     @contextmanager
-    def showing(self, seen: Callable[[str, Tensor], None]) -> Iterator[None]:
+    def showing(self, seen: Seen) -> Iterator[None]:
         """Call seen(name, input) at every linear. Afterwards `seen`, which may hold a layer's weights, is let go."""
         self.seen = seen
         try:

@@ -106,7 +106,7 @@ class Scratch:
             area = free.pop()
         except IndexError:
             # Rows that a product stores lie a page and more apart: on huge pages a product of many rows is 3 % faster.
-            area = memoryview(raw(size, huge=size >= HUGE))
+            area = raw(size, huge=size >= HUGE).data
             self.held += size
         # Views of `a` keep `a` alive (its own base is no ndarray), so it dies with the last of them.
         a = np.frombuffer(area, np.float32, count)
