@@ -30,7 +30,7 @@ CLOSED = {
     "TINYCHAT_PRESET": "As --preset: a set of settings from the config file.",
     "TINYCHAT_CONFIG": "The config file.",
     "TINYCHAT_DATA": "Where chats and what was typed are saved [tinychat-mlx in your folder for data].",
-    "TINYCHAT_CACHE": "Where packed weights and what was computed of chats lie [tinychat-mlx in your cache folder].",
+    "TINYCHAT_CACHE": "The folder of all caches [tinychat-mlx in your cache folder].",
 }
 HUB = {"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_DOWNLOAD_TIMEOUT"}
 ELSEWHERE = {  # not ours, closed

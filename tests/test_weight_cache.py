@@ -19,6 +19,7 @@ import tiny_dense
 from tiny_models import tiny
 
 import tinychat_mlx
+from tinychat_mlx import disk_cache
 from tinychat_mlx.backends.cpu import store
 from tinychat_mlx.checkpoint import Checkpoint
 from tinychat_mlx.errors import BackendError
@@ -319,13 +320,11 @@ def test_a_small_model_and_a_switched_off_cache_leave_nothing(
 
 
 def test_the_cache_lies_where_it_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tinychat_mlx.apps.doctor import disk
-
     monkeypatch.setenv("TINYCHAT_CACHE", str(tmp_path))
     monkeypatch.setenv("TINYCHAT_WEIGHT_CACHE", str(1 << 30))
-    assert store.home() == disk.packed_weights() == tmp_path / "weights"
+    assert store.home() == disk_cache.place("weights") == tmp_path / "weights"
     monkeypatch.setenv("TINYCHAT_WEIGHT_CACHE", "0")
-    assert store.home() is None and disk.packed_weights() == tmp_path / "weights"
+    assert store.home() is None and disk_cache.place("weights") == tmp_path / "weights"
 
 
 def test_leftovers_of_killed_processes_go(home: Path) -> None:

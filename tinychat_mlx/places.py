@@ -13,6 +13,16 @@ def hub_cache() -> Path:
     return Path(named or Path(home) / "hub").expanduser()
 
 
+def data() -> Path:
+    """The folder of saved chats and of the history of prompts, which TINYCHAT_DATA moves. It may not exist."""
+    named = os.environ.get("TINYCHAT_DATA")
+    if named:
+        return Path(named)
+    from platformdirs import user_data_path
+
+    return user_data_path("tinychat-mlx", appauthor=False)
+
+
 def conversions() -> Path:
     """Where what `tinychat chat` made int4 is kept, each as ORG--NAME-int4."""
     from platformdirs import user_data_path

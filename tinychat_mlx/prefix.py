@@ -17,7 +17,6 @@ import hashlib
 import os
 import re
 import shutil
-import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -25,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinychat_mlx import __version__
+from tinychat_mlx import __version__, disk_cache
 from tinychat_mlx.backend import Backend, Cache
 from tinychat_mlx.config import ModelConfig
 from tinychat_mlx.errors import TinychatError
@@ -88,7 +87,7 @@ class PrefixStore:
             used.append(found.path)
             if end < PART:
                 break
-        self._touch(used)
+        disk_cache.touch(used)  # an earlier part as the newer: a later one needs it
 
     def save(self, ids: Sequence[int], read: Callable[[int, int], Rows | None], whole: bool = False) -> None:
         """Write the parts of ids that are not there yet; whole: also the last one, though it may still grow.
@@ -99,7 +98,7 @@ class PrefixStore:
             return
         used: list[Path] = []
         with suppress(OSError, TinychatError):
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            disk_cache.make_folder(self.folder)
             for at, key in self._keys(ids):
                 own = np.asarray(ids[at : at + PART], np.int32)
                 if not whole and len(own) < PART:
@@ -110,7 +109,7 @@ class PrefixStore:
                     if rows is None or not self._write(path, key, own, rows):
                         break
                 used.append(path)
-            self._touch(used)
+            disk_cache.touch(used)
             self._make_room()
 
     def _keys(self, ids: Sequence[int]) -> Iterable[tuple[int, str]]:
@@ -153,23 +152,10 @@ class PrefixStore:
         path.chmod(0o600)
         return True
 
-    def _touch(self, used: list[Path]) -> None:
-        """Note parts of a conversation as used: the earlier the newer, for a later one is nothing without it."""
-        now = time.time_ns()
-        for i, path in enumerate(used):
-            with suppress(OSError):
-                os.utime(path, ns=(now - i, now - i))
-
     def _make_room(self) -> None:
         """Delete what was used longest ago until the rest is within the limit."""
-        files = [e for e in os.scandir(self.folder) if NAME.fullmatch(e.name)]
-        found = sorted(((e.stat().st_mtime_ns, e.stat().st_size, e.path) for e in files), reverse=True)
-        held = 0
-        for _, size, path in found:
-            held += size
-            if held > self.limit:
-                with suppress(OSError):
-                    os.unlink(path)
+        files = disk_cache.files(self.folder, NAME)
+        disk_cache.evict(files, sum(file.size for file in files) - self.limit)
 
 
 class _Part:

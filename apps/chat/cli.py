@@ -120,7 +120,7 @@ def load(options: dict[str, Any], view: View, freed: int = 0, save: bool = False
 
 def keep_prefixes(model: Model, exact: bool) -> None:
     """Keep what is computed of chats, in at most TINYCHAT_PREFIX_MB (1024; 0: not at all). Raises UsageError."""
-    from tinychat_mlx.apps.chat.session import cache_folder
+    from tinychat_mlx import disk_cache
     from tinychat_mlx.errors import UsageError
 
     text = os.environ.get("TINYCHAT_PREFIX_MB", "1024")
@@ -132,7 +132,7 @@ def keep_prefixes(model: Model, exact: bool) -> None:
         )
     if int(text):
         with suppress(OSError):  # a model whose files have gone is chatted with all the same
-            model.keep_in(cache_folder(), exact, int(text) << 20)
+            model.keep_in(disk_cache.place("prefixes"), exact, int(text) << 20)
 
 
 def notice(text: str, terminal: Terminal) -> None:

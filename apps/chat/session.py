@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tinychat_mlx import places
 from tinychat_mlx.errors import FormatError, UsageError
 
 Message = dict[str, Any]
@@ -29,26 +30,10 @@ PIECE_S = 0.3  # an answer in the making is on disk this soon
 
 def data_folder() -> Path:
     """Where chats and the history of prompts live, made for its owner alone. Raises OSError."""
-    named = os.environ.get("TINYCHAT_DATA")
-    if named:
-        folder = Path(named)
-    else:
-        from platformdirs import user_data_path
-
-        folder = user_data_path("tinychat-mlx", appauthor=False)
+    folder = places.data()
     for each in (folder, folder / "sessions"):
         each.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
-
-
-def cache_folder() -> Path:
-    """Where what was computed of saved chats lies (tinychat_mlx/prefix.py); not made here."""
-    named = os.environ.get("TINYCHAT_CACHE")
-    if named:
-        return Path(named) / "prefixes"
-    from platformdirs import user_cache_path
-
-    return user_cache_path("tinychat-mlx", appauthor=False) / "prefixes"
 
 
 @dataclass

@@ -19,19 +19,19 @@ import atexit
 import json
 import mmap
 import os
+import re
 import stat
 import struct
 import threading
-import time
 import zlib
 from collections.abc import Iterable
-from contextlib import suppress
 from ctypes import byref
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from tinychat_mlx import disk_cache
 from tinychat_mlx.backends.cpu import library as c
 from tinychat_mlx.backends.cpu.memory import ALIGN, HUGE, Arena, Bytes, raw
 from tinychat_mlx.backends.cpu.pack import KINDS, LAYOUT, CpuWeight
@@ -41,6 +41,7 @@ MINIMUM = 64 << 20  # bytes: less is packed in a fifth of a second
 GIB = 1 << 30
 READERS = 2  # threads; one reads 3 GB/s of what the system holds in memory, two nearly twice that
 EXIT_S = 5.0  # what the end of the process waits for a file that is being written
+NAME = re.compile(r".*\.tiles")
 MAGIC = b"tc-tiles"
 MAX_INDEX = 64 << 20
 TRAILER = struct.Struct("<8sIIQQII")  # magic, layout, CRC of the index, its begin, its length, on disk, 0
@@ -106,9 +107,7 @@ class Shelf:
                 _log(f"{path}: discarded: {e}")
                 return
         self._index = index["weights"]
-        with suppress(OSError):
-            now = time.time_ns()  # the system's own stamp is a few milliseconds behind
-            os.utime(path, ns=(now, now))  # when it was used last
+        disk_cache.touch([path])
         if not durable:
             _later(settle, path, wait=False)
 
@@ -162,12 +161,8 @@ def huge_pages() -> bool:
 
 
 def home() -> Path | None:
-    """The folder of all files, which TINYCHAT_CACHE may move, or None where there are to be none."""
-    if os.name == "nt" or bound() == 0:
-        return None
-    from platformdirs import user_cache_path
-
-    return Path(os.environ.get("TINYCHAT_CACHE") or user_cache_path("tinychat-mlx")) / "weights"
+    """The folder of all files, or None where there are to be none."""
+    return None if os.name == "nt" or bound() == 0 else disk_cache.place("weights")
 
 
 def bound() -> int | None:
@@ -239,9 +234,6 @@ def _size(header: c.CWeight) -> int:
 # writing --------------------------------------------------------------------------------------------
 def save(path: Path, digest: str, weights: Iterable[CpuWeight], most: int | None) -> None:
     """Write a file beside `path` and put it in its place. Whatever the disk refuses leaves nothing behind."""
-    import fcntl
-    import tempfile
-
     offsets, end = {}, 0
     weights = list(weights)
     for w in weights:
@@ -252,28 +244,21 @@ def save(path: Path, digest: str, weights: Iterable[CpuWeight], most: int | None
         end += -(-w.data.size // ALIGN) * ALIGN
     boot = _boot()
     text = json.dumps({"digest": digest, "boot": boot, "weights": offsets}).encode()
-    path.parent.mkdir(0o700, parents=True, exist_ok=True)
-    _tidy(path.parent)
+    disk_cache.make_folder(path.parent)
+    disk_cache.remove_abandoned(path.parent)
     if not make_room(path, end + len(text) + TRAILER.size, most):
         _log(f"{path}: not written: too little room")
         return
-    fd, temporary = tempfile.mkstemp(".partial", path.stem, path.parent)
-    try:
-        with os.fdopen(fd, "wb", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # gone with this process: then it is a leftover
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, end)  # a full disk says so before the work
-            for w in weights:
-                _write(file, w.data, offsets[w.name][6])
-            _write(file, np.frombuffer(text, np.uint8), end)
-            rest = zlib.crc32(text), end, len(text), 0, 0
-            _write(file, np.frombuffer(TRAILER.pack(MAGIC, LAYOUT, *rest), np.uint8), end + len(text))
-            if not boot:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with suppress(OSError):
-            os.unlink(temporary)
+    with disk_cache.replacing(path) as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, end)  # a full disk says so before the work
+        for w in weights:
+            _write(file, w.data, offsets[w.name][6])
+        _write(file, np.frombuffer(text, np.uint8), end)
+        rest = zlib.crc32(text), end, len(text), 0, 0
+        _write(file, np.frombuffer(TRAILER.pack(MAGIC, LAYOUT, *rest), np.uint8), end + len(text))
+        if not boot:
+            os.fsync(file.fileno())
     settle(path)
 
 
@@ -302,34 +287,13 @@ def make_room(path: Path, size: int, most: int | None) -> bool:
     disk = shutil.disk_usage(path.parent)
     limit = min(32 * GIB, disk.total // 5) if most is None else most
     spare = max(2 * GIB, min(20 * GIB, disk.total // 10))
-    others = {}
-    for other in path.parent.glob("*.tiles"):
-        with suppress(OSError):
-            info = other.stat()
-            others[other] = info.st_mtime_ns, info.st_size
-    held, free = sum(s for _, s in others.values()), disk.free
-    if size > limit or free + held - size < spare:
+    files = disk_cache.files(path.parent, NAME)
+    others = [file for file in files if file.path != path]  # path goes when the new one is there, not before
+    held, free = sum(file.size for file in others), disk.free
+    if size > limit or free + sum(file.size for file in files) - size < spare:
         return False
-    replaced = others.pop(path, (0, 0))[1]  # gone when the new one is there, not before
-    held -= replaced
-    for other, (_, bytes_) in sorted(others.items(), key=lambda item: item[1]):
-        if held + size <= limit and free - size >= spare:
-            break
-        with suppress(OSError):
-            other.unlink()
-        held, free = held - bytes_, free + bytes_
+    free += disk_cache.evict(others, max(held + size - limit, size + spare - free))
     return free - size >= spare
-
-
-def _tidy(folder: Path) -> None:
-    """Remove what killed processes were writing."""
-    import fcntl
-
-    for path in folder.glob("*.partial"):
-        with suppress(OSError), open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if time.time() - path.stat().st_mtime > 60:  # not one that is just about to be locked
-                path.unlink()
 
 
 def _boot() -> str:

@@ -1,7 +1,6 @@
 """Compiles CUDA text on the device that runs it, once, and starts kernels: NVRTC and the driver by ctypes.
 
-torch brings NVRTC along, so no toolkit is needed. Machine code is kept in the platform's cache folder under a
-hash of the text, the GPU's architecture and NVRTC's version.
+torch brings NVRTC along, so no toolkit is needed. Machine code is kept in the cache (disk_cache.py) under a hash of the text, the GPU's architecture and NVRTC's version.
 """
 
 from __future__ import annotations
@@ -15,16 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tinychat_mlx import disk_cache
 from tinychat_mlx.backends.cuda import programs
 from tinychat_mlx.errors import BackendError
 
 INVALID_CONTEXT = 201  # a thread that has not used CUDA yet
-
-
-def cache_folder() -> Path:
-    from platformdirs import user_cache_path
-
-    return user_cache_path("tinychat-mlx") / "cuda"
 
 
 def find_nvrtc(version: str | None) -> ctypes.CDLL:
@@ -58,7 +52,7 @@ class Compiler:
 
     def __init__(self, library: ctypes.CDLL, arch: str, folder: Path | None = None) -> None:
         self.nvrtc, self.arch = library, arch
-        self.folder = folder or cache_folder()
+        self.folder = folder or disk_cache.place("cubins")
         major, minor = ctypes.c_int(), ctypes.c_int()
         library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
         self.version = f"{major.value}.{minor.value}"
@@ -72,10 +66,7 @@ class Compiler:
             return file.read_bytes()
         made = self.compile(program, text)
         with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
-            self.folder.mkdir(parents=True, exist_ok=True)
-            part = file.with_suffix(f".{os.getpid()}")
-            part.write_bytes(made)
-            part.replace(file)
+            disk_cache.write(file, made)
         return made
 
     def compile(self, program: str, text: bytes) -> bytes:

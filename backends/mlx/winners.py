@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tinychat_mlx import disk_cache
 from tinychat_mlx.backends.mlx import head
 from tinychat_mlx.backends.mlx.device import mx
 from tinychat_mlx.backends.mlx.fused import KINDS as PRODUCTS
@@ -65,9 +66,7 @@ def captures(chip: str) -> bool:
 
 def path() -> Path:
     """Where measurements are kept."""
-    from platformdirs import user_cache_dir
-
-    return Path(user_cache_dir("tinychat-mlx")) / "metal-kernels.json"
+    return disk_cache.place("winners")
 
 
 def conditions(chip: str) -> dict[str, str]:
@@ -78,11 +77,8 @@ def conditions(chip: str) -> dict[str, str]:
 def save(chip: str, microseconds: Mapping[str, tuple[float, float]]) -> Path:
     """Keep {key: (ours, stock)}, beside what was measured before under the same conditions."""
     file = path()
-    file.parent.mkdir(parents=True, exist_ok=True)
     kept = {**measured(chip), **{k: list(v) for k, v in microseconds.items()}}
-    partial = file.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps({**conditions(chip), "microseconds": kept}, indent=1), encoding="utf-8")
-    partial.replace(file)
+    disk_cache.write(file, json.dumps({**conditions(chip), "microseconds": kept}, indent=1).encode())
     return file
 
 
