@@ -107,6 +107,21 @@ def cgroup_folders(controller: str) -> list[Path]:
     return [f for f in dict.fromkeys(found) if f.is_dir()]
 
 
+def memory_peak() -> int:
+    """The most bytes of memory that this process has held. On Linux ru_maxrss starts at the parent's value."""
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    for line in _read(Path("/proc/self/status")).splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak) if sys.platform == "darwin" else int(peak) * 1024
+
+
 # processors and disk -----------------------------------------------------------------------------------
 def cpu_quota() -> float | None:
     """Processors' time that the control groups allow, in processors; None: all there is."""

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tinychat_mlx import errors
+from tinychat_mlx import errors, limits
 
 KINDS = {  # kind -> module with `Subject`
     "ours": "ours",
@@ -80,26 +80,6 @@ class Worker:
         self._process.communicate()
 
 
-def peak_rss() -> int:
-    """The most memory this process held, in bytes.
-
-    ru_maxrss is of no use on Linux: a child begins with its parent's.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def serve(kind: str, options: dict[str, Any]) -> None:
     """Open the subject and answer calls until stdin ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a group; the parent ends its workers
@@ -117,7 +97,7 @@ def serve(kind: str, options: dict[str, Any]) -> None:
         for line in sys.stdin:
             request = json.loads(line)
             name = request.pop("call")
-            say("ok", peak_rss() if name == "peak_rss" else getattr(subject, name)(**request))
+            say("ok", limits.memory_peak() if name == "peak_rss" else getattr(subject, name)(**request))
     except errors.TinychatError as e:
         say("error", [type(e).__name__, e.what, e.where, e.remedy])
     except MemoryError:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from ctypes import pointer
 from typing import Any
 
@@ -47,7 +47,7 @@ from tinychat_mlx.backends.cpu.rope import RopeTable
 from tinychat_mlx.backends.cpu.store import Shelf
 from tinychat_mlx.backends.cpu.tape import Captured, Tape
 from tinychat_mlx.errors import BackendError
-from tinychat_mlx.limits import memory_total
+from tinychat_mlx.limits import memory_peak, memory_total
 from tinychat_mlx.weight import Weight
 
 __all__ = ["CpuBackend"]
@@ -246,7 +246,7 @@ class CpuBackend(Backend):
 
     def memory(self) -> Memory:
         used = self._arena.used + self._scratch.held
-        return Memory(used, _peak_bytes(), memory_total())
+        return Memory(used, memory_peak(), memory_total())
 
     def describe(self) -> Device:
         e = self.engine
@@ -383,21 +383,3 @@ def _at(x: Tensor) -> int:
 
 def _stride(x: Tensor, axis: int) -> int:
     return int(x.strides[axis]) // 4
-
-
-def _peak_bytes() -> int:
-    """The most memory this process ever held. On Linux ru_maxrss will not do: it begins with the parent's."""
-    try:
-        import resource
-        import sys
-        from pathlib import Path
-    except ImportError:  # Windows
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text(errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak) if sys.platform == "darwin" else int(peak) * 1024
