@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import tiny_dense
 
-from tinychat_mlx.apps.cli import main
-from tinychat_mlx.awq import layer, stream
+from tinychat_mlx.awq import layer
 from tinychat_mlx.awq.convert import Result, convert
 from tinychat_mlx.awq.evaluate import Quality, evaluate, kl_ratio
-from tinychat_mlx.awq.layer import Attempt
 from tinychat_mlx.awq.settings import Settings
-from tinychat_mlx.awq.stream import Progress
 from tinychat_mlx.awq.whole import Rounded, streamed
 from tinychat_mlx.backends.reference import ReferenceBackend
 from tinychat_mlx.checkpoint import Checkpoint
@@ -45,11 +38,15 @@ def sink(root: Path) -> tuple[Path, Settings]:
     weights["model.embed_tokens.weight"][:80, 7] = 0
     weights["model.embed_tokens.weight"][START, 7] = 1000
     for i in range(config["num_hidden_layers"]):
-        weights[f"model.layers.{i}.input_layernorm.weight"][7] = 0.05  # or no other token would be attended to
+        weights[f"model.layers.{i}.input_layernorm.weight"][7] = (
+            0.05  # or no other token would be attended to
+        )
     weights["model.layers.1.post_attention_layernorm.weight"][7] = 1
     for role in ("gate", "up"):
         weights[f"model.layers.1.mlp.{role}_proj.weight"][5, 7] = 8
-    return tiny_dense.save(root / "sink", weights, tie_word_embeddings=False), Settings(w_bit=4, group_size=32)
+    return tiny_dense.save(root / "sink", weights, tie_word_embeddings=False), Settings(
+        w_bit=4, group_size=32
+    )
 
 
 def far(root: Path) -> tuple[Path, Settings]:
@@ -82,7 +79,7 @@ def test_the_correction_never_loses_to_leaving_it_out_nor_either_to_rounding(
     source = Checkpoint.open(folder)
 
     def made(name: str) -> tuple[Result, Quality]:
-        text = lambda *_: ids(2048, seed)  # noqa: E731
+        text = lambda *_: ids(2048, seed)
         result = convert(source, tmp_path / name, settings, ReferenceBackend, text)
         assert not result.rejected
         return result, measured(source, Checkpoint.open(tmp_path / name))
@@ -102,5 +99,7 @@ def test_the_planted_models_drift(tmp_path: Path) -> None:
     for plant, least in ((far, 0.5), (sink, 0.0)):
         folder, settings = plant(tmp_path)
         source = Checkpoint.open(folder)
-        result = convert(source, tmp_path / f"{folder.name}-rtn", settings, ReferenceBackend, lambda *_: ids(512, 1))
+        result = convert(
+            source, tmp_path / f"{folder.name}-rtn", settings, ReferenceBackend, lambda *_: ids(512, 1)
+        )
         assert result.layers[-1].rounded > least
