@@ -19,6 +19,7 @@ from tinychat_mlx.config import ModelConfig, parse_config
 from tinychat_mlx.decoder import Source
 from tinychat_mlx.errors import FormatError, UsageError
 from tinychat_mlx.formats.stored import FLOATS
+from tinychat_mlx.model_identity import weight_files
 
 HEADS = {"int8": 8, "int4": 4, "fp16": 16}
 FORMATS = ("mlx", "awq")
@@ -101,11 +102,10 @@ class Settings:
 
     def fingerprint(self, source: Checkpoint) -> dict[str, Any]:
         """What must be the same for an interrupted run to go on: the settings, and the files read."""
-        files = sorted(source.folder.glob("*.safetensors"))
-        sizes = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
         calib = Path(self.calib)
         text = hashlib.sha256(calib.read_bytes()).hexdigest() if calib.is_file() else self.calib
-        return {"settings": asdict(self), "config": source.config, "files": sizes, "calibration": text}
+        files = weight_files(source.folder)
+        return {"settings": asdict(self), "config": source.config, "files": files, "calibration": text}
 
 
 def default_tokens(config: ModelConfig) -> int:

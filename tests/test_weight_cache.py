@@ -23,8 +23,8 @@ from tinychat_mlx import disk_cache
 from tinychat_mlx.backends.cpu import store
 from tinychat_mlx.checkpoint import Checkpoint
 from tinychat_mlx.errors import BackendError
-from tinychat_mlx.fingerprint import fingerprint
 from tinychat_mlx.loading import DEMO
+from tinychat_mlx.model_identity import fingerprint
 from tinychat_mlx.weight import Dense, Packed
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no weight cache")

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from tinychat_mlx.errors import FormatError, ModelNotFoundError, TinychatError
-from tinychat_mlx.fingerprint import fingerprint
 from tinychat_mlx.formats import detect
 from tinychat_mlx.formats.stacked import File, unstacked
 from tinychat_mlx.formats.stored import FLOATS, Shape, Stored
+from tinychat_mlx.model_identity import fingerprint
 from tinychat_mlx.tensorfile import TensorFile, open_regular, show
 from tinychat_mlx.weight import F32, Array, Dense, Weight, to_float32
 

@@ -28,6 +28,7 @@ from tinychat_mlx import __version__, disk_cache
 from tinychat_mlx.backend import Backend, Cache
 from tinychat_mlx.config import ModelConfig
 from tinychat_mlx.errors import TinychatError
+from tinychat_mlx.model_identity import add_samples
 from tinychat_mlx.tensorfile import TensorFile, entry, write
 from tinychat_mlx.weight import Array
 
@@ -35,7 +36,6 @@ LAYOUT = 1  # to be raised when files written before must not be read any more
 PART = 256  # tokens: a few MB, so that an answer adds little, and an eviction takes little
 LIMIT = 1 << 30  # bytes on disk, by default
 SPARE = 256 << 20  # bytes that are left free on the disk
-SAMPLES, SAMPLE = 64, 4096  # of each weight file: places looked at, and bytes at each
 NAME = re.compile(r"[0-9a-f]{32}-[0-9a-f]{16}\.safetensors(\.partial)?")
 
 Rows = dict[str, Array]
@@ -51,13 +51,7 @@ def identity_of(folder: Path, config: ModelConfig, backend: str, exact: bool) ->
     seen.update((folder / "config.json").read_bytes())
     for table in config.rope:  # it may depend on the size of the context
         seen.update(b"-" if table is None else f"{table.factor}".encode() + table.inv_freq.tobytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            seen.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
-            for at in range(SAMPLES):
-                file.seek(status.st_size * at // SAMPLES)
-                seen.update(file.read(SAMPLE))
+    add_samples(seen, folder)
     return seen.hexdigest()
 
 
