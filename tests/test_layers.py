@@ -12,8 +12,8 @@ PACKAGE = "tinychat_mlx"
 # Modules of the core that start a program, and so stand above the apps they start.
 ENTRIES = {"tinychat_mlx/__main__.py", "tinychat_mlx/convert.py"}
 # All of the core that a backend may see: the contract, and what asks the operating system alone.
-CONTRACT = {"backend", "weight", "errors", "limits", "disk_cache"}
-EVERYONE = ["errors", "limits", "disk_cache", "places", "words"]  # modules that everyone may import
+CONTRACT = {"backend", "weight", "errors", "limits", "disk_cache", "shapes"}
+EVERYONE = ["errors", "limits", "disk_cache", "shapes", "places", "words"]  # modules that everyone may import
 HEAVY = ["torch", "transformers", "mlx", "mlx_lm"]
 CORE_IGNORES_DEVICE = {"decoder", "config", "arch", "rope", "generate", "sampler", "weight", "backend"}
 

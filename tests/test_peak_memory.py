@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from tinychat_mlx.apps import fit
-from tinychat_mlx.apps.bench.shapes import _LLAMA2, _shape
 from tinychat_mlx.apps.bench.synthetic import RandomSource
 from tinychat_mlx.apps.models import facts
 from tinychat_mlx.backends.cpu import CpuBackend
 from tinychat_mlx.backends.reference import ReferenceBackend
 from tinychat_mlx.formats.mlx import mlx_entries
+from tinychat_mlx.shapes import SHAPES
 from tinychat_mlx.tensorfile import entry, write
 
 TOKENS = 640  # a whole prefill step and some more
@@ -46,9 +46,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def model(path: Path, layers: int, heads: int = 16) -> Path:
     """Random int4 weights, 200 MB with 16 layers; embedding and head in int8 and apart."""
-    shape = _shape(
-        _LLAMA2, 1024, 4096, layers, heads, heads // 4, False, vocab_size=32000, max_position_embeddings=2048
-    )
+    shape = SHAPES["tinyllama-1.1b"] | {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": heads // 4,
+    }  # fmt: skip
     source = RandomSource(shape)
     sizes = {"q": (1024, 1024), "k": (256, 1024), "v": (256, 1024), "o": (1024, 1024)}
     sizes = {f"self_attn.{name}_proj": size for name, size in sizes.items()}

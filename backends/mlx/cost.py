@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tinychat_mlx import shapes
+
 SHARE, LAUNCH_S = 0.8, 2.3e-6
 # GB/s of the form with the largest GPU, and whence: Apple's announcement of that month, which rounds; or what follows
 # from the memory (bits at a time, MT/s). A smaller M3 Max has 300, a smaller M4 Max 410.
@@ -71,15 +73,16 @@ class Shape:
         return [(q + 2 * kv, c), (c, q), (2 * f, c), (c, f)]
 
 
-SHAPES = {
-    "qwen2.5-0.5b": Shape(896, 4864, 24, 14, 2, 64, 151936, qkv_bias=True),
-    "qwen3-0.6b": Shape(1024, 3072, 28, 16, 8, 128, 151936, qk_norm=True),
-    "llama-3.2-1b": Shape(2048, 8192, 16, 32, 8, 64, 128256),
-    "qwen2.5-1.5b": Shape(1536, 8960, 28, 12, 2, 128, 151936, qkv_bias=True),
-    "llama-3.2-3b": Shape(3072, 8192, 28, 24, 8, 128, 128256),
-    "qwen3-4b": Shape(2560, 9728, 36, 32, 8, 128, 151936, qk_norm=True),
-    "llama-3.1-8b": Shape(4096, 14336, 32, 32, 8, 128, 128256, tie_word_embeddings=False),
-}
+NAMES = (
+    "qwen2.5-0.5b",
+    "qwen3-0.6b",
+    "llama-3.2-1b",
+    "qwen2.5-1.5b",
+    "llama-3.2-3b",
+    "qwen3-4b",
+    "llama-3.1-8b",
+)
+SHAPES = {name: Shape.of(shapes.SHAPES[name]) for name in NAMES}
 
 
 @dataclass(frozen=True)
