@@ -18,7 +18,7 @@ import click
 from tinychat_mlx.apps.options import BACKENDS, check_writable
 from tinychat_mlx.apps.terminal import wrapped
 from tinychat_mlx.errors import UsageError
-from tinychat_mlx.words import size
+from tinychat_mlx.words import lasting, size
 
 if TYPE_CHECKING:
     from tinychat_mlx.awq.convert import Result
@@ -277,16 +277,12 @@ def _dry_run(source: Checkpoint, target: Path, settings: Settings, options: dict
     if settings.group_size:  # of a quantised source none is asked for: it keeps its codes
         click.echo(f"form    {settings.form_text}")
     click.echo(
-        f"time    about {_lasting(found.seconds)} on this machine\n"
+        f"time    about {lasting(found.seconds)} on this machine\n"
         f"memory  about {_bytes(found.peak_bytes)} at its peak{_memory_parts(found)}\n"
         f"disk    {_bytes(found.disk_bytes)} while it runs, {_bytes(found.result_bytes)} in the end"
     )
     if lacks:
         click.echo(f"lacks   {lacks}")
-
-
-def _lasting(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
 
 
 def _bytes(n: int) -> str:
@@ -361,8 +357,6 @@ class Screen:
 
     def _left(self, p: Progress) -> str:
         """How long the rest of a phase will take: "40 s left", or "" where that is unknown or nothing is left."""
-        from tinychat_mlx.apps.models.download import lasting
-
         seconds = self.rates[p.phase].seconds(p.total - p.done)
         return f"{lasting(seconds)} left" if seconds else ""
 

@@ -190,7 +190,8 @@ class Room:
 
 def rooms(*kinds: Facts) -> Iterator[tuple[Room, ...]]:
     """For each backend of the package: does it run here, and how much of each model's context would fit?"""
-    from tinychat_mlx.loading import BACKENDS, create
+    from tinychat_mlx.backend_names import BACKENDS
+    from tinychat_mlx.loading import create
 
     for name in BACKENDS:
         try:

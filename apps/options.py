@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from tinychat_mlx import backend_names
 from tinychat_mlx.errors import UsageError
 from tinychat_mlx.words import refusal
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from tinychat_mlx.model import Model
 
 F = TypeVar("F", bound=Callable[..., Any])
-BACKENDS = ("auto", "mlx", "cuda", "cpu", "reference")
+BACKENDS = ("auto", *backend_names.BACKENDS)
 
 LOADING: dict[str, tuple[Any, str]] = {
     "model": (str, 'A folder, a Hugging Face id, or "demo".'),

@@ -43,7 +43,7 @@ def tiny_root() -> Path:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`backend_name` runs a test on every backend of the package; absent libraries skip with a reason."""
     if "backend_name" in metafunc.fixturenames:
-        from tinychat_mlx.loading import BACKENDS
+        from tinychat_mlx.backend_names import BACKENDS
 
         metafunc.parametrize("backend_name", list(BACKENDS))
 
@@ -53,7 +53,8 @@ def backend(backend_name: str, monkeypatch: pytest.MonkeyPatch) -> Backend:
     """A backend in its exact mode; cuda runs its torch path on CPU tensors where there is no GPU."""
     from importlib.util import find_spec
 
-    from tinychat_mlx.loading import BACKENDS, create
+    from tinychat_mlx.backend_names import BACKENDS
+    from tinychat_mlx.loading import create
 
     library = {"mlx": "mlx", "cuda": "torch"}.get(backend_name, "numpy")
     for module in (library, BACKENDS[backend_name][0]):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tinychat_mlx import foreign, hub, loading, rope, tensorfile
+from tinychat_mlx import backend_names, foreign, hub, json_file, loading, rope, tensorfile
 from tinychat_mlx.apps.bench import gguf_file, llamacpp, mac, torchlinear
 from tinychat_mlx.apps.bench.shapes import SHAPES
 from tinychat_mlx.apps.chat import attach
@@ -171,9 +171,9 @@ CASES: dict[str, Case] = {
     "dataset without text": answers("dataset_info", ONE_FILE, lambda: dataset.fetch("org/data", 10)),
     "dataset without this file": answers("dataset_info", ONE_FILE, lambda: dataset.fetch("org/data:none.txt", 10)),
     "library of a backend absent": lambda tmp, patch: (
-        patch.setitem(loading.BACKENDS, "cpu", ("no_such_module", "X")), loading.create("cpu", False, None)),
-    "mlx-lm config not JSON": lambda tmp, patch: foreign.read(written(tmp / "x.json", "{")),
-    "mlx-lm config a list": lambda tmp, patch: foreign.read(written(tmp / "x.json", "[]")),
+        patch.setitem(backend_names.BACKENDS, "cpu", ("no_such_module", "X")), loading.create("cpu", False, None)),
+    "mlx-lm config not JSON": lambda tmp, patch: json_file.read_optional(written(tmp / "x.json", "{")),
+    "mlx-lm config a list": lambda tmp, patch: json_file.read_optional(written(tmp / "x.json", "[]")),
     "no rope_theta": lambda tmp, patch: rope.rope_table({}, 64, None),
     "tensor absent": lambda tmp, patch: weights(tmp).info("b"),
     "weights are a folder": lambda tmp, patch: TensorFile(tmp),
@@ -213,13 +213,12 @@ CASES: dict[str, Case] = {
     "mlx absent": lambda tmp, patch: (
         patch.setitem(sys.modules, "mlx.core", None), run_path(str(ROOT / "backends" / "mlx" / "device.py"))),
     "mlx: unknown kernel": lambda tmp, patch: mlx_part("winners").choice("magic", True, "M1"),
-    "mlx: config is a list": lambda tmp, patch: mlx_part("interop").read_config(
-        written(tmp / "config.json", "[]").parent),
+    "mlx: config is a list": lambda tmp, patch: foreign.read_config(written(tmp / "config.json", "[]").parent),
     "mlx: weights of 7 bits": lambda tmp, patch: mlx_part("weights").arrays_of(
         [Packed("w", np.zeros((1, 14), np.uint32), np.ones((1, 1)), np.ones((1, 1)), 7, 64)], None, False),
     "mlx: vocabulary": lambda tmp, patch: (
         patch.setattr(mlx_part("interop"), "load_model", print),
-        mlx_part("interop").MlxLmDecoder(written(tmp / "config.json", '{"vocab_size": "many"}').parent)),
+        mlx_part("interop").MlxLmDecoder(tmp, {"vocab_size": "many"})),
     "mlx: mlx-lm absent": lambda tmp, patch: (
         patch.setitem(sys.modules, "mlx_lm", None), mlx_part("interop").load_model(tmp)),
     "mlx: mlx-lm too old": lambda tmp, patch: (

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from folders import UP, B, W, dense, refused, sharded
 
-from tinychat_mlx.checkpoint import INDEX, SINGLE, read_json
+from tinychat_mlx.checkpoint import INDEX, SINGLE
 from tinychat_mlx.errors import FormatError
+from tinychat_mlx.json_file import read_json
 from tinychat_mlx.shards import ShardWriter, copy_side_files
 
 

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from tinychat_mlx.weight import F32, Weight
 
+ACTS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")  # activations; native kernels number them in this order
 Tensor = Any  # a backend's own array: numpy.ndarray, mlx.core.array, torch.Tensor
 
 
@@ -262,7 +263,7 @@ class Backend:
         raise NotImplementedError
 
     def act(self, x: Tensor, kind: str) -> Tensor:
-        """silu | gelu | gelu_tanh | relu | relu2, elementwise."""
+        """An activation, one of ACTS, elementwise."""
         raise NotImplementedError
 
     def glu(self, gate: Tensor, up: Tensor, kind: str) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -15,13 +14,13 @@ from tinychat_mlx.errors import FormatError, ModelNotFoundError, TinychatError
 from tinychat_mlx.formats import detect
 from tinychat_mlx.formats.stacked import File, unstacked
 from tinychat_mlx.formats.stored import FLOATS, Shape, Stored
+from tinychat_mlx.json_file import read_json
 from tinychat_mlx.model_identity import fingerprint
-from tinychat_mlx.tensorfile import TensorFile, open_regular, show
+from tinychat_mlx.tensorfile import TensorFile, show
 from tinychat_mlx.weight import F32, Array, Dense, Weight, to_float32
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 UNREAD = (".bin", ".pt", ".pth", ".ckpt", ".npz", ".gguf", ".h5", ".msgpack")  # weights, but never opened
-MAX_JSON = 64 << 20  # bytes; indices of the largest models have about 10 MB
 
 
 @dataclass(frozen=True)
@@ -156,34 +155,6 @@ class Checkpoint:
             wide = largest is not None and self.info(largest)[0] == "F32"
             return Quantization("dense", 32 if wide else 16, 0)
         return Quantization(self._layout.name, self._layout.w_bit, self._layout.group_size)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """-> the object in a JSON file. Raises FormatError naming line and column."""
-    with open_regular(path) as file:
-        check_json_size(path, os.fstat(file.fileno()).st_size)
-        return parse_json(path, file.read())
-
-
-def check_json_size(where: Path | str, size: int) -> None:
-    if size > MAX_JSON:
-        raise FormatError(
-            f"larger than {MAX_JSON >> 20} MiB", where=where, remedy="check that it is the right file"
-        )
-
-
-def parse_json(where: Path | str, text: bytes) -> dict[str, Any]:
-    """-> the object in the text of a JSON file. Raises FormatError naming line and column."""
-    try:
-        parsed = json.loads(text)
-    except json.JSONDecodeError as error:
-        at = f"line {error.lineno}, column {error.colno}"
-        raise FormatError(f"not JSON at {at}: {error.msg}", where=where) from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, a number of a million digits, endless brackets
-        raise FormatError(f"not JSON: {str(error)[:100]}", where=where) from None
-    if not isinstance(parsed, dict):
-        raise FormatError(f"contains a {type(parsed).__name__}, not a JSON object", where=where)
-    return parsed
 
 
 def _with_side_files(folder: Path, config: dict[str, Any]) -> dict[str, Any]:

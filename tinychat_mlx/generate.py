@@ -11,6 +11,7 @@ from typing import Protocol
 
 from tinychat_mlx.backend import Cache, Tensor
 from tinychat_mlx.decoder import Decoder
+from tinychat_mlx.detokenizer import Stream
 from tinychat_mlx.errors import ConfigError, ContextFullError, UsageError
 from tinychat_mlx.prefix import PART, PrefixStore
 from tinychat_mlx.sampler import Sampler, SamplingParams, choice_of
@@ -46,14 +47,6 @@ class Event:
     done: int = 0
     total: int = 0
     stats: Stats | None = None
-
-
-class Stream(Protocol):
-    """Turns tokens into text as they come: whole characters only."""
-
-    def push(self, token: int) -> str: ...
-
-    def flush(self) -> str: ...
 
 
 class Stops(Protocol):

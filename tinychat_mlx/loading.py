@@ -12,17 +12,12 @@ from pathlib import Path
 
 from tinychat_mlx import hub, places
 from tinychat_mlx.backend import Backend
+from tinychat_mlx.backend_names import BACKENDS
 from tinychat_mlx.checkpoint import Checkpoint
 from tinychat_mlx.config import parse_config
 from tinychat_mlx.errors import BackendError, ModelNotFoundError, UsageError, pip_install
 from tinychat_mlx.model import Model
 
-BACKENDS = {  # name -> (module, class); those whose module is in the package
-    "mlx": ("tinychat_mlx.backends.mlx", "MlxBackend"),
-    "cuda": ("tinychat_mlx.backends.cuda", "CudaBackend"),
-    "cpu": ("tinychat_mlx.backends.cpu", "CpuBackend"),
-    "reference": ("tinychat_mlx.backends.reference", "ReferenceBackend"),
-}
 DEFAULT_CONTEXT = 8192  # tokens, where the model allows more: KV memory grows with it
 DEMO = Path(__file__).resolve().parent / "models" / "demo"
 
@@ -63,10 +58,10 @@ def load_foreign(folder: Path, exact: bool, threads: int | None, context: int | 
     """A model that mlx-lm computes on the mlx backend's device. Raises BackendError, FormatError."""
     from importlib import import_module
 
-    from tinychat_mlx.foreign import ForeignModel
+    from tinychat_mlx.foreign import ForeignModel, read_config
 
-    backend = create("mlx", exact, threads)
-    decoder = import_module("tinychat_mlx.backends.mlx.interop").MlxLmDecoder(folder, backend)
+    config, backend = read_config(folder), create("mlx", exact, threads)
+    decoder = import_module("tinychat_mlx.backends.mlx.interop").MlxLmDecoder(folder, config, backend)
     return ForeignModel(folder, decoder, capacity_of(context, decoder.config.max_position_embeddings))
 
 

@@ -8,13 +8,13 @@ late: `--help` must not pay for it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinychat_mlx.detokenizer import StopMatcher, Stream, clean_up_spaces, stream
-from tinychat_mlx.errors import TokenizerError
+from tinychat_mlx.errors import FormatError, TokenizerError
+from tinychat_mlx.json_file import read_optional
 from tinychat_mlx.template import ChatTemplate, Message, find_template
 
 if TYPE_CHECKING:
@@ -191,15 +191,10 @@ def _missing(folder: Path) -> TokenizerError:
 
 def _read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object; a missing file is an empty one."""
-    if not path.is_file():
-        return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise TokenizerError(f"not JSON ({error})", where=path, remedy="download it again") from error
-    if not isinstance(value, dict):
-        raise TokenizerError("not a JSON object", where=path, remedy="download it again")
-    return value
+        return read_optional(path)
+    except FormatError as error:
+        raise TokenizerError(error.what, where=path, remedy="download it again") from error
 
 
 def _special_tokens(

@@ -33,6 +33,13 @@ def size(n: float) -> str:
     return f"{n:.1f} TB"
 
 
+def lasting(seconds: float) -> str:
+    """Format a time for display: 40 s, 3 min, 2.5 h."""
+    if seconds < 90:
+        return f"{max(1, seconds):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def of_the_system(error: OSError) -> str:
     """An error of the operating system -> "path: reason — what to do"."""
     if error.errno is None:

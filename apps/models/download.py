@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from tinychat_mlx import hub
-from tinychat_mlx.words import size
+from tinychat_mlx.words import lasting, size
 
 
 def note(text: str) -> None:
@@ -85,10 +85,3 @@ def bar(label: str, quiet: bool = False) -> Iterator[tuple[hub.Watch, hub.Say]]:
 
     with progress:
         yield lambda done, total: progress.update(task, completed=done, total=total), say
-
-
-def lasting(seconds: float) -> str:
-    """A time as people say it: 40 s, 3 min, 2.5 h."""
-    if seconds < 90:
-        return f"{max(1, seconds):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from tinychat_mlx import hub
 from tinychat_mlx.apps.models.parts import FLOATS, Listing, Module, Part, modules_of, parts_of, sketch
 from tinychat_mlx.backend import CacheShape
-from tinychat_mlx.checkpoint import INDEX, SINGLE, Checkpoint, read_json
+from tinychat_mlx.checkpoint import INDEX, SINGLE, Checkpoint
 from tinychat_mlx.config import ModelConfig, parse_config
 from tinychat_mlx.errors import FormatError, TinychatError
 from tinychat_mlx.formats import detect
 from tinychat_mlx.formats.stored import Shape
+from tinychat_mlx.json_file import read_json, read_optional
 from tinychat_mlx.sampler import from_generation_config
 from tinychat_mlx.tensorfile import TensorFile
 
@@ -80,7 +81,7 @@ def local(name: str, folder: Path) -> Facts:
     files = sorted(hub.shards_of(read_json(folder / INDEX))) if (folder / INDEX).exists() else [SINGLE]
     opened = [TensorFile(folder / file) for file in files]
     listing = Listing({n: f.info(n) for f in opened for n in f.names})
-    template = (folder / "chat_template.jinja").exists() or "chat_template" in _optional(
+    template = (folder / "chat_template.jinja").exists() or "chat_template" in read_optional(
         folder / "tokenizer_config.json"
     )
     about = checkpoint.config, checkpoint.generation_config, listing, template, _licence(folder)
@@ -186,10 +187,6 @@ def _stated(part: Part, form: str, parameters: int) -> Part:
     sample = None if part.sample is None else sketch(form, zeros=True)
     bits = 16.0 if form == "fp16" else int(form[3]) + 32 / int(form.partition(" g")[2])
     return replace(part, form=form, parameters=parameters, nbytes=round(parameters * bits / 8), sample=sample)
-
-
-def _optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
 
 
 def _licence(folder: Path) -> str:

@@ -14,10 +14,10 @@ import click
 
 from tinychat_mlx import hub, places
 from tinychat_mlx.apps import fit
-from tinychat_mlx.apps.models.download import download, lasting
+from tinychat_mlx.apps.models.download import download
 from tinychat_mlx.apps.terminal import detect
 from tinychat_mlx.errors import BackendError, ConfigError, FormatError, TinychatError, UsageError
-from tinychat_mlx.words import size
+from tinychat_mlx.words import lasting, size
 
 if TYPE_CHECKING:
     from tinychat_mlx.apps.models.facts import Facts

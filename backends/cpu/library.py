@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import tinychat_mlx
+from tinychat_mlx import backend
 from tinychat_mlx.backend import Choice
 from tinychat_mlx.errors import BackendError
 
@@ -22,7 +23,7 @@ EMBED, LINEAR, NORM, ROPE, ATTENTION, MAP, PACK, PROBE, ROUTE, EXPERTS = range(1
 INT4, INT8, F16, BF16, F32 = range(5)
 HALVES, FLOATS, ZEROS = range(3)
 NORMS = {"rms": 1, "layer": 2}
-ACTS = {"": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "relu2": 5}
+ACTS = {name: number for number, name in enumerate(("", *backend.ACTS))}  # as op.h's Act
 MAP_ACT, MAP_GLU, MAP_ADD, MAP_SCALE, MAP_SOFTCAP = range(5)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from tinychat_mlx import backend
 from tinychat_mlx.backend import Choice, Norm
 from tinychat_mlx.backends.mlx.activations import glu_of
 from tinychat_mlx.backends.mlx.device import mx
@@ -25,7 +26,9 @@ from tinychat_mlx.backends.mlx.weights import MlxHandle, PackedHandle
 
 KINDS = ("matvec", "norm", "gate_up", "rows")
 MOST_ROWS = 8
-ACTS = ("silu", "gelu_tanh", "relu", "relu2")  # their numbers in packed.metal; Metal has no erf for gelu
+ACTS = tuple(
+    act for act in backend.ACTS if act != "gelu"
+)  # as packed.metal numbers them; Metal has no erf for gelu
 THREADS, ROWS_A_THREADGROUP = 64, 8  # two SIMD-groups of four rows of W, or of two gate and two up rows
 
 Takes = Callable[[str], bool]

@@ -6,7 +6,6 @@ Never chosen silently: `--engine mlx-lm` asks for it. It has the decoder's calls
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,10 +58,10 @@ class ForeignCache(Cache):
 class MlxLmDecoder:
     """Raises BackendError without mlx-lm or for an architecture it does not know, FormatError for a bad folder."""
 
-    def __init__(self, folder: Path, backend: MlxBackend | None = None) -> None:
+    def __init__(self, folder: Path, config: Mapping[str, Any], backend: MlxBackend | None = None) -> None:
+        """config: what the folder's config.json holds."""
         self.backend = MlxBackend() if backend is None else backend
         self.backend.enter()
-        config = read_config(folder)
         self.backend.check_weights(
             folder.name, sum(f.stat().st_size for f in folder.glob("model*.safetensors"))
         )
@@ -136,25 +135,6 @@ def held(cache: Any, capacity: int) -> int:
     rows = (keys[0] if isinstance(keys, tuple | list) else keys).shape[2]
     window = getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None) or capacity
     return int(cache.nbytes * min(capacity, window) // rows)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json; refuses one that names Python code to run."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise FormatError(
-            f"cannot be read ({e})", where=folder / "config.json", remedy="check that it is a model folder"
-        ) from None
-    if not isinstance(config, dict):
-        raise FormatError("not a JSON object", where=folder / "config.json")
-    if "model_file" in config:
-        raise FormatError(
-            "model_file names Python code, which tinychat does not run",
-            where=folder / "config.json",
-            remedy="use a model without model_file",
-        )
-    return config
 
 
 def load_model(folder: Path) -> Any:

@@ -16,8 +16,9 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tinychat_mlx.checkpoint import INDEX, SINGLE, is_plain_name, read_json
+from tinychat_mlx.checkpoint import INDEX, SINGLE, is_plain_name
 from tinychat_mlx.errors import FormatError, TinychatError
+from tinychat_mlx.json_file import read_json
 from tinychat_mlx.places import hub_cache
 
 _NAME = r"[A-Za-z0-9_](?:[\w.-]{0,94}[\w])?"
