@@ -21,8 +21,6 @@ BASE = 150 << 20  # bytes of Python, NumPy, the tokenizer and a step's activatio
 PROCESS = 60 << 20  # bytes of Python, NumPy and the program: what an answer of the bundled demo takes
 TOKENIZER = 10  # bytes of memory for one of tokenizer.json: 131 MB for 13 MB, with a vocabulary of 128256
 LEAST_CONTEXT = 512  # tokens; less is no conversation
-# Arrays (heads, rows, tokens) of float32 that the attention of `reference` holds at once.
-SCORES = 3
 
 
 class Cost(NamedTuple):
@@ -52,8 +50,7 @@ def cost(facts: Facts, backend: Backend) -> Cost:
     from tinychat_mlx.generate import PREFILL_ROWS
 
     c = facts.config
-    # A card has memory of its own; where it shares the system's, its backend leaves more than this alone.
-    program = 0 if backend.name == "cuda" else BASE
+    program = 0 if backend.own_memory() else BASE
     weights = sum(_held(part, backend) for part in facts.parts) or facts.nbytes
     if c is None:
         return Cost(weights, program, 0, 0, 0, facts.nbytes)
@@ -64,10 +61,8 @@ def cost(facts: Facts, backend: Backend) -> Cost:
     wide = 4 * max(c.hidden_size, c.num_attention_heads * c.head_dim) + c.intermediate_size
     running = round(1.5 * 4 * PREFILL_ROWS * wide)
     token = backend.kv_bytes(CacheShape(c.num_hidden_layers, c.num_key_value_heads, c.head_dim))
-    loading = 0
-    if backend.name == "reference":
-        loading = 4 * max((p.parameters // p.tensors for p in facts.parts), default=0)
-        token += SCORES * 4 * c.num_attention_heads * PREFILL_ROWS
+    token += backend.score_bytes(c.num_attention_heads, PREFILL_ROWS)
+    loading = backend.loading_bytes(max((p.parameters // p.tensors for p in facts.parts), default=0))
     return Cost(weights, program, loading, running, token, facts.nbytes)
 
 
@@ -104,7 +99,7 @@ def free_on(backend: Backend, files: int = 0) -> int:
     """Bytes that a backend may take on this machine. files: that it is going to map."""
     memory = backend.memory()
     own = memory.limit - memory.used
-    if backend.name == "cuda" and own > 0:  # may be a card's own memory, of which the system knows nothing
+    if backend.own_memory() and own > 0:
         return own
     return min(own, limits.available(files)) if memory.limit else limits.available(files)
 

@@ -11,6 +11,8 @@ import numpy.typing as npt
 from tinychat_mlx.backend import Attention, Backend, Cache, CacheShape, Device, Memory, Norm, Rope, Step
 from tinychat_mlx.weight import F32, Weight, to_float32
 
+SCORES = 3  # arrays (heads, rows, tokens) of float32 that attention holds at once
+
 
 class ReferenceHandle:
     """A weight as float32, whatever it was."""
@@ -43,6 +45,12 @@ class ReferenceBackend(Backend):
 
     def kv_bytes(self, shape: CacheShape) -> int:
         return shape.bytes_per_token(4)
+
+    def loading_bytes(self, largest: int) -> int:
+        return 4 * largest
+
+    def score_bytes(self, heads: int, rows: int) -> int:
+        return SCORES * 4 * heads * rows
 
     def put(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return array if array.dtype.kind in "iu" and array.dtype != np.uint16 else to_float32(array)

@@ -175,6 +175,7 @@ class Device:
     detail: str  # "avx512vnni, 2 threads"
     why: str = ""
     features: tuple[str, ...] = field(default=())
+    threads: int | None = None  # of the host that compute; None: it does not choose
 
 
 StepFn = Callable[[Tensor, Step], Tensor]
@@ -193,6 +194,18 @@ class Backend:
     def kv_bytes(self, shape: CacheShape) -> int:
         """Bytes that `new_cache` takes a token."""
         raise NotImplementedError
+
+    def loading_bytes(self, largest: int) -> int:
+        """Bytes taken for a while as weights are packed, besides the weights. largest: numbers of the largest one."""
+        return 0
+
+    def score_bytes(self, heads: int, rows: int) -> int:
+        """Bytes per token of context that `attention` takes while `rows` rows of `heads` heads are computed."""
+        return 0
+
+    def own_memory(self) -> bool:
+        """Whether weights are in memory of the device's own, which the system knows nothing of."""
+        return False
 
     # load ---------------------------------------------------------------------------------------
     def put(self, array: npt.NDArray[Any]) -> Tensor:
@@ -213,6 +226,10 @@ class Backend:
         model: a name for files; digest: what exactly the model is ("": unknown, nothing is kept).
         """
         return nullcontext()
+
+    def held_bytes(self, handle: Handle) -> int | None:
+        """Bytes of a packed weight in this device's layout; None: those of the weight as it was given."""
+        return None
 
     def stored(self, name: str, shape: tuple[int, int]) -> Handle | None:
         """What `pack` made of the weight of this name and shape (N, K) before, or None: then it is to be packed."""

@@ -86,7 +86,8 @@ class Subject:
         held = {id(h): h for layer in self.decoder.layers for h in matrices(layer)} | {
             id(h): h for h in outer
         }
-        own = {i: a.nbytes for i, h in held.items() if isinstance(a := getattr(h, "data", None), np.ndarray)}
+        backend = self.decoder.backend
+        own = {i: n for i, h in held.items() if (n := backend.held_bytes(h)) is not None}
         if self.idle_bytes == 0 and len(own) == len(held):
             norms = [
                 self.decoder.final_norm,
@@ -116,7 +117,7 @@ class Subject:
             "backend": device.backend,
             "device": device.name,
             "detail": device.detail,
-            "threads": getattr(getattr(self.decoder.backend, "engine", None), "threads", None),
+            "threads": device.threads,
             "load_s": self.load_s,
             "weight_bytes": self.weight_bytes,
             "kv_bytes": round(sum(self._kv_bytes(tokens) for tokens in (self.depth + self.tg, self.pp))),

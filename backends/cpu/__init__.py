@@ -110,6 +110,9 @@ class CpuBackend(Backend):
         finally:
             self._shelf = None
 
+    def held_bytes(self, handle: Handle) -> int | None:
+        return int(_weight(handle).data.nbytes)
+
     def stored(self, name: str, shape: tuple[int, int]) -> Handle | None:
         return None if self._shelf is None else self._shelf.find(name, shape)
 
@@ -259,6 +262,7 @@ class CpuBackend(Backend):
             f"{e.isa}, {e.threads} thread{plural}{mode}",
             why,
             tuple(c.instruction_sets()),
+            e.threads,
         )
 
     # ops ----------------------------------------------------------------------------------------

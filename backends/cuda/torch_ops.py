@@ -86,6 +86,9 @@ class TorchBackend(Backend):
     def kv_bytes(self, shape: CacheShape) -> int:
         return token_nbytes(shape, self.dtype.itemsize, self.int8_kv)
 
+    def own_memory(self) -> bool:
+        return True  # a card's; where it shares the system's, `memory` leaves more than the program takes
+
     # load ---------------------------------------------------------------------------------------
     @guarded
     def put(self, array: npt.NDArray[Any]) -> Tensor:
