@@ -141,6 +141,7 @@ def build(target: Target) -> None:
         f"set(CMAKE_SYSTEM_PROCESSOR {target.processor})\n"
         f'set(CMAKE_CXX_COMPILER "{call}")\n'
         'set(CMAKE_CXX_STANDARD_LIBRARIES "" CACHE STRING "")\n'  # `compiler` names them
+        'set(CMAKE_HAVE_LIBC_PTHREAD TRUE CACHE BOOL "")\n'  # a check less; std::thread is in the C++ runtime
         "set(CMAKE_RC_COMPILER ${CMAKE_COMMAND})\n"  # CMake looks for these two; the library needs neither
         "set(CMAKE_INSTALL_NAME_TOOL ${CMAKE_COMMAND})\n"
     )

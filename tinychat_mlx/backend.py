@@ -175,7 +175,6 @@ class Device:
     detail: str  # "avx512vnni, 2 threads"
     why: str = ""
     features: tuple[str, ...] = field(default=())
-    threads: int | None = None  # of the host that compute; None: it does not choose
 
 
 StepFn = Callable[[Tensor, Step], Tensor]
@@ -185,6 +184,7 @@ class Backend:
     """Base of every backend. Shapes: T rows, H heads of D, Hkv key/value heads, N outputs, K inputs."""
 
     name = "abstract"
+    threads: int | None = None  # of the host that compute; None: this backend does not choose
 
     # what it will take, known before anything is loaded -------------------------------------------
     def weight_bytes(self, weight: Weight) -> int:

@@ -117,7 +117,7 @@ class Subject:
             "backend": device.backend,
             "device": device.name,
             "detail": device.detail,
-            "threads": device.threads,
+            "threads": self.decoder.backend.threads,
             "load_s": self.load_s,
             "weight_bytes": self.weight_bytes,
             "kv_bytes": round(sum(self._kv_bytes(tokens) for tokens in (self.depth + self.tg, self.pp))),

@@ -71,6 +71,7 @@ class CpuBackend(Backend):
         self._kv = _cache_kind(kv or os.environ.get("TINYCHAT_KV") or ("fp32" if exact else "fp16"))
         isa = os.environ.get("TINYCHAT_CPU_ISA")
         self.engine = Engine(isa or None, _threads(threads))
+        self.threads = self.engine.threads
         self.tape: Tape | None = None  # of the step being recorded
         self.choice = c.CChoice()  # of the step at hand; counts tiles of heads read whole
         self._forced = bool(isa)
@@ -262,7 +263,6 @@ class CpuBackend(Backend):
             f"{e.isa}, {e.threads} thread{plural}{mode}",
             why,
             tuple(c.instruction_sets()),
-            e.threads,
         )
 
     # ops ----------------------------------------------------------------------------------------
