@@ -1,4 +1,4 @@
-"""Is this the very model that was loaded before? Told without reading its weights."""
+"""Detect whether a model folder changed, without reading its weights."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ MATTERS = ("*.safetensors", "*.safetensors.index.json", "config.json", "*quant_c
 
 
 def fingerprint(folder: Path) -> str:
-    """A hash of what a model folder is now; "" if its files cannot be asked.
+    """Return a hash of the current state of a model folder, or "" if a file cannot be read.
 
-    Of each file that shapes the weights it takes in name, size, inode and both times, and what JSON or a header says.
-    A program may set the time of change to any value, and two models may share a header: but the time at which the
-    system noted the last change is nobody's to set. Take it before the files are opened: if they are replaced
-    meanwhile, it is the fingerprint of files that will never be seen again.
+    The hash covers the name, size, inode, mtime and ctime of each file that determines the weights, and the content of
+    JSON files and safetensors headers. A program can set mtime, and two models can have equal headers, but no program can
+    set ctime. Call this before opening the files: if they are replaced in between, the fingerprint belongs to the old
+    files and matches nothing later.
     """
     digest = hashlib.sha256(os.fsencode(folder.resolve()))
     try:
@@ -32,7 +32,7 @@ def fingerprint(folder: Path) -> str:
                 length = info.st_size
                 if path.suffix == ".safetensors":
                     length = int.from_bytes(file.read(8), "little")
-                # Asked for more than there is, Python would allot it.
+                # Python allocates the requested size up front, so cap it at the file's size.
                 digest.update(file.read(min(length, info.st_size, MAX_HEADER)))
     except (OSError, UnicodeEncodeError):
         return ""
