@@ -1,4 +1,4 @@
-"""The sizes of known models, as their config.json gives them: what `bench --shape` builds without a download."""
+"""The sizes of known models, from their config.json: `bench --shape` builds them without a download."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _shape(
 
 
 SHAPES: dict[str, Config] = {
-    # a toy: seconds on any machine, its speed means nothing
+    # for tests: takes seconds on any machine; its speed is meaningless
     "tiny": _shape(_LLAMA2, 256, 512, 4, 4, 2, True, vocab_size=1024, max_position_embeddings=1024),
     "qwen2.5-0.5b": _shape(_QWEN2, 896, 4864, 24, 14, 2, True, vocab_size=151936),
     "qwen3-0.6b": _shape(_QWEN3, 1024, 3072, 28, 16, 8, True),
@@ -64,7 +64,7 @@ SHAPES: dict[str, Config] = {
 
 
 def find(name: str) -> Config:
-    """A shape's config. Raises UsageError naming the nearest."""
+    """Return a shape's config. Raises UsageError naming the nearest."""
     if name in SHAPES:
         return SHAPES[name]
     near = difflib.get_close_matches(name.lower(), SHAPES, n=1, cutoff=0.3)

@@ -1,4 +1,4 @@
-"""What lies on the disk for us, how large is it, and how is it deleted? Nothing here makes a folder."""
+"""Files of tinychat on the disk: location, size, and how to delete them. Creates no folders."""
 
 from __future__ import annotations
 
@@ -10,23 +10,26 @@ from tinychat_mlx import limits, places
 from tinychat_mlx.apps.doctor.finding import NOTE, OK, Finding, Section
 from tinychat_mlx.words import size
 
-LOW_DISK = 2_000_000_000  # bytes; a small model and its conversion
+LOW_DISK = 2_000_000_000  # bytes; the size of a small model and its conversion
 
 
 def disk() -> Section:
-    """Each cache with its folder, its bytes and the command that empties it; the room that is left."""
+    """Return the section: each cache with its folder, bytes and delete command, and the free space."""
     found = [_cache(*row) for row in caches()]
     free = limits.disk_free(places.hub_cache())
     if free < LOW_DISK:
-        text, do = f"{size(free)} free where models go", "make room, or point HF_HOME at another disk"
+        text, do = (
+            f"{size(free)} free on the disk of the models",
+            "make room, or set HF_HOME to a folder on another disk",
+        )
         found.append(Finding("free_bytes", free, text, NOTE, do))
     else:
-        found.append(Finding("free_bytes", free, f"{size(free)} free where models go", OK))
+        found.append(Finding("free_bytes", free, f"{size(free)} free on the disk of the models", OK))
     return Section("disk", "Disk", tuple(found))
 
 
 def caches() -> list[tuple[str, str, Path, str]]:
-    """(key, what it is, folder or file, what deletes it; "": the system's own way)."""
+    """Return (key, description, folder or file, delete command; "": the system's own) of each cache."""
     from platformdirs import user_cache_path, user_data_path
 
     from tinychat_mlx.apps.chat.session import cache_folder
@@ -37,16 +40,16 @@ def caches() -> list[tuple[str, str, Path, str]]:
         ("models", "models (Hugging Face cache)", places.hub_cache(), "tinychat models rm MODEL"),
         ("conversions", "conversions to int4", places.conversions(), "tinychat models rm MODEL"),
         ("weights", "packed weights", packed_weights(), ""),
-        ("prefixes", "what was computed of chats", cache_folder(), ""),
+        ("prefixes", "computed chats", cache_folder(), ""),
         ("cubins", "compiled CUDA kernels", ours / "cuda", ""),
         ("winners", "measurements of Metal kernels", ours / "metal-kernels.json", ""),
         ("sessions", "saved chats", data / "sessions", ""),
-        ("history", "what was typed", data / "history", ""),
+        ("history", "prompt history", data / "history", ""),
     ]
 
 
 def packed_weights() -> Path:
-    """Where the cpu backend keeps weights in its own layout."""
+    """Return the folder in which the cpu backend caches packed weights."""
     from platformdirs import user_cache_path
 
     usual = Path(os.environ.get("TINYCHAT_CACHE") or user_cache_path("tinychat-mlx")) / "weights"
