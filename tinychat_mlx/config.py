@@ -214,7 +214,7 @@ def _activation(config: Mapping[str, Any]) -> str:
     name = config.get("hidden_activation") or config.get("hidden_act")
     if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ConfigError(
-            f"unknown hidden_act {name!r}; known are {', '.join(ACTIVATIONS)}", where="config.json"
+            f"unknown hidden_act {name!r}; supported: {', '.join(ACTIVATIONS)}", where="config.json"
         )
     return ACTIVATIONS[name]
 

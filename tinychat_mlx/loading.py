@@ -122,7 +122,7 @@ def choose(backend: str) -> tuple[str, str]:
         if backend not in BACKENDS or find_spec(BACKENDS[backend][0]) is None:
             known = ", ".join(n for n, (module, _) in BACKENDS.items() if find_spec(module) is not None)
             raise UsageError(f"unknown backend {backend!r}", remedy=f"use one of auto, {known}")
-        return backend, "asked for"
+        return backend, "requested"
     apple = sys.platform == "darwin" and platform.machine() == "arm64"
     if apple and find_spec("mlx") is not None and find_spec(BACKENDS["mlx"][0]) is not None:
         return "mlx", "Apple silicon"
@@ -130,7 +130,7 @@ def choose(backend: str) -> tuple[str, str]:
     if nvidia and find_spec("torch") is not None and find_spec(BACKENDS["cuda"][0]) is not None:
         return "cuda", "NVIDIA GPU"
     if nvidia:
-        return "cpu", f"an NVIDIA GPU is here, but torch is not: {pip_install('cuda')}"
+        return "cpu", f"there is an NVIDIA GPU, but torch is not installed: {pip_install('cuda')}"
     return "cpu", "Apple silicon without mlx" if apple else "no Apple or NVIDIA GPU found"
 
 

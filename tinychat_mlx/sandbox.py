@@ -80,7 +80,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """Return the value, or raise LimitError if it is too long or the time is used up."""
         self.tick()
         if isinstance(value, str | list | tuple | dict) and len(value) > MAX_LENGTH:
-            raise LimitError(f"it makes more than {MAX_LENGTH} characters")
+            raise LimitError(f"it makes a value of more than {MAX_LENGTH} characters")
         return value
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -167,7 +167,7 @@ class _Namespace(Namespace):
 
 def _check_name(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise SecurityError(f"a namespace takes no attribute that begins with an underscore ({name!r})")
+        raise SecurityError(f"a namespace attribute must not begin with an underscore ({name!r})")
 
 
 def _check_widening(name: str, args: tuple[Any, ...]) -> None:
@@ -181,7 +181,7 @@ def _check_widening(name: str, args: tuple[Any, ...]) -> None:
 
 def _check_size(size: int, limit: int) -> None:
     if size > limit:
-        raise LimitError(f"it asks for something of size {size:.3g}")
+        raise LimitError(f"it needs a value of size {size:.3g}")
 
 
 def _tojson(

@@ -98,7 +98,7 @@ class ChatTemplate:
                     pieces.append(piece)
                     length += len(piece)
                     if length > MAX_LENGTH:
-                        raise LimitError(f"it makes more than {MAX_LENGTH} characters")
+                        raise LimitError(f"it makes more than {MAX_LENGTH} characters of text")
         except TemplateSyntaxError as error:
             raise TokenizerError(
                 f"the chat template is not valid: {_line(error)}", where=f"{self.origin}, line {error.lineno}"

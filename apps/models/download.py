@@ -43,7 +43,7 @@ def download(remote: hub.Remote, verify: bool = False, quiet: bool = False) -> P
     except KeyboardInterrupt:
         kept = remote.nbytes - remote.missing
         note(
-            f"stopped: {size(kept)} of {size(remote.nbytes)} are kept; `tinychat models pull {remote.ref}` resumes "
+            f"stopped: {size(kept)} of {size(remote.nbytes)} is kept; `tinychat models pull {remote.ref}` resumes "
             "the download"
         )
         raise

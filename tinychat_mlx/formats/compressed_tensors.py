@@ -34,7 +34,7 @@ class CompressedTensors:
         stored.expect(n, k, "weight_packed")
         shape = stored.take("weight_shape", (2,), "I64").tolist()
         if shape != [n, k]:
-            raise stored.wrong("weight_shape", f"says {shape}, weight_packed holds {[n, k]}")
+            raise stored.wrong("weight_shape", f"is {shape}, weight_packed has {[n, k]}")
         group = stored.group(self.group_size, k)
         scales = stored.floats("weight_scale", (n, k // group))
         zeros = self.zeros(stored, n, k // group)
@@ -44,12 +44,12 @@ class CompressedTensors:
     def zeros(self, stored: Stored, n: int, groups: int) -> nibbles.Codes:
         """Return zeros (N, K/G) as codes in 0..15."""
         if stored.has("weight_zero_point") == self.symmetric:
-            found = "is there" if self.symmetric else "is missing"
-            raise stored.wrong("weight_zero_point", f"{found}, config.json says symmetric: {self.symmetric}")
+            found = "exists" if self.symmetric else "is missing"
+            raise stored.wrong("weight_zero_point", f"{found}, but config.json has symmetric: {self.symmetric}")
         if self.symmetric:
             return np.full((n, groups), 8, np.uint8)
         if n % 8:
-            raise stored.wrong("weight_zero_point", f"belongs to {n} outputs, no multiple of 8")
+            raise stored.wrong("weight_zero_point", f"belongs to {n} outputs, not a multiple of 8")
         packed = stored.take("weight_zero_point", (n // 8, groups), "I32")
         zeros: nibbles.Codes = nibbles.unpack(np.ascontiguousarray(packed.T)).T
         return zeros

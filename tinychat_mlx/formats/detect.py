@@ -97,12 +97,12 @@ def choose(layouts: list[Layout], tensors: Tensors, names: Iterable[str]) -> Lay
                 remedy=_REMEDY,
             )
         if family != expected:
-            said = f"says {expected}" if expected else "has no quantisation"
+            said = f"declares {expected}" if expected else "has no quantisation"
             raise _disagree(tensors, name, f"is {family}, config.json {said}")
     if not layouts:
         return None
     if expected not in found:
-        raise FormatError(f"declares {expected}, but no tensor is quantised so", where="config.json")
+        raise FormatError(f"declares {expected}, but no tensor has this format", where="config.json")
     name = found[expected]
     stored = Stored(tensors, name.rpartition(".")[0])
     for layout in layouts:

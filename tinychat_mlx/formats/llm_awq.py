@@ -44,7 +44,7 @@ class LlmAwq:
         n = quads * 4
         stored.expect(n, k, "qweight")
         if k % 64:
-            raise stored.wrong("qweight", f"has {k} inputs, no multiple of 64")
+            raise stored.wrong("qweight", f"has {k} inputs, not a multiple of 64")
         group = stored.group(self.group_size, k)
         table = (8 * zeros_width(k, group), n)
         scales, biases = (

@@ -98,7 +98,7 @@ def half(name: str, array: Array) -> Array:
             out[at : at + PIECE] = to_float32(flat[at : at + PIECE])
     if (out.view(np.uint16) & 0x7FFF).max(initial=0) >= 0x7C00:  # all exponent bits set: infinite or NaN
         raise FormatError(
-            "has numbers beyond 65504, the largest of float16, in which results are stored",
+            "has numbers beyond 65504, the largest float16, which is the type of the result",
             where=name,
             remedy="use another upload of the model",
         )

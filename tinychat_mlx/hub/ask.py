@@ -90,7 +90,7 @@ def look(ref: Ref, say: Say = lambda text: None) -> Remote:
     info = patiently(ref, ask, say)
     if not COMMIT.fullmatch(str(info.sha)):
         raise DownloadError(
-            f"{endpoint()} names no commit", where=ref, remedy="check that HF_ENDPOINT is a Hugging Face hub"
+            f"{endpoint()} returned no commit", where=ref, remedy="check that HF_ENDPOINT is a Hugging Face hub"
         )
     files = {s.rfilename: File(s.rfilename, s.size or 0, _digest(ref, s)) for s in info.siblings or []}
     licence = next((t.partition(":")[2] for t in info.tags or [] if t.startswith("license:")), "")
@@ -195,7 +195,7 @@ def _digest(ref: Ref, sibling: Any) -> str:
     digest = str(sibling.lfs["sha256"] if sibling.lfs else sibling.blob_id)
     if not HASH.fullmatch(digest):  # it becomes a file name
         raise DownloadError(
-            f"{endpoint()} gives no hash for {sibling.rfilename!r}",
+            f"{endpoint()} returned no hash for {sibling.rfilename!r}",
             where=ref,
             remedy="check that HF_ENDPOINT is a Hugging Face hub",
         )

@@ -85,9 +85,9 @@ def _bring(remote: Remote, file: File, gained: Callable[[int], None], say: Say) 
             gained(-file.size)
             partial(blob).unlink()
             if not last:
-                say(f"{file.path} arrived damaged: fetching it again")
+                say(f"{file.path} was damaged during the download: downloading it again")
     raise FormatError(
-        f"{file.path} arrived twice with a checksum that differs from the hub's; it was not kept",
+        f"the checksum of {file.path} differs from the hub's after two downloads; the file was deleted",
         where=remote.ref,
         remedy="try again later, or from another network",
     )
@@ -172,7 +172,7 @@ def _drop_if_damaged(remote: Remote, file: File, say: Say) -> None:
     with open(path, "rb") as data:
         _, hasher = _hashed(data, file) if size_of(path) <= file.size else (0, file.hasher())
     if hasher.hexdigest() != file.digest:
-        say(f"{file.path} in the cache is damaged: fetching it again")
+        say(f"{file.path} in the cache is damaged: downloading it again")
         path.unlink()
 
 
@@ -183,7 +183,7 @@ def _disk_errors(remote: Remote) -> Iterator[None]:
     except OSError as error:
         kept = remote.nbytes - remote.missing
         raise DownloadError(
-            f"{error.strerror or error}; {size(kept)} of {size(remote.nbytes)} of {remote.ref} are kept",
+            f"{error.strerror or error}; {size(kept)} of {size(remote.nbytes)} of {remote.ref} is kept",
             where=error.filename or hub_cache(),
             remedy="make room or set HF_HOME to a folder on another disk, and repeat the command",
         ) from None
