@@ -87,7 +87,7 @@ def test_when_the_context_fills_the_policy_compact_sums_up_by_itself(
     chat = chats(
         "--on-full",
         "compact",
-        context=60,
+        context=64,
         piece=2,
         answers=["w " * 25, "w " * 25, "short sum", "fine"],
         rows=60,
