@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 @click.option("--window", type=click.IntRange(2), default=512, show_default=True, metavar="N",
               help="Tokens per window; perplexities of different windows are not comparable.")  # fmt: skip
 @click.option("--max-tokens", type=click.IntRange(2), metavar="N", help="Measure the first N tokens only.")
-@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="Backend.")
+@click.option(
+    "--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="Device backend."
+)
 @click.option("--exact", is_flag=True, help="Activations in full precision, not int8.")
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="CPU threads.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")

@@ -27,7 +27,7 @@ LOADING: dict[str, tuple[Any, str]] = {
     "backend": (click.Choice(BACKENDS), "Device backend. A named backend never falls back to another."),
     "engine": (
         click.Choice(["tinychat", "mlx-lm"]),
-        "tinychat, or mlx-lm for architectures that tinychat does not support (macOS).",
+        "Engine: tinychat, or mlx-lm for architectures that tinychat does not support (macOS).",
     ),
     "exact": (bool, "Activations in full precision, not int8 (slower, reproduces the reference)."),
     "threads": (click.IntRange(1), "CPU threads [OMP_NUM_THREADS, or one per fast core]."),

@@ -41,7 +41,9 @@ DEFAULT_SHAPE = "llama-3.2-1b"
 )
 @click.option("--depth", type=click.IntRange(0), default=0, show_default=True, metavar="N",
               help="Tokens in the cache before decoding.")  # fmt: skip
-@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="Backend.")
+@click.option(
+    "--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="Device backend."
+)
 @click.option("--exact", is_flag=True, help="Activations in full precision, not int8.")
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="CPU threads, also of a peer.")
 @click.option("--threads-sweep", is_flag=True, help="Measure with 1, 2, 4 … threads.")
