@@ -47,7 +47,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A method whose result was not used, because it lost more than plain rounding. layer: where it went wrong."""
+    """A method whose result was not used, because it lost more than plain rounding. layer: index of the layer that lost most."""
 
     method: str
     verdict: Verdict
@@ -58,7 +58,7 @@ class Rejected:
         made, rounded = self.verdict.made, self.verdict.rounded
         return (
             f"{self.method} lost more than plain rounding (KL {made.kl_mean:.4f} against {rounded.kl_mean:.4f}): it "
-            f"went wrong at layer {self.layer}"
+            f"went wrong at layer {self.layer + 1}"
         )
 
 

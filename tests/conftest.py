@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 # Workers share the cores: NumPy and torch, not imported yet, compute with one thread each. OMP_NUM_THREADS stays: it is
 # an option of ours, too.
 os.environ["OPENBLAS_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
-for size in ("COLUMNS", "LINES"):  # pytest-xdist tells its workers; programs in a terminal of their own must ask that
+for size in (
+    "COLUMNS",
+    "LINES",
+):  # pytest-xdist tells its workers; programs in a terminal of their own must ask that
     os.environ.pop(size, None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub for anything
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
