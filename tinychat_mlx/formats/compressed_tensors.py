@@ -45,7 +45,9 @@ class CompressedTensors:
         """Return zeros (N, K/G) as codes in 0..15."""
         if stored.has("weight_zero_point") == self.symmetric:
             found = "exists" if self.symmetric else "is missing"
-            raise stored.wrong("weight_zero_point", f"{found}, but config.json has symmetric: {self.symmetric}")
+            raise stored.wrong(
+                "weight_zero_point", f"{found}, but config.json has symmetric: {self.symmetric}"
+            )
         if self.symmetric:
             return np.full((n, groups), 8, np.uint8)
         if n % 8:

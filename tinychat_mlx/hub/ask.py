@@ -90,7 +90,9 @@ def look(ref: Ref, say: Say = lambda text: None) -> Remote:
     info = patiently(ref, ask, say)
     if not COMMIT.fullmatch(str(info.sha)):
         raise DownloadError(
-            f"{endpoint()} returned no commit", where=ref, remedy="check that HF_ENDPOINT is a Hugging Face hub"
+            f"{endpoint()} returned no commit",
+            where=ref,
+            remedy="check that HF_ENDPOINT is a Hugging Face hub",
         )
     files = {s.rfilename: File(s.rfilename, s.size or 0, _digest(ref, s)) for s in info.siblings or []}
     licence = next((t.partition(":")[2] for t in info.tags or [] if t.startswith("license:")), "")
