@@ -89,7 +89,7 @@ def sessions(chat: Chat, _: str) -> None:
 
 @command("search", "TEXT")
 def search(chat: Chat, text: str) -> None:
-    """Search all saved conversations for a text."""
+    """Find words in all saved conversations."""
     if not text:
         raise UsageError(
             "it needs the words to look for", where="/search", remedy="give them after the command"
