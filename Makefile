@@ -1,11 +1,11 @@
-# Everything sets itself up: a fresh clone needs python3, make and a C++ compiler.
+# All targets install what they need. A fresh clone needs python3, make and a C++ compiler.
 #   make chat    chat with the bundled model        make test    run the tests
 #   make check   what must be quiet before a commit make wheel   build the wheel of this platform
 #   make lint    the part of it that runs no test    make cross   the native library for macOS and Windows
 #   make sanitize   the native kernels' fuzzer under the address, undefined-behaviour and thread sanitizers (needs cmake)
 PYTHON ?= python3
 BIN := .venv/bin
-# Wheels of torch for Linux bring gigabytes of CUDA: the tests want the CPU build, pinned in pyproject.toml.
+# Wheels of torch for Linux include gigabytes of CUDA: the tests use the CPU build, pinned in pyproject.toml.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # For `make cross`. Each release of zig brings another clang: the version is fixed.
@@ -45,7 +45,7 @@ format: .venv/test.done
 wheel: .venv/test.done
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
 
-# Exit code 2 of the fuzzer: an instruction set that this machine has not.
+# Exit code 2 of the fuzzer: this machine lacks the instruction set.
 SANITIZERS := address,undefined thread
 ISAS := scalar avx2 avxvnni avx512vnni neon neondot neoni8mm
 sanitize:
@@ -59,7 +59,7 @@ sanitize:
 	  done; \
 	done
 
-# The native library is built as part of the install: its sources are prerequisites of it.
+# The install builds the native library, so its sources are prerequisites.
 NATIVE := pyproject.toml $(shell find backends/cpu -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
 
 .venv/python.done:

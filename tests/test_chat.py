@@ -57,7 +57,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(chats: FakeChats, tmp_p
     chat.type("go" + ENTER)
     chat.wait("word word word")
     chat.type(CTRL_C)
-    assert "what was said is kept" in chat.prompt()
+    assert "the partial answer is saved" in chat.prompt()
     chat.say("and now?")
     asked = json.loads(log.read_text().splitlines()[-1])["messages"]
     assert [m["role"] for m in asked] == ["user", "assistant", "user"]
@@ -127,7 +127,7 @@ def test_ctrl_c_while_the_prompt_is_read_comes_back_to_the_prompt(chats: FakeCha
     chat.type("long" + ENTER)
     chat.step()  # the first of 30 pieces of the prompt
     chat.type(CTRL_C)
-    assert "nothing was said" in chat.prompt()
+    assert "there is no answer" in chat.prompt()
 
 
 def test_a_slow_prompt_shows_its_progress(terminals: Chats) -> None:
@@ -333,7 +333,7 @@ def test_slash_opens_a_menu_of_commands(terminals: Chats) -> None:
     chat = terminals()
     chat.prompt()
     chat.type("/cl")
-    assert "Forget what was said" in chat.wait("Forget what was said")
+    assert "Empty the conversation" in chat.wait("Empty the conversation")
 
 
 # plain terminals ---------------------------------------------------------------------------------------

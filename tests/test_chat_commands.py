@@ -40,7 +40,7 @@ def test_undo_retry_edit_change_what_the_model_sees(chats: FakeChats, tmp_path: 
     assert "seed 6" in chat.say("/retry")
     assert texts(asked(tmp_path)) == ["one", "A1", "two"]
     assert json.loads((tmp_path / "log").read_text().splitlines()[-1])["seed"] == 6
-    assert "taken back: two" in chat.say("/undo")
+    assert "removed: two" in chat.say("/undo")
     chat.type("/edit" + ENTER)
     chat.wait(lambda text: text.rstrip("\n").count("❯ one") == 2)
     chat.type(" and more" + ENTER)
@@ -70,7 +70,7 @@ def test_compact_replaces_old_messages_for_the_model_and_keeps_them_on_record(
         log=str(tmp_path / "log"), answers=["A1", "A2", "they like herons", "A3"], rows=60, columns=160
     )
     chat.say("I like herons")
-    assert "nothing to sum up" in chat.say("/compact")
+    assert "nothing to summarise" in chat.say("/compact")
     chat.say("two")
     assert "they like herons" in chat.say("/compact")
     chat.say("three")
@@ -87,7 +87,7 @@ def test_when_the_context_fills_the_policy_compact_sums_up_by_itself(
     chat = chats(
         "--on-full",
         "compact",
-        context=60,
+        context=64,
         piece=2,
         answers=["w " * 25, "w " * 25, "short sum", "fine"],
         rows=60,
@@ -95,7 +95,7 @@ def test_when_the_context_fills_the_policy_compact_sums_up_by_itself(
     chat.say("one")
     chat.say("two")
     text = chat.say("three " * 8)
-    assert "summing up" in text and "short sum" in text and "fine" in text
+    assert "summarising" in text and "short sum" in text and "fine" in text
 
 
 def test_when_the_context_fills_the_policy_slide_says_what_it_dropped(chats: FakeChats) -> None:
@@ -155,7 +155,7 @@ def test_a_model_too_large_for_memory_is_refused_before_it_is_loaded(
     huge = folders.huge(tmp_path / "huge")
     chat = chats(rows=60, columns=160)
     text = chat.say(f"/model {huge}")
-    assert "error:" in text and "GB are free" in text and "TB of memory" in text
+    assert "error:" in text and "GB is free" in text and "TB of memory" in text
     assert "scripted" in chat.say("/show")
 
 
@@ -301,7 +301,7 @@ def test_session_save_load_search_by_title(chats: FakeChats, tmp_path: Path) -> 
     chat.say("/new")
     chat.say("about trees")
     assert "the heron flies" in chat.say("/search HERON")
-    assert "was never said" in chat.say("/search zebra")
+    assert "was not found" in chat.say("/search zebra")
     assert "resumed: birds (2 messages)" in chat.say("/load birds")
     assert "no saved chat 'cats'" in chat.say("/load cats")
     leave(chat)

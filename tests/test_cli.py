@@ -214,7 +214,7 @@ def test_config_show_tells_the_origin_of_every_setting(config: Any) -> None:
     lines = done.stdout.splitlines()
     for line in ("top_k = 5  # environment", "temperature = 0.1  # config", "seed = 3  # flag"):
         assert line in lines, done.stdout + done.stderr
-    assert 'model = "demo"  # built in' in lines and "min_p = (as the model says)  # model" in lines
+    assert 'model = "demo"  # built in' in lines and "min_p = (the model's default)  # model" in lines
     assert (
         json.loads(tinychat("config", "show", "--json", env=env).stdout)["top_k"]["origin"] == "environment"
     )
@@ -223,7 +223,7 @@ def test_config_show_tells_the_origin_of_every_setting(config: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "wrong"),
     [
-        ("temprature = 1", "use 'temperature', if you meant that"),
+        ("temprature = 1", "use 'temperature'"),
         ("temperature = -1", "temperature: -1"),
         ("exact = 'yes'", "exact: 'yes' is not true or false"),
         ("stop = 'x'", "is not a list of texts"),
@@ -279,7 +279,7 @@ def test_wrong_use_is_exit_2_with_usage(args: list[str]) -> None:
     assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("Usage: tinychat")
     *_, usage, empty, error = done.stderr.splitlines()
     assert error.startswith("error: ") and "Error:" not in done.stderr and empty == ""
-    assert usage.endswith("--help` says more.") and "Traceback" not in done.stderr
+    assert usage.endswith("--help` prints all options.") and "Traceback" not in done.stderr
 
 
 class Terminal(io.StringIO):

@@ -186,7 +186,7 @@ def test_the_head_is_called_what_it_is(tmp_path: Path, capsys: pytest.CaptureFix
     more = ["--calib", str(text), "--report", str(folder), "--report-text", str(text)]
     assert main([*args, *more, "--backend", "reference"]) == 0
     said = capsys.readouterr().err
-    assert "kept where nothing was better: head\n" in said and "layer 4" not in said
+    assert "used, because nothing was better: head\n" in said and "layer 4" not in said
     report = (folder / "report.md").read_text()
     assert "| head | head (plain rounding kept" in report and "| 3 |" not in report
     layers = json.loads((folder / "report.json").read_text())["layers"]

@@ -226,5 +226,5 @@ def test_an_interrupt_leaves_what_was_at_the_target(
         m.setattr(stream.Conversion, "_rim", stop)
         assert main(arguments(home, target, *(["--force"] if before else []))) == 130
     said = capsys.readouterr().err
-    assert ("is what was there before" if before else "is nothing") in said and "--resume" in said
+    assert ("is unchanged" if before else "is missing") in said and "--resume" in said
     assert target.exists() == before and files(target) == old

@@ -113,13 +113,13 @@ def test_a_config_and_tensors_of_different_layouts_are_refused_saying_both(tmp_p
                 Checkpoint.open(tmp_path)
             assert "download the model again" in str(error.value) and "down_proj" in str(error.value)
     folder(tmp_path, layouts.config("awq-gemm", 64))
-    refused(tmp_path, "declares AWQ, but no tensor is quantised so")
+    refused(tmp_path, "declares AWQ, but no tensor has this format")
     tensors = (
         dense_and(layouts.mlx_affine(*layouts.golden()))
         + dense_and(layouts.autoawq_gemm(*layouts.golden()), "x")[4:]
     )
     folder(tmp_path, layouts.config("awq-gemm", 64), tensors)
-    refused(tmp_path, "is MLX affine, config.json says AWQ")
+    refused(tmp_path, "is MLX affine, config.json declares AWQ")
 
 
 def test_two_blocks_that_disagree_are_refused_and_equal_ones_are_not(tmp_path: Path) -> None:

@@ -240,7 +240,7 @@ def test_threads_and_a_containers_quota_do_not_contradict(
     monkeypatch.setattr(machine.limits, "cpu_quota", lambda: allowed)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
     found = {f.key: f for f in machine.threads().findings}
-    assert ("wait for each other" in found["threads"].line) == (n > allowed) == bool(found["threads"].do)
+    assert ("this slows them down" in found["threads"].line) == (n > allowed) == bool(found["threads"].do)
     share = "1 CPU's time" if allowed == 1 else f"{allowed:g} CPUs' time"
     assert share in found["cpu_quota"].line and share in found["threads"].line
 
@@ -368,7 +368,7 @@ def test_cuda_tells_the_driver_and_why_it_does_without_kernels(
     found.answers = {"cuda": answer}
     told = found._backend("cuda")
     assert told.value["driver"] == "580.65.06" and "NVIDIA driver 580.65.06" in told.line
-    assert "using torch" in told.line and "TINYCHAT_CUDA_KERNELS=0 asks" in told.line
+    assert "using torch" in told.line and "TINYCHAT_CUDA_KERNELS=0 selects" in told.line
     found.answers = {"cuda": {"error": "the NVIDIA driver is too old for torch 2.9"}}
     assert "580.65.06" in found._backend("cuda").line
     tool = tmp_path / "nvidia-smi"

@@ -62,7 +62,7 @@ def test_the_usual_context_shrinks_aloud_where_it_does_not_fit(
     assert main(run) == 0
     out, err = capfd.readouterr()
     assert json.loads(out)["context_max"] == 5000
-    assert "a context of 5,000 tokens, not 8,192" in err and "MB of memory would be needed" in err
+    assert "using a context of 5,000 tokens: 8,192 needs" in err and "MB of memory, " in err
 
 
 def test_a_context_that_was_asked_for_is_refused_with_one_that_fits(
@@ -161,7 +161,7 @@ def test_measuring_two_models_looks_at_memory_too(
     free(monkeypatch, 20_000_000)
     text = str(Path(__file__).resolve().parent / "data" / "demo_heldout_text.jsonl")
     assert main(["eval", "-m", str(long), "--text", text, "--max-tokens", "64"]) == 1
-    assert "20.0 MB are free" in capfd.readouterr().err
+    assert "20.0 MB is free" in capfd.readouterr().err
 
 
 # conversions -------------------------------------------------------------------------------------------

@@ -170,7 +170,7 @@ def test_symmetric_compressed_tensors_have_zero_eight(tmp_path: Path) -> None:
     tensors = layouts.compressed_tensors(q, z, s)
     config = layouts.config("compressed-tensors", 128)
     config["quantization_config"]["config_groups"]["group_0"]["weights"]["symmetric"] = True  # type: ignore[index]
-    with pytest.raises(FormatError, match="weight_zero_point' is there, config.json says symmetric: True"):
+    with pytest.raises(FormatError, match="weight_zero_point' exists, but config.json has symmetric: True"):
         Checkpoint.open(folder(tmp_path, config, stored(tensors))).weight(MODULE)
     del tensors["weight_zero_point"]
     weight = Checkpoint.open(folder(tmp_path, config, stored(tensors))).weight(MODULE)

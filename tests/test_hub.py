@@ -58,7 +58,7 @@ def test_a_pull_fetches_what_a_model_needs_and_no_code(client: Client) -> None:
     assert done.returncode == 0, done.stderr
     wanted = {p.name: p.read_bytes() for p in DEMO.iterdir()}
     assert client.files() == wanted
-    assert Path(done.stdout.strip()).is_dir() and "checksums right" in done.stderr
+    assert Path(done.stdout.strip()).is_dir() and "checksums correct" in done.stderr
     assert {name for name, _ in gets(client)} == set(wanted)
 
 
@@ -108,7 +108,7 @@ def test_a_stopped_pull_goes_on_from_where_it_was(client: Client, how: signal.Si
     _, err = process.communicate(timeout=300)
     if how == signal.SIGINT:
         assert process.returncode == 130
-        assert "are kept; `tinychat models pull org/model` goes on" in err and "error" not in err
+        assert "is kept; `tinychat models pull org/model` resumes" in err and "error" not in err
     have = begun[0].stat().st_size
     client.hub.pause, client.hub.sent = 0.0, 0
     client.hub.log.clear()
@@ -130,7 +130,9 @@ def test_a_connection_that_breaks_is_taken_up_again_unasked(client: Client) -> N
 
 def test_a_file_that_arrives_damaged_is_not_kept(client: Client) -> None:
     client.hub.spoil[f"models/org/model/{WEIGHTS}"] = "corrupted"
-    assert "model.safetensors arrived twice with a checksum" in client.refused("models", "pull", "org/model")
+    assert "the checksum of model.safetensors differs from the hub's after two downloads" in client.refused(
+        "models", "pull", "org/model"
+    )
     assert not client.partial() and not (client.cache / "models--org--model" / "snapshots").exists()
     assert [name for name, _ in gets(client)].count(WEIGHTS) == 2
 
@@ -305,7 +307,7 @@ def test_a_terminal_shows_a_bar_with_rate_and_time_left(client: Client) -> None:
     bar = r"org/model +[━╸╺ ]+ +[\d.]+/3\.5 MB +[\d.]+ MB/s left 0?0:0\d"
     screen.wait(lambda text: re.search(bar, text) is not None)
     client.hub.pause = 0.0
-    screen.wait("all checksums right")
+    screen.wait("all checksums correct")
     assert screen.exit_code() == 0
     assert not re.search(bar, screen.text)  # it is gone when it is done
 
@@ -403,7 +405,7 @@ def test_a_full_disk_leaves_what_arrived(client: Client) -> None:
         more = "import shutil, collections\nU = collections.namedtuple('U', 'total used free')\n"
         more += "shutil.disk_usage = lambda path: U(0, 0, 10**12)"  # it was free when the download began
         line = client.refused("models", "pull", "org/model", more=more)
-        assert "No space left on device" in line and "are kept" in line
+        assert "No space left on device" in line and "is kept" in line
         assert client.partial()[0].stat().st_size > 2_000_000
     finally:
         os.system(f"umount '{disk}'")
@@ -447,7 +449,7 @@ def test_a_hub_that_gives_no_hashes_is_not_trusted() -> None:
     class Sibling:
         rfilename, lfs, blob_id = "config.json", None, "../../../evil"
 
-    with pytest.raises(DownloadError, match=r"gives no hash for 'config\.json'"):
+    with pytest.raises(DownloadError, match=r"returned no hash for 'config\.json'"):
         _digest(hubs.Ref("a/b"), Sibling())
 
 

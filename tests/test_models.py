@@ -500,7 +500,7 @@ def test_a_conversion_that_has_no_room_is_not_offered(
     said: list[str] = []
     monkeypatch.setattr(limits, "memory_free", lambda mapped=0: 20 << 20)
     assert opening.settle(options(), said.append) == "org/dense"
-    assert "the conversion needs 1" in said[-1] and "it runs as it is" in said[-1]
+    assert "the conversion needs 1" in said[-1] and "using the original" in said[-1]
 
 
 def test_a_mixture_of_experts_is_offered_as_well(home: Path) -> None:

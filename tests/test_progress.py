@@ -48,7 +48,7 @@ def test_a_conversions_bar_goes(tmp_path: Path, columns: int = 60) -> None:
     command = ("convert", str(tmp_path / "dense"), "-o", str(tmp_path / "made"), "--calib", text)
     screen = started(columns, *command, "--group-size", "32", "--backend", "reference", code=SLOW)
     screen.wait("━ 3/3")
-    stopped(screen, columns, "--resume to go on")
+    stopped(screen, columns, "--resume to continue")
 
 
 def test_a_downloads_bar_goes(tmp_path: Path, columns: int = 79) -> None:
@@ -57,4 +57,4 @@ def test_a_downloads_bar_goes(tmp_path: Path, columns: int = 79) -> None:
         hub.pause = 1.0
         screen = started(columns, "models", "pull", "org/model", env=hub.environ(tmp_path / "hf"))
         screen.wait("left")
-        stopped(screen, columns, "goes on from there")
+        stopped(screen, columns, "resumes the download")

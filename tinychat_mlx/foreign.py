@@ -1,4 +1,4 @@
-"""A model that another engine computes: our conversation, sampling and context over mlx-lm's graph."""
+"""A model that mlx-lm computes, with tinychat's conversation, sampling and context management."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tinychat_mlx.sampler import from_generation_config
 
 
 class ForeignModel(Model):
-    """Everything of Model but our decoder; `device.why` says aloud who computes."""
+    """A Model whose decoder is not tinychat's; `device.why` names the engine."""
 
     def __init__(self, folder: Path, decoder: Any, context: int) -> None:
-        """decoder has the decoder's calls and a config with vocab_size and eos_token_ids."""
+        """decoder: has Decoder's methods and a config with vocab_size and eos_token_ids."""
         self.name, self.folder, self.config, self.backend = (
             folder.name,
             folder,
@@ -35,7 +35,7 @@ class ForeignModel(Model):
         self._tokenizer, self._said, self.answer_ids = None, None, []
 
     def keep_in(self, folder: Path, exact: bool = False, limit: int = 0) -> None:
-        """Nothing is kept: mlx-lm's caches are not ours to read."""
+        """No effect: mlx-lm's caches have no stable format to store."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:

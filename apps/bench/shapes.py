@@ -11,7 +11,7 @@ __all__ = ["SHAPES", "Config", "find"]
 
 
 def find(name: str) -> Config:
-    """A shape's config. Raises UsageError naming the nearest."""
+    """Return a shape's config. Raises UsageError naming the nearest."""
     if name in SHAPES:
         return SHAPES[name]
     near = difflib.get_close_matches(name.lower(), SHAPES, n=1, cutoff=0.3)

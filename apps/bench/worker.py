@@ -1,9 +1,9 @@
-"""A subject of the benchmark in a process of its own: its memory and its load are nobody else's.
+"""A subject of the benchmark in a separate process, so that its memory and load time are its own.
 
     python -m tinychat_mlx.apps.bench.worker ours '{"shape": "tiny", …}'
 
-Speaks JSON lines: {"call": "decode", …} in, {"ok": …} or {"error": [class, message]} out. The first line out
-says how opening went. Whatever a library prints goes to stderr, so it cannot spoil the answers.
+The protocol is JSON lines: {"call": "decode", …} in, {"ok": …} or {"error": [class, message]} out. The first output
+line reports how opening went. Output of libraries goes to stderr, so that it cannot corrupt the protocol.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ KINDS = {  # kind -> module with `Subject`
 
 
 class Worker:
-    """The parent's end. Calls are answered in turn; a worker that nobody calls waits without using the CPU."""
+    """The parent's end. Calls are answered in order. An idle worker waits without using the CPU."""
 
     def __init__(self, kind: str, options: dict[str, Any], env: dict[str, str] | None = None) -> None:
-        """Start it; `opened` waits until it is ready. Nothing runs in parallel unless asked for so."""
+        """Start the process; `opened` waits until it is ready. Workers run in parallel only if called so."""
         self.kind = kind
         root = Path(errors.__file__).resolve().parent.parent
         path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -45,7 +45,7 @@ class Worker:
         )
 
     def opened(self) -> Any:
-        """What the subject says of itself. Raises the error that it met."""
+        """Return the subject's description. Raises the error of its start."""
         return self._answer()
 
     def call(self, name: str, **arguments: Any) -> Any:
@@ -54,7 +54,7 @@ class Worker:
             self._process.stdin.write(json.dumps({"call": name, **arguments}) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # it has died; reading says how
+            pass  # it has died; reading reports the reason
         return self._answer()
 
     def _answer(self) -> Any:
@@ -63,10 +63,8 @@ class Worker:
         if not line:
             code = self._process.wait()
             killed = code == -9
-            why = (
-                "it was killed, probably because memory ran out" if killed else f"exit code {code}, see above"
-            )
-            do = "choose a smaller model or shape" if killed else "report what it printed"
+            why = "it was killed, probably for lack of memory" if killed else f"exit code {code}, see above"
+            do = "choose a smaller model or shape" if killed else "report its output"
             raise errors.BackendError(f"the {self.kind} process ended: {why}", where="bench", remedy=do)
         answer = json.loads(line)
         if "error" in answer:
@@ -75,14 +73,16 @@ class Worker:
         return answer["ok"]
 
     def close(self) -> None:
-        """End it, whatever it is doing."""
+        """Kill the process."""
         self._process.kill()
         self._process.communicate()
 
 
 def serve(kind: str, options: dict[str, Any]) -> None:
     """Open the subject and answer calls until stdin ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a group; the parent ends its workers
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole group; the parent ends its workers
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 

@@ -1,8 +1,8 @@
-"""How does Ctrl-C reach the chat while a line is read? As a signal: where there is termios.
+"""Deliver Ctrl-C as a signal while a line is read (systems with termios).
 
-A line editor usually reads Ctrl-C as a key. Pressed right after Enter, its byte then lies in the queue while the
-answer runs, and nobody looks at it. Here the terminal makes a signal of it all the time, and the editor's own handler,
-which forgets a signal that comes while the editor closes, is not used.
+A line editor usually reads Ctrl-C as a key. If it is pressed directly after Enter, its byte stays in the queue while
+the answer runs. Here the terminal always sends a signal. The editor's own handler is not used, because it loses a
+signal that arrives while the editor closes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class _Raw(raw_mode):
-    """Keys one by one, but Ctrl-C as a signal. The kernel then drops what was typed before it and not yet read."""
+    """Raw mode with Ctrl-C as a signal. On a signal, the kernel discards typed input that was not yet read."""
 
     @classmethod
     def _patch_lflag(cls, attrs: int) -> int:
@@ -33,33 +33,33 @@ class _Raw(raw_mode):
         super().__enter__()
         attributes = termios.tcgetattr(self.fileno)
         off = bytes([os.fpathconf(self.fileno, "PC_VDISABLE") & 0xFF])
-        for key in (termios.VSUSP, termios.VQUIT):  # Ctrl-Z and Ctrl-\ stay keys
+        for key in (termios.VSUSP, termios.VQUIT):  # Ctrl-Z and Ctrl-\ remain keys
             attributes[6][key] = off
         termios.tcsetattr(self.fileno, termios.TCSANOW, attributes)
 
 
 class Signals(Vt100Input):
-    """A terminal whose Ctrl-C is a signal while keys are read."""
+    """A terminal input that delivers Ctrl-C as a signal while keys are read."""
 
     def raw_mode(self) -> AbstractContextManager[None]:
         return _Raw(self.fileno())
 
 
 class Reading:
-    """One line being read: Ctrl-C is the editor's key while it takes keys, KeyboardInterrupt before and after."""
+    """Reads one line. Ctrl-C is an editor key while the editor runs, and KeyboardInterrupt before and after."""
 
     def __init__(self, session: PromptSession[str]) -> None:
         self.app, self.waiting = session.app, False
         self.session = session
 
     def prompt(self, prefill: str) -> str:
-        """Raises KeyboardInterrupt, EOFError."""
+        """Read a line. Raises KeyboardInterrupt, EOFError."""
         before = signal.signal(signal.SIGINT, self._press)
         try:
             text = self.session.prompt(default=prefill, handle_sigint=False, pre_run=self._hand_on)
         finally:
             signal.signal(signal.SIGINT, before)
-        if self.waiting:  # it came when the line was sent already
+        if self.waiting:  # it arrived after the line was sent
             raise KeyboardInterrupt
         return text
 
@@ -69,7 +69,7 @@ class Reading:
             self.app.loop.call_soon_threadsafe(self._key)
 
     def _hand_on(self) -> None:
-        """The editor begins: a signal from before it is its first key."""
+        """Pass a signal that arrived before the editor started to it as its first key."""
         if self.waiting and self.app.loop is not None:
             self.app.loop.call_soon(self._key)
 

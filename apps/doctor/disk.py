@@ -1,4 +1,4 @@
-"""What lies on the disk for us, how large is it, and how is it deleted? Nothing here makes a folder."""
+"""Files of tinychat on the disk: location, size, and how to delete them. Creates no folders."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from tinychat_mlx import disk_cache, limits, places
 from tinychat_mlx.apps.doctor.finding import NOTE, OK, Finding, Section
 from tinychat_mlx.words import size
 
-LOW_DISK = 2_000_000_000  # bytes; a small model and its conversion
+LOW_DISK = 2_000_000_000  # bytes; the size of a small model and its conversion
 
 
 def disk() -> Section:
-    """Each cache with its folder, its bytes and the command that empties it; the room that is left."""
+    """Return the section: each cache with its folder, bytes and delete command, and the free space."""
     found = [_cache(*row) for row in caches()]
     free = limits.disk_free(places.hub_cache())
     if free < LOW_DISK:
-        text, do = f"{size(free)} free where models go", "make room, or point HF_HOME at another disk"
+        text, do = (
+            f"{size(free)} free on the disk of the models",
+            "make room, or set HF_HOME to a folder on another disk",
+        )
         found.append(Finding("free_bytes", free, text, NOTE, do))
     else:
-        found.append(Finding("free_bytes", free, f"{size(free)} free where models go", OK))
+        found.append(Finding("free_bytes", free, f"{size(free)} free on the disk of the models", OK))
     return Section("disk", "Disk", tuple(found))
 
 
