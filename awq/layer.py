@@ -288,14 +288,14 @@ def feed_site(
     """Quantise a site by error feedback. Its columns carry s, and so do (as 1/s) the inputs in moments and held."""
     w = weights.stacked(site)
     judge, made = Judge(w, held), Factored.of(moments, form)
-    plain_w = {role: weights.linears[role] / s for role in site.roles}
-    plain = {r: round_to_nearest(v, form.w_bit, form.group_size) for r, v in plain_w.items()}
+    plain = {r: round_to_nearest(weights.linears[r] / s, form.w_bit, form.group_size) for r in site.roles}
     rtn = judge.error(plain, np.float32(1) / s, site)
+    del plain
     change, share = corrected(w, moments, made, judge)
     wt = np.ascontiguousarray(w.T[made.order])
     if share:
         wt += change.T[made.order]
-    del change, plain_w, plain
+    del change
     codes = fed_codes(wt, made, form)
     parts = dict(weights.unstack_codes(site, codes))
     error, ones = judge.error(parts, np.ones(1, np.float32), site), np.ones_like(s)
@@ -322,7 +322,8 @@ def corrected(w: F32, moments: FullMoments, made: Factored, judge: Judge) -> tup
     solve(made.f.u, made.f.d, turned)
     change = np.empty_like(w)
     change[:, made.order] = turned.T
-    length, most = (np.linalg.norm(a, axis=1) for a in (change, w))
+    del turned
+    length, most = (np.sqrt(np.einsum("nk,nk->n", a, a)) for a in (change, w))
     change *= np.minimum(1, TURN * most / np.maximum(length, 1e-30))[:, None]
     given = judge.held.given
     lacks, gives = judge.wanted - product(given, w[judge.rows].T), product(given, change[judge.rows].T)
