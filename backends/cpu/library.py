@@ -1,6 +1,6 @@
-"""Where is the native library, and what does its C interface look like?
+"""Locate the native library and declare its C interface.
 
-The structs mirror kernels/op.h field by field; `open_library` compares their sizes with the library's own.
+The structs mirror kernels/op.h field by field. `open_library` compares their sizes with those of the library.
 """
 
 from __future__ import annotations
@@ -259,7 +259,7 @@ _SIZES: dict[int, type[Structure]] = {
 
 
 def find_library() -> Path:
-    """The library's path; BackendError if it was never built."""
+    """Return the library's path. Raises BackendError if it was not built."""
     # In an editable install __path__ has two entries: site-packages/tinychat_mlx and the checkout.
     for folder in tinychat_mlx.__path__:
         for name in _FILES:
@@ -272,7 +272,7 @@ def find_library() -> Path:
 
 @functools.cache
 def open_library() -> Any:
-    """The library with argument types declared. Raises BackendError if it is absent or another version's."""
+    """Open the library and declare argument types. Raises BackendError if it is absent or of another version."""
     path = find_library()
     try:
         lib: Any = ctypes.CDLL(str(path))
@@ -296,7 +296,7 @@ def open_library() -> Any:
 
 
 def instruction_sets() -> list[str]:
-    """What the library offers on this processor, the best first: ["avx512vnni", "avx2", "scalar"]."""
+    """Return this processor's instruction sets in the library, best first: ["avx512vnni", "avx2", "scalar"]."""
     lib = open_library()
     found: list[str] = []
     while (name := lib.tc_isa(len(found))) is not None:

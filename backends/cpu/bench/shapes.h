@@ -1,4 +1,4 @@
-// One decode step of a model of a known shape, as the list of ops that a recording of the graph would hold.
+// One decode step of a model of a given shape, as the list of ops that a recording of the graph contains.
 #pragma once
 #include <stdio.h>
 
@@ -15,7 +15,7 @@ static const Shape SHAPES[] = {
     {"llama-3.2-1b", 16, 2048, 8192, 32, 8, 64, 128256, false},
 };
 
-// All layers share one layer's memory for everything but weights; the head is the embedding.
+// All layers share the memory of one layer for everything but weights. The head is the embedding.
 struct Token {
   Shape s;
   std::vector<std::unique_ptr<RandomWeight>> weights;
