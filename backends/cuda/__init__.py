@@ -230,8 +230,9 @@ class CudaBackend(TorchBackend):
         self, temperature: float, top_k: int, top_p: float, min_p: float, seed: int | None,
         penalty: float = 1.0, seen: Sequence[int] = (),
     ) -> Callable[[torch.Tensor], torch.Tensor] | None:  # fmt: skip
-        """Sample with the host sampler's random numbers: the same seed gives the same tokens, except for
-        rounding.
+        """Sample with the host sampler's random numbers.
+
+        The same seed gives the same tokens, except for rounding.
 
         Returns None without kernels and with a penalty. Then the host samples, and no step runs ahead.
         """

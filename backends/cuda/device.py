@@ -99,9 +99,7 @@ def available(device: torch.device) -> int:
 
 
 def fence(device: torch.device) -> None:
-    """Limit torch's memory on a device with shared memory, so that torch fails instead of the system killing
-    processes.
-    """
+    """Limit torch's memory if it is shared, so that torch fails instead of the system killing processes."""
     if is_shared(device) and (free := available(device)):
         total = torch.cuda.get_device_properties(device).total_memory
         held = torch.cuda.memory_reserved(device)

@@ -189,9 +189,7 @@ class TorchBackend(Backend):
         return self._narrow(y if norm.bias is None else y + norm.bias, x)
 
     def _narrow(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Convert a norm's result: the input of a matrix product to dtype, heads (T, H, D) to their input
-        dtype.
-        """
+        """Convert a norm's result: matrix product inputs to dtype, heads (T, H, D) to their input dtype."""
         return y.to(x.dtype if x.dim() == 3 else self.dtype)
 
     @guarded

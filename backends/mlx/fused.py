@@ -90,8 +90,7 @@ class Kernels:
         return self.shortlist.logits(x, w, norm, choice) if isinstance(w, HalvedHandle) else None
 
     def launch(self, x: Any, w: PackedHandle, norm: Norm | None, act: str | None, residual: Any) -> Any:
-        """Compute `product` unconditionally. x (T, K), T from 1 to MOST_ROWS -> (T, N), or (T, N / 2) with
-        act.
+        """Compute `product` unconditionally: x (T, K), T ≤ MOST_ROWS -> (T, N), or (T, N / 2) with act.
 
         The result has the dtype of the residual, or else of the weight's scales; x may be float32.
         """

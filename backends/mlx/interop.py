@@ -126,9 +126,7 @@ class MlxLmDecoder:
 
 
 def kv_bytes(model: Any, capacity: int) -> int:
-    """Return the bytes of mlx-lm's caches for `capacity` tokens, from their shapes after one token (not
-    computed).
-    """
+    """Return the bytes of mlx-lm's caches for `capacity` tokens, from shapes after one token (not computed)."""
     from mlx_lm.models.cache import make_prompt_cache
 
     layers = make_prompt_cache(model)
