@@ -45,11 +45,15 @@ def sink(root: Path) -> tuple[Path, Settings]:
     weights["model.embed_tokens.weight"][:80, 7] = 0
     weights["model.embed_tokens.weight"][START, 7] = 1000
     for i in range(config["num_hidden_layers"]):
-        weights[f"model.layers.{i}.input_layernorm.weight"][7] = 0.05  # or no other token would be attended to
+        weights[f"model.layers.{i}.input_layernorm.weight"][7] = (
+            0.05  # or no other token would be attended to
+        )
     weights["model.layers.1.post_attention_layernorm.weight"][7] = 1
     for role in ("gate", "up"):
         weights[f"model.layers.1.mlp.{role}_proj.weight"][5, 7] = 8
-    return tiny_dense.save(root / "sink", weights, tie_word_embeddings=False), Settings(w_bit=4, group_size=32)
+    return tiny_dense.save(root / "sink", weights, tie_word_embeddings=False), Settings(
+        w_bit=4, group_size=32
+    )
 
 
 def far(root: Path) -> tuple[Path, Settings]:
@@ -102,5 +106,7 @@ def test_the_planted_models_drift(tmp_path: Path) -> None:
     for plant, least in ((far, 0.5), (sink, 0.0)):
         folder, settings = plant(tmp_path)
         source = Checkpoint.open(folder)
-        result = convert(source, tmp_path / f"{folder.name}-rtn", settings, ReferenceBackend, lambda *_: ids(512, 1))
+        result = convert(
+            source, tmp_path / f"{folder.name}-rtn", settings, ReferenceBackend, lambda *_: ids(512, 1)
+        )
         assert result.layers[-1].rounded > least
