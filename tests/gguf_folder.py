@@ -64,9 +64,7 @@ def weights(reader: GGUFReader, fields: dict[str, Any]) -> dict[str, np.ndarray]
 
 
 def halves(w: np.ndarray, heads: int) -> np.ndarray:
-    """Reorder rows of q or k from adjacent rotated pairs to Hugging Face's pairs with an offset of half a
-    head.
-    """
+    """Reorder rows of q or k from adjacent rotated pairs to Hugging Face's pairs (i, i + head_dim / 2)."""
     pairs = w.reshape(heads, len(w) // heads // 2, 2, -1)
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(w.shape)
 

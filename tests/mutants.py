@@ -171,9 +171,7 @@ class Sandbox:
             raise Unjudged(f"{shlex.join(command)} fails: {last_lines(done.stdout + done.stderr)}")
 
     def environment(self) -> dict[str, str]:
-        """Return an environment with caches inside this copy, so that results of a mutation do not outlive
-        it.
-        """
+        """Return an environment with caches inside this copy, so that a mutation's results are not reused."""
         drop = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTEST_ADDOPTS")
         env = {k: v for k, v in os.environ.items() if k not in drop}
         return env | {"PYTHONDONTWRITEBYTECODE": "1", "XDG_CACHE_HOME": str(self.cache)}

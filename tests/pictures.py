@@ -86,9 +86,7 @@ def drawn(raw: bytes, picture: Picture) -> list[list[tuple[str, str]]]:
 
 
 def _dim_as_blinking(match: re.Match[bytes]) -> bytes:
-    """Replace dim (2), which pyte lacks, with blinking (5), which is unused; 38 and 48 precede colour
-    numbers.
-    """
+    """Replace dim (2), which pyte lacks, with blinking (5); skip colour numbers after 38 and 48."""
     parameters, out = match[1].split(b";"), []
     while parameters:
         first = parameters.pop(0)

@@ -38,9 +38,7 @@ def convert(target: Path, method: str = "awq+", w_bit: int = 4, calib: str = "se
 
 
 class Bench:
-    """The float model's predictions on evenly spaced windows of each kind, computed once, to compare
-    conversions with.
-    """
+    """The float model's predictions on evenly spaced windows of each kind, computed once."""
 
     def __init__(self, windows: int = MOST) -> None:
         """windows: per kind, at most MOST."""

@@ -46,7 +46,7 @@ def sink(root: Path) -> tuple[Path, Settings]:
     weights["model.embed_tokens.weight"][START, 7] = 1000
     for i in range(config["num_hidden_layers"]):
         weights[f"model.layers.{i}.input_layernorm.weight"][7] = (
-            0.05  # or no other token would be attended to
+            0.05  # otherwise no other token would be attended to
         )
     weights["model.layers.1.post_attention_layernorm.weight"][7] = 1
     for role in ("gate", "up"):

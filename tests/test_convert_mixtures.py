@@ -143,7 +143,7 @@ def test_the_best_method_is_closer_than_rounding(variant: str, tiny_root: Path, 
 def test_experts_that_saw_nothing_are_quantised_for_what_others_see(
     variant: str, method: str, tiny_root: Path, tmp_path: Path
 ) -> None:
-    """One token, again and again, comes to few experts."""
+    """A repeated token reaches few experts."""
     with np.errstate(all="raise", under="ignore"):
         result = converted(
             variant,

@@ -1,4 +1,4 @@
-"""--engine mlx-lm: our engine over mlx-lm's model gives mlx-lm's tokens, with turns reused and taken back."""
+"""--engine mlx-lm: our engine with mlx-lm's model gives mlx-lm's tokens, with reused and rewound turns."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def folder(tiny_root: Path) -> Path:
 
 
 def naive(folder: Path, prompt: list[int], n: int) -> list[int]:
-    """mlx-lm alone, the whole text through it for each token."""
+    """Decode with only mlx-lm, computing the whole text for each token."""
     model, _ = mlx_lm.utils.load_model(folder)
     ids = list(prompt)
     for _ in range(n):
@@ -55,7 +55,7 @@ def naive(folder: Path, prompt: list[int], n: int) -> list[int]:
 
 @pytest.mark.parametrize("rotating", [False, True])
 def test_turns_give_mlx_lm_s_tokens(folder: Path, rotating: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rotating cache that has wrapped cannot be cut back: then the kept tokens are computed again."""
+    """A rotating cache that has wrapped cannot be truncated, so the kept tokens are computed again."""
     decoder = MlxLmDecoder(folder)
     if rotating:
         monkeypatch.setattr(
@@ -114,7 +114,7 @@ def test_bad_folders_are_one_line(folder: Path, tmp_path: Path) -> None:
 
 
 def small(limit: int) -> MlxBackend:
-    """A machine that may give so many bytes more."""
+    """A machine with `limit` more bytes available."""
     b = MlxBackend(exact=True)
     used = mx.get_active_memory()
     b.chip = replace(b.chip, name="Apple M1", memory=1 << 40, working_set=used + SCRATCH + limit)
@@ -123,7 +123,7 @@ def small(limit: int) -> MlxBackend:
 
 @pytest.mark.parametrize("variant", ["llama", "cohere2"])
 def test_what_a_context_will_take_is_known_before(variant: str, tiny_root: Path) -> None:
-    """Against what mlx-lm's own caches then hold; Cohere's sliding layers hold their window."""
+    """Compared with the bytes of mlx-lm's caches afterwards; Cohere's sliding layers hold their window."""
     decoder = MlxLmDecoder(tiny(variant, tiny_root).folder)
     cache = decoder.new_cache(512)
     decoder.backend.to_host(decoder.forward([1] * 511, cache))
@@ -161,7 +161,7 @@ def test_what_does_not_fit_is_refused_in_one_line(folder: Path, monkeypatch: pyt
         decoder.new_cache(100000)
 
     def full(*a: Any) -> Any:
-        raise RuntimeError("[malloc] Unable to allocate 9 bytes")  # MLX's own words
+        raise RuntimeError("[malloc] Unable to allocate 9 bytes")  # MLX's message
 
     monkeypatch.setattr(mlx_lm.utils, "load_model", full)
     with pytest.raises(BackendError, match=r"MLX stopped: .*allocate 9 bytes — use a shorter --context"):

@@ -44,7 +44,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache" / "weights"
     monkeypatch.setattr(store, "home", lambda: folder)
     monkeypatch.setattr(store, "MINIMUM", 0)
-    monkeypatch.setattr(store, "GIB", 1)  # room on the disk is another test's matter
+    monkeypatch.setattr(store, "GIB", 1)  # free disk space is tested elsewhere
     monkeypatch.setenv("TINYCHAT_WEIGHT_CACHE", str(1 << 30))
     return folder
 

@@ -44,7 +44,7 @@ def missing(tools: tuple[str, ...] = tuple(TOOLS)) -> str:
     absent = [package for tool, package in TOOLS.items() if tool in tools and shutil.which(tool) is None]
     if absent:
         return f"an Arm is not emulated here: apt install {' '.join(absent)}"
-    return "" if (ROOT / "backends/cpu/CMakeLists.txt").exists() else "there is no source beside these tests"
+    return "" if (ROOT / "backends/cpu/CMakeLists.txt").exists() else "these tests come without the source"
 
 
 def run(*command: str | Path, **environment: str) -> str:

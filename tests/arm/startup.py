@@ -103,7 +103,7 @@ def main() -> int:
 
 
 def show_here(what: str, arguments: tuple[str, ...]) -> None:
-    """Do the same on this machine: count instructions and measure the time."""
+    """Count instructions and measure the time on this machine too."""
     python = str(Path(sys.executable).resolve())
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}
     rest = [

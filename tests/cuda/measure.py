@@ -121,9 +121,9 @@ def recorded(device: Any, work: Callable[[], object]) -> Callable[[], object]:
 
 
 def matvecs(backend: Any, config: Any, cold: int) -> dict[str, Any]:
-    """Time one row times a layer's matrices, over copies that exceed `cold` bytes in total.
+    """Time the products of one row with a layer's matrices, over copies that exceed `cold` bytes in total.
 
-    Also for the peers.
+    Also times the peers.
     """
     import peers
     from models import random_packed
@@ -236,7 +236,7 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         f"{report['device']}, {report['date']}: reads {report['bandwidth_gb_s']:.0f} GB/s.{dry}",
         "",
-        "| shape | decode tok/s | share of bandwidth | matvec alone | torch int4 | Triton AWQ | prefill tok/s "
+        "| shape | decode tok/s | share of bandwidth | only matvec | torch int4 | Triton AWQ | prefill tok/s "
         + "| of torch fp16 | graph launches per token |",
         "|---|---|---|---|---|---|---|---|---|",
     ]

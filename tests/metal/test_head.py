@@ -367,9 +367,7 @@ def chances(logits: F32, params: SamplingParams) -> Any:
 
 
 def test_the_demo_says_what_it_says_with_stock_operations(demo: Any, on_mlx: Decoder) -> None:
-    """Compares whole answers: one step in flight, each with its sampler's choice; sampled ones use seeded
-    numbers.
-    """
+    """Compares whole answers with one step in flight. Sampled ones use seeded numbers."""
     stock = decoder(demo.folder, MlxBackend(exact=True, kernels="off"))
     for given in ({"temperature": 0.0}, {"temperature": 0.7, "seed": 5}):
         for question in ("who are you?", "what is 3 + 4?"):
