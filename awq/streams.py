@@ -1,7 +1,7 @@
-"""The calibration rows on their way through the layers, and which of them decide what.
+"""The calibration rows between layers, and their split into fit, held and judged rows.
 
-The rows are split by whole windows. Searches see `fit`. Choices between what they found are made on `held`, which no
-fit sees. `judged` is seen by neither: it says at the end what the conversion lost.
+The rows are split by whole windows. Searches use `fit`. Choices between their results use `held`, which no
+search uses. Neither uses `judged`, on which the loss of the conversion is measured at the end.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import numpy as np
 
 from tinychat_mlx.weight import F32
 
-SHARE = 8  # one window in so many is held, and as many are judged
-PARTS = 4  # windows there must be; of a shorter text, windows are shorter
+SHARE = 8  # one window in SHARE is held, and as many are judged
+PARTS = 4  # minimum number of windows; a shorter text gets shorter windows
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Split:
 
     @property
     def seen(self) -> int:
-        """Rows that are not judged."""
+        """Number of rows that are not judged."""
         return self.fit + self.held
 
     def of_step(self, rows: slice) -> tuple[slice, slice]:
-        """-> which rows of a step are fit, which are held."""
+        """Return the fit rows and the held rows of a step."""
         fit, held = (min(max(end - rows.start, 0), rows.stop - rows.start) for end in (self.fit, self.seen))
         return slice(fit), slice(fit, held)
 
@@ -52,8 +52,8 @@ class Split:
 class Streams:
     """Rows between two layers.
 
-    wanted (T, C): of the float model. made: of the quantised layers; (T, C) where layers are quantised for what the
-    quantised ones before them give, else the judged rows (J, C). rounded (J, C): of plain rounding.
+    wanted (T, C): of the float model. made: of the quantised layers; (T, C) if layers are quantised for the
+    outputs of the quantised ones before them, else the judged rows (J, C). rounded (J, C): of plain rounding.
     """
 
     wanted: F32
@@ -62,7 +62,7 @@ class Streams:
 
     @classmethod
     def begin(cls, x: F32, split: Split, all_made: bool) -> Streams:
-        """All start from the same embedded rows x (T, C)."""
+        """Start all streams from the same embedded rows x (T, C)."""
         return cls(x, x.copy() if all_made else x[split.seen :].copy(), x[split.seen :].copy())
 
     @classmethod
@@ -74,14 +74,15 @@ class Streams:
         return np.concatenate([self.wanted, self.made, self.rounded])
 
     def judged(self, split: Split) -> tuple[F32, F32, F32]:
-        """The judged rows of each: wanted, made, rounded."""
+        """Return the judged rows of each stream: wanted, made, rounded."""
         return self.wanted[split.seen :], self.made[-split.judged :], self.rounded
 
 
 def distance(wanted: F32, x: F32) -> float:
-    """How far rows x (T, C) are from the wanted ones: |x - wanted| / |wanted|, the mean over the rows.
+    """Return the distance of rows x (T, C): |x - wanted| / |wanted|, averaged over the rows.
 
-    Each row counts the same: a few rows (the first of a text) are a thousand times larger than the others.
+    Each row has the same weight, because a few rows (the first of a text) are a thousand times larger than
+    the others.
     """
     off, size = (np.sqrt(np.einsum("tc,tc->t", a, a, dtype=np.float64)) for a in (x - wanted, wanted))
     return float(np.mean(off / np.maximum(size, 1e-30)))

@@ -109,7 +109,7 @@ def test_without_text_left_over_the_report_says_that_the_model_wrote_its_own(
     folder = home / "report-self"
     assert main(arguments(home, home / "reported-self", "--method", "rtn", "--report", str(folder))) == 0
     quality = json.loads((folder / "report.json").read_text())["quality"]
-    assert quality["text"].startswith("text the model wrote itself, for the calibration left no more than")
+    assert quality["text"].startswith("text the model wrote itself, because the calibration left only")
     assert quality["of"]["rtn"]["tokens"] == 315  # 5 windows of 64, the first token of each not predicted
 
 
