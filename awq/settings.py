@@ -211,7 +211,7 @@ def check_numbers(source: Checkpoint) -> None:
                 )
             if largest >= large:
                 raise FormatError(
-                    f"{name!r} has a number larger than 65504, the maximum of float16, which the result is stored in",
+                    f"{name!r} has a number beyond 65504, the largest float16 number; results are stored in float16",
                     where=source.where(name),
                     remedy="use another upload of the model",
                 )

@@ -1,7 +1,8 @@
 """An 8-bit weight stored as two 4-bit weights, so that a head can be read by its upper halves only (head.py).
 
-An 8-bit code is |uuuu|llll|, its weight 16 s u + s l + b. Each plane is packed like MLX's 4-bit weights: word
-c:  | 8c+7 | 8c+6 | ... | 8c+1 | 8c |.
+An 8-bit code is |uuuu|llll|, its weight 16 s u + s l + b. Each plane is packed like MLX's 4-bit weights:
+
+    word c:  | 8c+7 | 8c+6 | ... | 8c+1 | 8c |
 """
 
 from __future__ import annotations

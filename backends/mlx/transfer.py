@@ -3,17 +3,15 @@
 There are three methods. For each array the cheapest one that applies is used:
 
 shared     Metal only, no copy: the pages of the mapped file become the array's buffer. `mx.asarray` adopts
-host memory
-           through newBufferWithBytesNoCopy, since MLX 0.32.1 [mlx#3872], if it begins at a page. So the whole
-           pages around an array are passed, and the array is a slice of them. Arrays that are adjacent in the
-           file (gate and up often are) are one slice. llama.cpp maps its models for Metal in this way
-           [llama.cpp#1696]. Arrays that need another dtype, or are joined from separate places, cannot be
-           shared.
+           host memory through newBufferWithBytesNoCopy, since MLX 0.32.1 [mlx#3872], if it begins at a page.
+           So the whole pages around an array are passed, and the array is a slice of them. Arrays that are
+           adjacent in the file (gate and up often are) are one slice. llama.cpp maps its models for Metal in
+           this way [llama.cpp#1696]. Arrays that need another dtype, or are joined from separate places,
+           cannot be shared.
 filled     One copy: the final buffer is allocated, and NumPy writes each part into a view of it (unified
-memory; MLX
-           documents such views as writable), in the wanted dtype.
+           memory; MLX documents such views as writable), in the wanted dtype.
 converted  bfloat16, which NumPy does not support, through MLX: a copy each for reading, converting and
-joining.
+           joining.
 
 `mx.array` always copies, and so does `mx.load`: its arrays are lazy, but each is read into a new buffer, and
 mx.concatenate writes another. `mx.mmap_weights` was proposed and not accepted [mlx#4249].

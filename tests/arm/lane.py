@@ -1,7 +1,6 @@
 """An emulated Raspberry Pi: an Arm Python with the cross-built wheel, run by qemu-user.
 
-    python tests/arm/lane.py cortex-a76 -m tinychat_mlx run "who are you?"       # cortex-a72: a Pi 4; -a76: a
-    Pi 5
+    python tests/arm/lane.py cortex-a76 -m tinychat_mlx run "who are you?"    # cortex-a72: Pi 4, -a76: Pi 5
 
 Needs Debian or a derivative with: apt install qemu-user g++-aarch64-linux-gnu mmdebstrap. All files are in
 build/pi (300 MB) and made once. The wheel is updated on every start. There is no chroot and no binfmt, and

@@ -3,10 +3,9 @@
 1. every tiny architecture against `reference`, in fp16 with our kernels; nothing is timed if one is wrong;
 2. read bandwidth: the best of torch's copy and sum over 1 GiB;
 3. for each shape, with random int4 weights (group 128, head int8): the matvec over more weights than the L2
-cache
-   holds, as a share of that bandwidth, compared with torch's int4 product and a Triton kernel of the usual
-   AWQ kind; end-to-end decoding with sampling on the device; graph launches; 2048 tokens of prefill, compared
-   with torch's fp16 products of the same shapes.
+   cache holds, as a share of that bandwidth, compared with torch's int4 product and a Triton kernel of the
+   usual AWQ kind; end-to-end decoding with sampling on the device; graph launches; 2048 tokens of prefill,
+   compared with torch's fp16 products of the same shapes.
 
 Prints a Markdown table for docs/devices.md and writes everything as JSON. --dry runs the same code on CPU
 tensors with a toy shape; its figures are meaningless and are marked as such.

@@ -1,8 +1,8 @@
 """Runs kernels made with mx.fast.metal_kernel on a CPU: the source that MLX generates, compiled as C++.
 
-    launches = traced(call, *inputs)          # MLX's own trace: text, grid, threadgroup of every kernel in it
-    kernels = build([l.text for l in launches]) run(kernels[0], buffers, launches[0].grid,
-    launches[0].threadgroup)   # inputs then outputs, in MLX's order
+    launches = traced(call, *inputs)          # MLX's own trace: source, grid, threadgroup of its kernels
+    kernels = build([l.text for l in launches])
+    run(kernels[0], buffers, launches[0].grid, launches[0].threadgroup)   # buffers: inputs, then outputs
 
 MLX without Metal refuses to call a metal_kernel, but traces it for export. So shapes, dtypes, address spaces,
 attributes and template instantiation are MLX's own. If a source names an input's shape, strides or ndim, MLX
