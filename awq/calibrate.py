@@ -104,7 +104,7 @@ def held_out(
         found, origin = read_documents(settings.calib, calibrated)
         ids = left_over(found, tokenizer, calibrated, wanted, settings.seed)
         if len(ids) >= LEFT:
-            return HeldOut(ids, f"what the calibration left of {origin}")
+            return HeldOut(ids, f"the part of {origin} that the calibration did not use")
         why = f"because the calibration left only {len(ids)} tokens of {origin}"
     seed = [settings.seed, 1]
     own = _own_text(config, source, backend(), tokenizer, wanted, window, seed, watch)

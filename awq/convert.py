@@ -161,7 +161,9 @@ def _check_room(wanted: Needs, smaller: str, work: WorkFolder) -> None:
     Otherwise the run fails after hours of work.
     """
     if lacks := shortage(wanted, work.path, disk_bytes(work.path)):
-        way = f"{smaller}close other programs" if "memory" in lacks else "make room, choose another disk"
+        way = (
+            f"{smaller}close other programs" if "memory" in lacks else "free disk space, choose another disk"
+        )
         raise TinychatError(lacks, remedy=f"{way}, or try anyway: `tinychat convert --force`")
 
 

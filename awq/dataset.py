@@ -65,7 +65,7 @@ def fetch(dataset: str, characters: int) -> tuple[list[Document], str]:
         why = (
             "HF_HUB_OFFLINE is set"
             if hub.is_offline()
-            else f"the hub does not give it ({type(error).__name__})"
+            else f"the hub refused the request ({type(error).__name__})"
         )
         raise ModelNotFoundError(
             why, where=f"dataset {repo}", remedy="give a file, or --calib self"
@@ -83,7 +83,9 @@ def choose(repo: str, sizes: dict[str, int], characters: int) -> str:
     usable = [name for name in usable if not HELD_BACK.search(name)] or usable
     if not usable:
         has = ", ".join(sorted(sizes)[:5]) or "nothing"
-        raise UsageError(f"it has no file of {', '.join(KINDS)}, but {has}", remedy="give a file")
+        raise UsageError(
+            f"it has no file of these types: {', '.join(KINDS)}; it has {has}", remedy="give a file"
+        )
 
     def rank(name: str) -> tuple[bool, int, int]:
         small = sizes[name] < characters // 4  # text compresses about 4 : 1 at best

@@ -327,4 +327,4 @@ def test_a_dataset_that_cannot_be_had_says_why_in_one_line(hub: Hub, tmp_path: P
 
 def test_a_hub_that_does_not_answer_is_said_at_once(hub: Hub, tmp_path: Path) -> None:
     (line,) = fetched(hub, tmp_path / "home", ("o/large", 9), HF_ENDPOINT="http://127.0.0.1:9")
-    assert "the hub does not give it" in line and "--calib self" in line
+    assert "the hub refused the request" in line and "--calib self" in line

@@ -51,7 +51,7 @@ def test_the_report_shows_every_method_beside_the_others(
     assert f"- check: KL {found['check']['made']['kl_mean']:.4f}" in text
     for part, size in found["sizes"].items():
         assert sum(size.values()) == found[f"{part}_bytes"] and size["embedding and head"] > 0
-    assert found["quality"]["text"] == "what the calibration left of text-7.jsonl"
+    assert found["quality"]["text"] == "the part of text-7.jsonl that the calibration did not use"
     assert found["quality"]["text"] in text
     assert "KL decides" in text and "closer together than their standard errors say nothing" in text
     quality = found["quality"]["of"]

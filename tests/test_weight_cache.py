@@ -234,7 +234,7 @@ def test_a_file_cut_while_it_is_read_is_an_error_that_says_so(home: Path) -> Non
         image.wait()
         os.truncate(path, 10)
         image._read(0, size, os.dup(file.fileno()))
-    with pytest.raises(BackendError, match="ends too early"):
+    with pytest.raises(BackendError, match="is truncated"):
         image.wait()
 
 

@@ -255,7 +255,7 @@ class CpuBackend(Backend):
 
     def describe(self) -> Device:
         e = self.engine
-        why = "TINYCHAT_CPU_ISA asks for it" if self._forced else ""
+        why = "set by TINYCHAT_CPU_ISA" if self._forced else ""
         plural = "" if e.threads == 1 else "s"
         mode = ", exact" if self.exact else ""
         return Device(

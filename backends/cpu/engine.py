@@ -34,9 +34,7 @@ class Engine:
                 remedy=f"set it to one of {', '.join(here)}, or unset it",
             )
         if threads < 1:
-            raise BackendError(
-                f"{threads} threads are too few", where="cpu backend", remedy="ask for at least 1"
-            )
+            raise BackendError(f"{threads} threads are too few", where="cpu backend", remedy="use at least 1")
         self.isa, self.threads = isa or here[0], threads
         self._handle = self._lib.tc_new(self.isa.encode(), threads)
         if not self._handle:

@@ -288,7 +288,7 @@ def open_library() -> Any:
     lib.tc_sizeof.argtypes, lib.tc_sizeof.restype = [c_int32], c_int32
     if any(lib.tc_sizeof(code) != ctypes.sizeof(struct) for code, struct in _SIZES.items()):
         raise BackendError(
-            f"{path} is of another version of tinychat-mlx",
+            f"{path} belongs to another version of tinychat-mlx",
             where="cpu backend",
             remedy=f"rebuild it: {_BUILD}",
         )

@@ -99,9 +99,9 @@ class Shelf:
             try:
                 index, durable = read_index(file)
                 if index["digest"] != self._digest:
-                    raise Damaged("made from another model, or from an earlier state of this one")
+                    raise Damaged("made from another model, or from an earlier version of it")
                 if not durable and (index["boot"] != _boot() or not index["boot"]):
-                    raise Damaged("the machine went down before it was on disk")
+                    raise Damaged("the machine stopped before the file was on disk")
                 self._image = Image(file)
             except (Damaged, OSError) as e:
                 _log(f"{path}: discarded: {e}")
@@ -142,9 +142,7 @@ class Image:
         for reader in self._readers:
             reader.join()
         if self._short:
-            raise BackendError(
-                "the file ends too early", where=self._path, remedy="delete it, and start again"
-            )
+            raise BackendError("the file is truncated", where=self._path, remedy="delete it, and start again")
 
     def _read(self, at: int, end: int, fd: int) -> None:
         """Read in few large calls. Other threads hold the GIL for up to half a second (loading a tokenizer)."""
@@ -208,13 +206,13 @@ def read_index(file: BinaryIO) -> tuple[dict[str, Any], bool]:
     file.seek(size - TRAILER.size)
     magic, layout, crc, begin, length, durable, _ = TRAILER.unpack(file.read(TRAILER.size))
     if magic != MAGIC or layout != LAYOUT:
-        raise Damaged("no trailer of this version at its end")
+        raise Damaged("it has no trailer of this version")
     if length > MAX_INDEX or begin + length + TRAILER.size != size:
         raise Damaged("its parts do not add up to its length")
     file.seek(begin)
     text = file.read(length)
     if zlib.crc32(text) != crc:
-        raise Damaged("its index is not what was written")
+        raise Damaged("the checksum of its index is wrong")
     try:
         index = json.loads(text)
         digest, boot, weights = index["digest"], index["boot"], index["weights"]
@@ -262,7 +260,7 @@ def save(path: Path, digest: str, weights: Iterable[CpuWeight], most: int | None
     path.parent.mkdir(0o700, parents=True, exist_ok=True)
     _tidy(path.parent)
     if not make_room(path, end + len(text) + TRAILER.size, most):
-        _log(f"{path}: not written: too little room")
+        _log(f"{path}: not written: too little disk space")
         return
     fd, temporary = tempfile.mkstemp(".partial", path.stem, path.parent)
     try:

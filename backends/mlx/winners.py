@@ -40,9 +40,9 @@ def choice(asked: str | None, metal: bool, chip: str) -> tuple[Takes | None, str
         tried = len(measured(chip).keys() - {CAPTURE})
         return (
             lambda key: key in wins
-        ), f"our kernels where they won here, {won.total()} of {tried}: {by_kind}"
+        ), f"our kernels where they were faster here, {won.total()} of {tried}: {by_kind}"
     if text == "off":
-        return None, "stock operations: asked for"
+        return None, "stock operations: requested"
     kinds = set(KINDS) if text == "all" else set(text.split(","))
     if unknown := sorted(kinds - set(KINDS)):
         raise BackendError(
@@ -50,7 +50,7 @@ def choice(asked: str | None, metal: bool, chip: str) -> tuple[Takes | None, str
             where=SWITCH,
             remedy=f"set it to off, all, or some of {','.join(KINDS)}",
         )
-    return (lambda key: key.split()[0] in kinds), f"our kernels asked for: {', '.join(sorted(kinds))}"
+    return (lambda key: key.split()[0] in kinds), f"our kernels, as requested: {', '.join(sorted(kinds))}"
 
 
 def captures(chip: str) -> bool:

@@ -235,7 +235,7 @@ def test_doctor_shows_what_won(m1: None, monkeypatch: pytest.MonkeyPatch) -> Non
 
     assert "not measured on this Mac yet (tinychat bench --kernels)" in line()
     winners.save("Apple M1", times)
-    assert "our kernels where they won here, 3 of 4: norm 2, rows 1" in line()
+    assert "our kernels where they were faster here, 3 of 4: norm 2, rows 1" in line()
 
 
 def test_another_machine_has_nothing_to_measure() -> None:

@@ -285,7 +285,7 @@ def test_winners_are_kept_for_this_chip_this_mlx_and_these_kernels(tmp_path: Any
     winners.save("Apple M1", times)
     winners.save("Apple M1", {"gate_up 8x64 int4 g32 float16": (3.0, 2.0)})
     takes, why = winners.choice(None, True, "Apple M1")
-    assert takes is not None and why == "our kernels where they won here, 1 of 3: matvec 1"
+    assert takes is not None and why == "our kernels where they were faster here, 1 of 3: matvec 1"
     assert len(winners.measured("Apple M1")) == 3
     assert [takes(k) for k in times] == [True, False]  # one per cent is noise
     assert winners.read("Apple M2") == frozenset()
