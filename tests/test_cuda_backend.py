@@ -266,21 +266,21 @@ def test_memory_is_counted_and_given_back() -> None:
     assert backend.memory().used == 0 and backend.memory().peak == held
 
 
-@pytest.mark.parametrize("text, said", [
+@pytest.mark.parametrize("text, line", [
     ("Found no NVIDIA driver on your system. Please check\nmore", "no NVIDIA driver is loaded"),
     ("The NVIDIA driver on your system is too old (found version 11040).", "driver is too old for torch"),
     ("CUDA error: no kernel image is available for execution", "no code for this GPU"),
     ("No CUDA GPUs are available", "no CUDA GPU is visible"),
     ("CUDA error: unknown error\nCUDA kernel errors might", "cannot be used: CUDA error: unknown error"),
 ])  # fmt: skip
-def test_torchs_reasons_become_one_line(text: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchs_reasons_become_one_line(text: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise RuntimeError(text)
 
     monkeypatch.setenv(devices.ENVIRONMENT, "")
     monkeypatch.setattr(torch.version, "cuda", "12.6")
     monkeypatch.setattr(torch.cuda, "init", fail)
-    with pytest.raises(BackendError, match=said) as e:
+    with pytest.raises(BackendError, match=line) as e:
         CudaBackend()
     assert "\n" not in str(e.value)
 

@@ -121,7 +121,7 @@ def test_no_letter_of_a_paragraph_is_lost_or_said_twice(words: list[str], n: int
 @pytest.mark.parametrize("piece", [1, 7, 1000])
 def test_every_kind_of_line_is_shown_whole(columns: int, piece: int) -> None:
     answer = (
-        "# Title\n\nSome **bold text which goes on and on until the row is over and beyond** and *more*.\n"
+        "# Title\n\nSome **bold text which is long and longer until the row is over and beyond** and *more*.\n"
         "An unclosed **marker that never ends although the row does, and the next, and the one after that as "
         "well, until everyone has given up on it, because it is longer than four rows of forty letters, is it not\n"
         "- item `one`\n  - item two, 日本語の文章はスペースなしで続きますから、どこで折り返しても構いません。\n"
