@@ -67,7 +67,7 @@ class BlockMoments:
 class FullMoments:
     """Sums over tokens of |x| (K,), of x xᵀ (K, K) and of missing xᵀ (M, K), as awq+ needs them.
 
-    x is the site's input behind the quantised layers. missing is the float model's input minus x: (K, K), or
+    x is the site's input after the quantised layers. missing is the float model's input minus x: (K, K), or
     if w is given, its product with the site's linears: (N, K), which is smaller. Moments of the float model's
     own inputs have no missing part.
     """

@@ -45,7 +45,7 @@ class Reached(Exception):
 
 @dataclass(frozen=True)
 class Routing:
-    """The input of a mixture: rows h (T, C) behind the norm, their experts (T, k) and weights (T, k)."""
+    """The input of a mixture: rows h (T, C) after the norm, their experts (T, k) and weights (T, k)."""
 
     h: F32
     choice: npt.NDArray[np.intp]

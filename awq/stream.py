@@ -192,7 +192,7 @@ class LayerQuantizer:
         return kept, run.routings
 
     def _routed(self, layer: QuantizedLayer, x: F32, moments: FullMoments) -> list[Routing]:
-        """Return the routing of the rows x behind a quantised attention. Adds the fit rows to `moments`."""
+        """Return the routing of the rows x after a quantised attention. Adds the fit rows to `moments`."""
         run = self._ready(layer, self.running)
         with self.rows_s.running():
             for rows in steps(self.split.seen, self.split.window):

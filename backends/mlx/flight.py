@@ -3,7 +3,7 @@
 A step writes its keys and values into the cache's arrays in place only if no other operation uses them when
 MLX encodes the write. MLX copies an array with another user, here the attention of the previous step, which
 is still running. A cache of 268 MB (Llama-3.2-1B after 8192 tokens) would be copied for every token. The
-second step is therefore not encoded as a whole while the first runs, but one half behind it:
+second step is therefore not encoded as a whole while the first runs, but one half later:
 
     device   | step n, lower half | step n, upper half | step n+1, lower half | step n+1, upper half |
     issued   | n, upper           | n+1, lower         | n+1, upper           | n+2, lower           |
