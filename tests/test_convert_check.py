@@ -1,4 +1,4 @@
-"""A conversion knows whether it worked: models made to drift lose nothing by it, and a sabotaged one is not used."""
+"""A conversion checks its result: drifting models lose nothing, and a sabotaged result is not used."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from tinychat_mlx.checkpoint import Checkpoint
 from tinychat_mlx.config import parse_config
 
 WINDOW = 64
-START = 80  # the token that begins a text
+START = 80  # the token that starts a text
 
 
 def ids(tokens: int, seed: int) -> np.ndarray:
-    """Random words in windows that all begin with the same token."""
+    """Return random words in windows that all start with the same token."""
     found = np.random.default_rng(seed).integers(0, 80, tokens).astype(np.int32)
     found[::WINDOW] = START
     return found
 
 
-# Models that are made to drift -------------------------------------------------------------------------------
+# Models with planted drift -----------------------------------------------------------------------------------
 
 
 def sink(root: Path) -> tuple[Path, Settings]:
-    """The first token of a window has a channel a thousand times the others', and so has what an MLP makes of it."""
+    """The first token of a window has a channel a thousand times larger than the others, also after an MLP."""
     config = tiny_dense.CONFIG | {"tie_word_embeddings": False}
     weights = tiny_dense.tensors(config)
     weights["model.embed_tokens.weight"][:80, 7] = 0
@@ -57,7 +57,7 @@ def sink(root: Path) -> tuple[Path, Settings]:
 
 
 def far(root: Path) -> tuple[Path, Settings]:
-    """Heavy outliers among the weights, 3 bits, groups of 128: the quantised layers' rows are far from the float ones."""
+    """Heavy outliers among the weights, 3 bits, groups of 128: quantised rows are far from the float ones."""
     sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
     weights, r = tiny_dense.tensors(tiny_dense.CONFIG | sizes), np.random.default_rng(1)
     for name, a in weights.items():
@@ -70,7 +70,7 @@ PLANTED = {"sink": sink, "far": far}
 
 
 def measured(source: Checkpoint, made: Checkpoint | Rounded) -> Quality:
-    """On text that no conversion saw."""
+    """Measure on text that no conversion used."""
     config, text = parse_config(source.config), ids(4096, seed=99).tolist()
     dense, found = (streamed(config, model, ReferenceBackend(), text, WINDOW) for model in (source, made))
     return evaluate(text, found, dense, WINDOW)
@@ -102,7 +102,7 @@ def test_the_correction_never_loses_to_leaving_it_out_nor_either_to_rounding(
 
 
 def test_the_planted_models_drift(tmp_path: Path) -> None:
-    """As they were made to."""
+    """The planted drift exists."""
     for plant, least in ((far, 0.5), (sink, 0.0)):
         folder, settings = plant(tmp_path)
         source = Checkpoint.open(folder)
