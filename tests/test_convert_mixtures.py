@@ -1,6 +1,4 @@
-"""Conversions of mixtures of experts: quantised experts, dense routers, readable by mlx-lm, byte-identical
-resume.
-"""
+"""Mixtures of experts: quantised experts, dense routers, readable by mlx-lm, byte-identical resume."""
 
 from __future__ import annotations
 
