@@ -157,7 +157,7 @@ class Judge:
 
     def __init__(self, w: F32, held: Held) -> None:
         self.rows = np.arange(0, len(w), -(-len(w) // JUDGED))
-        self.given = held.given
+        self.held = held
         self.wanted = product(held.wanted, w[self.rows].T)
         size = np.einsum("tn,tn->t", self.wanted, self.wanted)
         self.weight = 1 / np.maximum(size, np.float32(1e-6) * size.mean() + np.float32(1e-30))
@@ -171,7 +171,7 @@ class Judge:
             at = end
         w_hat = np.concatenate(pieces)
         w_hat /= s
-        off = product(self.given, w_hat.T) - self.wanted
+        off = product(self.held.given, w_hat.T) - self.wanted
         return float(np.mean(np.einsum("tn,tn->t", off, off) * self.weight))
 
 
@@ -303,7 +303,7 @@ def feed_site(
     plain_w = {role: weights.linears[role] / s for role in site.roles}
     plain = {r: round_to_nearest(v, form.w_bit, form.group_size) for r, v in plain_w.items()}
     rtn = judge.error(plain, np.float32(1) / s, site)
-    change, share = corrected(w, moments, made, held)
+    change, share = corrected(w, moments, made, judge)
     wt = np.ascontiguousarray(w.T[made.order])
     if share:
         wt += change.T[made.order]
@@ -320,7 +320,7 @@ def feed_site(
     return Attempt(weights, parts, ones, alpha), report
 
 
-def corrected(w: F32, moments: FullMoments, made: Factored, held: Held) -> tuple[F32, float]:
+def corrected(w: F32, moments: FullMoments, made: Factored, judge: Judge) -> tuple[F32, float]:
     """Return a change of w (N, K) towards the float model's outputs, and the share of it that is applied.
 
     The change is the least-squares solution for the part that the site's inputs lack. The change of a row is
@@ -336,10 +336,9 @@ def corrected(w: F32, moments: FullMoments, made: Factored, held: Held) -> tuple
     change[:, made.order] = turned.T
     length, most = (np.linalg.norm(a, axis=1) for a in (change, w))
     change *= np.minimum(1, TURN * most / np.maximum(length, 1e-30))[:, None]
-    lacks, gives = product(held.wanted - held.given, w.T), product(held.given, change.T)
-    size = np.einsum("tn,tn->t", *[product(held.wanted, w.T)] * 2)
-    weight = 1 / np.maximum(size, 1e-6 * size.mean() + 1e-30)
-    along, across = (np.einsum("tn,tn->t", a, gives) * weight for a in (lacks, gives))
+    given = judge.held.given
+    lacks, gives = judge.wanted - product(given, w[judge.rows].T), product(given, change[judge.rows].T)
+    along, across = (np.einsum("tn,tn->t", a, gives) * judge.weight for a in (lacks, gives))
     share = float(np.clip(along.sum() / max(across.sum(), 1e-30), 0, 1))
     gain = share * (2 * along - share * across)
     if not gain.mean() > gain.std() / np.sqrt(len(gain)):

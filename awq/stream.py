@@ -6,7 +6,7 @@ finished layer (see work_folder.py). An interrupted run resumes where it stopped
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -37,7 +37,7 @@ from tinychat_mlx.awq.parallel import trim
 from tinychat_mlx.awq.record import LayerRun, Recorder, Routing, embedded_rows, steps
 from tinychat_mlx.awq.settings import Settings
 from tinychat_mlx.awq.sites import LayerWeights, Site, sites
-from tinychat_mlx.awq.streams import Split, Streams, distance
+from tinychat_mlx.awq.streams import HalfRows, Split, Streams, distance
 from tinychat_mlx.awq.tensors import layer_entries, rim_entries
 from tinychat_mlx.awq.work_folder import LayerFiles, load, save
 from tinychat_mlx.backend import Backend
@@ -124,22 +124,39 @@ class LayerQuantizer:
     def _published(self, weights: LayerWeights, x: Streams) -> QuantizedLayer:
         size = self.form.group_size
         moments = {s.key: BlockMoments.empty(self._inputs(weights, s), size) for s in self._recorded(weights)}
-        held, routed = self._float_pass(weights, x, moments)
+        held: dict[str, list[F32]] = {key: [] for key in moments}
+
+        def seen(key: str, rows: slice, a: F32) -> None:
+            fit, out = self.split.of_step(rows)
+            if fit.stop:
+                moments[key].add(a[fit])
+            held[key].append(a[out].copy())
+
+        routed = self._float_pass(weights, x, set(moments), seen)
+        judged = {key: Held(*[np.concatenate(parts)] * 2) for key, parts in held.items()}
         if not routed:
-            return quantize_published(weights, moments, held, self.form)
+            return quantize_published(weights, moments, judged, self.form)
         weights, codes, reports = self._mixture(weights, routed, routed, moments.pop("mlp_in"), x)
-        layer = quantize_published(weights, moments, held, self.form)
+        layer = quantize_published(weights, moments, judged, self.form)
         return replace(layer, experts=codes, reports=layer.reports + reports)
 
     def _fed(self, weights: LayerWeights, x: Streams) -> QuantizedLayer:
-        before = x.wanted.copy()
-        moments = {s.key: FullMoments.empty(self._inputs(weights, s)) for s in dense_sites(weights)}
-        _, wanted = self._float_pass(weights, x, moments)
+        dense = dense_sites(weights)
+        moments = {s.key: FullMoments.empty(self._inputs(weights, s)) for s in dense}
+        inputs = {s.key: HalfRows.empty(self.split.seen, self._inputs(weights, s)) for s in dense}
+
+        def seen(key: str, rows: slice, a: F32) -> None:
+            fit, out = self.split.of_step(rows)
+            if fit.stop:
+                moments[key].add(a[fit])
+            inputs[key].put(rows.start, a[: out.stop])
+
+        wanted = self._float_pass(weights, x, set(moments), seen)
         weights, scales = scale_layer(weights, moments, self.form)
         layer = QuantizedLayer(weights, {}, ())
-        for site in dense_sites(weights):
+        for site in dense:
             trim()
-            layer = self._fed_site(layer, site, scales, before, x.made)
+            layer = self._fed_site(layer, site, scales, inputs.pop(site.key), x.made)
         if not wanted:
             return layer
         moments_in = FullMoments.empty(self.config.hidden_size)
@@ -148,48 +165,46 @@ class LayerQuantizer:
         return replace(layer, weights=weights, experts=codes, reports=layer.reports + reports)
 
     def _fed_site(
-        self, layer: QuantizedLayer, site: Site, scales: Scales, wanted: F32, made: F32
+        self, layer: QuantizedLayer, site: Site, scales: Scales, inputs: HalfRows, made: F32
     ) -> QuantizedLayer:
-        """Quantise the next site of a layer. wanted, made (T, C): rows entering the layer."""
-        w = layer.weights.stacked(site)
-        moments = FullMoments.empty(w.shape[1], w)
-        float_run, run = self._ready(layer.weights, self.backend), self._ready(layer, self.running)
-        held = []
+        """Quantise the next site of a layer whose earlier sites are codes.
+
+        inputs: the site's inputs in the float model, before scales were folded. made (T, C): the quantised
+        stream's rows that enter the layer.
+        """
+        moments = FullMoments.empty(inputs.width, layer.weights.stacked(site))
+        s, alpha = scales[site.key]
+        run, held = self._ready(layer, self.running), []
         with self.rows_s.running():
             for rows in steps(self.split.seen, self.split.window):
-                given, aimed = run.input_of(site.key, made[rows]), float_run.input_of(site.key, wanted[rows])
+                given, wanted = run.input_of(site.key, made[rows]), inputs.take(rows, s)
                 fit, out = self.split.of_step(rows)
                 if fit.stop:
-                    moments.add(given[fit], aimed[fit])
-                held.append((given[out], aimed[out]))
+                    moments.add(given[fit], wanted[fit])
+                if out.start < out.stop:
+                    held.append((given[out].copy(), wanted[out].copy()))
+        del run, given, wanted
         rows_held = Held(*(np.concatenate(part) for part in zip(*held, strict=True)))
-        del float_run, run, held
-        kept, report = feed_site(layer.weights, site, moments, rows_held, self.form, *scales[site.key])
+        kept, report = feed_site(layer.weights, site, moments, rows_held, self.form, s, alpha)
         return replace(layer, parts=layer.parts | kept.parts, reports=(*layer.reports, report))
 
     def _float_pass(
-        self, weights: LayerWeights, x: Streams, moments: Mapping[str, Moments]
-    ) -> tuple[dict[str, Held], list[Routing]]:
+        self, weights: LayerWeights, x: Streams, keys: set[str], seen: Callable[[str, slice, F32], None]
+    ) -> list[Routing]:
         """Run the float rows through a float layer in place, without the experts' output.
 
-        Returns held-out rows of the sites in `moments`, and the routing of the experts. The moments include
-        the fit rows.
+        seen(key, rows, input) is called at each site in `keys`. Returns the routing of a mixture.
         """
         run = self._ready(weights, self.backend)
-        held: dict[str, list[F32]] = {}
         with self.rows_s.running():
             for rows in steps(self.split.tokens, self.split.window):
-                fit, out = self.split.of_step(rows)
 
-                def seen(key: str, a: F32, fit: slice = fit, out: slice = out) -> None:
-                    if key in moments:
-                        if fit.stop:
-                            moments[key].add(a[fit])
-                        held.setdefault(key, []).append(a[out].copy())
+                def show(key: str, a: F32, rows: slice = rows) -> None:
+                    if key in keys:
+                        seen(key, rows, a)
 
-                x.wanted[rows] = run.forward(x.wanted[rows], seen)
-        kept = {key: Held(*[np.concatenate(parts)] * 2) for key, parts in held.items()}
-        return kept, run.routings
+                x.wanted[rows] = run.forward(x.wanted[rows], show)
+        return run.routings
 
     def _routed(self, layer: QuantizedLayer, x: F32, moments: FullMoments) -> list[Routing]:
         """Return the routing of the rows x after a quantised attention. Adds the fit rows to `moments`."""

@@ -9,10 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
+from tinychat_mlx.awq.parallel import over_rows
 from tinychat_mlx.weight import F32
 
 SHARE = 8  # one window in SHARE is held, and as many are judged
+HALF_EXPONENT = 15  # float16 holds values below 2 ** 16
 PARTS = 4  # minimum number of windows; a shorter text gets shorter windows
 
 
@@ -76,6 +79,46 @@ class Streams:
     def judged(self, split: Split) -> tuple[F32, F32, F32]:
         """Return the judged rows of each stream: wanted, made, rounded."""
         return self.wanted[split.seen :], self.made[-split.judged :], self.rounded
+
+
+@dataclass
+class HalfRows:
+    """Rows (T, K) in float16, each scaled by a power of two to the upper end of float16's range."""
+
+    values: npt.NDArray[np.float16]
+    scales: F32  # (T, 1)
+
+    @classmethod
+    def empty(cls, rows: int, width: int) -> HalfRows:
+        return cls(np.zeros((rows, width), np.float16), np.ones((rows, 1), np.float32))
+
+    @property
+    def width(self) -> int:
+        return self.values.shape[1]
+
+    def put(self, start: int, x: F32) -> None:
+        """Store x (n, K) from row `start` on."""
+
+        def piece(at: slice) -> None:
+            rows, part = slice(start + at.start, start + at.stop), x[at]
+            largest = np.maximum(part.max(1, keepdims=True), -part.min(1, keepdims=True))
+            scales = np.ldexp(np.float32(1), np.clip(np.frexp(largest)[1] - HALF_EXPONENT, -126, 126))
+            self.scales[rows] = scales
+            np.multiply(part, 1 / scales, out=self.values[rows], casting="same_kind")
+
+        over_rows(len(x), 4 * self.width, piece)
+
+    def take(self, rows: slice, divisor: F32) -> F32:
+        """Return rows / divisor (K,) in float32."""
+        out = np.empty((rows.stop - rows.start, self.width), np.float32)
+
+        def piece(at: slice) -> None:
+            stored = slice(rows.start + at.start, rows.start + at.stop)
+            np.multiply(self.values[stored], self.scales[stored], out=out[at])
+            out[at] /= divisor
+
+        over_rows(len(out), 4 * self.width, piece)
+        return out
 
 
 def distance(wanted: F32, x: F32) -> float:

@@ -47,7 +47,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A method that lost more than plain rounding. `layer` is where its error grew most."""
+    """A method that lost more than plain rounding. layer: index of the layer where its error grew most."""
 
     method: str
     verdict: Verdict
@@ -58,7 +58,7 @@ class Rejected:
         made, rounded = self.verdict.made, self.verdict.rounded
         return (
             f"{self.method} lost more than plain rounding (KL {made.kl_mean:.4f} against {rounded.kl_mean:.4f}): its "
-            f"error grew most at layer {self.layer}"
+            f"error grew most at layer {self.layer + 1}"
         )
 
 

@@ -20,18 +20,21 @@ from tinychat_mlx.tokenizer import Tokenizer
 
 WINDOW = 512  # tokens
 MOST = 10  # maximum windows per kind of text
-GROUP = ["--group-size", "64"]  # the hidden size 576 is not a multiple of 128
 
 
-def convert(target: Path, method: str = "awq+", w_bit: int = 4, calib: str = "self", seed: int = 0) -> float:
+def convert(
+    target: Path, method: str = "awq+", w_bit: int = 4, calib: str = "self", seed: int = 0, tokens: int = 0
+) -> float:
     """Run `tinychat convert` on the trained model.
 
-    Returns seconds. calib: "self", or "file" for the mixed text.
+    Returns seconds. calib: "self", or "file" for the mixed text. tokens 0: the default number.
     """
     text = str(real_text.calibration()) if calib == "file" else calib
     chosen = ["--method", method, "--w-bit", str(w_bit), "--calib", text, "--seed", str(seed)]
+    if tokens:
+        chosen += ["--calib-tokens", str(tokens)]
     start = time.perf_counter()
-    code = tinychat(["convert", str(real_model.folder()), "-o", str(target), *GROUP, *chosen])
+    code = tinychat(["convert", str(real_model.folder()), "-o", str(target), *chosen])
     if code:
         raise RuntimeError(f"tinychat convert ended with exit code {code}")
     return time.perf_counter() - start

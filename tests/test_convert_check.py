@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +11,10 @@ import numpy as np
 import pytest
 import tiny_dense
 
-from tinychat_mlx.apps.cli import main
 from tinychat_mlx.awq import layer, stream
 from tinychat_mlx.awq.convert import Result, convert
 from tinychat_mlx.awq.evaluate import Quality, evaluate, kl_ratio
-from tinychat_mlx.awq.layer import Attempt
+from tinychat_mlx.awq.quantizer import Quantized
 from tinychat_mlx.awq.settings import Settings
 from tinychat_mlx.awq.stream import Progress
 from tinychat_mlx.awq.whole import Rounded, streamed
@@ -86,7 +84,7 @@ def test_the_correction_never_loses_to_leaving_it_out_nor_either_to_rounding(
     source = Checkpoint.open(folder)
 
     def made(name: str) -> tuple[Result, Quality]:
-        text = lambda *_: ids(2048, seed)  # noqa: E731
+        text = lambda *_: ids(2048, seed)
         result = convert(source, tmp_path / name, settings, ReferenceBackend, text)
         assert not result.rejected
         return result, measured(source, Checkpoint.open(tmp_path / name))
@@ -110,3 +108,53 @@ def test_the_planted_models_drift(tmp_path: Path) -> None:
             source, tmp_path / f"{folder.name}-rtn", settings, ReferenceBackend, lambda *_: ids(512, 1)
         )
         assert result.layers[-1].rounded > least
+
+
+# Conversions that a test sabotages ------------------------------------------------------------------------------
+
+
+def shuffled(monkeypatch: pytest.MonkeyPatch, spoilt: int) -> None:
+    """Reorder the rows of one layer's codes, with every method."""
+
+    def mixed(codes: Quantized) -> Quantized:
+        return codes.take(np.random.default_rng(0).permutation(len(codes.q)))
+
+    for name in ("_fed", "_published"):
+        whole = getattr(stream.LayerQuantizer, name)
+
+        def run(self: Any, weights: Any, x: Any, whole: Callable[..., Any] = whole) -> Any:
+            made = whole(self, weights, x)
+            if weights.layer != spoilt:
+                return made
+            return replace(made, parts={role: mixed(codes) for role, codes in made.parts.items()})
+
+        monkeypatch.setattr(stream.LayerQuantizer, name, run)
+
+
+def attempts(folder: Path, out: Path, settings: Settings) -> tuple[Result, list[str]]:
+    notes: list[str] = []
+
+    def watch(p: Progress) -> None:
+        notes.append(p.note)
+
+    text = lambda *_: ids(2048, 1)
+    return convert(Checkpoint.open(folder), out, settings, ReferenceBackend, text, watch), notes
+
+
+@pytest.mark.parametrize("spoilt", [0, 1, 2])
+def test_shuffled_codes_are_caught_named_and_not_used(
+    spoilt: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_dense.save(tmp_path / "dense")
+    settings = Settings(group_size=32, head="fp16")
+    plain, _ = attempts(folder, tmp_path / "plain", replace(settings, method="rtn"))
+    shuffled(monkeypatch, spoilt)
+    result, notes = attempts(folder, tmp_path / "out", settings)
+    assert [one.method for one in result.rejected] == ["awq+", "awq"] and result.settings.method == "rtn"
+    assert [one.layer for one in result.rejected] == [spoilt, spoilt]
+    assert sum(f"its error grew most at layer {spoilt + 1}; trying" in note for note in notes) == 2
+    assert (result.folder / "model.safetensors").read_bytes() == (
+        plain.folder / "model.safetensors"
+    ).read_bytes()
+    card = (result.folder / "README.md").read_text()
+    assert "awq+ lost more than plain rounding" in card and f"layer {spoilt + 1}" in card

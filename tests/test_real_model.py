@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,9 @@ from emulators import absent
 from registry_wheels import Unreachable
 
 import tinychat_mlx
+from tinychat_mlx.awq import layer, stream
 from tinychat_mlx.awq.calibrate import encoded
+from tinychat_mlx.awq.cholesky import solve
 from tinychat_mlx.awq.evaluate import Quality
 
 WINDOWS = 5  # of 512 tokens, per kind: 10,240 tokens
@@ -115,6 +118,43 @@ def test_the_published_awq_keeps_half(measured: Measure) -> None:
 def test_three_bits_keep_two_thirds_of_what_rounding_loses(measured: Measure) -> None:
     found = rq.shares(measured("awq+", 3, "file"), measured("rtn", 3, "self"))
     assert rq.mean(found) <= THREE_BITS, found
+
+
+def old_correction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Correct the whole drift that enters a layer at each of its sites, as if the sites before it had not."""
+    ready, fed_site = stream.LayerQuantizer._ready, stream.LayerQuantizer._fed_site
+
+    def floats(self: Any, weights: Any, _: Any) -> Any:
+        return ready(self, weights.weights, self.backend)
+
+    def before_codes(*args: Any) -> Any:
+        """Quantise a site for what the layer's floats, not the codes that it has so far, make of the rows."""
+        with monkeypatch.context() as inside:
+            inside.setattr(stream.LayerQuantizer, "_ready", floats)
+            return fed_site(*args)
+
+    def whole(w: Any, moments: Any, made: Any, judge: Any) -> Any:
+        turned = moments.correction(w)[made.order]
+        solve(made.f.u, made.f.d, turned)
+        change = np.empty_like(w)
+        change[:, made.order] = turned.T
+        return change, 1.0
+
+    monkeypatch.setattr(stream.LayerQuantizer, "_fed_site", before_codes)
+    monkeypatch.setattr(layer, "corrected", whole)
+
+
+@pytest.mark.slow
+def test_the_old_correction_is_caught_and_not_used(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """30 layers, each corrected four times: the network is worse than rounded, though each site is better."""
+    old_correction(monkeypatch)
+    rq.convert(tmp_path / "out", calib="file", tokens=4096)
+    printed = capsys.readouterr()
+    assert "awq+ lost more than plain rounding" in printed.out + printed.err
+    assert "awq was used instead" in printed.out + printed.err
+    assert "awq+ lost more than plain rounding" in (tmp_path / "out" / "README.md").read_text()
 
 
 def answers(folder: Path) -> dict[str, str]:
