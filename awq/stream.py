@@ -1,7 +1,7 @@
-"""The conversion, layer by layer: one decoder layer of float weights in memory, each finished one on disk.
+"""Run a conversion layer by layer: one decoder layer of float weights in memory, each finished layer on disk.
 
-The work folder holds the plan, the calibration tokens, the rows that enter the next layer, and a shard for each
-finished layer (see work_folder.py). So a killed run resumes where it stopped and ends with the same bytes.
+The work folder contains the plan, the calibration tokens, the rows that enter the next layer, and a shard per
+finished layer (see work_folder.py). An interrupted run resumes where it stopped and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ Ids = npt.NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Progress:
-    """Passed on when a phase advances: calibrate, layers, head, finish. layer: what was measured at the layer just done."""
+    """Reported when a phase (calibrate, layers, head, finish) advances. layer: report of the finished layer."""
 
     phase: str
     done: int
@@ -81,10 +81,10 @@ class Stopwatch:
 
 @dataclass
 class LayerQuantizer:
-    """Quantises one decoder layer and takes the calibration rows through it.
+    """Quantises one decoder layer and runs the calibration rows through it.
 
-    awq looks at the float model's rows only. awq+ goes site by site: each site is quantised for what the sites and
-    layers before it, already as codes, give it, so that no error is corrected twice.
+    awq uses only the float model's rows. awq+ proceeds site by site: each site is quantised for the outputs
+    of the quantised sites and layers before it, so that no error is corrected twice.
     """
 
     source: Checkpoint
@@ -92,7 +92,7 @@ class LayerQuantizer:
     settings: Settings
     split: Split
     backend: Backend  # runs float weights
-    running: Backend  # runs codes, as they will run
+    running: Backend  # runs codes, with the settings of a later run
     rows_s: Stopwatch = field(default_factory=Stopwatch)  # of the work that grows with the number of rows
 
     @property
@@ -100,7 +100,7 @@ class LayerQuantizer:
         return self.settings.form
 
     def run(self, weights: LayerWeights, x: Streams) -> tuple[QuantizedLayer, LayerReport]:
-        """Quantise a layer. The rows x leave it in their place."""
+        """Quantise a layer. Replaces the rows x by the layer's outputs."""
         rounded = self._rounded(weights)
         with self.rows_s.running():
             self._through(rounded, x.rounded)
@@ -169,8 +169,8 @@ class LayerQuantizer:
     ) -> QuantizedLayer:
         """Quantise the next site of a layer whose earlier sites are codes.
 
-        inputs: the site's inputs in the float model, before scales were folded. made (T, C): the quantised stream's
-        rows that enter the layer.
+        inputs: the site's inputs in the float model, before scales were folded. made (T, C): the quantised
+        stream's rows that enter the layer.
         """
         moments = FullMoments.empty(inputs.width, layer.weights.stacked(site))
         s, alpha = scales[site.key]
@@ -191,7 +191,7 @@ class LayerQuantizer:
     def _float_pass(
         self, weights: LayerWeights, x: Streams, keys: set[str], seen: Callable[[str, slice, F32], None]
     ) -> list[Routing]:
-        """Run the float rows through a float layer, in place, without the experts' share.
+        """Run the float rows through a float layer in place, without the experts' output.
 
         seen(key, rows, input) is called at each site in `keys`. Returns the routing of a mixture.
         """
@@ -207,7 +207,7 @@ class LayerQuantizer:
         return run.routings
 
     def _routed(self, layer: QuantizedLayer, x: F32, moments: FullMoments) -> list[Routing]:
-        """What a layer whose attention is codes brings to its experts of the rows x; moments take in the fit rows."""
+        """Return the routing of the rows x after a quantised attention. Adds the fit rows to `moments`."""
         run = self._ready(layer, self.running)
         with self.rows_s.running():
             for rows in steps(self.split.seen, self.split.window):
@@ -230,7 +230,7 @@ class LayerQuantizer:
         return mixture.quantize(moments, x.wanted)
 
     def _through(self, layer: QuantizedLayer, x: F32) -> None:
-        """Run the rows x (T, C) through a layer of codes, in their place."""
+        """Run the rows x (T, C) through a layer of codes, in place."""
         run = self._ready(layer, self.running)
         for rows in steps(len(x), self.split.window):
             x[rows] = run.forward(x[rows])
@@ -243,46 +243,46 @@ class LayerQuantizer:
 
     @staticmethod
     def _inputs(weights: LayerWeights, site: Site) -> int:
-        """Inputs of a site (of the router, where its experts are read one at a time)."""
+        """Return the number of inputs of a site (of the router, if its experts are read one at a time)."""
         known = [weights.linears[role] for role in (*site.roles, *site.kept) if role in weights.linears]
         return int(known[0].shape[1])
 
     @staticmethod
     def _recorded(weights: LayerWeights) -> list[Site]:
-        """Sites whose inputs a pass over the whole layer sees: all but the experts' own."""
+        """Return the sites whose inputs are visible in a pass over the whole layer: all but the experts' own."""
         return [s for s in sites(weights.config, weights.layer) if not (s.experts and s.absorber == "up")]
 
 
 def rounded_layer(weights: LayerWeights, source: Checkpoint, form: Form) -> QuantizedLayer:
-    """Plain rounding of a layer and its experts."""
+    """Quantise a layer and its experts with plain rounding."""
     return replace(round_layer(weights, form), experts=round_experts(weights, source, form))
 
 
 @dataclass
 class Conversion:
-    """A dense model on its way into codes."""
+    """The quantisation of a dense model."""
 
     source: Checkpoint
     config: ModelConfig
     settings: Settings
-    make: Callable[[bool], Backend]  # exact? -> a device
+    make: Callable[[bool], Backend]  # make(exact) returns a device
     files: LayerFiles
     window: int
 
     @cached_property
     def backend(self) -> Backend:
-        """Runs the float model."""
+        """The device that runs the float model."""
         return self.make(True)
 
     @cached_property
     def running(self) -> Backend:
-        """Runs what has become codes, as it will run."""
+        """The device that runs codes, with the settings of a later run."""
         return self.make(False)
 
     def run(self, ids: Callable[[], Ids], watch: Watch) -> list[LayerReport]:
-        """Quantise all layers into the work folder -> what was measured, layer by layer, the head's last.
+        """Quantise all layers into the work folder. Returns a report per layer, the head's last.
 
-        ids: gives the calibration tokens; not called with rtn.
+        ids: returns the calibration tokens; not called for rtn.
         """
         config, layers, files = self.config, self.config.num_hidden_layers, self.files
         needs_rows, head = self.settings.method != "rtn", is_site(self.config, self.source, self.settings)
@@ -321,13 +321,13 @@ class Conversion:
         return reports
 
     def _keep(self, step: int, report: LayerReport, tensors: Iterable[Entry]) -> None:
-        """Write what a layer, or the head, has become; the rows that entered it go."""
+        """Write the codes and the report of a layer or the head, and delete its input rows."""
         self.files.write_report(step, report)
         write(self.files.shard(step), tensors, {"format": "mlx"})
         self.files.rows(step).unlink(missing_ok=True)
 
     def _head(self, x: F32, split: Split, watch: Watch) -> LayerReport:
-        """Quantise a head of its own, and the final norm with it, by the float model's rows x (T, C)."""
+        """Quantise a separate head, with the final norm, on the float model's rows x (T, C)."""
         config, source, form = self.config, self.source, head_form(self.settings)
         moments, held = head_inputs(config, source, self.backend, x, split, form, self.settings.method)
         head = Head.chosen_by(config, source, moments, held, form)
@@ -337,7 +337,7 @@ class Conversion:
         return report
 
     def _rows(self, ids: Ids, split: Split, done: int) -> Streams:
-        """The rows that enter the first unfinished layer."""
+        """Return the rows that enter the first unfinished layer."""
         if done:
             return Streams.unpack(np.asarray(load(self.files.rows(done)), np.float32), split)
         x = embedded_rows(self.config, self.source, self.backend, ids, split.window)

@@ -1,7 +1,7 @@
-"""The calibration rows on their way through the layers, and which of them decide what.
+"""The calibration rows between layers, and their split into fit, held and judged rows.
 
-The rows are split by whole windows. Searches see `fit`. Choices between what they found are made on `held`, which no
-fit sees. `judged` is seen by neither: it says at the end what the conversion lost.
+The rows are split by whole windows. Searches use `fit`. Choices between their results use `held`, which no
+search uses. Neither uses `judged`, on which the loss of the conversion is measured at the end.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy.typing as npt
 from tinychat_mlx.awq.parallel import over_rows
 from tinychat_mlx.weight import F32
 
-SHARE = 8  # one window in so many is held, and as many are judged
+SHARE = 8  # one window in SHARE is held, and as many are judged
 HALF_EXPONENT = 15  # float16 holds values below 2 ** 16
-PARTS = 4  # windows there must be; of a shorter text, windows are shorter
+PARTS = 4  # minimum number of windows; a shorter text gets shorter windows
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Split:
 
     @property
     def seen(self) -> int:
-        """Rows that are not judged."""
+        """Number of rows that are not judged."""
         return self.fit + self.held
 
     def of_step(self, rows: slice) -> tuple[slice, slice]:
-        """-> which rows of a step are fit, which are held."""
+        """Return the fit rows and the held rows of a step."""
         fit, held = (min(max(end - rows.start, 0), rows.stop - rows.start) for end in (self.fit, self.seen))
         return slice(fit), slice(fit, held)
 
@@ -55,8 +55,8 @@ class Split:
 class Streams:
     """Rows between two layers.
 
-    wanted (T, C): of the float model. made: of the quantised layers; (T, C) where layers are quantised for what the
-    quantised ones before them give, else the judged rows (J, C). rounded (J, C): of plain rounding.
+    wanted (T, C): of the float model. made: of the quantised layers; (T, C) if layers are quantised for the
+    outputs of the quantised ones before them, else the judged rows (J, C). rounded (J, C): of plain rounding.
     """
 
     wanted: F32
@@ -65,7 +65,7 @@ class Streams:
 
     @classmethod
     def begin(cls, x: F32, split: Split, all_made: bool) -> Streams:
-        """All start from the same embedded rows x (T, C)."""
+        """Start all streams from the same embedded rows x (T, C)."""
         return cls(x, x.copy() if all_made else x[split.seen :].copy(), x[split.seen :].copy())
 
     @classmethod
@@ -77,13 +77,13 @@ class Streams:
         return np.concatenate([self.wanted, self.made, self.rounded])
 
     def judged(self, split: Split) -> tuple[F32, F32, F32]:
-        """The judged rows of each: wanted, made, rounded."""
+        """Return the judged rows of each stream: wanted, made, rounded."""
         return self.wanted[split.seen :], self.made[-split.judged :], self.rounded
 
 
 @dataclass
 class HalfRows:
-    """Rows (T, K) in float16, each with a power of two that brings its largest value to the end of float16's range."""
+    """Rows (T, K) in float16, each scaled by a power of two to the upper end of float16's range."""
 
     values: npt.NDArray[np.float16]
     scales: F32  # (T, 1)
@@ -109,7 +109,7 @@ class HalfRows:
         over_rows(len(x), 4 * self.width, piece)
 
     def take(self, rows: slice, divisor: F32) -> F32:
-        """-> rows / divisor (K,) in float32."""
+        """Return rows / divisor (K,) in float32."""
         out = np.empty((rows.stop - rows.start, self.width), np.float32)
 
         def piece(at: slice) -> None:
@@ -122,9 +122,10 @@ class HalfRows:
 
 
 def distance(wanted: F32, x: F32) -> float:
-    """How far rows x (T, C) are from the wanted ones: |x - wanted| / |wanted|, the mean over the rows.
+    """Return the distance of rows x (T, C): |x - wanted| / |wanted|, averaged over the rows.
 
-    Each row counts the same: a few rows (the first of a text) are a thousand times larger than the others.
+    Each row has the same weight, because a few rows (the first of a text) are a thousand times larger than
+    the others.
     """
     off, size = (np.sqrt(np.einsum("tc,tc->t", a, a, dtype=np.float64)) for a in (x - wanted, wanted))
     return float(np.mean(off / np.maximum(size, 1e-30)))

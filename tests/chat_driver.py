@@ -1,10 +1,10 @@
-"""The real chat program over a scripted model: what tests/test_chat.py types into.
+"""The real chat program with a scripted model, for tests/test_chat.py.
 
     python tests/chat_driver.py SCRIPT.json [tinychat arguments …]
 
-SCRIPT.json: {"answers": ["…", …], "delay": seconds a piece, "piece": letters a piece, "context": tokens, "load": seconds}.
-Answers are given in turn, then again from the first. "{echo}" in one becomes the last message. A token of this
-model is a piece.
+SCRIPT.json: {"answers": ["…", …], "delay": seconds per piece, "piece": letters per piece, "context": tokens,
+"load": seconds}. Answers are given in turn, then again from the first. "{echo}" in an answer is replaced by
+the last message. A token of this model is a piece.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tinychat_mlx.sampler import from_generation_config
 
 
 class ScriptedModel:
-    """Speaks lines from a script through the public interface of `tinychat_mlx.model.Model`."""
+    """A model that answers from a script through the interface of `tinychat_mlx.model.Model`."""
 
     architecture, quantization, nbytes = "llama", "int4 g128", 7_100_000
 
@@ -108,7 +108,7 @@ class ScriptedModel:
 
 
 def loader(script: dict[str, Any]) -> Any:
-    """`tinychat_mlx.load`, with the scripted model for every name but "missing"."""
+    """Return a `tinychat_mlx.load` that gives the scripted model for every name but "missing"."""
 
     def load(model: str, backend: str = "auto", **_: Any) -> ScriptedModel:
         time.sleep(script.get("load", 0))

@@ -1,4 +1,4 @@
-"""A person at a terminal: types into the real chat and sees what a terminal would show."""
+"""Types into the real chat in a pseudo-terminal and reads the screen."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import pyte
 
 ROOT = Path(__file__).resolve().parent.parent
 DRIVER = ROOT / "tests" / "chat_driver.py"
-CEILING_S = 120  # a wait ends when what it waits for is there: this is for a machine that does much else
+CEILING_S = 120  # maximum wait; only reached on a machine under heavy load
 CTRL_C, CTRL_D, CTRL_J, CTRL_R, ENTER, UP = "\x03", "\x04", "\x0a", "\x12", "\r", "\x1b[A"
 
 
 class Display:
-    """What a terminal would show of what a program writes, scrollback included."""
+    """A terminal display of what a program writes, including scrollback."""
 
     def __init__(self, rows: int, columns: int) -> None:
         self.screen = pyte.HistoryScreen(columns, rows, history=10_000, ratio=0.001)
@@ -32,7 +32,7 @@ class Display:
         """Scrollback and screen, as rows of text."""
 
         def words(row: Any) -> str:
-            # pyte keeps an empty cell after a wide letter
+            # pyte stores an empty cell after a wide letter
             return "".join(row[x].data for x in range(self.screen.columns)).rstrip()
 
         return [words(r) for r in self.screen.history.top] + [
@@ -45,17 +45,17 @@ class Display:
 
 
 class Screen(Display):
-    """A person at a pseudo-terminal: types, and sees what a terminal would show."""
+    """A program in a pseudo-terminal: types text and shows the screen."""
 
     def __init__(self, argv: list[str], rows: int, columns: int, env: dict[str, str]) -> None:
         super().__init__(rows, columns)
         self.child = pexpect.spawn(argv[0], argv[1:], dimensions=(rows, columns), env=env, timeout=CEILING_S)
         self.child.delaybeforesend = None
-        # Terminals answer the question for the cursor's place; so does this one.
+        # Programs query the cursor's position, and a terminal answers.
         self.screen.write_process_input = lambda data: self.child.send(data)
 
     def pump(self, seconds: float = 0.05) -> bool:
-        """Show what the program wrote -> whether it still runs."""
+        """Process the program's output. Returns whether it is still running."""
         try:
             data = self.child.read_nonblocking(65536, timeout=seconds)
         except pexpect.TIMEOUT:
@@ -70,7 +70,7 @@ class Screen(Display):
         self.child.send(text)
 
     def wait(self, wanted: str | Callable[[str], bool], seconds: float = CEILING_S) -> str:
-        """Until the screen shows it -> all text. Fails with the screen's picture."""
+        """Wait until the screen shows `wanted`. Returns all text; fails with the screen's contents."""
         seen = wanted if callable(wanted) else lambda text: wanted in text
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -82,7 +82,7 @@ class Screen(Display):
         raise AssertionError(f"never saw {wanted!r} in:\n{self.text.rstrip()}")
 
     def prompt(self, seconds: float = CEILING_S) -> str:
-        """Until an empty prompt waits at the end."""
+        """Wait for an empty prompt at the end of the screen."""
         return self.wait(lambda text: self._at_prompt(), seconds)
 
     def _at_prompt(self) -> bool:
@@ -90,7 +90,7 @@ class Screen(Display):
         return row.strip() in ("❯", ">") and self.screen.cursor.x == 2
 
     def say(self, text: str, seconds: float = CEILING_S) -> str:
-        """Type a line, wait for the answer to end -> all text."""
+        """Type a line and wait for the end of the answer. Returns all text."""
         self.prompt()
         self.type(text)
         self.wait(text.split("\n")[-1][-20:])
@@ -106,7 +106,7 @@ class Screen(Display):
 
 
 class Chats:
-    """Starts chats whose files live in one folder."""
+    """Starts chats whose files are in one folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.open = folder, []
@@ -120,7 +120,7 @@ class Chats:
         real: bool = False,
         **script: Any,
     ) -> Screen:
-        """A chat with the scripted model, or with the one that the program itself loads."""
+        """Start a chat with the scripted model, or with the model that the program loads."""
         path = self.folder / f"script{len(self.open)}.json"
         path.write_text(json.dumps(script))
         own = {

@@ -1,4 +1,4 @@
-"""Decoders of tiny models, dense or with int4 weights, and their logits; needs nothing but the product and NumPy."""
+"""Decoders of tiny models, dense or int4, and their logits. Imports only the product and NumPy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GROUP = 32
 
 
 def round_to_int4(weight: Dense) -> Packed:
-    """Plain rounding, enough to have int4 weights: scale and offset from each group's ends."""
+    """Round to int4 with scale and offset from each group's minimum and maximum."""
     w = weight.to_float32()
     groups = w.reshape(w.shape[0], -1, GROUP)
     low, high = groups.min(-1), groups.max(-1)
@@ -28,7 +28,7 @@ def round_to_int4(weight: Dense) -> Packed:
 
 
 class Int4:
-    """A checkpoint whose linears are int4; routers and learned positions stay dense, as AWQ keeps them."""
+    """A checkpoint with int4 linears. Routers and learned positions stay dense, as after AWQ."""
 
     def __init__(self, source: Checkpoint) -> None:
         self.source, self.has, self.vector = source, source.has, source.vector
@@ -45,7 +45,7 @@ def decoder(folder: Path, backend: Backend, int4: bool) -> Decoder:
 
 
 def logits(decoder: Decoder, ids: list[int], cuts: list[int]) -> np.ndarray:
-    """Logits (T, V) of all ids, computed in pieces of these lengths."""
+    """Compute logits (T, V) of all ids in pieces of these lengths."""
     cache, host, at, rows = decoder.new_cache(len(ids)), decoder.backend.to_host, 0, []
     for n in cuts:
         rows.append(host(decoder.forward(ids[at : at + n], cache, last_only=False)))

@@ -1,4 +1,4 @@
-"""What a test does where an emulator of another device, or a shell, is absent."""
+"""Skip or fail a test if an emulator or a shell is missing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 def absent(why: str) -> NoReturn:
-    """Skip, saying why; where TINYCHAT_REQUIRE_EMULATORS is set, as in CI, fail."""
+    """Skip with a reason. If TINYCHAT_REQUIRE_EMULATORS is set, as in CI, fail."""
     if os.environ.get("TINYCHAT_REQUIRE_EMULATORS"):
         pytest.fail(f"{why} (and TINYCHAT_REQUIRE_EMULATORS is set)")
     pytest.skip(why)

@@ -1,7 +1,7 @@
-"""A person at a fake keyboard: the chat program in this process, over a scripted model, with a clock that only tests move.
+"""A fake terminal: runs the chat in this process with a scripted model and a clock that only tests advance.
 
-The chat runs in a thread and gives control back at two places: where it reads the keyboard, and after each piece of
-an answer. So a test acts at a known moment, and nothing depends on how fast the machine is.
+The chat runs in a thread and yields control where it reads the keyboard and after each piece of an answer. A
+test therefore acts at a known moment and does not depend on the machine's speed.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ import tinychat_mlx
 from tinychat_mlx.apps.chat import answer, app, cli, prompt, stream
 from tinychat_mlx.apps.terminal import Terminal
 
-CEILING_S = 300  # for what the chat computes between two moments
+CEILING_S = 300  # limit for the chat's computation between two yields
 PASTE, PASTED = "\x1b[200~", "\x1b[201~"
 
 
 class Paper(io.TextIOBase):
-    """Standard output of the chat: what is written reaches the screen at once."""
+    """Standard output of the chat. Text reaches the screen immediately."""
 
     encoding = "utf-8"  # type: ignore[assignment]
 
@@ -48,7 +48,7 @@ class Paper(io.TextIOBase):
 
 
 class FakeScreen(Display):
-    """One chat, as chat_screen.Screen has it in a pseudo-terminal."""
+    """One chat, with the interface of chat_screen.Screen."""
 
     def __init__(self, run: Callable[[], int], rows: int, columns: int) -> None:
         super().__init__(rows, columns)
@@ -70,7 +70,7 @@ class FakeScreen(Display):
             self.state = "ended"
             self._back.release()
 
-    # the chat's side --------------------------------------------------------------------------------
+    # called by the chat -----------------------------------------------------------------------------
     def _pause(self, state: str) -> None:
         self.state = state
         self._back.release()
@@ -80,15 +80,15 @@ class FakeScreen(Display):
         self.state = "running"
 
     def tick(self, seconds: float = 0) -> None:
-        """The model has worked for a while: Ctrl-C arrives here, as a signal does between two steps of Python."""
+        """Advance the clock by the model's work. Ctrl-C arrives here, like a signal between two bytecodes."""
         self._pause("working")
         if CTRL_C in self.keys:
-            while self.keys.popleft() != CTRL_C:  # a terminal drops what was typed before it
+            while self.keys.popleft() != CTRL_C:  # a terminal discards what was typed before it
                 pass
             self.handler(signal.SIGINT, None)
 
     def read(self, prefill: str = "") -> str:
-        """A line editor that knows Enter, line breaks, pastes, Ctrl-C and Ctrl-D."""
+        """A line editor with Enter, line breaks, pastes, Ctrl-C and Ctrl-D."""
         line, pasting = prefill, False
         self.paper.write(f"❯ {prefill}")
         while True:
@@ -113,23 +113,23 @@ class FakeScreen(Display):
                 line += "\n" if key in (ENTER, CTRL_J) else key
                 self.paper.write(line[-1])
 
-    # the test's side --------------------------------------------------------------------------------
+    # called by the test -----------------------------------------------------------------------------
     def step(self) -> None:
-        """Let the chat run to its next pause."""
+        """Let the chat run to its next yield."""
         assert self.state != "ended", f"the chat has ended:\n{self.text.rstrip()}"
         with redirect_stdout(self.paper), redirect_stderr(self.paper):
             self._go.release()
             assert self._back.acquire(timeout=CEILING_S), f"the chat is stuck:\n{self.text.rstrip()}"
 
     def close(self) -> None:
-        """End the chat wherever it is."""
+        """End the chat in any state."""
         self.closing = True
         if self.state != "ended":
             self.step()
 
     @property
     def idle(self) -> bool:
-        """Nothing more happens until a key is pressed."""
+        """Whether nothing more happens until a key is pressed."""
         return self.state == "ended" or (self.state == "reading" and not self.keys)
 
     def type(self, text: str) -> None:
@@ -139,7 +139,7 @@ class FakeScreen(Display):
             self.keys.extend([part] if part in (PASTE, PASTED) else part)
 
     def wait(self, wanted: str | Callable[[str], bool], seconds: float = 0) -> str:
-        """Until the screen shows it -> all text."""
+        """Run until the screen shows `wanted`. Returns all text."""
         seen = wanted if callable(wanted) else lambda text: wanted in text
         while not seen(self.text):
             assert not self.idle, f"never saw {wanted!r} in:\n{self.text.rstrip()}"
@@ -147,14 +147,14 @@ class FakeScreen(Display):
         return self.text
 
     def prompt(self, seconds: float = 0) -> str:
-        """Until the chat reads and has no key left -> all text."""
+        """Run until the chat reads and no key is left. Returns all text."""
         while not self.idle:
             self.step()
         assert self.state == "reading", f"the chat has ended:\n{self.text.rstrip()}"
         return self.text
 
     def say(self, text: str, seconds: float = 0) -> str:
-        """Type a line, wait for the answer to end -> all text."""
+        """Type a line and run to the end of the answer. Returns all text."""
         self.prompt()
         self.type(text + ENTER)
         return self.prompt()
@@ -184,7 +184,7 @@ class FakeChats:
         patch.setattr(cli, "quiet_keys", nullcontext)
         patch.setattr(app, "make_reader", lambda *_: self.screen)
         patch.setattr(answer, "signal", SimpleNamespace(SIGINT=signal.SIGINT, signal=self._handle))
-        patch.setattr(answer, "PATIENCE_S", 1e9)  # what is said after a second of waiting needs a real clock
+        patch.setattr(answer, "PATIENCE_S", 1e9)  # the note after a second of waiting needs a real clock
         patch.setattr(stream, "FRAME_S", 0)
         self.loader = tinychat_mlx.load
 
@@ -202,7 +202,7 @@ class FakeChats:
         real: bool = False,
         **script: Any,
     ) -> FakeScreen:
-        """A chat with the scripted model, or with the one that the program itself loads."""
+        """Start a chat with the scripted model, or with the model that the program loads."""
         from tinychat_mlx.apps.cli import main
 
         for name, value in {"COLUMNS": str(columns), "LINES": str(rows), **(env or {})}.items():

@@ -37,7 +37,7 @@ def folder(path: Path, config: Any = None, tensors: list[Entry] | None = None) -
 
 
 def sharded(path: Path) -> Path:
-    """Three shards of one, two and one tensors."""
+    """Write three shards with one, two and one tensors."""
     path.mkdir(exist_ok=True)
     (path / "config.json").write_text("{}")
     write_sharded(path, dense(), max_bytes=W.nbytes + 100)
@@ -61,7 +61,7 @@ def refused(path: Path, message: str, error: type[TinychatError] = FormatError) 
 
 
 def huge(path: Path) -> Path:
-    """A model of 4.4 TB, of which no block is on the disk."""
+    """Write a sparse model file of 4.4 TB."""
     path.mkdir()
     (path / "config.json").write_text(json.dumps(SHAPES["tiny"] | {"vocab_size": 1 << 33}))
     rows = {"dtype": "F16", "shape": [1 << 33, 256], "data_offsets": [0, 1 << 42]}

@@ -1,4 +1,4 @@
-"""A Llama model in GGUF, dequantised into a Hugging Face folder of float16."""
+"""Dequantise a Llama model in GGUF into a Hugging Face folder of float16."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ INSIDE = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-SPLITS_DIGITS = ("smollm",)  # pre-tokenizers: each digit a token, then GPT-2's pattern
+SPLITS_DIGITS = ("smollm",)  # pre-tokenizers that split digits into single tokens, then use GPT-2's pattern
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Write config, weights, tokenizer and chat template. Raises ValueError for a model of another kind."""
+    """Write config, weights, tokenizer and chat template. Raises ValueError for another kind of model."""
     reader = GGUFReader(gguf)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     kind = [fields[f"{k}"] for k in ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre")]
@@ -64,7 +64,7 @@ def weights(reader: GGUFReader, fields: dict[str, Any]) -> dict[str, np.ndarray]
 
 
 def halves(w: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of q or k whose rotated pairs are neighbours -> Hugging Face's order, pairs half a head apart."""
+    """Reorder rows of q or k from adjacent rotated pairs to Hugging Face's pairs (i, i + head_dim / 2)."""
     pairs = w.reshape(heads, len(w) // heads // 2, 2, -1)
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(w.shape)
 
@@ -79,7 +79,7 @@ def config(fields: dict[str, Any]) -> dict[str, Any]:
         "num_hidden_layers": f["block_count"],
         "num_attention_heads": f["attention.head_count"],
         "num_key_value_heads": f["attention.head_count_kv"],
-        # GGUF holds float32: the shortest decimal that gives it is what the model's author wrote.
+        # GGUF stores float32. The shortest decimal that rounds to it is the author's value.
         "rms_norm_eps": float(str(np.float32(f["attention.layer_norm_rms_epsilon"]))),
         "rope_theta": float(f["rope.freq_base"]),
         "max_position_embeddings": f["context_length"],

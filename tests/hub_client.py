@@ -1,4 +1,4 @@
-"""`tinychat` in a process of its own that talks to the stand-in hub: what the tests of downloads run."""
+"""Run `tinychat` in a separate process against the stand-in hub, for the tests of downloads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stand_in_hub import Hub
 
 from tinychat_mlx.hub.http import PIECE
 
-# Pauses before trying again are milliseconds here; {more} changes what a test needs changed.
+# Pauses before a retry are milliseconds here; {more} is code that a test adds.
 PROGRAM = """
 import signal, sys
 from tinychat_mlx.hub import http
@@ -21,11 +21,11 @@ http.PAUSES = (0.01,) * 5
 from tinychat_mlx.apps.cli import main
 sys.exit(main(sys.argv[1:]))
 """
-SLACK = 8 * PIECE  # bytes on their way when a download is stopped
+SLACK = 8 * PIECE  # bytes in flight when a download is stopped
 
 
 class Client:
-    """A user of the stand-in with an empty home."""
+    """A user of the stand-in hub with an empty home."""
 
     def __init__(self, hub: Hub, home: Path) -> None:
         self.hub, self.home = hub, home
@@ -48,7 +48,7 @@ class Client:
         return subprocess.CompletedProcess(args, process.returncode, out, err)
 
     def refused(self, *args: str, more: str = "", **env: str) -> str:
-        """Run what must fail with exit code 1 and one line of error -> that line."""
+        """Run a command that must fail with exit code 1 and a one-line error. Returns that line."""
         done = self.run(*args, more=more, **env)
         lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert done.returncode == 1, done
@@ -57,7 +57,7 @@ class Client:
         return lines[0]
 
     def files(self, repo: str = "org/model") -> dict[str, bytes]:
-        """The files of the one snapshot in the cache."""
+        """Return the files of the only snapshot in the cache."""
         (snapshot,) = (self.cache / f"models--{repo.replace('/', '--')}" / "snapshots").iterdir()
         return {p.name: p.read_bytes() for p in snapshot.iterdir()}
 

@@ -1,7 +1,7 @@
-"""Every 4-bit layout written as plainly as its definition: element by element. The oracle of test_formats.py.
+"""Reference writers for every 4-bit layout, element by element. Oracle of test_formats.py.
 
-q (N, K) codes 0..15, z (N, K/G) zeros 0..15, s (N, K/G) scales; w = (q - z) * s. "Nibble i" of a word is
-its bits 4i..4i+3.
+q (N, K) codes 0..15, z (N, K/G) zeros 0..15, s (N, K/G) scales; w = (q - z) * s. "Nibble i" of a word is its
+bits 4i..4i+3.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 Tensors = dict[str, np.ndarray]
-AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # nibble i of a GEMM word holds output 8c + AWQ_ORDER[i]
+AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # nibble i of a GEMM word contains output 8c + AWQ_ORDER[i]
 
 
 def nibbles_along_last(codes: np.ndarray, order: list[int] | range = range(8)) -> np.ndarray:
@@ -27,7 +27,7 @@ def autoawq_gemm(q: np.ndarray, z: np.ndarray, s: np.ndarray) -> Tensors:
 
 
 def padded(a: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """(N, K/G) -> (N, 8 Z), zeros behind."""
+    """(N, K/G) -> (N, 8 Z), padded with zeros."""
     k, groups = q.shape[1], a.shape[1]
     multiple = {32: 4, 64: 2}.get(k // groups, 1)
     words = -(-groups // 8)
@@ -44,7 +44,7 @@ def autoawq_gemv(q: np.ndarray, z: np.ndarray, s: np.ndarray) -> Tensors:
 
 
 def llm_awq_v2(q: np.ndarray, z: np.ndarray, s: np.ndarray) -> Tensors:
-    """AutoAWQ calls it GEMV_FAST; scaled_zeros is `qzeros` there."""
+    """llm-awq's layout. AutoAWQ calls it GEMV_FAST; scaled_zeros is `qzeros` there."""
     n, k = (axis.ravel() for axis in np.indices(q.shape))
     packed = np.zeros((q.shape[0] // 4, q.shape[1]), np.uint16)
     column = 64 * (k // 64) + 16 * (n % 4) + 8 * (k % 64 // 32) + 2 * (k % 8 // 2) + k % 2
@@ -66,7 +66,7 @@ def gemv_fast(q: np.ndarray, z: np.ndarray, s: np.ndarray) -> Tensors:
 
 
 def compressed_tensors(q: np.ndarray, z: np.ndarray, s: np.ndarray) -> Tensors:
-    """pack-quantized. q and z here are 8 more than the signed values that the format speaks of."""
+    """pack-quantized. q and z here are the format's signed values plus 8."""
     return {
         "weight_packed": nibbles_along_last(q).view(np.int32),  # (N, K/8)
         "weight_scale": s,  # (N, K/G)
@@ -90,7 +90,7 @@ WRITERS = {
 
 
 def config(layout: str, group_size: int) -> dict[str, object]:
-    """What config.json says of a layout."""
+    """Return the quantisation block of config.json for a layout."""
     awq = {"quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": True}
     weights = {
         "num_bits": 4,
@@ -115,7 +115,7 @@ def config(layout: str, group_size: int) -> dict[str, object]:
 
 
 def golden() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """q, z, s with N 64, K 128, G 64; s and s * z are exact in float16."""
+    """Return q, z, s with N 64, K 128, G 64. s and s * z are exact in float16."""
     n, k, g = np.arange(64)[:, None], np.arange(128)[None], np.arange(2)[None]
     q = (7 * n + 3 * k + n * k // 5) % 16
     z = (3 * n + 5 * g + 1) % 16
@@ -124,7 +124,7 @@ def golden() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def sample(n: int, k: int, group_size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Random q, z, s as a quantiser makes them: scales are any float16 near 0.01."""
+    """Return random q, z, s in the range of a quantiser: scales are any float16 near 0.01."""
     rng = np.random.default_rng(seed)
     groups = (n, k // group_size)
     s = np.exp(rng.normal(-4.6, 0.5, groups)).astype(np.float16)

@@ -1,4 +1,4 @@
-"""Tiny models on the MLX backend, dense or quantised, and what its tests ask of them. Imported by tests only."""
+"""Tiny models on the MLX backend, dense or quantised, and their logits. Only for tests."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from tinychat_mlx.generate import Engine, Event
 from tinychat_mlx.sampler import SamplingParams
 from tinychat_mlx.weight import F32, Packed, Weight, pack_codes
 
-# float32 on both sides: a logit sums ~100 products through 4 layers, 100 · 6e-8 · 4 ≈ 2e-5 of the largest.
+# float32 on both sides: a logit sums about 100 products through 4 layers, 100 · 6e-8 · 4 ≈ 2e-5 of the
+# largest.
 TOLERANCE = 1e-4 * SLACK
 
 
 class Quantised:
-    """A checkpoint whose matrices come out packed: quantised here, the same for every backend."""
+    """A checkpoint with matrices quantised here, identical for every backend."""
 
     def __init__(self, folder: Path, w_bit: int, group: int) -> None:
         self.inner, self.w_bit, self.group = Checkpoint.open(folder), w_bit, group
@@ -38,7 +39,7 @@ class Quantised:
 
 
 def quantised(w: F32, w_bit: int, group: int, name: str = "w", bias: F32 | None = None) -> Packed:
-    """Round to nearest between each group's least and greatest."""
+    """Round to nearest between each group's minimum and maximum."""
     n, k = w.shape
     g = w.reshape(n, k // group, group)
     low = g.min(-1)
@@ -55,7 +56,7 @@ def decoder(folder: Path, backend: Backend, form: tuple[int, int] | None = None)
 
 
 def logits(d: Decoder, ids: list[int], cuts: list[int]) -> F32:
-    """Logits of all ids, computed in pieces of these lengths."""
+    """Compute logits of all ids in pieces of these lengths."""
     cache, at, out = d.new_cache(len(ids)), 0, []
     for n in cuts:
         out.append(d.backend.to_host(d.forward(ids[at : at + n], cache, last_only=False)))

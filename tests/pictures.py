@@ -1,6 +1,6 @@
-"""The pictures of the chat in the documents, made by typing into the real one.
+"""Make the documents' pictures of the chat by typing into the real program.
 
-python tests/pictures.py        writes apps/chat/pictures/*.svg anew, with this machine's name and speed in them
+python tests/pictures.py        writes apps/chat/pictures/*.svg again, with this machine's name and speed
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FOLDER = ROOT / "apps" / "chat" / "pictures"
 
 @dataclass(frozen=True)
 class Picture:
-    """What is typed, and how large the terminal is; the last of it is left at the prompt."""
+    """The typed lines and the size of the terminal. The last line is left at the prompt."""
 
     name: str
     title: str
@@ -38,7 +38,7 @@ PICTURES = (
 
 
 def taken(picture: Picture, folder: Path, *args: str) -> list[list[tuple[str, str]]]:
-    """Chat as a person would -> the screen's rows: (text, its style in rich's words) from left to right."""
+    """Run a chat and return the screen's rows: (text, style in rich's notation) from left to right."""
     from chat_screen import ENTER, Chats
 
     args = (
@@ -47,7 +47,7 @@ def taken(picture: Picture, folder: Path, *args: str) -> list[list[tuple[str, st
         "--no-save",
         *picture.args,
         *args,
-    )  # the likeliest words, the same everywhere
+    )  # greedy decoding, the same on every machine
     screen = Chats(folder)(*args, rows=picture.rows, columns=picture.columns, real=True)
     for text in picture.says:
         screen.prompt(60)
@@ -66,7 +66,7 @@ def taken(picture: Picture, folder: Path, *args: str) -> list[list[tuple[str, st
 
 
 def drawn(raw: bytes, picture: Picture) -> list[list[tuple[str, str]]]:
-    """What a terminal of this size shows of the bytes written to it."""
+    """Render the written bytes on a terminal of this size."""
     import pyte
 
     screen = pyte.Screen(picture.columns, picture.rows)
@@ -86,7 +86,7 @@ def drawn(raw: bytes, picture: Picture) -> list[list[tuple[str, str]]]:
 
 
 def _dim_as_blinking(match: re.Match[bytes]) -> bytes:
-    """pyte knows no dim (2), and nothing here blinks (5); 38 and 48 are followed by numbers of a colour."""
+    """Replace dim (2), which pyte lacks, with blinking (5); skip colour numbers after 38 and 48."""
     parameters, out = match[1].split(b";"), []
     while parameters:
         first = parameters.pop(0)
@@ -99,7 +99,7 @@ def _dim_as_blinking(match: re.Match[bytes]) -> bytes:
 
 
 def _style(cell: object) -> str:
-    """A cell's look as rich spells it."""
+    """Return a cell's style in rich's notation."""
     words = [w for w, on in (("bold", "bold"), ("italic", "italics"), ("underline", "underscore"), ("dim", "blink"),
                              ("reverse", "reverse")) if getattr(cell, on)]  # fmt: skip
     for ground, prefix in (("fg", ""), ("bg", "on ")):
@@ -111,7 +111,7 @@ def _style(cell: object) -> str:
 
 
 def svg(picture: Picture, rows: list[list[tuple[str, str]]]) -> str:
-    """The screen as a picture, without the font that rich would fetch from elsewhere."""
+    """Render the screen as SVG, without the web font that rich would reference."""
     from rich.console import Console
     from rich.text import Text
 
@@ -126,7 +126,7 @@ def svg(picture: Picture, rows: list[list[tuple[str, str]]]) -> str:
 
 
 def words(picture: str) -> list[str]:
-    """The rows of text that an SVG of rich's shows."""
+    """Return the rows of text in an SVG of rich."""
     rows: dict[float, dict[float, str]] = {}
     for x, y, text in re.findall(
         r'<text [^>]*x="([\d.]+)" y="([\d.]+)"[^>]*clip-path[^>]*>([^<]*)</text>', picture

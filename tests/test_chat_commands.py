@@ -18,7 +18,7 @@ from fake_terminal import FakeChats, FakeScreen
 
 
 def asked(tmp_path: Path, at: int = -1) -> list[dict[str, Any]]:
-    """The messages of a call that reached the model."""
+    """Return the messages of a call that reached the model."""
     return list(json.loads((tmp_path / "log").read_text().splitlines()[at])["messages"])
 
 
@@ -32,7 +32,7 @@ def leave(chat: Screen | FakeScreen) -> None:
     assert chat.exit_code() == 0
 
 
-# what was said -----------------------------------------------------------------------------------------
+# messages ----------------------------------------------------------------------------------------------
 def test_undo_retry_edit_change_what_the_model_sees(chats: FakeChats, tmp_path: Path) -> None:
     chat = chats("--seed", "5", log=str(tmp_path / "log"), answers=["A1", "A2", "A3", "A4", "A5"], rows=60)
     chat.say("one")
@@ -160,7 +160,7 @@ def test_a_model_too_large_for_memory_is_refused_before_it_is_loaded(
 
 
 def test_models_at_hand_are_listed_and_offered(terminals: Chats, tmp_path: Path) -> None:
-    """A whole one stays so while a newer upload of it is half here."""
+    """A complete model stays listed as such while a newer upload of it is incomplete."""
     commit = "0123456789" * 4
     for name, whole in (("org--whole", True), ("org--half", False)):
         repo = tmp_path / "hub" / f"models--{name}"
@@ -268,7 +268,7 @@ def test_export_writes_markdown_and_json_and_overwrites_nothing(chats: FakeChats
 
 
 def test_copy_reaches_the_clipboard_of_the_terminal(chats: FakeChats, tmp_path: Path) -> None:
-    """No clipboard program in PATH: the terminal's own (OSC 52) is asked."""
+    """Without a clipboard program in PATH, the terminal's clipboard (OSC 52) is used."""
     import base64
 
     (tmp_path / "bin").mkdir()
@@ -349,7 +349,7 @@ def test_a_torn_last_line_is_skipped_and_a_damaged_file_is_named(tmp_path: Path)
 
 
 def change(session: Any, rng: random.Random, step: int) -> None:
-    """Something a person or an answer may do to a session."""
+    """Apply a random change that a user or an answer can make to a session."""
     what, n = rng.randrange(6), rng.randint(0, len(session.messages))
     if what == 0:
         session.add({"role": "user", "content": f"q{step} ü\n\u2028"})
@@ -367,7 +367,7 @@ def change(session: Any, rng: random.Random, step: int) -> None:
 
 
 def test_replaying_a_session_gives_the_session(tmp_path: Path) -> None:
-    """Law: whatever is done to a session, its file loads as the same session."""
+    """Law: after any sequence of changes, the session's file loads as the same session."""
     from tinychat_mlx.apps.chat.session import Session
 
     (tmp_path / "sessions").mkdir()

@@ -1,4 +1,4 @@
-"""Going on with a long chat: nothing of it is computed again, in the real program with the bundled model."""
+"""Resuming a long chat computes none of its tokens again, in the real program with the bundled model."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from chat_screen import CTRL_D, ENTER, Chats, Screen
 from fake_terminal import FakeChats, FakeScreen
 
 DEMO = ("-m", "demo", "--backend", "cpu", "--temperature", "0", "--max-tokens", "40")
-WORDS = "the small fox said that it was late and went home over the hill to sleep by the old river "
+WORDS = "the small fox thought that it was late and went home over the hill to sleep by the old river "
 
 
 def tell(chat: Screen | FakeScreen, text: str, answers: int) -> None:
-    """Paste a message and wait for the so-manieth answer of this run."""
+    """Paste a message and wait for the given number of answers in this run."""
     chat.prompt(60)
     chat.type(f"\x1b[200~{text}\x1b[201~")
     chat.wait(lambda shown: text[-12:] in shown.replace("\n", ""))
@@ -29,7 +29,7 @@ def tell(chat: Screen | FakeScreen, text: str, answers: int) -> None:
 
 
 def long_chat(chats: Any, *args: str, messages: int = 3, leave: bool = True) -> Any:
-    """A chat of about 1,000 tokens a message."""
+    """Create a chat of about 1,000 tokens per message."""
     chat = chats(*DEMO, *args, real=True, rows=50, columns=120)
     for i in range(messages):
         tell(chat, f"number {i}: " + WORDS * 46 + f"and end {i}", i + 1)
@@ -41,7 +41,7 @@ def long_chat(chats: Any, *args: str, messages: int = 3, leave: bool = True) -> 
 
 
 def last_prompt(chat: Screen | FakeScreen) -> tuple[int, int]:
-    """-> tokens of the last prompt, and how many of them were reused."""
+    """Return the tokens of the last prompt, and how many of them were reused."""
     found = re.search(r"last prompt +([\d,]+) tokens, ([\d,]+) of them reused", chat.say("/stats", 60))
     assert found is not None
     return int(found[1].replace(",", "")), int(found[2].replace(",", ""))
@@ -62,7 +62,7 @@ def test_a_resumed_chat_of_3000_tokens_computes_only_what_is_new(chats: FakeChat
 def test_the_answer_of_a_resumed_chat_is_that_of_one_never_left(
     chats: FakeChats, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the cpu backend keys and values come back bit for bit; the first chat here computes everything."""
+    """On the cpu backend keys and values are restored bit for bit. The first chat here computes everything."""
     stayed = long_chat(chats, leave=False)
     tell(stayed, "who are you?", 4)
     stayed.prompt()
@@ -77,7 +77,7 @@ def test_the_answer_of_a_resumed_chat_is_that_of_one_never_left(
 
 
 def messages(folder: Path) -> list[tuple[str, str, list[int]]]:
-    """What was said, and the answers' very tokens."""
+    """Return the messages, and the exact tokens of the answers."""
     (path,) = (folder / "data" / "sessions").glob("*.jsonl")
     records = [json.loads(line) for line in path.read_text().splitlines()]
     return [(r["role"], r["content"], r.get("ids", [])) for r in records if "role" in r]
@@ -112,7 +112,7 @@ def test_without_a_usable_cache_the_chat_goes_on_and_computes(
 
 
 def test_killed_after_an_answer_it_still_has_all_but_the_last_part(terminals: Chats) -> None:
-    """Whole parts are on disk soon after each answer; the last, unfinished one is written when the chat is left."""
+    """Whole parts are written soon after each answer; the last, partial one is written on exit."""
     chat = long_chat(terminals, messages=2, leave=False)
     folder = terminals.folder / "cache" / "prefixes"
     chat.wait(lambda _: folder.exists() and len(list(folder.glob("*.safetensors"))) >= 7, 60)

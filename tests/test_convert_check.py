@@ -1,4 +1,4 @@
-"""A conversion knows whether it worked: models made to drift lose nothing by it, and a sabotaged one is not used."""
+"""A conversion checks its result: drifting models lose nothing, and a sabotaged result is not used."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from tinychat_mlx.checkpoint import Checkpoint
 from tinychat_mlx.config import parse_config
 
 WINDOW = 64
-START = 80  # the token that begins a text
+START = 80  # the token that starts a text
 
 
 def ids(tokens: int, seed: int) -> np.ndarray:
-    """Random words in windows that all begin with the same token."""
+    """Return random words in windows that all start with the same token."""
     found = np.random.default_rng(seed).integers(0, 80, tokens).astype(np.int32)
     found[::WINDOW] = START
     return found
 
 
-# Models that are made to drift -------------------------------------------------------------------------------
+# Models with planted drift -----------------------------------------------------------------------------------
 
 
 def sink(root: Path) -> tuple[Path, Settings]:
-    """The first token of a window has a channel a thousand times the others', and so has what an MLP makes of it."""
+    """The first token of a window has a channel a thousand times larger than the others, also after an MLP."""
     config = tiny_dense.CONFIG | {"tie_word_embeddings": False}
     weights = tiny_dense.tensors(config)
     weights["model.embed_tokens.weight"][:80, 7] = 0
     weights["model.embed_tokens.weight"][START, 7] = 1000
     for i in range(config["num_hidden_layers"]):
         weights[f"model.layers.{i}.input_layernorm.weight"][7] = (
-            0.05  # or no other token would be attended to
+            0.05  # otherwise no other token would be attended to
         )
     weights["model.layers.1.post_attention_layernorm.weight"][7] = 1
     for role in ("gate", "up"):
@@ -55,7 +55,7 @@ def sink(root: Path) -> tuple[Path, Settings]:
 
 
 def far(root: Path) -> tuple[Path, Settings]:
-    """Heavy outliers among the weights, 3 bits, groups of 128: the quantised layers' rows are far from the float ones."""
+    """Heavy outliers among the weights, 3 bits, groups of 128: quantised rows are far from the float ones."""
     sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
     weights, r = tiny_dense.tensors(tiny_dense.CONFIG | sizes), np.random.default_rng(1)
     for name, a in weights.items():
@@ -68,7 +68,7 @@ PLANTED = {"sink": sink, "far": far}
 
 
 def measured(source: Checkpoint, made: Checkpoint | Rounded) -> Quality:
-    """On text that no conversion saw."""
+    """Measure on text that no conversion used."""
     config, text = parse_config(source.config), ids(4096, seed=99).tolist()
     dense, found = (streamed(config, model, ReferenceBackend(), text, WINDOW) for model in (source, made))
     return evaluate(text, found, dense, WINDOW)
@@ -100,7 +100,7 @@ def test_the_correction_never_loses_to_leaving_it_out_nor_either_to_rounding(
 
 
 def test_the_planted_models_drift(tmp_path: Path) -> None:
-    """As they were made to."""
+    """The planted drift exists."""
     for plant, least in ((far, 0.5), (sink, 0.0)):
         folder, settings = plant(tmp_path)
         source = Checkpoint.open(folder)
@@ -114,7 +114,7 @@ def test_the_planted_models_drift(tmp_path: Path) -> None:
 
 
 def shuffled(monkeypatch: pytest.MonkeyPatch, spoilt: int) -> None:
-    """Put the rows of one layer's codes in another order, whatever the method."""
+    """Reorder the rows of one layer's codes, with every method."""
 
     def mixed(codes: Quantized) -> Quantized:
         return codes.take(np.random.default_rng(0).permutation(len(codes.q)))
@@ -152,7 +152,7 @@ def test_shuffled_codes_are_caught_named_and_not_used(
     result, notes = attempts(folder, tmp_path / "out", settings)
     assert [one.method for one in result.rejected] == ["awq+", "awq"] and result.settings.method == "rtn"
     assert [one.layer for one in result.rejected] == [spoilt, spoilt]
-    assert sum(f"it went wrong at layer {spoilt + 1}; trying" in note for note in notes) == 2
+    assert sum(f"its error grew most at layer {spoilt + 1}; trying" in note for note in notes) == 2
     assert (result.folder / "model.safetensors").read_bytes() == (
         plain.folder / "model.safetensors"
     ).read_bytes()

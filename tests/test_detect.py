@@ -1,4 +1,4 @@
-"""What config.json says of quantisation and what the tensors are must agree; all else is refused by name."""
+"""The quantisation in config.json and the tensors must agree; everything else is rejected by name."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ JSON = st.recursive(
 def test_any_value_anywhere_in_the_block_is_understood_or_refused(
     layout: str, place: int, value: Any
 ) -> None:
-    """Never another exception, whatever a stranger wrote into config.json."""
+    """Any content of config.json gives a result or a TinychatError, never another exception."""
     config = copy.deepcopy(layouts.config(layout, 64))
     tables: list[tuple[dict[str, Any], str]] = [(config, key) for key in config]
     for table, key in tables:

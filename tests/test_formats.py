@@ -1,4 +1,4 @@
-"""Every layout on disk means the same weights, and its codes are carried bit for bit."""
+"""Every layout on disk represents the same weights, and codes are carried bit for bit."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def packed(weight: Weight) -> Packed:
 
 
 def meaning(q: np.ndarray, z: np.ndarray, s: np.ndarray) -> np.ndarray:
-    """(q - z) * s in float64."""
+    """Return (q - z) * s in float64."""
     group = q.shape[1] // s.shape[1]
     return (q - z.repeat(group, 1)) * s.astype(np.float64).repeat(group, 1)
 
@@ -141,7 +141,7 @@ def test_scales_of_other_dtypes_become_float32_exactly(layout: str, dtype: str, 
 
 
 def test_biases_are_exact_for_every_scale_and_zero() -> None:
-    """All positive float16 scales with all zeros: float16 is kept only where nothing is lost."""
+    """All positive float16 scales with all zeros: float16 is kept only if nothing is lost."""
     scales = np.arange(1, 0x7C00, dtype=np.uint16).view(np.float16)[:, None].repeat(16, 1)
     zeros = np.arange(16, dtype=np.uint8)[None].repeat(len(scales), 0)
     exact = -(zeros * scales.astype(np.float64))
@@ -202,7 +202,7 @@ def test_autoawq_comes_back_with_the_same_bytes(way: str, tmp_path: Path) -> Non
 
 
 def test_rounding_biases_to_float16_costs_less_than_a_hundredth_of_a_step(tmp_path: Path) -> None:
-    """float16 has 11 bits, so a product z s is off by at most z s / 2^11, and z is at most 15."""
+    """float16 has 11 bits, so a product z s has an error of at most z s / 2^11, and z is at most 15."""
     q, z, s = layouts.sample(64, 512, 128)
     tensors = mlx_entries(canonical(q, z, s))
     weight = Checkpoint.open(folder(tmp_path, layouts.config("mlx", 128), tensors)).weight(MODULE)
@@ -275,7 +275,7 @@ def test_other_bits_and_odd_outputs_are_refused_for_autoawq() -> None:
 
 
 def test_a_seven_billion_models_layer_is_read_fast_and_in_place() -> None:
-    """11008 x 4096: a third of a second, and no more memory than the result and small change."""
+    """11008 x 4096: a third of a second, and little more memory than the result."""
     words = np.random.default_rng(0).integers(0, 2**32, (4096, 11008 // 8), dtype=np.uint32)
     jobs = {
         "gemm": lambda: nibbles.transpose(words, ORDER),

@@ -1,4 +1,4 @@
-"""--engine mlx-lm: our engine over mlx-lm's model gives mlx-lm's tokens, with turns reused and taken back."""
+"""--engine mlx-lm: our engine with mlx-lm's model gives mlx-lm's tokens, with reused and rewound turns."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def opened(folder: Path, backend: MlxBackend | None = None) -> MlxLmDecoder:
 
 
 def naive(folder: Path, prompt: list[int], n: int) -> list[int]:
-    """mlx-lm alone, the whole text through it for each token."""
+    """Decode with only mlx-lm, computing the whole text for each token."""
     model, _ = mlx_lm.utils.load_model(folder)
     ids = list(prompt)
     for _ in range(n):
@@ -120,7 +120,7 @@ def test_bad_folders_are_one_line(folder: Path, tmp_path: Path) -> None:
 
 
 def small(limit: int) -> MlxBackend:
-    """A machine that may give so many bytes more."""
+    """A machine with `limit` more bytes available."""
     b = MlxBackend(exact=True)
     used = mx.get_active_memory()
     b.chip = replace(b.chip, name="Apple M1", memory=1 << 40, working_set=used + SCRATCH + limit)
@@ -167,7 +167,7 @@ def test_what_does_not_fit_is_refused_in_one_line(folder: Path, monkeypatch: pyt
         decoder.new_cache(100000)
 
     def full(*a: Any) -> Any:
-        raise RuntimeError("[malloc] Unable to allocate 9 bytes")  # MLX's own words
+        raise RuntimeError("[malloc] Unable to allocate 9 bytes")  # MLX's message
 
     monkeypatch.setattr(mlx_lm.utils, "load_model", full)
     with pytest.raises(BackendError, match=r"MLX stopped: .*allocate 9 bytes — use a shorter --context"):

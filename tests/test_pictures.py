@@ -11,15 +11,15 @@ import pytest
 from chat_screen import ROOT
 
 if sys.platform == "win32":
-    pytest.skip("a pseudo-terminal", allow_module_level=True)
+    pytest.skip("needs a pseudo-terminal", allow_module_level=True)
 if not (ROOT / "README.md").exists():
-    pytest.skip("a checkout's pictures are not here", allow_module_level=True)
+    pytest.skip("the pictures are in the checkout only", allow_module_level=True)
 pytest.importorskip("pyte")
 from pictures import FOLDER, PICTURES, Picture, svg, taken, words
 
 
 def told(picture: str) -> str:
-    """Its text without blanks, which differ where a row ends; machine and speed left out."""
+    """Return a picture's text without blanks, which differ at row ends, and without machine and speed."""
     text = re.sub(r"\s", "", "".join(words(picture)))
     text = re.sub(r"cpu:.*?context", "cpu:context", text, count=1)
     return re.sub(r"[\d.,]+(?=tok/s|s·|MB)", "#", text)
@@ -27,7 +27,7 @@ def told(picture: str) -> str:
 
 @pytest.mark.parametrize("picture", PICTURES, ids=lambda p: p.name)
 def test_a_picture_shows_what_the_chat_prints(picture: Picture, tmp_path: Path) -> None:
-    """If not: `python tests/pictures.py`, and look at what has changed."""
+    """If it fails, run `python tests/pictures.py` and review the changes."""
     shown = (FOLDER / f"{picture.name}.svg").read_text(encoding="utf-8")
     made = svg(picture, taken(picture, tmp_path, "--backend", "cpu"))
     assert told(made) == told(shown)

@@ -1,4 +1,4 @@
-"""Ctrl-C while a bar is on the screen: it goes, though it fills its row, and how to go on stays."""
+"""Ctrl-C while a bar is on the screen removes the bar, also a full-width one, and keeps the hint to resume."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import tiny_dense
 from stand_in_hub import Hub
 
 if sys.platform == "win32":
-    pytest.skip("a pseudo-terminal", allow_module_level=True)
+    pytest.skip("needs a pseudo-terminal", allow_module_level=True)
 pytest.importorskip("pexpect")
 pytest.importorskip("pyte")
 from chat_screen import CTRL_C, Screen
@@ -20,7 +20,7 @@ from chat_screen import CTRL_C, Screen
 ROOT = Path(__file__).resolve().parent.parent
 BAR = ("━", "╸", "╺")
 PROGRAM = "import sys, time; from tinychat_mlx.apps.cli import main; {}; sys.exit(main(sys.argv[1:]))"
-# Everything but the embedding is done, and that takes a minute.
+# Everything but the embedding is done, which takes a minute.
 SLOW = "from tinychat_mlx.awq import stream; stream.Conversion._rim = lambda *_: time.sleep(60)"
 
 
@@ -31,8 +31,8 @@ def started(columns: int, *args: str, code: str = "pass", env: dict[str, str] | 
 
 
 def stopped(screen: Screen, columns: int, says: str) -> None:
-    """Ctrl-C now -> it ends as interrupted, and the screen says how to go on."""
-    end = time.monotonic() + 0.5  # not while the bar is being put up
+    """Press Ctrl-C and check that the program ends as interrupted with a hint to resume."""
+    end = time.monotonic() + 0.5  # not while the bar is being created
     while time.monotonic() < end:
         screen.pump()
     screen.type(CTRL_C)

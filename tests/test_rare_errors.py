@@ -1,6 +1,6 @@
-"""Errors that need a broken library, device or disk: each is made with a stand-in for what is broken.
+"""Errors that need a broken library, device or disk, each provoked with a stand-in.
 
-The messages of all others come from the command line in test_messages.py.
+The messages of all other errors come from the command line in test_messages.py.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def broken(*_: Any, **__: Any) -> Any:
 
 
 def answers(what: str, answer: Any, call: Callable[[], object]) -> Case:
-    """The call while the hub answers so."""
+    """Make the call while the hub answers like this."""
 
     def case(tmp: Path, patch: Patch) -> object:
         patch.delenv("HF_HUB_OFFLINE", raising=False)
@@ -64,7 +64,7 @@ def answers(what: str, answer: Any, call: Callable[[], object]) -> Case:
 
 
 def refuses(name: str) -> Callable[..., Any]:
-    """A method of the hub's client that raises an error of huggingface_hub."""
+    """Return a method of the hub's client that raises an error of huggingface_hub."""
 
     def answer(*_: Any, **__: Any) -> Any:
         from huggingface_hub import errors
@@ -101,7 +101,7 @@ def unlike_experts(tmp: Path, patch: Patch) -> object:
 
 
 def llama(patch: Patch, **given: int) -> Any:
-    """Our driver of llama.cpp over a library that answers so; everything else works."""
+    """Return our llama.cpp driver with a library that returns these values; everything else works."""
     found = {"model": 1, "context": 1, "decode": 0} | given
     names = {
         "llama_model_load_from_file": "model",
@@ -130,7 +130,7 @@ def mlx_part(name: str) -> Any:
 
 
 def one_gpu(tmp: Path, patch: Patch) -> object:
-    """A torch with CUDA on a machine with one device; the eighth is asked for."""
+    """A torch with CUDA on a machine with one device, with the eighth requested."""
     patch.setattr("torch.version.cuda", "12.6")
     patch.setattr("torch.cuda.init", lambda: None)
     patch.setattr("torch.cuda.device_count", lambda: 1)

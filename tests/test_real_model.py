@@ -1,7 +1,8 @@
-"""A model that somebody trained for use, converted by the defaults, on real English: what is kept of it.
+"""The default conversion of a trained model on real English keeps most of its quality.
 
-The model and the text come from the package registry: without it these tests skip, unless TINYCHAT_REQUIRE_EMULATORS
-is set (as in CI). The published AWQ and 3 bits take longer: pytest -m slow tests/test_real_model.py.
+The model and the text come from the package registry. Without it these tests skip, unless
+TINYCHAT_REQUIRE_EMULATORS is set (as in CI). The published AWQ and 3 bits take longer: pytest -m slow
+tests/test_real_model.py.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from tinychat_mlx.awq.calibrate import encoded
 from tinychat_mlx.awq.cholesky import solve
 from tinychat_mlx.awq.evaluate import Quality
 
-WINDOWS = 5  # of 512 tokens, of each kind: 10,240 tokens
-# Shares of the KL that plain rounding of the same bits has, in the mean of the kinds and in each.
+WINDOWS = 5  # of 512 tokens, per kind: 10,240 tokens
+# Shares of the KL of plain rounding at the same bits, as a mean over the kinds and for each.
 WITH_FILE, WITH_OWN_TEXT, ANY_KIND = 0.33, 0.36, 0.40
 PUBLISHED_AWQ, THREE_BITS = 0.5, 0.34
 RIGHT = 9  # of the answers below
-# A word that the float model's answer holds, greedily chosen.
+# A word in the float model's greedy answer.
 QUESTIONS = {
     "What is the capital of France?": "Paris",
     "What is the capital of Japan?": "Tokyo",
@@ -43,9 +44,9 @@ QUESTIONS = {
     "What is the currency of Japan?": "yen",
     "Which organ pumps blood through the body?": "heart",
 }
-# float32 throughout: each of 210 products sums 576 to 1536 terms, √1536 · 6e-8 = 2.3e-6 of its result at random,
-# and the errors of 210 add as a walk: 2.3e-6 · √210 · 30 (the largest logit) = 1e-3. Rows of q and k in the order of
-# GGUF change logits by more than 1.
+# float32 throughout: each of 210 products sums 576 to 1536 terms, √1536 · 6e-8 = 2.3e-6 of its result at
+# random, and the errors of 210 add as a random walk: 2.3e-6 · √210 · 30 (the largest logit) = 1e-3. Rows of q
+# and k in the order of GGUF change logits by more than 1.
 TOLERANCE = 1e-3
 
 Measure = Callable[..., Quality]
@@ -67,7 +68,7 @@ def bench(folder: Path) -> rq.Bench:
 
 @pytest.fixture(scope="module")
 def converted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """method, w_bit, calib -> a folder; each is made once."""
+    """Return a function (method, w_bit, calib) -> folder. Each conversion runs once."""
     root = tmp_path_factory.mktemp("real")
 
     @lru_cache
@@ -96,7 +97,7 @@ def test_the_folder_computes_what_transformers_computes(folder: Path) -> None:
     chosen = expected[:-1].argmax(-1) == np.array(ids[1:])
     assert (
         chosen.mean() > 0.25
-    )  # a third of English is what a model of this size expects: the weights are in place
+    )  # a model of this size predicts a third of English tokens: the weights are in place
 
 
 @pytest.mark.parametrize(("calib", "most"), [("file", WITH_FILE), ("self", WITH_OWN_TEXT)])

@@ -1,4 +1,7 @@
-"""A model folder is written whole: shards, index, side files, and nothing that a kill leaves looks whole."""
+"""A model folder is written completely: shards, index, side files.
+
+An interrupted one is never taken as complete.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tiny dense Llama folder with a tokenizer and a chat template: what `convert` is tested on. Tests only."""
+"""A tiny dense Llama folder with a tokenizer and a chat template, for the tests of `convert`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TEMPLATE = (
 
 
 def tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
-    """Random weights in float16, a few input channels ten times as loud as the rest."""
+    """Return random float16 weights with a few input channels ten times as large as the others."""
     r = np.random.default_rng(seed)
     c, f = config["hidden_size"], config["intermediate_size"]
     q, kv = (config[k] * config["head_dim"] for k in ("num_attention_heads", "num_key_value_heads"))
@@ -60,7 +60,7 @@ def tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def save(folder: Path, weights: dict[str, np.ndarray] | None = None, **changes: Any) -> Path:
-    """Write the folder; changes replace keys of config.json."""
+    """Write the folder. `changes` replace keys of config.json."""
     config = CONFIG | changes
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
@@ -82,7 +82,7 @@ def save(folder: Path, weights: dict[str, np.ndarray] | None = None, **changes: 
 
 
 def text(folder: Path, tokens: int = 600, seed: int = 0) -> Path:
-    """Chats of random words as a .jsonl file."""
+    """Write chats of random words as a .jsonl file."""
     r = np.random.default_rng(seed)
     path = folder / f"text-{seed}.jsonl"
     lines = []

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints made by transformers: the oracle for the graph. Imported by tests only."""
+"""Tiny random checkpoints made by transformers, the oracle for the graph. Only for tests."""
 
 from __future__ import annotations
 
@@ -38,9 +38,10 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 LINEAR = {"rope_type": "linear", "rope_theta": 2e4, "factor": 4.0}
-MULTI_HEAD = {"opt", "gpt_bigcode", "gptj", "gpt_neox", "falcon", "bloom", "mpt"}  # know no such key
+# these configs have no such key
+MULTI_HEAD = {"opt", "gpt_bigcode", "gptj", "gpt_neox", "falcon", "bloom", "mpt"}
 GROUPED = {"num_key_value_heads", "intermediate_size"}
-# Every optional feature gets a value that is not neutral, or the test would prove nothing.
+# Every optional feature gets a non-neutral value; otherwise the test would prove nothing.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-tied": ("llama", {"tie_word_embeddings": True, "head_dim": 32}),
@@ -164,17 +165,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-# Families whose code is not in transformers, but which compute what Llama does: a Llama, stored their way.
+# Families that transformers does not include, but that compute the same as Llama: a Llama in their storage
+# layout.
 RENAMED = {"internlm2": "llama-mha", "internlm2-gqa": "llama-llama3", "exaone": "llama-llama3"}
 
-# One variant of each structure, for tests whose subject is not the family: plain, norms behind the blocks and capped
-# logits, parallel residual, mixture of experts, learned positions, ALiBi. test_support.py walks all.
+# One variant per structure, for tests of other subjects: plain, norms after the blocks and capped logits,
+# parallel residual, mixture of experts, learned positions, ALiBi. test_support.py covers all variants.
 REPRESENTATIVES = ["llama", "gemma2", "gpt_neox", "qwen2_moe", "opt", "bloom"]
 
 
 @dataclass(frozen=True)
 class Tiny:
-    """A checkpoint folder and what transformers makes of it: ids (T,), logits (T, V)."""
+    """A checkpoint folder with transformers' results: ids (T,), logits (T, V)."""
 
     folder: Path
     ids: list[int]
@@ -182,7 +184,7 @@ class Tiny:
 
 
 def build(variant: str, seed: int = 0) -> Any:
-    """-> the transformers model, float32, with norms and biases disturbed away from 1 and 0."""
+    """Build a float32 transformers model with norms and biases moved away from 1 and 0."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
@@ -193,7 +195,8 @@ def build(variant: str, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     base = {k: v for k, v in BASE.items() if kind not in MULTI_HEAD or k not in GROUPED}
     config = AutoConfig.for_model(kind, **(base | extra))
-    # transformers 5.23's eager Falcon adds ALiBi twice, in the mask and to the scores; its default path once
+    # transformers 5.23's eager Falcon adds ALiBi twice, in the mask and to the scores; its default path adds
+    # it once
     implementation = "sdpa" if kind == "falcon" else "eager"
     model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).float().eval()
     with torch.no_grad():
@@ -203,7 +206,7 @@ def build(variant: str, seed: int = 0) -> Any:
 
 
 def save_renamed(model: Any, model_type: str, folder: Path) -> None:
-    """Write a Llama as another family stores it, by that family's published layout."""
+    """Write a Llama in another family's published storage layout."""
     config, state = model.config, {k: v.detach().numpy() for k, v in model.state_dict().items()}
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     if model_type == "internlm2":  # wqkv: for each kv head its queries, its key, its value
@@ -240,10 +243,12 @@ def save_renamed(model: Any, model_type: str, folder: Path) -> None:
 
 @cache
 def tiny(variant: str, root: Path, seed: int = 0, length: int = 40) -> Tiny:
-    """A tiny model of a variant with transformers' logits of random ids, built below `root` if it is not there.
+    """Return a tiny model of a variant with transformers' logits of random ids.
 
-    Every process of a run shares `root`, and later runs find what earlier ones built: the folder's name is a digest of
-    all that decides its content. Nothing may write into it.
+    Builds it below `root` if it is absent.
+
+    Every process of a run shares `root`, and later runs reuse it: the folder's name is a digest of everything
+    that determines its content. Tests must not write into it.
     """
     made = root / f"{variant}-{seed}-{_digest(variant, length)}"
     if not made.exists():
@@ -263,7 +268,7 @@ def _digest(variant: str, length: int) -> str:
 
 
 def _build_into(made: Path, variant: str, seed: int, length: int) -> None:
-    """Build aside and rename, so that a folder with this name is complete."""
+    """Build in a temporary folder and rename it, so that a folder with this name is complete."""
     import torch
 
     aside = Path(tempfile.mkdtemp(dir=made.parent))

@@ -41,7 +41,7 @@ def special(text: str, **flags: bool) -> AddedToken:
 
 
 def _bytelevel() -> tuple[Tokenizer, dict[str, Any]]:
-    """GPT-2's kind."""
+    """GPT-2's tokenizer."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -56,7 +56,7 @@ def _bytelevel() -> tuple[Tokenizer, dict[str, Any]]:
 
 
 def _qwen() -> tuple[Tokenizer, dict[str, Any]]:
-    """NFC, a regular expression, byte-level; added tokens with and without the special mark."""
+    """NFC, a regular expression, byte-level; added tokens with and without the special flag."""
     raw = Tokenizer(models.BPE())
     raw.normalizer = normalizers.NFC()
     raw.pre_tokenizer = pre_tokenizers.Sequence(
@@ -69,7 +69,7 @@ def _qwen() -> tuple[Tokenizer, dict[str, Any]]:
     _train(raw, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     raw.add_special_tokens([special("<|endoftext|>"), special("<|im_start|>"), special("<|im_end|>")])
     raw.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
-    # As in the published files: the template's tokens are declared again, and one only here.
+    # As in the published files: the template's tokens are declared again, and one is declared only here.
     declared = {
         str(number): {
             "content": token.content,
@@ -114,7 +114,7 @@ def _llama3() -> tuple[Tokenizer, dict[str, Any]]:
 
 
 def _llama2() -> tuple[Tokenizer, dict[str, Any]]:
-    """SentencePiece BPE as in Llama 2: a first space comes and goes, unknown characters are bytes."""
+    """SentencePiece BPE as in Llama 2: a leading space is added and removed, unknown characters are bytes."""
     raw = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     raw.decoder = decoders.Sequence(
@@ -133,7 +133,7 @@ def _llama2() -> tuple[Tokenizer, dict[str, Any]]:
 
 
 def _gemma() -> tuple[Tokenizer, dict[str, Any]]:
-    """SentencePiece BPE without a first space."""
+    """SentencePiece BPE without a leading space."""
     raw = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     raw.normalizer = normalizers.Replace(" ", "▁")
     raw.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
@@ -146,7 +146,7 @@ def _gemma() -> tuple[Tokenizer, dict[str, Any]]:
 
 
 def _unigram() -> tuple[Tokenizer, dict[str, Any]]:
-    """T5's kind, with the clean-up of spaces that only non-BPE vocabularies get."""
+    """T5's tokenizer, with the clean-up of spaces that only non-BPE vocabularies get."""
     raw = Tokenizer(models.Unigram())
     raw.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
     raw.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -162,7 +162,7 @@ def _unigram() -> tuple[Tokenizer, dict[str, Any]]:
 
 
 def _wordpiece() -> tuple[Tokenizer, dict[str, Any]]:
-    """BERT's kind."""
+    """BERT's tokenizer."""
     raw = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     raw.normalizer = normalizers.BertNormalizer(lowercase=False)
     raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -182,7 +182,7 @@ def _train(raw: Tokenizer, **options: Any) -> None:
 
 
 def _forget_bytes_as_added(raw: Tokenizer) -> None:
-    """The trainer makes its special tokens added ones; <0x00>… must be plain words of the vocabulary."""
+    """Make byte tokens plain vocabulary entries; the trainer adds <0x00>… as added tokens."""
     state = json.loads(raw.to_str())
     state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in BYTE_TOKENS]
     raw.__setstate__(json.dumps(state).encode())
@@ -200,7 +200,7 @@ KINDS: dict[str, Callable[[], tuple[Tokenizer, dict[str, Any]]]] = {
 
 
 def write_folder(folder: Path, kind: str, **config: Any) -> Path:
-    """Write tokenizer.json and tokenizer_config.json of one kind; config: further keys of the latter."""
+    """Write tokenizer.json and tokenizer_config.json of one kind. config: more keys of the latter."""
     raw, own = KINDS[kind]()
     folder.mkdir(parents=True, exist_ok=True)
     raw.save(str(folder / "tokenizer.json"))

@@ -1,9 +1,10 @@
-"""How much less exact the GPU of a hosted macOS runner may be than an Apple GPU: SLACK, 1 anywhere else.
+"""The error factor of a hosted macOS runner's GPU compared with an Apple GPU: SLACK, 1 on other machines.
 
-A virtual machine shows an "Apple Paravirtual device", which is of no GPU family that MLX was written for; others have
-seen float32 models miss 1e-4 there. Metal promises exp to 4 units of the last place, rsqrt, division and tanh to 2 to 5;
-in its fast forms, which such a device may use whatever is asked for, exp is off by 3 + 2 |x| units, 19 at the |x| of 8
-that scores and gates have: 5 times as much, and an error may meet one more in the next layer's exp: 8 covers both.
+A virtual machine shows an "Apple Paravirtual device", which belongs to no GPU family that MLX supports.
+Others have observed errors of 1e-4 in float32 models there. Metal guarantees exp to 4 units of the last
+place, rsqrt, division and tanh to 2 to 5. In its fast forms, which such a device may use in any case, exp has
+an error of 3 + 2 |x| units, 19 at the |x| of 8 of scores and gates: 5 times as much. The next layer's exp may
+add another error; 8 covers both.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs on the emulated device: logits of tiny models by two backends, dense and int4.
+"""Runs on the emulated device: logits of tiny models on two backends, dense and int4.
 
 python on_device.py OUT.npz < {"llama": ["/a/folder", [3, 14, 15]], ...}       arrays are named llama-cpu-int4
 """
@@ -7,7 +7,7 @@ import json
 import sys
 
 import numpy as np
-from decoding import decoder, logits  # the emulator's Python has tests/ on its path
+from decoding import decoder, logits  # tests/ is on the path of the emulator's Python
 
 from tinychat_mlx.loading import create
 

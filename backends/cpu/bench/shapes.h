@@ -1,4 +1,4 @@
-// One decode step of a model of a known shape, as the list of ops that a recording of the graph would hold.
+// One decode step of a model of a given shape, as the list of ops that a recording of the graph contains.
 #pragma once
 #include <stdio.h>
 
@@ -11,7 +11,7 @@ struct Shape {
 };
 #include "shapes_table.h"  // SHAPES, which CMake makes of tinychat_mlx/shapes.json
 
-// All layers share one layer's memory for everything but weights; the head is the embedding.
+// All layers share the memory of one layer for everything but weights. The head is the embedding.
 struct Token {
   Shape s;
   std::vector<std::unique_ptr<RandomWeight>> weights;
