@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import proofs
 import pytest
+from checkout import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 # Workers share the cores: NumPy and torch, not imported yet, compute with one thread each. OMP_NUM_THREADS stays: it is
 # an option of ours, too.
 os.environ["OPENBLAS_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
-for size in ("COLUMNS", "LINES"):  # pytest-xdist tells its workers; programs in a terminal of their own must ask that
+# pytest-xdist sets these for its workers; a program in a terminal of its own must ask the terminal.
+for size in ("COLUMNS", "LINES"):
     os.environ.pop(size, None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub for anything
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -36,7 +38,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @pytest.fixture(scope="session")
 def tiny_root() -> Path:
     """The folder of tiny models that all workers and later runs share (tiny_models.py)."""
-    return Path(__file__).resolve().parent.parent / "build" / "tiny-models"
+    return ROOT / "build" / "tiny-models"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

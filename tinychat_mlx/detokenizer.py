@@ -2,7 +2,7 @@
 
 Byte-level vocabularies (most models) go through an incremental UTF-8 decoder; all others are decoded again
 over a window of a few tokens. tokenizers' own DecodeStream is not used: its text is not always that of
-decode() (tests/test_tokenizer.py shows where).
+decode() (tests/text/test_tokenizer.py shows where).
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ class Form:
 
 # Of a head in halves (head.py) the upper ones are read, and the lower ones of this share of its tiles. The demo's held-out
 # text needs 0.2 % for the likeliest token, 2 % for one drawn at a temperature of 0.7, 7 % at 1 and 14 % at 1 with top_p 1
-# (tests/metal/test_head.py holds them to it). mlx-lm's bytes would be reached at 27 % for llama-3.2-1b.
+# (tests/emulators/metal/test_head.py holds them to it). mlx-lm's bytes would be reached at 27 % for llama-3.2-1b.
 SHORTLIST = 1 / 16
 BETWEEN = 15  # bytes a row that its kernels hand on: the estimate, and a quarter of what its tile is told by
 
@@ -130,7 +130,7 @@ def halved_bytes(n: int, k: int, group_size: int, share: float, itemsize: int = 
 
 
 def launches_per_token(shape: Shape, form: Form) -> int:
-    """Kernels started for one token; equals the count of MLX's trace (tests/metal/test_model.py)."""
+    """Kernels started for one token; equals the count of MLX's trace (tests/emulators/metal/test_model.py)."""
     layer = 2 + 2 + 1  # rope of q and k, two cache writes, attention
     layer += 2 if shape.qk_norm else 0
     if form.fused:
