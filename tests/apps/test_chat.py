@@ -1,21 +1,32 @@
-"""Whole conversations, typed into the real program in a pseudo-terminal and read off its screen."""
+"""Whole conversations: typed into the chat and read off its screen.
+
+A real terminal only where its kernel, its signals or another process matter (`terminals`).
+"""
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import queue
 import re
 import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from checkout import DATA, ROOT
+from rich.console import Console
+
+from tinychat_mlx.apps.chat import answer, stream
+from tinychat_mlx.apps.terminal import Terminal, detect
+from tinychat_mlx.generate import Event
 
 if sys.platform == "win32":
     pytest.skip("needs a POSIX pseudo-terminal", allow_module_level=True)
-from chat_screen import CTRL_C, CTRL_D, CTRL_J, CTRL_R, ENTER, Chats
+from chat_screen import CTRL_C, CTRL_D, ENTER, Chats, Display
 from fake_terminal import FakeChats
 
 
@@ -37,15 +48,15 @@ def test_header_names_model_size_quantisation_backend_reason_and_context(chats: 
         assert fact in text
 
 
-def test_answer_is_shown_with_speed_and_context(terminals: Chats) -> None:
-    text = terminals(answers=["I am a test."]).say("who are you?")
+def test_answer_is_shown_with_speed_and_context(chats: FakeChats) -> None:
+    text = chats(answers=["I am a test."]).say("who are you?")
     assert "❯ who are you?\nI am a test.\n" in text
     assert "50.0 tok/s" in text and "first token" in text and "context 7 / 2,048" in text
 
 
-def test_ctrl_d_and_exit_leave_with_code_0(terminals: Chats) -> None:
+def test_ctrl_d_and_exit_leave_with_code_0(chats: FakeChats) -> None:
     for keys in (CTRL_D, "/exit" + ENTER):
-        chat = terminals()
+        chat = chats()
         chat.prompt()
         chat.type(keys)
         assert chat.exit_code() == 0
@@ -76,16 +87,20 @@ def test_ctrl_c_is_back_after_at_most_one_more_piece(chats: FakeChats) -> None:
 
 
 def test_ctrl_c_right_after_enter_is_never_missed(terminals: Chats) -> None:
-    """Once its byte was read as a key for the next prompt, while the answer ran on. Whenever it comes, the prompt is back."""
+    """Whenever it comes, the prompt is back. test_editor.py has each moment."""
+    import termios
+
     chat = terminals(answers=["word " * 10_000], delay=0.02, piece=5, rows=40)
     for i in range(12):
         chat.prompt()
+        # As a signal it would have the kernel discard what the editor draws.
+        assert termios.tcgetattr(chat.child.child_fd)[3] & termios.ISIG == 0
         chat.type(f"go {i}")
         chat.wait(f"❯ go {i}")
         chat.type(ENTER)
         time.sleep(i * 0.004)  # not a wait: the moment is what is tried
         chat.type(CTRL_C + f"seen {i}")
-        chat.wait(f"seen {i}")  # what is typed shows at a prompt alone: an answer would run for minutes
+        chat.wait(f"seen {i}")  # what is typed shows at a prompt only: an answer would run for minutes
         chat.type(CTRL_C)
     chat.say("/help")
 
@@ -131,30 +146,45 @@ def test_ctrl_c_while_the_prompt_is_read_comes_back_to_the_prompt(chats: FakeCha
     assert "nothing was said" in chat.prompt()
 
 
-def test_a_slow_prompt_shows_its_progress(terminals: Chats) -> None:
-    chat = terminals(prefill=2, prefill_chunks=4, answers=["done"])
-    chat.prompt()
-    chat.type("long" + ENTER)
-    chat.wait("of 2 tokens (1 s)")
-    text = chat.prompt()
-    assert "reading the prompt" not in text and "done" in text
+def test_a_slow_prompt_shows_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the answer's first text; then no word of it is left."""
+    shown: queue.Queue[str] = queue.Queue()
+    monkeypatch.setattr(answer, "PATIENCE_S", 0)
+    waiting = answer.Waiting(SimpleNamespace(status=shown.put))  # type: ignore[arg-type]
+    with waiting:
+        waiting.see(Event("prefill", done=1, total=2))
+        while "reading the prompt: 1 of 2 tokens (0 s)" != shown.get(timeout=300):
+            pass
+        waiting.started -= 7
+        while "reading the prompt: 1 of 2 tokens (7 s)" != shown.get(timeout=300):
+            pass
+        waiting.see(Event("text", "done"))
+        words = [shown.get() for _ in range(shown.qsize())]
+        assert words[-1] == "" and not waiting.is_alive()
 
 
-def test_keys_typed_during_an_answer_reach_the_next_prompt_and_do_not_show_in_it(terminals: Chats) -> None:
-    chat = terminals(answers=["slow answer here", "{echo}!"], delay=0.15)
-    chat.prompt()
-    chat.type("first" + ENTER)
+def test_a_passing_word_leaves_no_trace() -> None:
+    terminal, paper = Terminal(True, True, True, True), io.StringIO()
+    made = stream.MarkdownAnswer(Console(file=paper, width=80, force_terminal=True), terminal)
+    made.status("reading the prompt (1 s)")
+    display = Display(24, 80)
+    display.stream.feed(paper.getvalue().encode())
+    assert "reading the prompt" in display.text
+    made.status("")
+    made.feed("done")
+    made.finish()
+    display.stream.feed(paper.getvalue().replace("\n", "\r\n").encode())
+    assert "reading the prompt" not in display.text and "done" in display.text
+
+
+def test_keys_typed_while_no_prompt_is_there_reach_the_next_and_show_nowhere_else(terminals: Chats) -> None:
+    chat = terminals(load=1, answers=["slow {echo} here", "{echo}!"], delay=0.15)
+    chat.wait("loading")
+    chat.type("early bird" + ENTER)
     chat.wait("slow")
     chat.type("second" + ENTER)
     text = chat.wait("second!")
-    assert "slow answer here\n" in text
-
-
-def test_keys_typed_while_the_model_loads_are_not_lost(terminals: Chats) -> None:
-    chat = terminals(load=1, answers=["{echo}!"])
-    chat.wait("loading")
-    chat.type("early bird" + ENTER)
-    assert "early bird!" in chat.wait("first token")
+    assert "slow early bird here\n" in text
 
 
 def test_unknown_command_names_the_nearest(chats: FakeChats) -> None:
@@ -257,100 +287,42 @@ def test_escape_sequences_from_a_model_do_not_reach_the_terminal(chats: FakeChat
     assert "safe]0;owned text [2Jend31m" in text and b"owned\x07" not in chat.raw
 
 
-def test_made_narrower_in_the_middle_of_an_answer_it_goes_on(terminals: Chats) -> None:
-    chat = terminals(answers=["word " * 120], delay=0.01)
+def test_slash_offers_commands(chats: FakeChats) -> None:
+    """test_editor.py shows what the editor makes of it."""
+    chat = chats()
     chat.prompt()
-    chat.type("go" + ENTER)
-    chat.wait("word word word")
-    chat.child.setwinsize(24, 40)
-    chat.screen.resize(24, 40)
-    assert "first token" in chat.prompt() or "context" in chat.text
-    assert "Traceback" not in chat.text
-
-
-# the line editor ---------------------------------------------------------------------------------------
-def sent(log: Path) -> str:
-    return str(json.loads(log.read_text().splitlines()[-1])["messages"][-1]["content"])
-
-
-def test_many_lines_by_alt_enter_ctrl_j_block_and_paste(terminals: Chats, tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    chat = terminals(log=str(log), answers=["ok"], rows=50)
-    for keys in ("one\x1b\rtwo", f"one{CTRL_J}two", f'"""{ENTER}one{ENTER}two{ENTER}"""'):
-        chat.prompt()
-        chat.type(keys)
-        chat.wait("two")
-        chat.type(ENTER)
-        chat.wait("ok")
-        chat.prompt()
-        assert sent(log) == "one\ntwo"
-
-
-def test_a_paste_of_200_lines_is_one_message(terminals: Chats, tmp_path: Path) -> None:
-    log, pasted = tmp_path / "log", "\n".join(f"line {i}" for i in range(200))
-    chat = terminals(log=str(log), answers=["ok"])
-    chat.prompt()
-    chat.type(f"\x1b[200~{pasted}\x1b[201~")
-    chat.wait("line 199")
-    chat.type(ENTER)
-    chat.wait("first token")
-    assert sent(log) == pasted
-
-
-def test_history_is_kept_across_runs_and_searched(terminals: Chats, tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    first = terminals(log=str(log))
-    first.say("remember the heron")
-    first.say("another thing")
-    first.type(CTRL_D)
-    first.exit_code()
-    second = terminals(log=str(log))
-    second.prompt()
-    second.type(CTRL_R + "heron")
-    second.wait("remember the heron")
-    second.type(ENTER + ENTER)
-    second.wait("first token")
-    assert sent(log) == "remember the heron"
-    assert (tmp_path / "data" / "history").stat().st_mode & 0o777 == 0o600
-
-
-def test_the_editor_of_the_environment_writes_the_message(terminals: Chats, tmp_path: Path) -> None:
-    editor = tmp_path / "editor"
-    editor.write_text("#!/bin/sh\nprintf 'written in\\nan editor' >> \"$1\"\n")
-    editor.chmod(0o755)
-    log = tmp_path / "log"
-    chat = terminals(log=str(log), answers=["ok"], env={"EDITOR": str(editor), "VISUAL": ""})
-    chat.prompt()
-    chat.type("begun, ")
-    chat.wait("begun,")
-    chat.type("\x07")  # Ctrl-G
-    chat.wait("an editor")
-    chat.type(ENTER)
-    chat.wait("first token")
-    assert sent(log) == "begun, written in\nan editor"
-
-
-def test_slash_opens_a_menu_of_commands(terminals: Chats) -> None:
-    chat = terminals()
-    chat.prompt()
-    chat.type("/cl")
-    assert "Forget what was said" in chat.wait("Forget what was said")
+    offered = list(chat.complete("/cl"))
+    assert any("Forget what was said" in what for _, _, what in offered)
 
 
 # plain terminals ---------------------------------------------------------------------------------------
-@pytest.mark.parametrize("how", ["flag", "dumb"])
-def test_plain_writes_no_escape_sequence(terminals: Chats, how: str) -> None:
-    chat = terminals(
-        *(["--plain"] if how == "flag" else []),
-        env={"TERM": "dumb"} if how == "dumb" else {},
-        answers=["**hi**"],
-    )
+def test_a_plain_terminal_gets_no_escape_sequence_and_only_its_own_characters(terminals: Chats) -> None:
+    env = {"PYTHONIOENCODING": "cp1252", "LC_ALL": "C"}
+    chat = terminals("--plain", env=env, answers=["**hi**", "✓ fine 日本"])
     chat.prompt()
     chat.type("hello\n")
     assert "**hi**" in chat.wait("tok/s")
+    chat.prompt()
+    chat.type("hello\n")
+    text = chat.wait(lambda text: text.count("tok/s") == 2)
+    assert "? fine ??" in text and "Traceback" not in text
     chat.type(CTRL_D)
     assert chat.exit_code() == 0
-    assert b"\x1b" not in chat.raw
+    assert b"\x1b" not in chat.raw and max(chat.raw) < 128
+
+
+@pytest.mark.parametrize(
+    ("plain", "term", "live"),
+    [(False, "xterm", True), (True, "xterm", False), (False, "dumb", False), (False, "unknown", False)],
+)
+def test_a_terminal_is_live_unless_it_is_dumb_or_plain_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, plain: bool, term: str, live: bool
+) -> None:
+    for name in ("stdin", "stdout"):
+        tty = SimpleNamespace(closed=False, isatty=lambda: True, encoding="utf-8")
+        monkeypatch.setattr(sys, name, tty)
+    found = detect(plain, {"TERM": term})
+    assert found.interactive and found.live == found.colour == live
 
 
 def test_no_color_writes_no_colour(chats: FakeChats) -> None:
@@ -358,16 +330,6 @@ def test_no_color_writes_no_colour(chats: FakeChats) -> None:
     chat.say("hi")
     codes = {int(c) for m in re.findall(rb"\x1b\[([\d;]*)m", chat.raw) for c in m.split(b";") if c}
     assert not {c for c in codes if 30 <= c <= 49 or 90 <= c <= 107}, codes
-
-
-def test_without_unicode_the_furniture_is_ascii(terminals: Chats) -> None:
-    chat = terminals("--plain", env={"PYTHONIOENCODING": "cp1252", "LC_ALL": "C"}, answers=["✓ fine 日本"])
-    chat.prompt()
-    chat.type("hello\n")
-    text = chat.wait("tok/s")
-    assert "? fine ??" in text and "Traceback" not in text
-    chat.type(CTRL_D)
-    assert chat.exit_code() == 0 and max(chat.raw) < 128
 
 
 def test_a_terminal_of_40_columns_and_10_rows_works(chats: FakeChats) -> None:
@@ -379,20 +341,24 @@ def test_a_terminal_of_40_columns_and_10_rows_works(chats: FakeChats) -> None:
 
 @pytest.mark.parametrize("when", ["prompt", "answer"])
 def test_terminated_it_gives_the_terminal_its_mode_back(terminals: Chats, when: str) -> None:
+    """Also a terminal that was made narrower in the middle of an answer."""
     import termios
 
-    chat = terminals(answers=["word " * 500], delay=0.01)
+    chat = terminals(answers=["word " * 120], delay=0.01)
     before = termios.tcgetattr(chat.child.child_fd)
     chat.prompt()
     if when == "answer":
         chat.type("go" + ENTER)
-        chat.wait("word word")
+        chat.wait("word word word")
+        chat.child.setwinsize(24, 40)
+        chat.screen.resize(24, 40)
+        assert "first token" in chat.prompt() or "context" in chat.text
+        chat.type("again" + ENTER)
+        chat.wait(lambda text: "word word" in after(text, "❯ again"))
     assert termios.tcgetattr(chat.child.child_fd)[3] & termios.ECHO == 0
     os.kill(chat.child.pid, signal.SIGTERM)
-    end = time.monotonic() + 10
-    while time.monotonic() < end and chat.pump():
-        pass
-    after = termios.tcgetattr(chat.child.child_fd)
-    assert (after[0], after[3]) == (before[0], before[3])
+    chat.end()
+    now = termios.tcgetattr(chat.child.child_fd)
+    assert (now[0], now[3]) == (before[0], before[3])
     assert chat.exit_code() == 128 + signal.SIGTERM
     assert "Traceback" not in chat.text

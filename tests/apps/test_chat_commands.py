@@ -1,9 +1,10 @@
-"""Slash commands and saved chats, typed into the real program in a pseudo-terminal."""
+"""Slash commands and saved chats."""
 
 from __future__ import annotations
 
 import json
 import random
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,7 @@ def test_a_model_too_large_for_memory_is_refused_before_it_is_loaded(
     assert "scripted" in chat.say("/show")
 
 
-def test_models_at_hand_are_listed_and_offered(terminals: Chats, tmp_path: Path) -> None:
+def test_models_at_hand_are_listed_and_offered(chats: FakeChats, tmp_path: Path) -> None:
     """A whole one stays so while a newer upload of it is half here."""
     commit = "0123456789" * 4
     for name, whole in (("org--whole", True), ("org--half", False)):
@@ -176,12 +177,11 @@ def test_models_at_hand_are_listed_and_offered(terminals: Chats, tmp_path: Path)
     ours = tmp_path / "share" / "tinychat-mlx" / "models" / "org--other-int4"
     ours.mkdir(parents=True)
     (ours / "config.json").write_text("{}")
-    chat = terminals(env={"HF_HUB_CACHE": str(tmp_path / "hub"), "XDG_DATA_HOME": str(tmp_path / "share")})
+    chat = chats(env={"HF_HUB_CACHE": str(tmp_path / "hub"), "XDG_DATA_HOME": str(tmp_path / "share")})
     text = chat.say("/model")
     assert "* demo" in text and "org/whole" in text and "org/half" not in text
     assert sys.platform != "linux" or "org--other-int4" in text
-    chat.type("/model org/")
-    chat.wait(lambda text: text.count("org/whole") == 2)
+    assert [text for text, _, _ in chat.complete("/model org/")] == ["org/whole"]
 
 
 def test_stats_and_context_count(chats: FakeChats) -> None:
@@ -244,14 +244,11 @@ def test_files_go_along_with_a_message(chats: FakeChats, tmp_path: Path) -> None
     assert "no such file" in chat.say(f"/file {tmp_path / 'absent'}")
 
 
-def test_an_at_sign_offers_files(terminals: Chats, tmp_path: Path) -> None:
+def test_an_at_sign_offers_files(chats: FakeChats, tmp_path: Path) -> None:
     (tmp_path / "heron.txt").write_text("x")
-    chat = terminals()
+    chat = chats()
     chat.prompt()
-    chat.type(f"see @{tmp_path}/her")
-    chat.wait("heron.txt")
-    chat.type("\t" + ENTER)
-    chat.wait("see @")
+    assert any("heron.txt" in text for text, _, _ in chat.complete(f"see @{tmp_path}/her"))
 
 
 def test_export_writes_markdown_and_json_and_overwrites_nothing(chats: FakeChats, tmp_path: Path) -> None:
@@ -311,17 +308,17 @@ def test_session_save_load_search_by_title(chats: FakeChats, tmp_path: Path) -> 
 
 
 def test_killed_in_the_middle_of_an_answer_it_continues_with_what_was_said(
-    terminals: Chats, tmp_path: Path
+    chats: FakeChats, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = terminals(answers=["word " * 500], piece=5, delay=0.01)
+    """What is on the disk in the middle of an answer is all that a killed chat leaves."""
+    monkeypatch.setattr("tinychat_mlx.apps.chat.session.PIECE_S", 0)
+    first = chats(answers=["word " * 500], piece=5)
     first.prompt()
     first.type("go" + ENTER)
     first.wait("word " * 10)
-    (file,) = (tmp_path / "data" / "sessions").iterdir()
-    first.wait(lambda _: file.read_text().count("word ") >= 10)
-    first.child.kill(9)
-    first.exit_code()
-    second = terminals("--continue", answers=["A2"], log=str(tmp_path / "log"))
+    shutil.copytree(tmp_path / "data", tmp_path / "left")
+    env = {"TINYCHAT_DATA": str(tmp_path / "left")}
+    second = chats("--continue", answers=["A2"], log=str(tmp_path / "log"), env=env)
     assert "resumed: go (2 messages)" in second.prompt()
     second.say("on")
     seen = asked(tmp_path)

@@ -1,10 +1,12 @@
-"""Going on with a long chat: nothing of it is computed again, in the real program with the bundled model."""
+"""Going on with a long chat: nothing of it is computed again, with the bundled model."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,14 @@ import pytest
 
 if sys.platform == "win32":
     pytest.skip("needs a POSIX pseudo-terminal", allow_module_level=True)
-from chat_screen import CTRL_D, ENTER, Chats, Screen
+from chat_screen import CTRL_D, ENTER
 from fake_terminal import FakeChats, FakeScreen
 
 DEMO = ("-m", "demo", "--backend", "cpu", "--temperature", "0", "--max-tokens", "40")
 WORDS = "the small fox said that it was late and went home over the hill to sleep by the old river "
 
 
-def tell(chat: Screen | FakeScreen, text: str, answers: int) -> None:
+def tell(chat: FakeScreen, text: str, answers: int) -> None:
     """Paste a message and wait for the so-manieth answer of this run."""
     chat.prompt(60)
     chat.type(f"\x1b[200~{text}\x1b[201~")
@@ -40,7 +42,7 @@ def long_chat(chats: Any, *args: str, messages: int = 3, leave: bool = True) -> 
     return chat
 
 
-def last_prompt(chat: Screen | FakeScreen) -> tuple[int, int]:
+def last_prompt(chat: FakeScreen) -> tuple[int, int]:
     """-> tokens of the last prompt, and how many of them were reused."""
     found = re.search(r"last prompt +([\d,]+) tokens, ([\d,]+) of them reused", chat.say("/stats", 60))
     assert found is not None
@@ -111,14 +113,24 @@ def test_without_a_usable_cache_the_chat_goes_on_and_computes(
     assert chat.exit_code() == 0
 
 
-def test_killed_after_an_answer_it_still_has_all_but_the_last_part(terminals: Chats) -> None:
-    """Whole parts are on disk soon after each answer; the last, unfinished one is written when the chat is left."""
-    chat = long_chat(terminals, messages=2, leave=False)
-    folder = terminals.folder / "cache" / "prefixes"
-    chat.wait(lambda _: folder.exists() and len(list(folder.glob("*.safetensors"))) >= 7, 60)
-    chat.child.kill(9)
-    chat.exit_code()
-    again = terminals(*DEMO, "--continue", real=True, rows=50, columns=120)
+def test_killed_after_an_answer_it_still_has_all_but_the_last_part(chats: FakeChats, tmp_path: Path) -> None:
+    """Whole parts are on disk soon after each answer; the last, unfinished one is written when the chat is left.
+
+    What is on the disk before that is all that a killed chat leaves.
+    """
+    long_chat(chats, messages=2, leave=False)
+    folder, end = tmp_path / "cache" / "prefixes", time.monotonic() + 300
+    while len(list(folder.glob("*.safetensors"))) < 7:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    env = {
+        "TINYCHAT_DATA": str(tmp_path / "left" / "data"),
+        "TINYCHAT_CACHE": str(tmp_path / "left" / "cache"),
+    }
+    for name in ("data", "cache"):
+        partial = shutil.ignore_patterns("*.partial")
+        shutil.copytree(tmp_path / name, tmp_path / "left" / name, ignore=partial)
+    again = chats(*DEMO, "--continue", real=True, rows=50, columns=120, env=env)
     tell(again, "who are you?", 1)
     prompt, reused = last_prompt(again)
     assert reused >= 7 * 256 and prompt - reused < 256 + 40
