@@ -193,22 +193,19 @@ def test_the_script_for_bash_has_nothing_that_a_macs_lacks() -> None:
         subprocess.run([shell, *START[shell], "-n", "-c", SCRIPTS[shell]], check=True)
 
 
-def test_tab_takes_at_most_200_ms_and_imports_nothing_heavy(env: dict[str, str]) -> None:
-    """CPU time, best of five, of the dearest: model names."""
-    import resource
-
+def test_tab_imports_few_modules_and_nothing_heavy(env: dict[str, str]) -> None:
+    """Of the most expensive word, a model's name: 127 modules beyond Python's own when this was written."""
     asked = {"_TINYCHAT_COMPLETE": "bash", "COMP_LINE": "tinychat chat -m "}
-    costs = []
-    for _ in range(5):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run(
-            [sys.executable, "-X", "importtime", "-m", "tinychat_mlx"],
+    done = [
+        subprocess.run(
+            [sys.executable, "-X", "importtime", *program],
             capture_output=True, text=True, check=True, env=env | asked,
-        )  # fmt: skip
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        costs.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert "Org/Cool-Model" in done.stdout and min(costs) <= 0.2
-    imported = set(re.findall(r"\| +([\w.]+)$", done.stderr, re.MULTILINE))
+        )
+        for program in (["-c", "pass"], ["-m", "tinychat_mlx"])
+    ]  # fmt: skip
+    assert "Org/Cool-Model" in done[1].stdout
+    own, imported = (set(re.findall(r"\| +([\w.]+)$", d.stderr, re.MULTILINE)) for d in done)
+    assert len(imported - own) <= 150
     assert "click" in imported
     assert not imported & {"numpy", "rich", "prompt_toolkit", "tokenizers", "huggingface_hub", "torch", "mlx"}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -32,9 +31,8 @@ def started(columns: int, *args: str, code: str = "pass", env: dict[str, str] | 
 
 def stopped(screen: Screen, columns: int, says: str) -> None:
     """Ctrl-C now -> it ends as interrupted, and the screen says how to go on."""
-    end = time.monotonic() + 0.5  # not while the bar is being put up
-    while time.monotonic() < end:
-        screen.pump()
+    drawn = len(screen.raw) + 500  # not while the bar is being put up
+    screen.wait(lambda _: len(screen.raw) > drawn)
     screen.type(CTRL_C)
     screen.wait(lambda text: says in " ".join(text.split()))
     assert screen.exit_code() == 130

@@ -28,7 +28,7 @@ def workers(row_bytes: int = 1 << 18) -> set[str]:
     """Names of the threads that took pieces of some work."""
 
     def work(rows: slice) -> str:
-        barrier.wait(5)  # a thread waits until all have a piece
+        barrier.wait(300)  # a thread waits until all have a piece
         return threading.current_thread().name
 
     barrier = threading.Barrier(parallel.count())
@@ -63,7 +63,7 @@ def test_one_thread_is_one_thread_for_error_feedback_too(monkeypatch: pytest.Mon
 
     def noted(*args: Any) -> feedback.Codes:
         seen.add(threading.get_ident())
-        barrier.wait(5)  # the halves run at once, where there are two threads
+        barrier.wait(300)  # the halves run at once, where there are two threads
         time.sleep(0.05)  # and a second thread would not wait for the first
         return real(*args)
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,14 +27,30 @@ def backend_and_weight(threads: int) -> tuple[CpuBackend, object, np.ndarray, np
     return backend, handle, x, backend.to_host(backend.linear(x, handle))
 
 
-def test_idle_threads_take_no_processor_time() -> None:
-    backend_and_weight(4)  # dies here, and its threads with it
+def threads() -> set[str]:
+    return set(os.listdir("/proc/self/task"))
+
+
+def ran(thread: str) -> tuple[str, str]:
+    """Its state (S: asleep), and the nanoseconds it ran."""
+    folder = Path("/proc/self/task", thread)
+    state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+    return state, (folder / "schedstat").read_text().split()[0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the system shows no thread's state")
+def test_idle_threads_sleep() -> None:
+    """Not for an instant does one of them run, however busy the machine is."""
+    backend_and_weight(4)  # ends here, and its threads with it
+    before = threads()
     backend, handle, x, y = backend_and_weight(4)
-    time.sleep(0.05)
-    before = time.process_time()
-    time.sleep(0.5)
-    # three threads that never slept would take up to 1.5 s
-    assert time.process_time() - before < 0.05
+    mine, end = threads() - before, time.monotonic() + 300
+    assert len(mine) == 3
+    while {ran(thread)[0] for thread in mine} != {"S"}:
+        assert time.monotonic() < end, "they look for work all the time"
+    then = {thread: ran(thread) for thread in mine}
+    time.sleep(0.2)
+    assert {thread: ran(thread) for thread in mine} == then
     assert np.array_equal(backend.linear(x, handle), y)  # type: ignore[arg-type]
 
 
@@ -91,7 +108,7 @@ def test_busy_processors_make_the_team_smaller_and_change_no_result() -> None:
     backend, handle, x, y = backend_and_weight(processors + 1)
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * processors)]
     try:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 300
         while backend.engine.team == processors + 1 and time.monotonic() < end:
             assert np.array_equal(backend.to_host(backend.linear(x, handle)), y)  # type: ignore[arg-type]
         smaller = backend.engine.team

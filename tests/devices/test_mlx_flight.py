@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -87,20 +86,18 @@ def test_the_cache_is_written_in_place(compiled: bool, tiny_root: Path) -> None:
 
 
 def test_a_token_is_read_while_the_next_step_runs() -> None:
-    """Reading must not be one more operation of the device: it would wait behind the step in flight."""
-    b = MlxBackend(exact=True)
-    b.enter()
-    x = mx.random.normal((600, 600))
-    token = mx.array([3], mx.int32) + 1
-    mx.eval(x, token)
-    for _ in range(4):
-        x = x @ x
-    start = time.perf_counter()
-    mx.async_eval(x)
-    assert b.to_host(token).tolist() == [4.0]
-    read = time.perf_counter() - start
-    mx.eval(x)
-    assert read < (time.perf_counter() - start) / 3
+    """Reading must not be one more operation of the device: it would wait behind the step in flight.
+
+    An array that only gives its values: MLX can compute nothing with it.
+    """
+
+    class Token:
+        dtype = mx.int32
+
+        def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+            return np.array([4], np.int32)
+
+    assert MlxBackend(exact=True).to_host(Token()).tolist() == [4.0]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "int32"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import layouts
 import numpy as np
 import pytest
+from counting import calls
 
 from tinychat_mlx.checkpoint import Checkpoint
 from tinychat_mlx.errors import FormatError
@@ -274,8 +274,8 @@ def test_other_bits_and_odd_outputs_are_refused_for_autoawq() -> None:
         awq_entries(Packed(MODULE, words, s[:8], s[:8], 8, 64))
 
 
-def test_a_seven_billion_models_layer_is_read_fast_and_in_place() -> None:
-    """11008 x 4096: a third of a second, and no more memory than the result and small change."""
+def test_a_seven_billion_models_layer_is_read_by_few_operations_on_whole_arrays() -> None:
+    """11008 x 4096: no loop over rows in Python, and no more memory than the result and small change."""
     words = np.random.default_rng(0).integers(0, 2**32, (4096, 11008 // 8), dtype=np.uint32)
     jobs = {
         "gemm": lambda: nibbles.transpose(words, ORDER),
@@ -283,9 +283,7 @@ def test_a_seven_billion_models_layer_is_read_fast_and_in_place() -> None:
         "llm-awq": lambda: deinterleave(words.reshape(11008 // 4, -1)),
     }
     for name, job in jobs.items():
-        began = time.process_time()
-        job()
-        assert time.process_time() - began < 0.3, name  # measured 0.06
+        assert calls(job) < len(words), name
         tracemalloc.start()
         job()
         assert tracemalloc.get_traced_memory()[1] < words.nbytes + (4 << 20), name

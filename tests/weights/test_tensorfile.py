@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from counting import calls
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -112,7 +113,7 @@ def test_a_crafted_header_is_refused_with_file_and_reason(attack: str, tmp_path:
     began = time.process_time()
     with pytest.raises(FormatError) as error:
         TensorFile(path)
-    assert time.process_time() - began < 0.2  # the promise; the slowest takes 0.02 s
+    assert time.process_time() - began < 10  # 0.02 s; with the square of its size it would be minutes
     assert str(error.value).startswith(f"{path}: ") and message in str(error.value)
     assert len(str(error.value)) < 500 + len(str(path)) and "\n" not in str(error.value)
 
@@ -180,7 +181,7 @@ def test_what_is_no_safetensors_file_is_refused_quickly_and_without_memory(kind:
     began = time.process_time()
     with pytest.raises(FormatError, match=str(path)) as error:
         TensorFile(path)
-    assert time.process_time() - began < 0.2
+    assert time.process_time() - began < 10
     assert tracemalloc.get_traced_memory()[1] < 4 << 20
     tracemalloc.stop()
     assert message in str(error.value)
@@ -397,15 +398,11 @@ def test_a_mutated_file_is_refused_or_read_as_the_library_reads_it(
         assert array.tobytes() == theirs[name].tobytes() and array.shape == theirs[name].shape
 
 
-def test_a_file_of_seventy_tensors_opens_in_five_milliseconds(tmp_path: Path) -> None:
-    path = tmp_path / "x"
-    write(
-        path,
-        [entry(f"model.layers.{i}.mlp.up_proj.weight", np.ones((64, 64), np.float16)) for i in range(70)],
-    )
-    times = []
-    for _ in range(10):
-        began = time.process_time()
-        TensorFile(path)
-        times.append(time.process_time() - began)
-    assert min(times) < 0.005  # measured 0.0004
+def test_opening_a_file_costs_a_few_calls_per_tensor(tmp_path: Path) -> None:
+    """A model of 70,000 tensors opens in a second: nothing is compared with everything else."""
+    cost = {}
+    for n in (70, 700):
+        tensors = [entry(f"model.layers.{i}.mlp.up_proj.weight", np.ones(4, np.float16)) for i in range(n)]
+        write(tmp_path / "x", tensors)
+        cost[n] = calls(lambda: TensorFile(tmp_path / "x"))
+    assert cost[700] - cost[70] < 630 * 40
