@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import proofs
 import pytest
+from checkout import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 # Workers share the cores, so NumPy and torch, which are imported later, get one thread each. OMP_NUM_THREADS
 # is not set, because it is also an option of tinychat.
 os.environ["OPENBLAS_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
-# pytest-xdist sets them for its workers; programs in a terminal of their own must ask the terminal.
+# pytest-xdist sets these for its workers; a program in a terminal of its own must ask the terminal.
 for size in ("COLUMNS", "LINES"):
     os.environ.pop(size, None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test connects to a hub
@@ -36,8 +37,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(scope="session")
 def tiny_root() -> Path:
-    """The folder of tiny models, shared by all workers and later runs (tiny_models.py)."""
-    return Path(__file__).resolve().parent.parent / "build" / "tiny-models"
+    """The folder of tiny models that all workers and later runs share (tiny_models.py)."""
+    return ROOT / "build" / "tiny-models"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

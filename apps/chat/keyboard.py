@@ -1,20 +1,19 @@
-"""Deliver Ctrl-C as a signal while a line is read (systems with termios).
+"""Ctrl-C at the prompt and right after Enter, where there is termios.
 
-A line editor usually reads Ctrl-C as a key. If it is pressed directly after Enter, its byte stays in the queue while
-the answer runs. Here the terminal always sends a signal. The editor's own handler is not used, because it loses a
-signal that arrives while the editor closes.
+The editor reads Ctrl-C as a key. While an answer runs, the terminal sends it as a signal. Neither may miss a Ctrl-C that
+comes between the two: its byte may still be in the terminal's queue, or the editor may have read it behind Enter.
+
+Ctrl-C is no signal at the prompt, for the kernel then also discards output that the terminal has not read yet: with
+it go moves of the cursor, and the editor would draw in the wrong place.
 """
 
 from __future__ import annotations
 
-import os
 import signal
-import termios
-from contextlib import AbstractContextManager
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from prompt_toolkit.input.vt100 import Vt100Input, raw_mode
+from prompt_toolkit.input.typeahead import get_typeahead, store_typeahead
 from prompt_toolkit.key_binding.key_processor import KeyPress
 from prompt_toolkit.keys import Keys
 
@@ -22,31 +21,8 @@ if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
 
 
-class _Raw(raw_mode):
-    """Raw mode with Ctrl-C as a signal. On a signal, the kernel discards typed input that was not yet read."""
-
-    @classmethod
-    def _patch_lflag(cls, attrs: int) -> int:
-        return super()._patch_lflag(attrs) | termios.ISIG
-
-    def __enter__(self) -> None:
-        super().__enter__()
-        attributes = termios.tcgetattr(self.fileno)
-        off = bytes([os.fpathconf(self.fileno, "PC_VDISABLE") & 0xFF])
-        for key in (termios.VSUSP, termios.VQUIT):  # Ctrl-Z and Ctrl-\ remain keys
-            attributes[6][key] = off
-        termios.tcsetattr(self.fileno, termios.TCSANOW, attributes)
-
-
-class Signals(Vt100Input):
-    """A terminal input that delivers Ctrl-C as a signal while keys are read."""
-
-    def raw_mode(self) -> AbstractContextManager[None]:
-        return _Raw(self.fileno())
-
-
 class Reading:
-    """Reads one line. Ctrl-C is an editor key while the editor runs, and KeyboardInterrupt before and after."""
+    """One line being read. A signal is the editor's key while it takes keys, KeyboardInterrupt before and after."""
 
     def __init__(self, session: PromptSession[str]) -> None:
         self.app, self.waiting = session.app, False
@@ -56,12 +32,26 @@ class Reading:
         """Read a line. Raises KeyboardInterrupt, EOFError."""
         before = signal.signal(signal.SIGINT, self._press)
         try:
+            # The library's own handler forgets a signal that comes while the editor closes.
             text = self.session.prompt(default=prefill, handle_sigint=False, pre_run=self._hand_on)
+            interrupted = self._typed_after_enter()
         finally:
             signal.signal(signal.SIGINT, before)
-        if self.waiting:  # it arrived after the line was sent
+        if interrupted or self.waiting:
             raise KeyboardInterrupt
         return text
+
+    def _typed_after_enter(self) -> bool:
+        """Whether Ctrl-C followed Enter. The next prompt gets the keys after it, or all keys without one.
+
+        The terminal sends signals again by now, so a Ctrl-C that is not among these keys is one.
+        """
+        keys = get_typeahead(self.app.input)
+        while more := self.app.input.read_keys():
+            keys += more
+        at = max((i for i, key in enumerate(keys) if key.key == Keys.ControlC), default=-1)
+        store_typeahead(self.app.input, keys[at + 1 :])
+        return at >= 0
 
     def _press(self, number: int, frame: FrameType | None) -> None:
         self.waiting = True

@@ -17,7 +17,6 @@ from tinychat_mlx.apps.terminal import Terminal
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import Completer
-    from prompt_toolkit.input import Input
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 Fragments = list[tuple[str, str]]
@@ -109,7 +108,6 @@ class RichReader:
             prompt_continuation=lambda width, line, wraps: [("class:more", "  " if wraps else glyphs.more)],
             multiline=True,
             history=kept,
-            input=_input(),
             key_bindings=_keys(),
             completer=_completer(self.complete),
             complete_while_typing=Condition(lambda: self._completes()),
@@ -127,15 +125,6 @@ class RichReader:
     def _completes(self) -> bool:
         text = self.session.default_buffer.document.text_before_cursor
         return text.startswith("/") or "@" in text
-
-
-def _input() -> Input | None:
-    """Return the terminal's input; None: the library's default."""
-    if sys.platform == "win32":
-        return None
-    from tinychat_mlx.apps.chat.keyboard import Signals
-
-    return Signals(sys.stdin)
 
 
 def _keys() -> KeyBindings:

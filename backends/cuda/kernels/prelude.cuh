@@ -1,6 +1,6 @@
-// The few instructions that the kernels need beyond CUDA's built-ins. No toolkit header is needed: NVRTC compiles this
-// text followed by a kernel's. tests/cuda/emulator.h defines the same names on a CPU. A half is its 16 bits (u16); two
-// halves are a u32 with the first in the low bits.
+// The few instructions the kernels need beyond CUDA's built-ins, so that no header of a toolkit is needed:
+// NVRTC compiles this text with a kernel's appended. tests/emulators/cuda/emulator.h gives the same names on a CPU.
+// A half is the 16 bits of it (u16), two halves are a u32 with the first in the low bits.
 #pragma once
 typedef unsigned int u32;
 typedef unsigned short u16;
