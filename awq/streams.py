@@ -94,7 +94,7 @@ class HalfRows:
 
     @property
     def width(self) -> int:
-        return self.values.shape[1]
+        return int(self.values.shape[1])
 
     def put(self, start: int, x: F32) -> None:
         """Store x (n, K) from row `start` on."""

@@ -1,8 +1,8 @@
 """Streaming decoding of tokens: the joined pieces equal the text of decoding all tokens at once.
 
-Byte-level vocabularies (most models) go through an incremental UTF-8 decoder; all others are decoded again
-over a window of a few tokens. tokenizers' own DecodeStream is not used: its text is not always that of
-decode() (tests/text/test_tokenizer.py shows where).
+Byte-level vocabularies (most models) use an incremental UTF-8 decoder. All others decode a window of a few tokens
+again. tokenizers' DecodeStream is not used, because its text can differ from that of decode()
+(tests/text/test_tokenizer.py has examples).
 """
 
 from __future__ import annotations

@@ -98,9 +98,10 @@ class Form:
     shortlist: float | None = None  # a head in halves: the share read at full width; None: everything at once
 
 
-# Of a head in halves (head.py) the upper ones are read, and the lower ones of this share of its tiles. The demo's held-out
-# text needs 0.2 % for the likeliest token, 2 % for one drawn at a temperature of 0.7, 7 % at 1 and 14 % at 1 with top_p 1
-# (tests/emulators/metal/test_head.py holds them to it). mlx-lm's bytes would be reached at 27 % for llama-3.2-1b.
+# Of a head in halves (head.py) all upper halves are read, and the lower halves of this share of its tiles.
+# The demo's held-out text needs 0.2 % for the most likely token, 2 % for one sampled at a temperature of 0.7,
+# 7 % at 1 and 14 % at 1 with top_p 1 (checked by tests/emulators/metal/test_head.py). mlx-lm's bytes would be reached
+# at 27 % for llama-3.2-1b.
 SHORTLIST = 1 / 16
 BETWEEN = 15  # bytes per row that the kernels pass on: the estimate, and a quarter of the tile's bounds
 
@@ -137,7 +138,7 @@ def halved_bytes(n: int, k: int, group_size: int, share: float, itemsize: int = 
 
 
 def launches_per_token(shape: Shape, form: Form) -> int:
-    """Kernels started for one token; equals the count of MLX's trace (tests/emulators/metal/test_model.py)."""
+    """Return the kernel launches per token. Equals the count in MLX's trace (tests/emulators/metal/test_model.py)."""
     layer = 2 + 2 + 1  # rope of q and k, two cache writes, attention
     layer += 2 if shape.qk_norm else 0
     if form.fused:

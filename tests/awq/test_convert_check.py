@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny_dense
 
-from tinychat_mlx.awq import layer
+from tinychat_mlx.awq import layer, stream
 from tinychat_mlx.awq.convert import Result, convert
 from tinychat_mlx.awq.evaluate import Quality, evaluate, kl_ratio
+from tinychat_mlx.awq.quantizer import Quantized
 from tinychat_mlx.awq.settings import Settings
+from tinychat_mlx.awq.stream import Progress
 from tinychat_mlx.awq.whole import Rounded, streamed
 from tinychat_mlx.backends.reference import ReferenceBackend
 from tinychat_mlx.checkpoint import Checkpoint
@@ -39,7 +44,7 @@ def sink(root: Path) -> tuple[Path, Settings]:
     weights["model.embed_tokens.weight"][START, 7] = 1000
     for i in range(config["num_hidden_layers"]):
         weights[f"model.layers.{i}.input_layernorm.weight"][7] = (
-            0.05  # or no other token would be attended to
+            0.05  # otherwise no other token would be attended to
         )
     weights["model.layers.1.post_attention_layernorm.weight"][7] = 1
     for role in ("gate", "up"):

@@ -1,4 +1,4 @@
-// Something to count instructions in (tests/emulators/arm/icount.c): a linear layer, or a whole token.
+// Workloads for counting instructions (tests/emulators/arm/icount.c): a linear layer, or a whole token.
 //
 //   count ISA linear KIND ROWS N K GROUP REPEAT    KIND: 4, 8 (bits), head (8, for the largest); ROWS of activations
 //   count ISA token SHAPE LAYERS REPEAT            the first LAYERS layers, all int4, 32 tokens of context
