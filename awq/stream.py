@@ -106,6 +106,7 @@ class LayerQuantizer:
             self._through(rounded, x.rounded)
         del rounded
         layer = self._fed(weights, x) if self.settings.method == "awq+" else self._published(weights, x)
+        trim()
         if not np.isfinite(x.wanted).all():
             raise TinychatError(
                 "its output is not finite on the calibration text: the weights overflow",
@@ -185,6 +186,7 @@ class LayerQuantizer:
                     held.append((given[out].copy(), wanted[out].copy()))
         del run, given, wanted
         rows_held = Held(*(np.concatenate(part) for part in zip(*held, strict=True)))
+        trim()
         kept, report = feed_site(layer.weights, site, moments, rows_held, self.form, s, alpha)
         return replace(layer, parts=layer.parts | kept.parts, reports=(*layer.reports, report))
 
