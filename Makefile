@@ -1,39 +1,51 @@
-# Everything sets itself up: a fresh clone needs python3, make and a C++ compiler.
+# All targets install what they need. A fresh clone needs python3, make and a C++ compiler.
 #   make chat    chat with the bundled model        make test    run the tests
 #   make check   what must be quiet before a commit make wheel   build the wheel of this platform
+#   make lint    the part of it that runs no test    make cross   the native library for macOS and Windows
 #   make sanitize   the native kernels' fuzzer under the address, undefined-behaviour and thread sanitizers (needs cmake)
 PYTHON ?= python3
 BIN := .venv/bin
-# Wheels of torch for Linux bring gigabytes of CUDA: the tests want the CPU build, pinned in pyproject.toml.
+# Wheels of torch for Linux include gigabytes of CUDA: the tests use the CPU build, pinned in pyproject.toml.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# For `make cross`. Each release of zig brings another clang: the version is fixed.
+CROSS := ziglang==0.16.0 'cmake>=3.25,<5' ninja
 
 # A process per core; one that is done takes tests from the others.
 PYTEST := $(BIN)/python -m pytest -n logical --dist worksteal
 
-.PHONY: chat test check format wheel sanitize clean
+.PHONY: chat test check lint cross format wheel sanitize clean
 chat: .venv/chat.done
 	@$(BIN)/tinychat
 
 test: .venv/test.done
 	$(PYTEST) $(TESTS)
 
-check: .venv/test.done
+check: lint cross
+	$(PYTEST) $(TESTS)
+
+NATIVE_FILES = git ls-files '*.cpp' '*.h' '*.metal' '*.cu' '*.cuh'
+lint: .venv/test.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/dev.py links
 	$(BIN)/mypy
-	git ls-files '*.cpp' '*.h' '*.metal' '*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
-	$(PYTEST) $(TESTS)
+	$(NATIVE_FILES) | xargs $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/python -m pytest tests/test_layers.py
+
+# zig, CMake and ninja come from the package registry, so no system package is needed.
+cross: .venv/cross.done
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/cross.py
 
 format: .venv/test.done
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	git ls-files '*.cpp' '*.h' '*.metal' '*.cu' | xargs $(BIN)/clang-format -i
+	$(NATIVE_FILES) | xargs $(BIN)/clang-format -i
 
 wheel: .venv/test.done
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
 
-# Exit code 2 of the fuzzer: an instruction set that this machine has not.
+# Exit code 2 of the fuzzer: this machine lacks the instruction set.
 SANITIZERS := address,undefined thread
 ISAS := scalar avx2 avxvnni avx512vnni neon neondot neoni8mm
 sanitize:
@@ -47,7 +59,7 @@ sanitize:
 	  done; \
 	done
 
-# The native library is built as part of the install: its sources are prerequisites of it.
+# The install builds the native library, so its sources are prerequisites.
 NATIVE := pyproject.toml $(shell find backends/cpu -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
 
 .venv/python.done:
@@ -65,6 +77,11 @@ NATIVE := pyproject.toml $(shell find backends/cpu -name '*.cpp' -o -name '*.h' 
 	@echo "Setting up .venv for the tests (a few minutes, once) …"
 	$(PIP) -e '.[test]'
 	@touch $@ .venv/chat.done
+
+.venv/cross.done: .venv/python.done pyproject.toml
+	@echo "Fetching zig, CMake and ninja (once) …"
+	$(PIP) $(CROSS)
+	@touch $@
 
 clean:
 	rm -rf .venv build dist

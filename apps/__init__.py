@@ -1,1 +1,1 @@
-"""What people run: the command line, the chat, the demo model's making."""
+"""Command line, terminal chat, and the training code of the demo model."""

@@ -1,8 +1,8 @@
-"""The command line: which commands exist, and what happens to an error.
+"""The command line: the table of commands, exit codes, and error output.
 
-    tinychat [chat|run|…]        stdout is the answer, stderr the rest
+    tinychat [chat|run|…]        the answer goes to stdout, everything else to stderr
 
-A command's module is imported when the command runs, so that --help costs click alone.
+A command's module is imported when the command runs, so that --help imports only click.
 """
 
 from __future__ import annotations
@@ -20,24 +20,28 @@ from tinychat_mlx import __version__
 from tinychat_mlx.apps.terminal import forgive_encodings, wrapped
 from tinychat_mlx.errors import TinychatError, UsageError, one_line
 
-# name -> module under tinychat_mlx, the click command in it, help. A row whose module is absent is not shown.
+# name -> module under tinychat_mlx, its click command, help. A row is hidden if its module is missing.
 COMMANDS = {
-    "chat": ("apps.chat.cli", "chat", "Chat in the terminal (also what plain `tinychat` does)."),
+    "chat": ("apps.chat.cli", "chat", "Chat in the terminal (the default command)."),
     "run": ("apps.run", "run", "Answer one prompt: plain text or JSON on stdout."),
     "serve": ("apps.serve", "serve", "Serve an OpenAI-compatible API."),
     "convert": ("apps.convert", "convert", "Quantise a model to int4 with AWQ."),
-    "eval": ("apps.eval", "evaluate", "Measure what quantising lost."),
+    "eval": ("apps.eval", "evaluate", "Measure the quality loss of quantisation."),
     "bench": ("apps.bench", "bench", "Measure speed on this machine."),
-    "models": ("apps.models", "models", "List, fetch, show and remove models."),
-    "config": ("apps.config", "config", "Show the settings, where each comes from, and all there are."),
-    "doctor": ("apps.doctor", "doctor", "Say what was found on this machine and what is missing."),
+    "models": ("apps.models", "models", "List, download, show and remove models."),
+    "config": ("apps.config", "config", "Show the settings, the source of each, and all available ones."),
+    "doctor": (
+        "apps.doctor",
+        "doctor",
+        "Show the devices and software of this machine, and what is missing.",
+    ),
     "completion": ("apps.completion", "completion", "Let bash, zsh or fish complete commands and models."),
 }
 
 EXIT_CODES = {
-    0: "it is done",
-    1: "it failed: the last line on stderr says why",
-    2: "wrong use: an option, an argument or a file that cannot be meant so",
+    0: "success",
+    1: "failure: the last line on stderr states the reason",
+    2: "usage error: an option, argument or file is not valid",
     130: "interrupted (Ctrl-C)",
 }
 
@@ -53,17 +57,17 @@ class Lazy(click.Group):
         if not module or not _exists(module):
             return None
         found: click.Command = getattr(importlib.import_module(f"tinychat_mlx.{module}"), attribute)
-        return _completion().prepare(found) if ctx.resilient_parsing else found  # a shell's Tab
+        return _completion().prepare(found) if ctx.resilient_parsing else found  # for shell completion
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, COMMANDS[name][2]) for name in self.list_commands(ctx)])
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """`tinychat` and `tinychat -m MODEL` mean `tinychat chat …`; `tinychat help COMMAND` its --help."""
+        """Accept `tinychat [-m MODEL]` for `tinychat chat …`, and `tinychat help COMMAND` for its --help."""
         own = ["-h", "--help"] + [name for p in self.params for name in p.opts]
         if ctx.resilient_parsing and not args:
-            return super().parse_args(ctx, args)  # a shell's Tab after `tinychat`: commands
+            return super().parse_args(ctx, args)  # shell completion after `tinychat`: the commands
         if args[:1] == ["help"]:
             args = [*args[1:], "--help"]
         if not args or (args[0].startswith("-") and args[0] not in own):
@@ -78,15 +82,15 @@ def _completion() -> Any:
 def _exists(module: str) -> bool:
     try:
         return importlib.util.find_spec(f"tinychat_mlx.{module}") is not None
-    except ModuleNotFoundError:  # its package is absent
+    except ModuleNotFoundError:  # the parent package is missing
         return False
 
 
 @click.group(
     cls=Lazy,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="`tinychat COMMAND --help` says more. `tinychat config --help` lists the config file's settings, every "
-    "environment variable and the exit codes.",
+    epilog="Run `tinychat COMMAND --help` for details. `tinychat config --help` lists the config file's settings, all "
+    "environment variables and the exit codes.",
 )
 @click.version_option(__version__, prog_name="tinychat")
 @click.option("--debug", is_flag=True, help="Show a traceback with an error.")
@@ -98,23 +102,23 @@ def cli(debug: bool) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line -> its exit code. The edge: every error becomes one line here."""
+    """Run the command line -> its exit code. Every error becomes one line here."""
     forgive_encodings()
     if "_TINYCHAT_COMPLETE" in os.environ:
         return int(_completion().answer())
     args = list(sys.argv[1:] if argv is None else argv)
     options = args[: args.index("--")] if "--" in args else args
     debug = "--debug" in options
-    if debug:  # wherever it stands
+    if debug:  # anywhere on the line
         args.remove("--debug")
     try:
-        # Not cli.main(): it prints a line of its own for Ctrl-C and fails on a broken pipe.
+        # Not cli.main(): it prints a line for Ctrl-C and fails on a broken pipe.
         with cli.make_context("tinychat", args) as context:
             result: Any = cli.invoke(context)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except BrokenPipeError:
-        # The reader has what it wanted. Python flushes stdout once more at exit; give it somewhere to go.
+        # The reader has closed the pipe. Python flushes stdout again at exit, so redirect it to the null device.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (KeyboardInterrupt, click.Abort):
@@ -130,9 +134,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _misused(error: click.ClickException) -> int:
-    """How the command is used, and what was wrong -> exit code."""
+    """Print the usage and the error -> exit code."""
     if isinstance(error, click.UsageError) and error.ctx is not None:
-        click.echo(f"{error.ctx.get_usage()}\n`{error.ctx.command_path} --help` says more.\n", err=True)
+        click.echo(
+            f"{error.ctx.get_usage()}\n`{error.ctx.command_path} --help` prints all options.\n", err=True
+        )
     _say_error(error.format_message())
     return error.exit_code
 
@@ -142,14 +148,12 @@ def _say_error(text: str) -> None:
 
 
 def _report(error: Exception) -> int:
-    """One line on stderr -> exit code."""
+    """Print one line to stderr -> exit code."""
     if isinstance(error, (TinychatError, OSError)):
         text = one_line(error)
     elif isinstance(error, MemoryError):
         text = "out of memory — close other programs, or choose a smaller model or a smaller --context"
     else:
-        text = (
-            f"a defect: {type(error).__name__}: {error} — run `tinychat --debug …` and report what it prints"
-        )
+        text = f"a defect: {type(error).__name__}: {error} — run `tinychat --debug …` and report its output"
     _say_error(text)
     return 2 if isinstance(error, UsageError) else 1

@@ -1,8 +1,8 @@
-"""`tinychat completion SHELL`, and what is offered when the Tab key is pressed: commands, options, models, files.
+"""`tinychat completion SHELL`: shell completion of commands, options, models and files.
 
-Each script asks this program, by its full path, with the line as typed up to the cursor. What may follow is click's
-to know; the scripts are ours: click's asks for bash 4.4, and a Mac has 3.2. This runs at every Tab: nothing heavy is
-imported, and no model is opened.
+Each script runs this program by its full path with the line up to the cursor. click computes the completions. The
+scripts are not click's, because click's needs bash 4.4 and macOS has 3.2. This runs at every Tab key, so it imports
+nothing heavy and opens no model.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from click.shell_completion import CompletionItem, ShellComplete, split_arg_stri
 
 from tinychat_mlx import places
 
-VARIABLE = "_TINYCHAT_COMPLETE"  # the shell that asks
-# PROGRAM becomes the words that start this program. Nothing that bash 3.2 lacks. An answer without a line leaves the
-# word to the shell itself, which knows files and folders; zsh and fish are told which of them (below: LEFT).
+VARIABLE = "_TINYCHAT_COMPLETE"  # the name of the calling shell
+# PROGRAM is replaced by the command that starts this program. The scripts work in bash 3.2. For an empty answer, bash
+# completes files and folders itself; zsh and fish get a marker for either (LEFT, below).
 SCRIPTS = {
     "bash": """\
 _tinychat() {
@@ -72,7 +72,7 @@ LEFT = {"dir": "//dirs", "file": "//files"}
 
 
 def program() -> list[str]:
-    """The words that start this program from any folder."""
+    """Return the command that starts this program from any folder."""
     path = Path(os.path.abspath(sys.argv[0]))
     if path.suffix == ".py" or not path.is_file():  # python -m tinychat_mlx
         return [sys.executable, "-m", "tinychat_mlx"]
@@ -85,10 +85,10 @@ def quoted_for_fish(word: str) -> str:
 
 
 def start_files() -> str:
-    """How to have it in every new shell, where `tinychat` is in no PATH yet."""
+    """Return the help on enabling completion in every new shell, with the full path of this program."""
     here, in_fish = (" ".join(map(quote, program())) for quote in (shlex.quote, quoted_for_fish))
     return (
-        "\b\nTo have it in every new shell:\n"
+        "\b\nTo enable it in every new shell:\n"
         f'  ~/.bashrc  eval "$({here} completion bash)"\n'
         f'  ~/.zshrc   eval "$({here} completion zsh)"\n'
         f"  fish       {in_fish} completion fish > ~/.config/fish/completions/tinychat.fish"
@@ -100,18 +100,20 @@ def start_files() -> str:
 def completion(shell: str) -> None:
     """Print the script that lets a shell complete commands, options and models with Tab.
 
-    It holds this program's full path, so it works wherever `tinychat` is installed.
+    The script has this program's full path, so it works wherever `tinychat` is installed.
     """
     quote = quoted_for_fish if shell == "fish" else shlex.quote
     click.echo(SCRIPTS[shell].replace("PROGRAM", " ".join(map(quote, program()))), nl=False)
 
 
 def answer() -> int:
-    """Print what may stand where the Tab key was pressed, a line each -> exit code."""
+    """Print the completions at the cursor, one per line -> exit code."""
     from tinychat_mlx.apps.cli import cli
 
     shell, line = os.environ[VARIABLE], os.environ.get("COMP_LINE", "")
-    *words, last = split_arg_string(f"{line}x")  # the x, taken off again, is a word of its own after a space
+    *words, last = split_arg_string(
+        f"{line}x"
+    )  # after a space, the added x is a separate word; it is removed below
     last = last[:-1]
     found = ShellComplete(cli, {}, "tinychat", VARIABLE).get_completions(words[1:], last)
     option = f"{last.partition('=')[0]}=" if last.startswith("-") and "=" in last else ""
@@ -124,20 +126,20 @@ def answer() -> int:
 
 
 def _format(shell: str, option: str, item: CompletionItem, last: str) -> str:
-    """A whole word, and what it means where the shell shows that."""
+    """Return the completed word, with its description if the shell shows one."""
     word, meaning = f"{option}{item.value}", " ".join((item.help or "").split())
     if shell == "zsh":
         word = word.replace("\\", "\\\\").replace(":", "\\:")
         return f"{word}:{meaning}" if meaning else word
     if shell == "fish":
         return f"{word}\t{meaning}" if meaning else word
-    # bash replaces no more than what stands behind its last break: in --model=a what follows the =.
+    # bash replaces only the text after its last word break: in --model=a the part after the =.
     here = os.environ.get("COMP_WORD", "").lstrip("=")
     return word[len(last) - len(here) :] if last.endswith(here) else word
 
 
 def prepare(command: click.Command) -> click.Command:
-    """Give the parameters of a command, and of those below it, the types that complete models, folders and files."""
+    """Set the parameter types that complete models, folders and files, for a command and its subcommands."""
     for param in command.params:
         metavar = param.metavar or ""
         if param.name == "model" or metavar.startswith(("MODEL", "SRC")):
@@ -154,7 +156,7 @@ def prepare(command: click.Command) -> click.Command:
 
 
 class ModelName(click.types.StringParamType):
-    """Models at hand, else folders; recommended: models worth fetching."""
+    """Completes local models, else folders; recommended: models to download."""
 
     name = "model"
 
@@ -170,7 +172,7 @@ class ModelName(click.types.StringParamType):
 
 
 def _here() -> Iterator[str]:
-    """The demo, the models of the hub's cache, and those we converted."""
+    """Yield the demo, the models in the hub's cache, and the converted models."""
     yield "demo"
     for folder in sorted(places.hub_cache().glob("models--*--*")):
         if any(folder.glob("snapshots/*/config.json")):

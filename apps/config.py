@@ -1,6 +1,6 @@
-"""The config file: settings and presets in TOML, and `tinychat config` to see what counts and why.
+"""The config file (settings and presets in TOML), and `tinychat config`, which shows settings and their sources.
 
-`tinychat config --help` is where everything that can be set is written down.
+`tinychat config --help` documents every setting.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ model = "Qwen/Qwen2.5-Coder-1.5B-Instruct-AWQ"
 system = "@~/prompts/coder.txt"
 stop = ["END"]
 """
-FORMAT = """TOML. Each option of `tinychat chat` may stand there, with _ for - in its name; so may `preset`, the one to take
-without --preset. A flag wins over the environment, that over the preset, that over the rest of the file, that over
-the model's generation_config.json, that over what is built in. `tinychat config show --origin` says which did."""
-HUBS = """HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN and HF_ENDPOINT mean what they do for huggingface-hub, HTTPS_PROXY
-and NO_COLOR what they do elsewhere."""
+FORMAT = """TOML. Every option of `tinychat chat` is a key, with _ for - in its name. `preset` names the preset to use
+without --preset. Order of precedence: flag, environment variable, preset, rest of the file, the model's
+generation_config.json, built-in default. `tinychat config show --origin` prints the source of each value."""
+HUBS = """HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN and HF_ENDPOINT work as in huggingface-hub; HTTPS_PROXY and
+NO_COLOR as usual."""
 
 
 def config_path() -> Path:
-    """TINYCHAT_CONFIG, or config.toml in the platform's folder for settings."""
+    """Return TINYCHAT_CONFIG, or config.toml in the platform's config folder."""
     if named := os.environ.get("TINYCHAT_CONFIG"):
         return Path(named)
     from platformdirs import user_config_path
@@ -45,7 +45,7 @@ def config_path() -> Path:
 
 
 def settings(preset: str | None = None) -> dict[str, Any]:
-    """What the file sets, the preset's settings over the others. Raises SettingsError naming file and key."""
+    """Return the settings in the file, with the preset's values over them. Raises SettingsError."""
     path = config_path()
     if not path.is_file():
         if preset:
@@ -85,7 +85,7 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as e:
         where, what, remedy = refusal(e)
         raise SettingsError(what, where=where, remedy=remedy) from None
-    except ValueError as e:  # a TOML error names line and column
+    except ValueError as e:  # the message of a TOML error has line and column
         raise SettingsError(f"not TOML: {e}", where=path) from None
     return found
 
@@ -97,7 +97,7 @@ def _checked(where: str, table: dict[str, Any]) -> dict[str, Any]:
     for name, value in table.items():
         if name not in kinds:
             near = difflib.get_close_matches(name, [*kinds, "preset", "presets"], 1)
-            remedy = f"use {near[0]!r}, if you meant that" if near else f"use one of {', '.join(kinds)}"
+            remedy = f"use {near[0]!r}" if near else f"use one of {', '.join(kinds)}"
             raise SettingsError(f"unknown setting {name!r}", where=where, remedy=remedy)
         try:
             kinds[name](value)
@@ -108,7 +108,7 @@ def _checked(where: str, table: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Everything(click.Group):
-    """Help that goes on with the file's format, the environment's variables and the exit codes."""
+    """Adds the file's format, the environment variables and the exit codes to the help."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         from tinychat_mlx.apps import environment
@@ -127,17 +127,17 @@ class _Everything(click.Group):
 
 @click.group(cls=_Everything)
 def config() -> None:
-    """Show the settings and where each comes from. Below: all that can be set, and exit codes."""
+    """Show the settings and the source of each. Below: all settings, environment variables and exit codes."""
 
 
 @config.command()
 def path() -> None:
-    """Print where the config file is looked for."""
+    """Print the path of the config file."""
     click.echo(config_path())
 
 
 def _show(ctx: click.Context, /, origin: bool, as_json: bool, **values: Any) -> None:
-    """Print every setting that `tinychat chat` would begin with; takes the same options."""
+    """Print every setting of `tinychat chat`. Takes the same options."""
     from tinychat_mlx.apps.options import SAMPLING, origins
 
     found = origins(ctx)
@@ -150,7 +150,7 @@ def _show(ctx: click.Context, /, origin: bool, as_json: bool, **values: Any) -> 
         return
     for name, row in rows.items():
         value = (
-            "(as the model says)" if row["value"] is None else json.dumps(row["value"], ensure_ascii=False)
+            "(the model's default)" if row["value"] is None else json.dumps(row["value"], ensure_ascii=False)
         )
         click.echo(f"{name} = {value}" + (f"  # {row['origin']}" if origin else ""))
 
@@ -160,7 +160,7 @@ def _make_show() -> click.Command:
 
     command = click.pass_context(_show)
     command = click.option("--json", "as_json", is_flag=True, help="As one JSON object.")(command)
-    command = click.option("--origin", is_flag=True, help="Say where each value comes from.")(command)
+    command = click.option("--origin", is_flag=True, help="Print the source of each value.")(command)
     return click.command("show")(model_options(chat_options(sampling_options(command))))
 
 

@@ -18,7 +18,7 @@ import click
 from tinychat_mlx.apps.options import BACKENDS, check_writable
 from tinychat_mlx.apps.terminal import wrapped
 from tinychat_mlx.errors import UsageError
-from tinychat_mlx.words import size
+from tinychat_mlx.words import lasting, size
 
 if TYPE_CHECKING:
     from tinychat_mlx.awq.convert import Result
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from tinychat_mlx.checkpoint import Checkpoint
 
 
-# Options that say how codes are chosen, and how much was lost.
+# Options that affect only the quantisation and its report.
 QUANTISING = ("method", "w_bit", "group_size", "head", "calib", "calib_tokens", "seed", "report_text")
 
 
@@ -42,7 +42,7 @@ QUANTISING = ("method", "w_bit", "group_size", "head", "calib", "calib_tokens", 
 @click.option("--method", type=click.Choice(["rtn", "awq", "awq+"]), default="awq+", show_default=True,
               help="Plain rounding, the published AWQ, or AWQ with error feedback.")  # fmt: skip
 @click.option(
-    "--w-bit", type=click.Choice(["3", "4", "8"]), default="4", show_default=True, help="Bits a weight."
+    "--w-bit", type=click.Choice(["3", "4", "8"]), default="4", show_default=True, help="Bits per weight."
 )
 @click.option("--group-size", type=click.Choice(["auto", "32", "64", "128"]), default="auto", show_default=True,
               help="Inputs that share a scale (auto: the largest that fits every matrix).")  # fmt: skip
@@ -54,27 +54,23 @@ QUANTISING = ("method", "w_bit", "group_size", "head", "calib", "calib_tokens", 
               help="Calibration text: .txt, .jsonl chats, a dataset's id, or the model's own.")  # fmt: skip
 @click.option("--calib-tokens", type=click.IntRange(0), default=0, metavar="N",
               help="Calibration tokens (0: chosen by the model's size).")  # fmt: skip
-@click.option(
-    "--resume", is_flag=True, help="Go on with an interrupted conversion: same result, byte for byte."
-)
-@click.option(
-    "--force", is_flag=True, help="Replace what is there; try even where memory or disk seem too small."
-)
+@click.option("--resume", is_flag=True, help="Resume an interrupted conversion: byte-identical result.")
+@click.option("--force", is_flag=True, help="Overwrite an existing model; ignore the memory and disk check.")
 @click.option("--dry-run", is_flag=True, help="Print time, memory and disk; write nothing.")
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True,
-              help="Where the model runs for calibration.")  # fmt: skip
+              help="Backend for the calibration.")  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="CPU threads.")
 @click.option(
     "--report", type=click.Path(path_type=Path), metavar="DIR", help="Write a report: Markdown, JSON, plots."
 )
 @click.option("--report-text", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
-              help="Text the report measures on (default: what the calibration left of its own).")  # fmt: skip
-@click.option("--seed", type=click.IntRange(0), default=0, metavar="N", help="Of the calibration text.")
+              help="Text to measure on (default: calibration text that was not used).")  # fmt: skip
+@click.option("--seed", type=click.IntRange(0), default=0, metavar="N", help="Seed of the calibration text.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def convert(source: str, target: Path | None, **options: Any) -> None:
     """Quantise SRC (a folder or a Hugging Face id) into the folder DST.
 
-    An SRC that is quantised already keeps its codes and changes its format.
+    A quantised SRC keeps its codes; only its format changes.
     """
     from tinychat_mlx.apps.models.download import folder_of
     from tinychat_mlx.awq.parallel import limited
@@ -110,10 +106,10 @@ def _group_size(option: str) -> int:
 
 
 def _check_places(source: str, target: Path, options: dict[str, Any]) -> None:
-    """Before anything is downloaded. Raises UsageError."""
+    """Check the output paths before any download. Raises UsageError."""
     from tinychat_mlx.awq.target import check_target
 
-    if not options["resume"]:  # or the finished folder may be there
+    if not options["resume"]:  # with --resume the finished folder may exist
         check_target(Path(source) if Path(source).is_dir() else None, target, options["force"])
     check_writable(target, "-o")
     if options["report"] is not None:
@@ -121,7 +117,7 @@ def _check_places(source: str, target: Path, options: dict[str, Any]) -> None:
 
 
 def _refuse_unused(source: Checkpoint) -> None:
-    """Raise UsageError where an option is given that a change of format does not obey, or nothing would change."""
+    """Raise UsageError for options that a change of format ignores, and if nothing would change."""
     from click.core import ParameterSource
 
     if source.quantization.format == "dense":
@@ -167,10 +163,8 @@ def _convert(source: Checkpoint, target: Path, settings: Settings, options: dict
             )  # fmt: skip
     except KeyboardInterrupt:
         now = _identity(target)
-        there = (
-            "nothing" if now is None else "what was there before" if now == before else "the finished model"
-        )
-        note = f"interrupted: at {target} is {there}; repeat the command with --resume to go on"
+        there = "missing" if now is None else "unchanged" if now == before else "finished"
+        note = f"interrupted: {target} is {there}; repeat the command with --resume to continue"
         click.echo(wrapped(note, sys.stderr), err=True)
         raise
     seconds = time.perf_counter() - start
@@ -179,12 +173,12 @@ def _convert(source: Checkpoint, target: Path, settings: Settings, options: dict
 
 
 def _identity(folder: Path) -> int | None:
-    """What tells a folder from another that takes its name."""
+    """Return a value that differs between a folder and another with the same name."""
     return folder.stat().st_ino if folder.exists() else None
 
 
 def _check_report(source: Checkpoint, options: dict[str, Any]) -> None:
-    """Before any work. Raises UsageError."""
+    """Check the report's text before any work. Raises UsageError."""
     from tinychat_mlx.awq.cost import check_text
 
     if options["report_text"] is not None:
@@ -198,7 +192,7 @@ def _report(
     seconds: float,
     screen: Screen,
 ) -> Cost | None:
-    """Measure the finished model and write the report; a model that only changed its format is not measured."""
+    """Measure the finished model and write the report. A change of format is not measured."""
     from tinychat_mlx.awq.cost import cost
     from tinychat_mlx.awq.report import write_report
     from tinychat_mlx.checkpoint import Checkpoint
@@ -259,7 +253,7 @@ def _say(source: Checkpoint, result: Result, seconds: float, cost: Cost | None, 
     for rejected in result.rejected:
         click.echo(f"{rejected.text()}; {result.settings.method} was used instead", err=True)
     if fallen:
-        click.echo(f"plain rounding was kept where nothing was better: {', '.join(fallen)}", err=True)
+        click.echo(f"plain rounding was used, because nothing was better: {', '.join(fallen)}", err=True)
 
 
 def _dry_run(source: Checkpoint, target: Path, settings: Settings, options: dict[str, Any]) -> None:
@@ -274,10 +268,10 @@ def _dry_run(source: Checkpoint, target: Path, settings: Settings, options: dict
         form = {"w_bit": settings.w_bit, "group_size": settings.group_size} if settings.group_size else {}
         click.echo(json.dumps(asdict(found) | form | {"lacks": lacks or None}))
         return
-    if settings.group_size:  # of a quantised source none is asked for: it keeps its codes
+    if settings.group_size:  # a quantised source has none: it keeps its codes
         click.echo(f"form    {settings.form_text}")
     click.echo(
-        f"time    about {_lasting(found.seconds)} on this machine\n"
+        f"time    about {lasting(found.seconds)} on this machine\n"
         f"memory  about {_bytes(found.peak_bytes)} at its peak{_memory_parts(found)}\n"
         f"disk    {_bytes(found.disk_bytes)} while it runs, {_bytes(found.result_bytes)} in the end"
     )
@@ -285,16 +279,12 @@ def _dry_run(source: Checkpoint, target: Path, settings: Settings, options: dict
         click.echo(f"lacks   {lacks}")
 
 
-def _lasting(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
-
-
 def _bytes(n: int) -> str:
     return f"{n / 1e9:.2f} GB" if n >= 1e9 else size(n)
 
 
 def _memory_parts(found: Estimate) -> str:
-    """What is in memory when."""
+    """Format the parts of the peak memory."""
     parts = []
     if found.own_text_bytes:
         parts.append(f"{_bytes(found.own_text_bytes)} while the whole model, at 8 bits, writes its own text")
@@ -305,14 +295,14 @@ def _memory_parts(found: Estimate) -> str:
 
 
 class Screen:
-    """Progress on stderr: a bar with the time left, and a line for each layer; without a terminal, lines alone."""
+    """Progress on stderr: a bar with the time left and a line per layer; without a terminal, only lines."""
 
     def __init__(self, quiet: bool) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         self.console = Console(stderr=True, quiet=quiet)
-        # A terminal adds ^C to the bar: where that made a row more, one would stay.
+        # A terminal prints ^C after the bar. If that wraps, the extra row would stay on the screen.
         self.console.width -= len("^C")
         columns = ("[progress.description]{task.description}", "{task.completed}/{task.total}")
         self.bar = Progress(
@@ -324,7 +314,7 @@ class Screen:
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """The bar, while work goes on; of work that is broken off none is left standing."""
+        """Show the bar while the block runs. An exception removes it."""
         with self.bar:
             try:
                 yield
@@ -361,27 +351,25 @@ class Screen:
 
     def _left(self, p: Progress) -> str:
         """How long the rest of a phase will take: "40 s left", or "" where that is unknown or nothing is left."""
-        from tinychat_mlx.apps.models.download import lasting
-
         seconds = self.rates[p.phase].seconds(p.total - p.done)
         return f"{lasting(seconds)} left" if seconds else ""
 
 
 class Rate:
-    """The time of the rest of a phase, from the later half of its steps so far.
+    """Estimates the time left in a phase from the later half of its steps so far.
 
-    The first steps are slow, as memory and caches are cold, and later ones take longer, as the model's cache grows. The
-    later half has left the first effect behind and follows the second.
+    The first steps are slower (cold memory and caches), and steps get slower as the model's cache grows. The later half
+    excludes the first effect and includes the second.
     """
 
     def __init__(self) -> None:
-        self.times: list[tuple[int, float]] = []  # steps done, and when
+        self.times: list[tuple[int, float]] = []  # number of steps done, and the time
 
     def add(self, done: int) -> None:
         self.times.append((done, time.perf_counter()))
 
     def seconds(self, steps: int) -> float:
-        """The time of so many further steps; 0.0 before one is done."""
+        """Return the time of this many further steps; 0.0 before the first is done."""
         (first, _), (done, now) = self.times[0], self.times[-1]
         middle = bisect.bisect_right(self.times, ((first + done) / 2, math.inf)) - 1
         begun, start = self.times[middle]

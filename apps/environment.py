@@ -1,7 +1,7 @@
-"""Which environment variables count, and what does each do?
+"""The environment variables that tinychat reads, and their descriptions.
 
-`tinychat config --help` prints these tables, `tinychat doctor` looks by them at what is set. Values of the open ones are
-numbers and words of ours, which a bug report may hold; of the closed ones it says no more than that they are set.
+`tinychat config --help` prints these tables. `tinychat doctor` uses them to print variables that are set. Values of
+the OPEN ones are numbers and keywords, safe for a bug report. Of the CLOSED ones it prints only that they are set.
 """
 
 from __future__ import annotations
@@ -13,34 +13,34 @@ import click
 from tinychat_mlx.apps.options import CHATTING, DEFAULTS, LOADING, SAMPLING
 
 OPEN = {
-    "TINYCHAT_WEIGHT_CACHE": "cpu: bytes that packed weights may take on disk; 0: none are kept [a fifth of the disk].",
-    "TINYCHAT_PREFIX_MB": "MB that what was computed of long chats may take on disk; 0: nothing is kept [1024].",
-    "TINYCHAT_CPU_ISA": "cpu: a lower instruction set than the best here, such as avx2, neon or scalar.",
-    "TINYCHAT_KV": "cpu: the conversation's cache in fp16, int8 (half the memory) or fp32 [fp16].",
+    "TINYCHAT_WEIGHT_CACHE": "cpu: disk limit of the packed-weight cache in bytes; 0 disables it [a fifth of the disk].",
+    "TINYCHAT_PREFIX_MB": "Disk limit of the cache of computed chats in MB; 0 disables it [1024].",
+    "TINYCHAT_CPU_ISA": "cpu: an instruction set below the best one, such as avx2, neon or scalar.",
+    "TINYCHAT_KV": "cpu: type of the KV cache: fp16, int8 (half the memory) or fp32 [fp16].",
     "TINYCHAT_MLX_DTYPE": "mlx: float16, bfloat16 (from M3 on) or float32 [float16 on a GPU].",
-    "TINYCHAT_MLX_KV_BITS": "mlx: 4 or 8: the conversation's cache in so many bits [16].",
-    "TINYCHAT_MLX_KERNELS": "mlx: our kernels: off, all, measured, or kinds with commas [measured].",
-    "TINYCHAT_MLX_CAPTURE": "mlx: 1 or 0: whether a step goes through mx.compile [as measured].",
-    "TINYCHAT_CUDA_DEVICE": "cuda: the number of the GPU, or cpu: torch on the CPU, for tests [0].",
-    "TINYCHAT_CUDA_KV": "cuda: the conversation's cache in fp16 or int8 (half the memory) [fp16].",
-    "TINYCHAT_CUDA_KERNELS": "cuda: 0: plain torch without our kernels.",
+    "TINYCHAT_MLX_KV_BITS": "mlx: bits of the KV cache: 4 or 8 [16].",
+    "TINYCHAT_MLX_KERNELS": "mlx: tinychat's kernels: off, all, measured, or a comma-separated list [measured].",
+    "TINYCHAT_MLX_CAPTURE": "mlx: 1 or 0: compile a step with mx.compile [as measured].",
+    "TINYCHAT_CUDA_DEVICE": "cuda: number of the GPU, or cpu for torch on the CPU, for tests [0].",
+    "TINYCHAT_CUDA_KV": "cuda: type of the KV cache: fp16 or int8 (half the memory) [fp16].",
+    "TINYCHAT_CUDA_KERNELS": "cuda: 0: torch without tinychat's kernels.",
 }
 CLOSED = {
     "TINYCHAT_STOP": "End the answer before this text; several with spaces between.",
     "TINYCHAT_PRESET": "As --preset: a set of settings from the config file.",
     "TINYCHAT_CONFIG": "The config file.",
     "TINYCHAT_DATA": "Where chats and what was typed are saved [tinychat-mlx in your folder for data].",
-    "TINYCHAT_CACHE": "Where packed weights and what was computed of chats lie [tinychat-mlx in your cache folder].",
+    "TINYCHAT_CACHE": "The folder of all caches [tinychat-mlx in your cache folder].",
 }
 HUB = {"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_DOWNLOAD_TIMEOUT"}
-ELSEWHERE = {  # not ours, closed
+ELSEWHERE = {  # of other programs, closed
     "HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN", "HF_ENDPOINT", "HTTPS_PROXY", "HTTP_PROXY",
     "CUDA_VISIBLE_DEVICES",
 }  # fmt: skip
 
 
 def options() -> dict[str, str]:
-    """One variable for each option of the chat -> what it does, its values and what counts without it."""
+    """Return the variable of each chat option -> its description, values and default."""
     rows = {**LOADING, **CHATTING, **SAMPLING}
     return {f"TINYCHAT_{name.upper()}": _meaning(name, *row) for name, row in rows.items()}
 
@@ -53,11 +53,11 @@ def _meaning(name: str, kind: Any, text: str) -> str:
 
 
 def ours() -> dict[str, str]:
-    """Every variable that this program reads -> what it does."""
+    """Return every variable that tinychat reads -> its description."""
     return options() | OPEN | CLOSED
 
 
 def shown() -> set[str]:
-    """Those whose values may be told to others: options that are no text, and the open ones."""
+    """Return the variables whose values may be printed: options that are not free text, and the open ones."""
     rows = {**LOADING, **CHATTING, **SAMPLING}
     return {f"TINYCHAT_{name.upper()}" for name, (kind, _) in rows.items() if kind is not str} | {*OPEN, *HUB}

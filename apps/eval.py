@@ -1,4 +1,4 @@
-"""tinychat eval: perplexity of a model on a text, and how far it lies from another model."""
+"""tinychat eval: the perplexity of a model on a text, and its difference from another model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command("eval")
-@click.option("-m", "--model", default="demo", show_default=True, metavar="MODEL", help="What to measure.")
+@click.option("-m", "--model", default="demo", show_default=True, metavar="MODEL", help="Model to measure.")
 @click.option(
     "--text", required=True, type=click.Path(path_type=Path), metavar="FILE", help="A .txt, or .jsonl chats."
 )
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
     "--against", metavar="MODEL", help="The dense model to compare with: adds KL and top-1 agreement."
 )
 @click.option("--window", type=click.IntRange(2), default=512, show_default=True, metavar="N",
-              help="Tokens read at once; perplexities of different windows cannot be compared.")  # fmt: skip
+              help="Tokens per window; perplexities of different windows are not comparable.")  # fmt: skip
 @click.option("--max-tokens", type=click.IntRange(2), metavar="N", help="Measure the first N tokens only.")
 @click.option(
-    "--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="Where to compute."
+    "--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="Device backend."
 )
 @click.option("--exact", is_flag=True, help="Activations in full precision, not int8.")
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="CPU threads.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def evaluate(model: str, text: Path, against: str | None, **options: Any) -> None:
-    """Measure what quantising lost."""
+    """Measure the quality loss of quantisation."""
     from tinychat_mlx.apps.models.download import folder_of
     from tinychat_mlx.awq.calibrate import encoded
     from tinychat_mlx.awq.evaluate import evaluate as measure
@@ -46,7 +46,7 @@ def evaluate(model: str, text: Path, against: str | None, **options: Any) -> Non
         from tinychat_mlx.apps import fit
         from tinychat_mlx.apps.models.facts import local
 
-        found = local(name, folder_of(name))  # with a bar, if it has to be downloaded
+        found = local(name, folder_of(name))  # shows a progress bar if it must be downloaded
         here = {"backend": options["backend"], "exact": exact, "threads": options["threads"]}
         fit.context_for(found, fit.chosen(here), min(options["window"], found.context), lambda text: None)
         return tinychat_mlx.load(name, **here)
@@ -83,5 +83,5 @@ def _lines(q: Quality) -> str:
             f"top-1       {q.told('top1', '.2%')} agree",
         ]
     if "±" not in lines[0]:
-        lines.append("(a single window: of fewer than two no standard error can be told)")
+        lines.append("(no standard error: it needs at least two windows)")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What does a model take in memory on a backend, and does it fit this machine? Known before it is loaded."""
+"""Memory plan: the memory that a model needs on a backend, computed before it is loaded."""
 
 from __future__ import annotations
 
@@ -21,58 +21,53 @@ BASE = 150 << 20  # bytes of Python, NumPy, the tokenizer and a step's activatio
 PROCESS = 60 << 20  # bytes of Python, NumPy and the program: what an answer of the bundled demo takes
 TOKENIZER = 10  # bytes of memory for one of tokenizer.json: 131 MB for 13 MB, with a vocabulary of 128256
 LEAST_CONTEXT = 512  # tokens; less is no conversation
-# Arrays (heads, rows, tokens) of float32 that the attention of `reference` holds at once.
-SCORES = 3
 
 
 class Cost(NamedTuple):
-    """Bytes that a model takes on a backend."""
+    """Bytes of memory that a model needs on a backend."""
 
     weights: int
-    program: int  # with the tokenizer
-    loading: int  # beside the weights, while they are brought in
+    program: int  # includes the tokenizer
+    loading: int  # in addition to the weights, while they are loaded
     running: int  # activations of the longest step
-    per_token: int  # of the context
+    per_token: int  # of context
     files: int = 0  # mapped while they are read
 
     def peak(self, tokens: int) -> int:
-        """The most that a process takes to answer with `tokens` in its cache."""
+        """Return the peak memory of a process that answers with `tokens` in its cache."""
         return self.weights + self.program + max(self.loading, self.running + self.per_token * tokens)
 
     def context(self, free: int, most: int) -> int:
-        """Tokens that fit, of `most`; 0: too few for a conversation."""
+        """Return the number of tokens that fit, at most `most`; 0: too few for a conversation."""
         left = free - self.weights - self.program
         fits = min(most, (left - self.running) // self.per_token) if self.per_token else most
         return fits if left >= self.loading and fits >= min(LEAST_CONTEXT, most) else 0
 
 
 def cost(facts: Facts, backend: Backend) -> Cost:
-    """What a model takes, from its headers and what the backend says of itself. The one formula there is."""
+    """Compute a model's memory from its headers and the backend's costs. All estimates use this function."""
     from tinychat_mlx.backend import CacheShape
     from tinychat_mlx.generate import PREFILL_ROWS
 
     c = facts.config
-    # A card has memory of its own; where it shares the system's, its backend leaves more than this alone.
-    program = 0 if backend.name == "cuda" else BASE
+    program = 0 if backend.own_memory() else BASE
     weights = sum(_held(part, backend) for part in facts.parts) or facts.nbytes
     if c is None:
         return Cost(weights, program, 0, 0, 0, facts.nbytes)
     if program and facts.folder is not None:
         tokenizer = facts.folder / "tokenizer.json"
         program = PROCESS + (TOKENIZER * tokenizer.stat().st_size if tokenizer.exists() else 0)
-    # x, its norm, q k v, the heads' outputs; the MLP's inner rows: each rounded up to a power of two
+    # x, its norm, q k v, the attention output, and the MLP's inner rows, each rounded up to a power of two
     wide = 4 * max(c.hidden_size, c.num_attention_heads * c.head_dim) + c.intermediate_size
     running = round(1.5 * 4 * PREFILL_ROWS * wide)
     token = backend.kv_bytes(CacheShape(c.num_hidden_layers, c.num_key_value_heads, c.head_dim))
-    loading = 0
-    if backend.name == "reference":
-        loading = 4 * max((p.parameters // p.tensors for p in facts.parts), default=0)
-        token += SCORES * 4 * c.num_attention_heads * PREFILL_ROWS
+    token += backend.score_bytes(c.num_attention_heads, PREFILL_ROWS)
+    loading = backend.loading_bytes(max((p.parameters // p.tensors for p in facts.parts), default=0))
     return Cost(weights, program, loading, running, token, facts.nbytes)
 
 
 def _held(part: Part, backend: Backend) -> int:
-    """Bytes of a part's weights as a backend keeps them; norms and biases are float32 everywhere."""
+    """Return the bytes of a part's weights on a backend. Norms and biases are float32 on all of them."""
     if part.sample is None:
         return 4 * part.parameters
     n, k = part.sample.shape
@@ -81,7 +76,7 @@ def _held(part: Part, backend: Backend) -> int:
 
 # the machine -------------------------------------------------------------------------------------------
 def chosen(options: dict[str, Any]) -> Backend:
-    """The backend that a command's options mean. Raises BackendError, UsageError."""
+    """Return the backend for a command's options. Raises BackendError, UsageError."""
     from tinychat_mlx.loading import choose, create
 
     name = "mlx" if options.get("engine") == "mlx-lm" else choose(options["backend"])[0]
@@ -89,7 +84,7 @@ def chosen(options: dict[str, Any]) -> Backend:
 
 
 def look_for(name: str) -> None:
-    """Raises BackendError if a backend plainly cannot run here, without importing its library."""
+    """Raise BackendError if a backend cannot run on this machine, without importing its library."""
     from tinychat_mlx.loading import has_nvidia
 
     if name == "mlx" and sys.platform != "darwin":
@@ -101,17 +96,17 @@ def look_for(name: str) -> None:
 
 
 def free_on(backend: Backend, files: int = 0) -> int:
-    """Bytes that a backend may take on this machine. files: that it is going to map."""
+    """Return the bytes that a backend can allocate on this machine. files: bytes that it will map."""
     memory = backend.memory()
     own = memory.limit - memory.used
-    if backend.name == "cuda" and own > 0:  # may be a card's own memory, of which the system knows nothing
+    if backend.own_memory() and own > 0:
         return own
     return min(own, limits.available(files)) if memory.limit else limits.available(files)
 
 
 # does it fit -------------------------------------------------------------------------------------------
 def usual(facts: Facts, asked: int | None = None) -> int:
-    """Tokens of context that a model is loaded with where memory does not matter."""
+    """Return the default context of a model in tokens, without regard to memory."""
     from tinychat_mlx.loading import DEFAULT_CONTEXT
 
     return min(asked or DEFAULT_CONTEXT, facts.context)
@@ -120,9 +115,9 @@ def usual(facts: Facts, asked: int | None = None) -> int:
 def context_for(
     facts: Facts, backend: Backend, asked: int | None, say: Callable[[str], None], freed: int = 0
 ) -> int | None:
-    """The context to load a model with: as asked, else the usual one, or said aloud the largest that fits.
+    """Return the context for loading: as given, else the default or, with a note, the largest that fits.
 
-    freed: bytes that a model about to go gives back. Raises BackendError, before anything is loaded, if it does not fit.
+    freed: bytes of a model that will be unloaded. Raises BackendError before loading if the model does not fit.
     """
     takes, tokens = cost(facts, backend), usual(facts, asked)
     free = free_on(backend, takes.files) + freed
@@ -132,8 +127,8 @@ def context_for(
     if asked is not None or not fits:
         refuse(facts.name, takes, tokens, free, backend.name, fits)
     say(
-        f"note: a context of {fits:,} tokens, not {tokens:,}: {size(takes.peak(tokens))} of memory would be needed "
-        f"for those, {size(free)} are free"
+        f"note: using a context of {fits:,} tokens: {tokens:,} needs {size(takes.peak(tokens))} of memory, "
+        f"{size(free)} is free"
     )
     return fits
 
@@ -143,25 +138,25 @@ def _with(tokens: int) -> str:
 
 
 def fits(facts: Facts, backend: Backend, asked: int | None, freed: int = 0) -> bool:
-    """Whether `context_for` would find room."""
+    """Whether `context_for` would succeed."""
     takes, tokens = cost(facts, backend), usual(facts, asked)
     free = free_on(backend, takes.files) + freed
     return takes.peak(tokens) <= free or (asked is None and takes.context(free, tokens) > 0)
 
 
 def refuse(name: str, takes: Cost, tokens: int, free: int, backend: str, fits: int = 0) -> None:
-    """Raises BackendError if a model with a context of so many tokens does not fit into `free` bytes."""
+    """Raise BackendError if a model with a context of this many tokens does not fit into `free` bytes."""
     if takes.peak(tokens) > free:
         way = f"use --context {fits}, " if fits else ""
         raise BackendError(
-            f"needs {size(takes.peak(tokens))} of memory on the {backend} backend{_with(tokens)}, {size(free)} are free",
+            f"needs {size(takes.peak(tokens))} of memory on the {backend} backend{_with(tokens)}, {size(free)} is free",
             where=name,
             remedy=f"{way}close other programs, or choose a smaller or more strongly quantised model",
         )
 
 
 def describe(facts: Facts, backend: Backend, asked: int | None, freed: int = 0, to_fetch: int = 0) -> str:
-    """A sentence on download and memory."""
+    """Return a sentence on download size and memory."""
     takes, tokens = cost(facts, backend), usual(facts, asked)
     free = free_on(backend, takes.files) + freed
     fetch = f"{size(to_fetch)} to download, " if to_fetch else ""
@@ -178,19 +173,20 @@ def describe(facts: Facts, backend: Backend, asked: int | None, freed: int = 0, 
 # per backend -------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Room:
-    """What a model takes on a backend of this machine; trouble: why the backend does not run here, or ""."""
+    """Memory of a model on a backend of this machine. trouble: the reason why the backend does not run, or ""."""
 
     backend: str
-    free: int = 0  # bytes it may take
+    free: int = 0  # bytes that it can allocate
     weights: int = 0
     kv_per_token: int = 0
-    context: int = 0  # tokens that fit, at most the model's own; 0: too large
+    context: int = 0  # tokens that fit, at most the model's own maximum; 0: too large
     trouble: str = ""
 
 
 def rooms(*kinds: Facts) -> Iterator[tuple[Room, ...]]:
     """For each backend of the package: does it run here, and how much of each model's context would fit?"""
-    from tinychat_mlx.loading import BACKENDS, create
+    from tinychat_mlx.backend_names import BACKENDS
+    from tinychat_mlx.loading import create
 
     for name in BACKENDS:
         try:
@@ -202,7 +198,7 @@ def rooms(*kinds: Facts) -> Iterator[tuple[Room, ...]]:
 
 
 def room(facts: Facts, backend: Backend) -> Room:
-    """Does a model fit on a backend, and how much of its context?"""
+    """Return the Room of a model on a backend."""
     takes = cost(facts, backend)
     free = free_on(backend, takes.files)
     fits = takes.context(free, facts.context)

@@ -1,7 +1,7 @@
-"""The options that several commands share, and what they mean to `load` and to the sampler.
+"""Options shared by several commands, and their effect on `load` and on sampling.
 
-Each has an environment variable, TINYCHAT_ and its name. A flag wins over the environment, that over the
-config file, that over the model's generation_config.json, that over what is built in.
+Each option has an environment variable, TINYCHAT_ plus its name. Order of precedence: flag, environment variable,
+config file, the model's generation_config.json, built-in default.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from tinychat_mlx import backend_names
 from tinychat_mlx.errors import UsageError
 from tinychat_mlx.words import refusal
 
@@ -20,44 +21,50 @@ if TYPE_CHECKING:
     from tinychat_mlx.model import Model
 
 F = TypeVar("F", bound=Callable[..., Any])
-BACKENDS = ("auto", "mlx", "cuda", "cpu", "reference")
+BACKENDS = ("auto", *backend_names.BACKENDS)
 
 LOADING: dict[str, tuple[Any, str]] = {
     "model": (str, 'A folder, a Hugging Face id, or "demo".'),
-    "backend": (click.Choice(BACKENDS), "Where to compute; a named one fails rather than falls back."),
+    "backend": (click.Choice(BACKENDS), "Device backend. A named backend never falls back to another."),
     "engine": (
         click.Choice(["tinychat", "mlx-lm"]),
-        "Whose graph computes: mlx-lm knows architectures that ours does not (on a Mac).",
+        "Engine: tinychat, or mlx-lm for architectures that tinychat does not support (macOS).",
     ),
     "exact": (bool, "Activations in full precision, not int8 (slower, reproduces the reference)."),
-    "threads": (click.IntRange(1), "CPU threads [OMP_NUM_THREADS, or one a fast core]."),
+    "threads": (click.IntRange(1), "CPU threads [OMP_NUM_THREADS, or one per fast core]."),
     "context": (
         click.IntRange(16),
-        "Tokens the conversation may hold [all the model can, at most 8192, and what fits in memory].",
+        "Context length in tokens [the model's maximum, at most 8192, limited by memory].",
     ),
     "convert": (
         click.Choice(["ask", "always", "never"]),
-        "Make a hub model that is in 16 bits int4, once; without a terminal ask means never.",
+        "Convert a 16-bit hub model to int4, once. Without a terminal, ask means never.",
     ),
 }
 SAMPLING: dict[str, tuple[Any, str]] = {
-    "max_tokens": (click.IntRange(1), "Longest answer, in tokens [what the context has room for]."),
-    "temperature": (click.FloatRange(0), "0 always takes the likeliest token; higher is freer."),
-    "top_k": (click.IntRange(0), "Only the K likeliest tokens (0: all)."),
-    "top_p": (click.FloatRange(0, 1, min_open=True), "Only the likeliest tokens that make up this share."),
-    "min_p": (click.FloatRange(0, 1), "Only tokens at least this share as likely as the likeliest."),
-    "repetition_penalty": (click.FloatRange(0, min_open=True), "Above 1: seen tokens become less likely."),
-    "seed": (click.IntRange(0), "The same seed gives the same answer [another each time]."),
+    "max_tokens": (click.IntRange(1), "Maximum length of the answer in tokens [the rest of the context]."),
+    "temperature": (click.FloatRange(0), "0 is greedy; higher values are more random."),
+    "top_k": (click.IntRange(0), "Sample from the K most likely tokens (0: all)."),
+    "top_p": (
+        click.FloatRange(0, 1, min_open=True),
+        "Sample from the most likely tokens with this total probability.",
+    ),
+    "min_p": (click.FloatRange(0, 1), "Minimum probability, relative to the most likely token."),
+    "repetition_penalty": (
+        click.FloatRange(0, min_open=True),
+        "Above 1, makes tokens that were used less likely.",
+    ),
+    "seed": (click.IntRange(0), "Random seed; the same seed gives the same answer [random]."),
 }
 CHATTING: dict[str, tuple[Any, str]] = {
     "system": (str, "System prompt, or @FILE."),
     "on_full": (
         click.Choice(["stop", "slide", "compact"]),
-        "When the context is full: cut the answer, drop the oldest messages, or sum up; it is always said.",
+        "When the context is full: stop, drop the oldest messages, or summarise. A note is always printed.",
     ),
-    "think": (bool, "Let a model that can think do so, or not [as its template has it]."),
+    "think": (bool, "Enable or disable the thinking of a model that supports it [the template's default]."),
     "plain": (bool, "No colour, no Markdown, no redraws."),
-    "no_save": (bool, "Keep this chat off the disk."),
+    "no_save": (bool, "Do not save this chat."),
 }
 DEFAULTS = {
     "model": "demo",
@@ -72,7 +79,7 @@ DEFAULTS = {
 
 
 def known() -> dict[str, Callable[[Any], Any]]:
-    """Setting -> what checks its value; for the config file."""
+    """Return setting -> the function that checks its value, for the config file."""
 
     def check(kind: Any) -> Callable[[Any], Any]:
         if kind in (bool, str):
@@ -116,7 +123,7 @@ def _option(name: str, kind: Any, text: str) -> Callable[[F], F]:
 
 
 def _use_config(ctx: click.Context, param: click.Parameter, preset: str | None) -> None:
-    """Before the other options are looked at: their defaults come from the config file."""
+    """Read the config file before the other options: it provides their defaults."""
     from tinychat_mlx.apps.config import settings
 
     mine = {p.name for p in ctx.command.params}
@@ -124,7 +131,7 @@ def _use_config(ctx: click.Context, param: click.Parameter, preset: str | None) 
 
 
 def model_options(command: F) -> F:
-    """Add the options that say what to load, and the config file with its presets."""
+    """Add the options for loading a model, and --preset."""
     for name, (kind, text) in reversed(LOADING.items()):
         command = _option(name, kind, text)(command)
     return click.option(
@@ -146,7 +153,7 @@ def chat_options(command: F) -> F:
 
 
 def sampling_options(command: F) -> F:
-    """Add the options that shape an answer."""
+    """Add the options of sampling."""
     command = click.option(
         "--stop",
         multiple=True,
@@ -160,13 +167,13 @@ def sampling_options(command: F) -> F:
 
 
 def sampling(options: dict[str, Any]) -> dict[str, Any]:
-    """Those of the options that shape an answer and were given; the rest is the model's to say."""
+    """Return the sampling options that were given; the model provides the others."""
     given = {name: options[name] for name in SAMPLING if options.get(name) is not None}
     return given | ({"stop": tuple(options["stop"])} if options.get("stop") else {})
 
 
 def origins(ctx: click.Context) -> dict[str, str]:
-    """Where each option's value comes from: flag, environment, config; what has only a default is left out."""
+    """Return the source of each option's value: flag, environment or config. Defaults are left out."""
     words = {"COMMANDLINE": "flag", "ENVIRONMENT": "environment", "DEFAULT_MAP": "config"}
     found = {name: ctx.get_parameter_source(name) for name in ctx.params}
     return {name: words[source.name] for name, source in found.items() if source and source.name in words}
@@ -178,10 +185,10 @@ def load_model(
     progress: Callable[[int, int], None] | None = None,
     freed: int = 0,
 ) -> Model:
-    """Load what the options name, after the download and the conversion that the user agrees to.
+    """Load the model that the options name. Downloads and converts it if the user agrees.
 
-    `say` gets notes, `progress` layers done and in total. freed: bytes that a model about to go gives back.
-    Raises a TinychatError: what is missing, or does not fit.
+    `say` gets notes; `progress` gets (layers done, total). freed: bytes of a model that will be unloaded.
+    Raises a TinychatError if something is missing or does not fit.
     """
     import tinychat_mlx
 
@@ -203,9 +210,9 @@ def load_model(
 
 
 def check_writable(path: Path, option: str) -> None:
-    """Raises UsageError, before any work, if nothing could be written at `path`: it is tried in the nearest folder there is.
+    """Raise UsageError, before any work, if `path` cannot be written. Tests the nearest existing parent folder.
 
-    Nothing is left behind.
+    No file remains.
     """
     from tempfile import TemporaryDirectory
 
@@ -216,7 +223,7 @@ def check_writable(path: Path, option: str) -> None:
             f"{there} is a file, not a folder", where=f"{option} {path}", remedy="choose another place"
         )
     try:
-        path.with_name(f".{path.name}.converting").exists()  # the longest name that is made of it
+        path.with_name(f".{path.name}.converting").exists()  # the longest name that will be derived from it
         with TemporaryDirectory(prefix=".tinychat-", dir=there):
             pass
     except FileNotFoundError:
@@ -229,7 +236,7 @@ def check_writable(path: Path, option: str) -> None:
 
 
 def text_or_file(value: str | None) -> str | None:
-    """A system prompt, or @FILE that holds one. Raises UsageError where the file cannot be read."""
+    """Return a system prompt, or the content of @FILE. Raises UsageError if the file cannot be read."""
     if value is None or not value.startswith("@"):
         return value
     path = Path(value[1:]).expanduser()

@@ -1,10 +1,10 @@
-"""`tinychat run`: one prompt in, one answer out, for people and for programs.
+"""`tinychat run`: answer one prompt, for people and for programs.
 
     tinychat run "why is the sky blue?"
     git diff | tinychat run "a commit message for this"
     tinychat run --json --temperature 0 "2 + 2"
 
-stdout holds the answer alone (or, with --json, one JSON object); everything else goes to stderr.
+stdout has only the answer (or, with --json, one JSON object); everything else goes to stderr.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 @click.option("-v", "--verbose", is_flag=True, help="Model, device and speed on stderr.")
 @sampling_options
 def run(prompt: tuple[str, ...], raw: bool, as_json: bool, verbose: bool, **options: Any) -> None:
-    """Answer PROMPT. Text piped in is joined to it; "-" stands for that text alone."""
+    """Answer PROMPT. Text from a pipe is appended to it; "-" means only that text."""
     text, system = gather(prompt), text_or_file(options["system"])
     model = load_model(options, lambda note: click.echo(note, err=True))
     if verbose:
@@ -69,7 +69,7 @@ def run(prompt: tuple[str, ...], raw: bool, as_json: bool, verbose: bool, **opti
 
 
 def gather(words: tuple[str, ...]) -> str:
-    """The prompt and what was piped in, a blank line between. Raises a usage error if there is neither."""
+    """Return the prompt and the piped text with a blank line between. Raises a usage error if both are empty."""
     given = " ".join(w for w in words if w != "-").strip()
     piped = sys.stdin.read().strip() if "-" in words or _is_piped(needed=not given) else ""
     text = "\n\n".join(part for part in (given, piped) if part)
@@ -79,10 +79,10 @@ def gather(words: tuple[str, ...]) -> str:
 
 
 def _is_piped(needed: bool) -> bool:
-    """Is there text on stdin? With a prompt at hand, read only what surely ends: a pipe or a file."""
+    """Whether to read stdin. If a prompt is given, only pipes and files are read: they are sure to end."""
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
-    except (AttributeError, OSError, ValueError):  # no stdin, or one that is no file (a test's)
+    except (AttributeError, OSError, ValueError):  # no stdin, or not a real file (in tests)
         return sys.stdin is not None and not sys.stdin.closed and not sys.stdin.isatty()
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or (needed and not sys.stdin.isatty())
 
@@ -95,7 +95,7 @@ def ask(model: Model, text: str, system: str | None, raw: bool, params: dict[str
 
 
 def collect(events: Iterator[Event]) -> tuple[str, Stats]:
-    """All of the answer, and what it cost."""
+    """Return the whole answer and its statistics."""
     pieces, stats = [], None
     for event in events:
         pieces.append(event.text)
@@ -105,7 +105,7 @@ def collect(events: Iterator[Event]) -> tuple[str, Stats]:
 
 
 def show(events: Iterator[Event]) -> tuple[str, Stats]:
-    """Write the answer as it comes; a terminal gets no control characters, a pipe gets every byte."""
+    """Write the answer as it is generated. A terminal gets no control characters, a pipe gets every byte."""
     clean = safe if detect().interactive or sys.stdout.isatty() else str
 
     def echoed() -> Iterator[Event]:

@@ -1,4 +1,4 @@
-"""What can this terminal show? Colour, redraws, characters, width; and how text reaches it safely."""
+"""Capabilities of the terminal (colour, redraws, characters, width), and safe output of text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TextIO
 
-# A model's text may hold escape sequences; a terminal that obeyed them could be made to lie or to type.
+# A model's text may contain escape sequences, which could change the terminal's display or input.
 _CONTROLS = {
     c: None
     for c in (*range(0x20), *range(0x7F, 0xA0), 0x200E, 0x200F, *range(0x202A, 0x202F))
@@ -24,7 +24,7 @@ _CONTROLS = {
 
 @dataclass(frozen=True)
 class Glyphs:
-    """Characters for furniture; the second set is for terminals that speak no Unicode."""
+    """Characters of the user interface, in Unicode; ASCII below is for other terminals."""
 
     prompt: str = "❯ "
     more: str = "… "
@@ -45,10 +45,10 @@ ASCII = Glyphs("> ", ". ", "*", "-", "|", "#", ".", " | ", "-", "...", "->", "+"
 
 @dataclass(frozen=True)
 class Terminal:
-    """What the streams of this process are good for."""
+    """Capabilities of the streams of this process."""
 
-    interactive: bool  # a person types: stdin and stdout are both terminals
-    live: bool  # rows may be redrawn, keys read one by one
+    interactive: bool  # stdin and stdout are both terminals
+    live: bool  # rows can be redrawn, keys read one by one
     colour: bool
     unicode: bool
 
@@ -66,11 +66,11 @@ class Terminal:
 
 
 def detect(plain: bool = False, env: Mapping[str, str] = os.environ) -> Terminal:
-    """Look at the streams and the environment (NO_COLOR, TERM); `plain` asks for neither colour nor redraws."""
+    """Inspect the streams and the environment (NO_COLOR, TERM). plain: no colour, no redraws."""
     interactive = _isatty(sys.stdin) and _isatty(sys.stdout)
     live = interactive and not plain and env.get("TERM", "") not in ("dumb", "unknown")
     if live and sys.platform == "win32":
-        os.system("")  # has the side effect of switching escape sequences on in the Windows console
+        os.system("")  # as a side effect, enables escape sequences in the Windows console
     return Terminal(interactive, live, live and not env.get("NO_COLOR"), speaks_unicode(sys.stdout))
 
 
@@ -86,19 +86,19 @@ def speaks_unicode(stream: TextIO) -> bool:
 
 
 def forgive_encodings() -> None:
-    """A character outside a stream's encoding becomes "?" or U+FFFD instead of ending the program."""
+    """Replace characters outside a stream's encoding by "?" or U+FFFD instead of raising."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         with suppress(AttributeError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
 
 
 def safe(text: str) -> str:
-    """Text without control characters or direction overrides, tabs and line feeds kept."""
+    """Remove control characters and direction overrides; keep tabs and line feeds."""
     return text.translate(_CONTROLS)
 
 
 def wrapped(text: str, stream: TextIO, indent: int = 0) -> str:
-    """Text broken between words where the terminal ends, the rest indented; for a pipe as it is."""
+    """Wrap text between words at the terminal's width and indent the rest; unchanged for a pipe."""
     if not _isatty(stream):
         return text
     columns = max(20, shutil.get_terminal_size().columns)
@@ -110,10 +110,10 @@ def wrapped(text: str, stream: TextIO, indent: int = 0) -> str:
 
 @contextmanager
 def quiet_keys() -> Iterator[None]:
-    """While an answer streams, keys are neither shown nor lost: the next prompt gets them.
+    """Hide keys while an answer streams, and keep them for the next prompt.
 
-    Also keeps Enter apart from Ctrl-J (both are line feeds to a terminal in its usual mode). However the program
-    is ended, short of kill -9, the terminal gets its mode back.
+    Also distinguishes Enter from Ctrl-J (in the usual mode both are line feeds). The terminal's mode is restored however
+    the program ends, except by kill -9.
     """
     try:
         import termios
@@ -131,12 +131,12 @@ def quiet_keys() -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(termios.error):  # a terminal that has gone needs no mode
+        with suppress(termios.error):  # the terminal is closed
             termios.tcsetattr(at, termios.TCSANOW, before)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    """End as a signal would, but through every `finally`."""
+    """End with the signal's exit code, after every `finally`."""
     raise SystemExit(128 + number)

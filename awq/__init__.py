@@ -1,1 +1,1 @@
-"""AWQ: calibrate, search scales and clips, fold, feed errors back, and say what was lost."""
+"""AWQ quantisation: calibration, scale and clip search, folding, error feedback and quality reports."""

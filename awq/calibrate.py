@@ -1,4 +1,4 @@
-"""Calibration tokens: from a file, from a dataset on the hub, or written by the model itself."""
+"""Read calibration tokens from a file or a hub dataset, or let the model generate them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tinychat_mlx.config import ModelConfig, token_ids
 from tinychat_mlx.errors import UsageError
 from tinychat_mlx.tokenizer import Tokenizer
 
-CHARACTERS = 5  # of a token, on average: how much of a dataset is read
-LEFT = 2048  # tokens left of a calibration text: of fewer no standard error can be told
+CHARACTERS = 5  # average characters per token; limits how much of a dataset is read
+LEFT = 2048  # minimum held-out tokens from a calibration text; fewer give no usable standard error
 
 
 def calibration_ids(
@@ -30,9 +30,10 @@ def calibration_ids(
     window: int,
     watch: Watch,
 ) -> Ids:
-    """-> tokens (T,), documents end to end; what is left out is said. Raises UsageError, TokenizerError.
+    """Return calibration tokens (T,), with the documents concatenated.
 
-    backend: makes the device on which the model writes its own text, if it is to.
+    The progress note states how many documents are used. `backend` creates the device that generates text
+    when `settings.calib` is "self". Raises UsageError and TokenizerError.
     """
     tokenizer = Tokenizer.load(source.folder)
     wanted = settings.tokens or default_tokens(config)
@@ -74,7 +75,7 @@ def _own_text(
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Text that took no part in the calibration; origin says which."""
+    """Text that the calibration did not use. `origin` describes its source."""
 
     ids: list[int]
     origin: str
@@ -89,27 +90,32 @@ def held_out(
     file: str | None,
     watch: Watch,
 ) -> HeldOut:
-    """-> the text a report measures on: of a file, else what calibration left of its own, else the model's own."""
+    """Return the text that a report measures on.
+
+    The text is `file` if given, else the documents that calibration left unused, else text that the model
+    generates.
+    """
     tokenizer, calibrated = Tokenizer.load(source.folder), settings.tokens or default_tokens(config)
     wanted = default_tokens(config) // 2
     if file is not None:
         return HeldOut(encoded(file, tokenizer)[:wanted], Path(file).name)
-    why = "with a seed of its own"
+    why = "with a different seed"
     if settings.calib != "self":
         found, origin = read_documents(settings.calib, calibrated)
         ids = left_over(found, tokenizer, calibrated, wanted, settings.seed)
         if len(ids) >= LEFT:
-            return HeldOut(ids, f"what the calibration left of {origin}")
-        why = f"for the calibration left no more than {len(ids)} tokens of {origin}"
+            return HeldOut(ids, f"the part of {origin} that the calibration did not use")
+        why = f"because the calibration left only {len(ids)} tokens of {origin}"
     seed = [settings.seed, 1]
     own = _own_text(config, source, backend(), tokenizer, wanted, window, seed, watch)
     return HeldOut(own.tolist(), f"text the model wrote itself, {why}")
 
 
 def packed(found: Sequence[Document], tokenizer: Tokenizer, wanted: int, seed: int) -> tuple[Ids, int]:
-    """Documents in a seeded order, end to end, until there are `wanted` tokens -> tokens, documents used.
+    """Concatenate documents in a seeded order until there are `wanted` tokens.
 
-    The last document is cut where the budget ends; nothing else is left out.
+    Returns (tokens, number of documents used). The last document is cut at the budget. Nothing else is
+    dropped.
     """
     ids: list[int] = []
     used = 0
@@ -130,9 +136,10 @@ def _encoded(found: Sequence[Document], tokenizer: Tokenizer, seed: int) -> Iter
 def left_over(
     found: Sequence[Document], tokenizer: Tokenizer, taken: int, wanted: int, seed: int
 ) -> list[int]:
-    """At most `wanted` tokens of what `packed` leaves of the documents after `taken` tokens.
+    """Return at most `wanted` tokens of the documents that `packed` does not use after `taken` tokens.
 
-    They begin with the document after the one that was cut; where that was the last one, with its rest.
+    The tokens start with the document after the one that was cut. If the cut document is the last one, they
+    are the rest of that document.
     """
     ids: list[int] = []
     rest: list[int] = []
@@ -149,9 +156,10 @@ def left_over(
 
 
 def read_documents(calib: str, wanted: int = 0) -> tuple[list[Document], str]:
-    """A file, or a hub dataset -> texts and chats; where they are from. Raises UsageError, ModelNotFoundError.
+    """Read a file or a hub dataset. Returns (documents, origin). Raises UsageError and ModelNotFoundError.
 
-    wanted: tokens that a dataset has to give, about four times over, so that seeds differ and some are left.
+    `wanted` is the number of tokens needed. From a dataset about four times as many are read, so that seeds
+    give different text and some text remains for measurements.
     """
     path = Path(calib).expanduser()
     if path.is_file():
@@ -180,7 +188,7 @@ def _read(path: Path) -> list[Document]:
 
 
 def encoded(file: str, tokenizer: Tokenizer) -> list[int]:
-    """All documents of a file, in their order, end to end -> tokens. Raises UsageError."""
+    """Encode all documents of a file in order and concatenate the tokens. Raises UsageError."""
     ids: list[int] = []
     for one in _read(Path(file).expanduser()):
         ids += tokenizer.encode(one) if isinstance(one, str) else tokenizer.encode_chat(one)

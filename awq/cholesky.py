@@ -1,4 +1,4 @@
-"""H = R Rᵀ with R upper triangular, in blocks, so that nearly all of it is matrix products."""
+"""Blocked factorisation H = R Rᵀ with R upper triangular. Most of the work is matrix products."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from tinychat_mlx.awq.parallel import each, product, spans
 from tinychat_mlx.errors import FormatError
 from tinychat_mlx.weight import F32
 
-BLOCK = 256  # NumPy's own factor of one block, which is slow, takes 3 % of the work at K = 8192
-STRIPE = 512  # rows of R, or columns of b, that one thread changes at once
+BLOCK = 256  # NumPy's factorisation of a block is slow; at 256 it takes 3 % of the time for K = 8192
+STRIPE = 512  # rows of R, or columns of b, per task of a thread
 
 
 def upper_factor(h: F32) -> F32:
-    """A symmetric positive definite h (K, K) -> R (K, K), upper triangular: the last column comes first.
+    """Factor a symmetric positive definite h (K, K) as R Rᵀ with R (K, K) upper triangular.
 
-    Raises FormatError where h is not positive definite or not finite.
+    The factorisation runs from the last column to the first. Raises FormatError if h is not positive definite
+    or not finite.
     """
-    r = np.array(h[::-1, ::-1], np.float32)  # an ordinary Cholesky factor of h turned round
+    r = np.array(h[::-1, ::-1], np.float32)  # the lower Cholesky factor of the reversed h, reversed, is R
     k = len(r)
     try:
         for at in range(0, k, BLOCK):
@@ -30,23 +31,23 @@ def upper_factor(h: F32) -> F32:
         raise _not_finite() from None
     if not np.isfinite(np.diagonal(r)).all():
         raise _not_finite()
-    for rows in spans(k, STRIPE):  # above the diagonal r still holds h
+    for rows in spans(k, STRIPE):  # above the diagonal, r still contains h
         r[rows] = np.tril(r[rows], rows.start)
     _turn_round(r)
     return r
 
 
 def _subtract_square(r: F32, panel: F32) -> None:
-    """r (K, K) -= panel @ panel.T, on and below the diagonal."""
+    """Subtract panel @ panel.T from r (K, K), on and below the diagonal."""
 
     def stripe(rows: slice) -> None:
         r[rows, : rows.stop] -= panel[rows] @ panel[: rows.stop].T
 
-    each(stripe, spans(len(r), STRIPE)[::-1])  # the longest first
+    each(stripe, spans(len(r), STRIPE)[::-1])  # longest stripe first, to balance the threads
 
 
 def _turn_round(r: F32) -> None:
-    """r[::-1, ::-1] in place: at K = 8192 a copy is 268 MB, at the very point where memory peaks."""
+    """Reverse both axes of r in place. A copy would take 268 MB at K = 8192, where memory use peaks."""
     flat, piece = r.reshape(-1), 1 << 20
     for at in range(0, flat.size // 2, piece):
         end = min(at + piece, flat.size // 2)
@@ -56,7 +57,7 @@ def _turn_round(r: F32) -> None:
 
 
 def solve(u: F32, d: F32, b: F32) -> None:
-    """Solve (U D Uᵀ) x = b (K, N) in place, U (K, K) unit upper triangular, d (K,)."""
+    """Solve (U D Uᵀ) x = b (K, N) in place, with U (K, K) unit upper triangular and d (K,)."""
     parts = [(at, np.linalg.inv(u[at, at])) for at in spans(len(u), BLOCK)]
 
     def columns(these: slice) -> None:

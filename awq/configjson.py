@@ -1,4 +1,4 @@
-"""config.json of a result: every key that was there, and what was quantised how."""
+"""Write config.json of a quantised model: the original keys and the quantisation settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BLOCKS = ("quantization", "quantization_config", "compression_config")
 
 
 def carried(raw: dict[str, Any], spec: ArchSpec) -> dict[str, Any]:
-    """What stays of a config.json: all but an earlier quantisation; weights are in float16."""
+    """Return config.json without an earlier quantisation block and with dtype float16."""
     out = {key: value for key, value in raw.items() if key not in BLOCKS}
     named = [key for key in ("dtype", "torch_dtype") if key in out] or ["torch_dtype"]
     older = {key: value for key, value in older_spelling(raw, spec).items() if key not in out}
@@ -24,9 +24,10 @@ def carried(raw: dict[str, Any], spec: ArchSpec) -> dict[str, Any]:
 
 
 def older_spelling(raw: dict[str, Any], spec: ArchSpec) -> dict[str, Any]:
-    """The keys that transformers 5 spells otherwise, as mlx-lm reads them: without, it takes its defaults unasked.
+    """Return the keys that transformers 5 renamed, under the names that mlx-lm reads.
 
-    What both spell is one number, so the old name beside the new changes nothing for who reads that.
+    Without them mlx-lm uses its defaults and reports nothing. Both spellings have the same value, so readers
+    of the new names are not affected.
     """
     p, out = raw.get("rope_parameters"), {}
     if isinstance(p, dict):
@@ -49,7 +50,7 @@ def older_spelling(raw: dict[str, Any], spec: ArchSpec) -> dict[str, Any]:
 def model_config(
     raw: dict[str, Any], settings: Settings, config: ModelConfig, source: Source
 ) -> dict[str, Any]:
-    """config.json of a dense model that was quantised."""
+    """Build config.json for a quantised dense model."""
     kept = dense_linears(config, source, {name for name, _, _ in quantised_shapes(config)})
     if settings.format == "awq":
         return carried(raw, config.spec) | {
@@ -60,7 +61,10 @@ def model_config(
 
 
 def mlx_block(kept: list[str], config: ModelConfig, source: Source, settings: Settings) -> dict[str, object]:
-    """`quantization` of config.json as MLX writes it; what differs from the body is named."""
+    """Build the `quantization` block in MLX's form.
+
+    Layers with other settings than the default are listed by name.
+    """
     block: dict[str, object] = {"group_size": settings.group_size, "bits": settings.w_bit, "mode": "affine"}
     bits, group = settings.head_bits, settings.group_size
     edge = False if bits == 16 else {"group_size": group, "bits": bits}
@@ -69,7 +73,7 @@ def mlx_block(kept: list[str], config: ModelConfig, source: Source, settings: Se
 
 
 def dense_linears(config: ModelConfig, source: Source, quantised: Container[str]) -> list[str]:
-    """The linears that stay in float16: the head, where there is one, and those of the layers, as routers are."""
+    """List the linears that stay in float16: the head, if it is separate, and layer linears such as routers."""
     layers = range(config.num_hidden_layers)
     names = [config.spec.name("head")] if source.has(config.spec.name("head")) else []
     for layer, expert in ((i, e) for i in layers for e in (None, *experts(config, i))):

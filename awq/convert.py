@@ -1,4 +1,4 @@
-"""Convert a model: from a dense folder to codes, or from one quantised format to another."""
+"""Convert a model: quantise a dense folder, or rewrite a quantised one in another format."""
 
 from __future__ import annotations
 
@@ -31,16 +31,17 @@ from tinychat_mlx.tensorfile import Entry
 Calibrate = Callable[[ModelConfig, Checkpoint, Callable[[], Backend], Settings, int, Watch], Ids]
 
 
-FALLBACKS = ("awq", "rtn")  # methods to try, in this order, where one lost more than plain rounding
+FALLBACKS = ("awq", "rtn")  # methods to try in this order when one loses more than plain rounding (rtn)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What was written. settings: with the method that was used and the group size.
+    """The outcome of a conversion.
 
-    layers: what was measured layer by layer. verdict: the loss, where the method ran the model. rejected: methods
-    that lost more than plain rounding and were not used. ids: the calibration tokens, where there were any.
-    moved: by how much of a step between codes a change of format moved a weight at most.
+    settings: the settings, with the method and group size that were used. layers: measurements per layer.
+    verdict: the quality loss, if the method ran the model. rejected: methods that lost more than plain
+    rounding. ids: the calibration tokens, if any. moved: the largest change of a weight through a change of
+    format, as a fraction of a quantisation step.
     """
 
     folder: Path
@@ -63,13 +64,14 @@ def convert(
     resume: bool = False,
     force: bool = False,
 ) -> Result:
-    """Write `target`. Everything is checked first; until the last rename nothing is there.
+    """Convert `source` to `target`. All checks run first. The target appears only with the final rename.
 
-    A method that lost more than plain rounding is not used: the next of FALLBACKS takes its place.
-    backend: exact? -> a device; made only if the method runs the model. Raises a TinychatError that says what to do.
+    A method that loses more than plain rounding is replaced by the next one of FALLBACKS. `backend(exact)`
+    returns a device; it is called only if the method runs the model. Raises TinychatError with a remedy.
     """
     work = WorkFolder(target)
-    finished = resume and target.exists() and work.is_renamed()  # and killed before the work folder was gone
+    # the run was killed after the rename and before it removed the work folder
+    finished = resume and target.exists() and work.is_renamed()
     if not finished:
         check_target(source.folder, target, force)
         work.check(resume, force)
@@ -100,7 +102,7 @@ def convert(
 
 
 class _Devices:
-    """Backends, each created at most once."""
+    """Cache of backends: creates each at most once."""
 
     def __init__(self, make: Callable[[bool], Backend]) -> None:
         self.make, self.made = make, dict[bool, Backend]()
@@ -121,7 +123,7 @@ def _attempts(
     tokens: Callable[[], Ids],
     watch: Watch,
 ) -> Result:
-    """Convert by the method asked for; where it lost more than plain rounding, by the next of FALLBACKS."""
+    """Convert with the requested method. If it loses more than plain rounding, try each of FALLBACKS."""
     rejected: list[Rejected] = []
     while True:
         files = work.files(settings.method if rejected else "")
@@ -154,9 +156,14 @@ def _attempts(
 
 
 def _check_room(wanted: Needs, smaller: str, work: WorkFolder) -> None:
-    """Raises TinychatError where memory or disk do not suffice: it would die of that after hours."""
+    """Raise TinychatError if memory or disk space is too small.
+
+    Otherwise the run fails after hours of work.
+    """
     if lacks := shortage(wanted, work.path, disk_bytes(work.path)):
-        way = f"{smaller}close other programs" if "memory" in lacks else "make room, choose another disk"
+        way = (
+            f"{smaller}close other programs" if "memory" in lacks else "free disk space, choose another disk"
+        )
         raise TinychatError(lacks, remedy=f"{way}, or try anyway: `tinychat convert --force`")
 
 
@@ -169,7 +176,10 @@ def _reformat(
     force: bool,
     finished: bool,
 ) -> Result:
-    """The same codes in another format. It takes seconds: what is interrupted begins anew."""
+    """Write the same codes in another format.
+
+    This takes seconds, so an interrupted run starts from the beginning.
+    """
     made = reformatted(source, settings.format)
     if not (finished or force):
         size = sum(tensor.nbytes for tensor in made.tensors)
@@ -186,7 +196,7 @@ def _reformat(
 
 
 def _plan(source: Checkpoint, settings: Settings, backend: str | None) -> dict[str, Any]:
-    """What must be the same for an interrupted run to go on."""
+    """The settings that must be equal for an interrupted run to resume."""
     return settings.fingerprint(source) | {"backend": backend, "version": __version__}
 
 
@@ -198,16 +208,17 @@ def _write(
     settings: Settings,
     rejected: Sequence[Rejected] = (),
 ) -> Path:
-    """Write the finished folder, still inside the work folder. What a killed run left of it goes."""
+    """Write the finished folder inside the work folder. Replaces what an interrupted run left there."""
     out = work.path / "out"
-    work.renaming.unlink(missing_ok=True)  # before out goes: together they would say that it got its name
+    # remove the marker before `out`: a marker without `out` means that the rename is done
+    work.renaming.unlink(missing_ok=True)
     shutil.rmtree(out, ignore_errors=True)
     write_folder(out, source, tensors, config, card_text(source, settings, rejected))
     return out
 
 
 def _put(work: WorkFolder, out: Path, target: Path) -> int:
-    """Give the folder its name -> bytes of its weights."""
+    """Rename the folder to its final name. Returns the size of its weights in bytes."""
     put_in_place(out, target, work.path, work.renaming)
     return Checkpoint.open(target).nbytes
 

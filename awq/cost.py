@@ -1,8 +1,8 @@
-"""What a conversion cost the whole model: perplexity, KL and agreement on text that it was not calibrated on.
+"""Measure the quality loss of a conversion: perplexity, KL divergence and agreement on held-out text.
 
-The dense model, the result and plain rounding at the same bits go through the text layer by layer, one at a
-time (see whole.py), so that measuring takes less memory than converting. The figures are those of
-`tinychat eval -m RESULT --against SOURCE` on the same tokens.
+The dense model, the result and plain rounding at the same bits process the text layer by layer, one model at
+a time (see whole.py), so measuring needs less memory than converting. The figures equal those of `tinychat
+eval -m RESULT --against SOURCE` on the same tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ from tinychat_mlx.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Cost:
-    """text: which it was. of: method -> quality against the dense model; its perplexity is in each."""
+    """Quality figures.
+
+    `text` names the text. `of` maps each method to its quality against the dense model.
+    """
 
     text: str
     of: dict[str, Quality]
@@ -49,10 +52,11 @@ def cost(
     watch: Watch,
     ids: Ids | None = None,
 ) -> Cost:
-    """Measure a finished conversion as it runs by default, the dense model exactly; beside awq+ also what the
-    published algorithm makes with the same calibration tokens, ids: it is made for that, and thrown away.
+    """Measure a finished conversion with the default settings of a run against the exact dense model.
 
-    backend: exact? -> a device. text: a file, or None for what calibration left. Raises UsageError.
+    For awq+ the published AWQ algorithm is also measured: it converts with the calibration tokens `ids` into
+    a temporary folder. `backend(exact)` returns a device. `text` is a file, or None for what calibration left
+    unused. Raises UsageError.
     """
     raw = parse_config(source.config)
     window = window_of(raw)
@@ -87,7 +91,7 @@ def cost(
 
 
 def check_text(source: Checkpoint, file: str) -> None:
-    """Raises UsageError where nothing can be measured on a text."""
+    """Raise UsageError if the text is too short to measure on."""
     if (tokens := len(encoded(file, Tokenizer.load(source.folder)))) < 2:
         raise UsageError(
             f"the text has {tokens} tokens, at least two are needed", where=file, remedy="give a longer text"

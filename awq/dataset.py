@@ -1,4 +1,4 @@
-"""Calibration text from a dataset on the hub: one file of it, and of that only as much as is needed."""
+"""Read calibration text from a hub dataset: one file, and only the part of it that is needed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from tinychat_mlx.awq.documents import KINDS, Document, documents, kind_of
 from tinychat_mlx.errors import ModelNotFoundError, TinychatError, UsageError, within
 
 HUB_ID = re.compile(r"([\w][\w.-]{0,95}/[\w][\w.-]{0,95})(?::(.+))?")
-BLOCK = 1 << 20  # bytes fetched at once
-# Files that come with a dataset and are no text of it.
+BLOCK = 1 << 20  # bytes per request
+# Files in a dataset repository that are not text of the dataset.
 ASIDE = re.compile(
     r"(^|/)(readme|license|requirements|dataset_infos?|config\w*|metadata|\.[^/]*)\.?\w*$", re.IGNORECASE
 )
@@ -19,9 +19,10 @@ HELD_BACK = re.compile(r"(^|[/_.-])(test|valid|validation|eval|dev)", re.IGNOREC
 
 
 def fetch(dataset: str, characters: int) -> tuple[list[Document], str]:
-    """ORG/NAME or ORG/NAME:FILE -> documents of at least so many characters, if there are; what was taken.
+    """Read ORG/NAME or ORG/NAME:FILE. Returns (documents, description of what was read).
 
-    Raises ModelNotFoundError (absent, gated, no network), UsageError (no file or column that is read).
+    The documents have at least `characters` characters if the file has as many. Raises ModelNotFoundError if
+    the dataset is absent, gated or unreachable, and UsageError if no file or column can be read.
     """
     from huggingface_hub import HfApi, HfFileSystem
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
@@ -34,7 +35,8 @@ def fetch(dataset: str, characters: int) -> tuple[list[Document], str]:
             remedy="check the name",
         )
     repo, file = match.groups()
-    http: type[Exception] = HfHubHTTPError.__mro__[1]  # of whichever library this version fetches with
+    # base class of the HTTP library that this hub version uses
+    http: type[Exception] = HfHubHTTPError.__mro__[1]
     try:
         info = HfApi().dataset_info(repo, files_metadata=True)
         sizes = {s.rfilename: s.size or 0 for s in info.siblings or ()}
@@ -63,7 +65,7 @@ def fetch(dataset: str, characters: int) -> tuple[list[Document], str]:
         why = (
             "HF_HUB_OFFLINE is set"
             if hub.is_offline()
-            else f"the hub does not give it ({type(error).__name__})"
+            else f"the hub refused the request ({type(error).__name__})"
         )
         raise ModelNotFoundError(
             why, where=f"dataset {repo}", remedy="give a file, or --calib self"
@@ -72,22 +74,28 @@ def fetch(dataset: str, characters: int) -> tuple[list[Document], str]:
 
 
 def choose(repo: str, sizes: dict[str, int], characters: int) -> str:
-    """The file to read: not of a test split, large enough, of the kind that streams best, the smallest of these."""
+    """Choose the file to read.
+
+    Test splits and files with too little text rank last. Next comes the kind that streams best, then the
+    smallest file.
+    """
     usable = [name for name in sorted(sizes) if kind_of(name) and not ASIDE.search(name)]
     usable = [name for name in usable if not HELD_BACK.search(name)] or usable
     if not usable:
         has = ", ".join(sorted(sizes)[:5]) or "nothing"
-        raise UsageError(f"it has no file of {', '.join(KINDS)}, but {has}", remedy="give a file")
+        raise UsageError(
+            f"it has no file of these types: {', '.join(KINDS)}; it has {has}", remedy="give a file"
+        )
 
     def rank(name: str) -> tuple[bool, int, int]:
-        small = sizes[name] < characters // 4  # text packs about 4 : 1 at best
+        small = sizes[name] < characters // 4  # text compresses about 4 : 1 at best
         return small, KINDS.index(kind_of(name) or ""), -sizes[name] if small else sizes[name]
 
     return min(usable, key=rank)
 
 
 def enough(found: Iterator[Document], characters: int) -> list[Document]:
-    """Documents from the beginning until there are so many characters."""
+    """Take documents from the start until they have `characters` characters."""
     out: list[Document] = []
     for one in found:
         out.append(one)

@@ -1,6 +1,6 @@
-"""Texts and chats in a file: .txt .md .jsonl .json .csv .tsv .parquet, each but the last also as .gz.
+"""Read texts and chats from .txt .md .jsonl .json .csv .tsv .parquet files; all but .parquet also as .gz.
 
-A record (a line of JSONL, a row of a table) is a chat or a text, told apart by its columns.
+A record (a line of JSONL, a row of a table) is a chat or a text, depending on its columns.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ Document = str | list[dict[str, Any]]  # a text, or the messages of a chat
 
 CHATS = ("messages", "conversations", "conversation")
 TEXTS = ("text", "content", "document", "article", "body")
-# Question and answer in columns of their own: a chat of two messages.
+# A question column and an answer column form a chat of two messages.
 PAIRS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}  # as ShareGPT calls them in "from"
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}  # ShareGPT's names in "from"
 KINDS = (".jsonl", ".parquet", ".csv", ".tsv", ".json", ".txt", ".md")
-MAX_JSON = 256 << 20  # bytes of one JSON value: it has to be in memory as a whole
-MAX_CELL = 16 << 20  # characters of a CSV cell
+MAX_JSON = 256 << 20  # bytes per JSON value; a value is parsed in memory as a whole
+MAX_CELL = 16 << 20  # characters per CSV cell
 
 
 def kind_of(name: str) -> str | None:
-    """The suffix that says how a file is read, without .gz; None if it is not read."""
+    """Return the suffix that selects the reader, without .gz, or None if no reader supports the file."""
     plain = PurePath(name.removesuffix(".gz"))
     zipped = plain.name != PurePath(name).name
     return plain.suffix if plain.suffix in KINDS and not (zipped and plain.suffix == ".parquet") else None
 
 
 def documents(name: str, file: IO[bytes], most: int = -1) -> Iterator[Document]:
-    """The documents of an open file, read as they are asked for; blank ones are left out.
+    """Yield the documents of an open file lazily, without blank ones.
 
-    most: characters of a plain text, which is one document. Raises UsageError naming file and line.
+    `most` limits the characters of a plain text, which is one document. Raises UsageError with file and line.
     """
     yield from (d for d in _documents(name, file, most) if not isinstance(d, str) or d.strip())
 
@@ -72,7 +72,7 @@ def _documents(name: str, file: IO[bytes], most: int) -> Iterator[Document]:
 
 
 def _json(name: str, text: io.TextIOWrapper, kind: str) -> Iterator[Document]:
-    """A value a line; a .json file may also be one value over many lines."""
+    """Read one value per line. A .json file may also be one value over several lines."""
     for number, line in enumerate(text, 1):
         where = f"{name}, line {number}"
         if not line.strip():
@@ -105,7 +105,7 @@ def _whole(name: str, text: str) -> Iterator[Document]:
 
 
 def _records(name: str, value: Any) -> Iterator[Document]:
-    """A list of records, or an object that holds nothing but one ({"data": […]})."""
+    """Yield the records of a list, or of an object that contains only one list ({"data": […]})."""
     lists = [v for v in value.values() if isinstance(v, list)] if isinstance(value, dict) else []
     if len(lists) == 1 and _columns(value) is None:
         value = lists[0]
@@ -121,7 +121,7 @@ def _table(name: str, text: io.TextIOWrapper, delimiter: str) -> Iterator[Docume
             yield document(row, f"{name}, row {number}")
     except csv.Error as error:
         raise UsageError(
-            f"not a table of the kind its name says: {error}", where=name, remedy="convert it to .jsonl"
+            f"not a valid table of this file type: {error}", where=name, remedy="convert it to .jsonl"
         ) from None
 
 
@@ -150,7 +150,7 @@ def _parquet(name: str, file: IO[bytes]) -> Iterator[Document]:
 
 
 def _columns(names: Any) -> tuple[str, ...] | None:
-    """Which of a record's columns say something: a chat, else a text, else question and answer."""
+    """Choose the columns with text: a chat, else a text, else question and answer."""
     for name in (*CHATS, *TEXTS):
         if name in names:
             return (name,)
@@ -168,7 +168,7 @@ def _unknown(names: Any, where: str) -> UsageError:
 
 
 def document(value: Any, where: str) -> Document:
-    """A string, or a record with a known column -> text or chat. Raises UsageError."""
+    """Convert a string, or a record with a known column, to a text or a chat. Raises UsageError."""
     if isinstance(value, str):
         return value
     if not isinstance(value, Mapping):

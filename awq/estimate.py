@@ -1,7 +1,7 @@
-"""What a conversion will take, before it starts: one step of calibration and one layer, done and timed.
+"""Estimate the time, memory and disk space of a conversion by timing one calibration step and one layer.
 
-Nothing is written. The first layer is read, run on one step of random tokens and quantised for real; time is
-that, times the number of layers and steps. Memory and disk follow from the shapes.
+Nothing is written. The first layer is read, run on one step of random tokens and quantised. The time is that,
+multiplied by the number of layers and steps. Memory and disk space follow from the shapes.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from tinychat_mlx.config import ModelConfig
 from tinychat_mlx.decoder import Graph, Layer, Loader
 from tinychat_mlx.weight import F32, Dense
 
-WRITE_BYTES_S = 300e6  # a modest disk, with fsync
-SAMPLE_ROWS = 4096  # of the embedding, rounded and multiplied to see how fast that goes
+WRITE_BYTES_S = 300e6  # bytes per second of a slow disk, with fsync
+SAMPLE_ROWS = 4096  # embedding rows that are rounded and multiplied for timing
 
-Make = Callable[[bool], Backend]  # exact? -> the device
+Make = Callable[[bool], Backend]  # make(exact) returns the device
 
 
 @dataclass(frozen=True)
 class Estimate(Needs):
-    """And the seconds of the whole conversion."""
+    """The needs of a conversion and its duration in seconds."""
 
     seconds: float = 0.0
 
 
 def estimate(source: Checkpoint, settings: Settings, backend: Make) -> Estimate:
-    """Check everything a conversion checks, then measure."""
+    """Run all checks of a conversion, then measure."""
     if source.quantization.format != "dense":
         return _of_reformat(source, settings)
     start = time.perf_counter()
@@ -66,7 +66,7 @@ def estimate(source: Checkpoint, settings: Settings, backend: Make) -> Estimate:
 
 
 def _of_reformat(source: Checkpoint, settings: Settings) -> Estimate:
-    """A change of format: every module is looked at once now, and made twice more when it is written."""
+    """Estimate a change of format. Every module is read once now, and twice more when it is written."""
     start = time.perf_counter()
     tensors = reformatted(source, settings.format).tensors
     seconds, nbytes = time.perf_counter() - start, sum(tensor.nbytes for tensor in tensors)
@@ -77,7 +77,7 @@ def _of_reformat(source: Checkpoint, settings: Settings) -> Estimate:
 def _layer_seconds(
     config: ModelConfig, layer: int, source: Checkpoint, settings: Settings, backend: Make, tokens: int
 ) -> float:
-    """One layer: read and quantised for one step of rows. What grows with the rows is scaled up to all of them."""
+    """Time one layer, read and quantised for one step of rows. Row-dependent work is scaled up to all rows."""
     start = time.perf_counter()
     weights = LayerWeights.read(config, layer, source)
     if not tokens:
@@ -97,9 +97,9 @@ def _layer_seconds(
 
 
 class _Timed(LayerQuantizer):
-    """Quantises a layer, but of its experts only one that sees its share of the tokens, and the one that sees all.
+    """Quantises a layer, but only one average expert and the shared one.
 
-    experts_s: what all experts would take. skipped: seconds that the sample took.
+    experts_s: estimated seconds of all experts. skipped: seconds that the sample took.
     """
 
     def __init__(self, tokens: int, *args: Any) -> None:
@@ -121,7 +121,7 @@ class _Timed(LayerQuantizer):
 
 
 def fastest(work: Callable[[], object]) -> float:
-    """-> seconds of the fastest of three runs."""
+    """Return the seconds of the fastest of three runs."""
     times = []
     for _ in range(3):
         start = time.perf_counter()
@@ -139,7 +139,7 @@ def _experts_seconds(
     moments: Moments,
     tokens: int,
 ) -> float:
-    """A layer's experts: one that sees its share of the tokens is done and timed, and the one that sees all."""
+    """Time one expert with an average share of the tokens, and the shared one, which gets all tokens."""
     moe = mixture(weights.config, weights.layer)
     assert moe is not None
     each = {0: (moe.num_experts, tokens * moe.num_experts_per_tok // moe.num_experts)}
@@ -155,14 +155,14 @@ def _experts_seconds(
             weights, source, Recorder(device), routing, routing, split, settings.form, settings.method, (e,)
         )
         _, codes, _ = mixed.quantize(moments, np.zeros_like(rows))
-        first = replace(routing, choice=np.zeros_like(routing.choice))  # once more when the layer is codes
+        first = replace(routing, choice=np.zeros_like(routing.choice))  # once more with the codes
         add_experts(QuantizedLayer(weights, {}, (), codes), first, Recorder(device), np.zeros_like(rows))
         seconds += count * (time.perf_counter() - start)
     return seconds
 
 
 def _rim_seconds(config: ModelConfig, source: Checkpoint, settings: Settings) -> float:
-    """Embedding and head: some rows are rounded and timed."""
+    """Estimate embedding and head by rounding some rows."""
     if settings.head_bits == 16:
         return 0.0
     sample, rows = _sample(config, source), config.vocab_size
@@ -176,7 +176,7 @@ def _rim_seconds(config: ModelConfig, source: Checkpoint, settings: Settings) ->
 def _head_seconds(
     config: ModelConfig, source: Checkpoint, settings: Settings, device: Backend, tokens: int
 ) -> float:
-    """A head that is more than rounded: one step of rows, the search, and one stripe are done and timed."""
+    """Estimate a quantised head: time one step of rows, the search, and one stripe."""
     form = head.head_form(settings)
     x = np.random.default_rng(0).standard_normal((STEP_ROWS, config.hidden_size)).astype(np.float32)
     start = time.perf_counter()
@@ -199,8 +199,7 @@ def _sample(config: ModelConfig, source: Checkpoint) -> Dense:
 
 
 def _writing_seconds(config: ModelConfig, source: Checkpoint, device: Backend, tokens: int) -> float:
-    """The model's own text: a layer of each kind and a part of the head at 8 bits, timed for a token of every
-    conversation."""
+    """Estimate the generated text: time a layer of each kind and a part of the head at 8 bits for one token."""
     rounded, (count, length) = RoundedSource(source), conversations(tokens, window_of(config))
     graph, loader = Graph(config, device), Loader(config, rounded, device)
     sample = _sample(config, source)
@@ -219,7 +218,7 @@ def _writing_seconds(config: ModelConfig, source: Checkpoint, device: Backend, t
         sampled(device.to_host(graph.logits(device.put(x.copy()), norm, head)), np.random.default_rng(0))
 
     def block(layer: Layer) -> None:
-        with np.errstate(all="ignore"):  # the caches hold whatever lay there
+        with np.errstate(all="ignore"):  # the caches are uninitialised
             device.to_host(graph.block(device.put(x.copy()), layer, step))
 
     seconds = length * fastest(top) * config.vocab_size / len(sample.w)

@@ -1,7 +1,7 @@
-"""What quantising lost: perplexity, and how far a model's predictions lie from another's, with standard errors.
+"""Measure quantisation loss: perplexity, KL divergence and top-1 agreement, with standard errors.
 
-Text is cut into windows of W consecutive tokens, each read by itself from position 0; within one, every token
-but the first is predicted. Standard errors take windows as independent, tokens inside one not.
+The text is cut into windows of W tokens. Each window starts at position 0, and every token except its first
+is predicted. Standard errors treat windows as independent, but not the tokens inside a window.
 """
 
 from __future__ import annotations
@@ -19,27 +19,28 @@ from tinychat_mlx.errors import UsageError
 from tinychat_mlx.weight import F32
 
 F64 = npt.NDArray[np.float64]
-ROWS = 128  # logits (ROWS, V) of two models are in memory at once
-RESAMPLES = 200  # of windows, for the standard error of a percentile
+ROWS = 128  # rows of logits per model in memory at once
+RESAMPLES = 200  # bootstrap samples for the standard error of a percentile
 
 
 class Decoding(Protocol):
-    """The part of a decoder that is measured."""
+    """The decoder methods that the measurement uses."""
 
     def new_cache(self, capacity: int) -> Cache: ...
 
     def forward(self, ids: Sequence[int], cache: Cache, last_only: bool = True) -> Tensor: ...
 
 
-# Tokens of a window, and where it begins in the text -> logits (rows, V), piece after piece.
+# (tokens of a window, its start in the text) -> logits (rows, V), chunk by chunk
 Scores = Callable[[Sequence[int], int], Iterator[F32]]
 
 
 @dataclass(frozen=True)
 class Quality:
-    """kl: mean over tokens of KL(against ‖ model) in nats; top1: share of tokens where both choose the same.
+    """Quality of a model on a text.
 
-    _se: standard error. against_ppl: the other model's perplexity.
+    kl: KL(against ‖ model) in nats per token. top1: share of tokens for which both models choose the same
+    token. Fields with suffix _se are standard errors. against_ppl: perplexity of the other model.
     """
 
     ppl: float
@@ -54,21 +55,24 @@ class Quality:
     top1_se: float | None = None
     against_ppl: float | None = None
     against_ppl_se: float | None = None
-    kl_sums: tuple[float, ...] = ()  # over the tokens of each window, for `kl_ratio`
+    kl_sums: tuple[float, ...] = ()  # sum over the tokens of each window, for `kl_ratio`
 
     def as_dict(self) -> dict[str, float]:
-        """Without what was not measured, as the standard errors of a single window."""
+        """Return the measured values.
+
+        Omits what was not measured and the standard errors of a single window.
+        """
         found = {key: v for key, v in asdict(self).items() if key != "kl_sums"}
         return {key: v for key, v in found.items() if v is not None and np.isfinite(v)}
 
     def told(self, key: str, form: str) -> str:
-        """A measure with its standard error, where one is known."""
+        """Format a value with its standard error, if the error is known."""
         value, error = getattr(self, key), getattr(self, f"{key}_se")
         return f"{value:{form}} ± {error:{form}}" if np.isfinite(error) else f"{value:{form}}"
 
 
 def scores(decoder: Decoding, to_host: Callable[[Tensor], F32]) -> Scores:
-    """A model as a function from a window to its logits."""
+    """Wrap a decoder as a function from a window to its logits."""
 
     def of(ids: Sequence[int], _: int) -> Iterator[F32]:
         cache = decoder.new_cache(len(ids))
@@ -85,7 +89,7 @@ def evaluate(
     window: int = WINDOW,
     watch: Callable[[int, int], None] = lambda done, total: None,
 ) -> Quality:
-    """Measure a model on tokens (T,). Raises UsageError for fewer than two."""
+    """Measure a model on tokens (T,). Raises UsageError for fewer than two tokens."""
     starts = [at for at in range(0, len(ids), window) if len(ids) - at > 1]
     if not starts:
         raise UsageError(
@@ -106,10 +110,10 @@ def evaluate(
 
 
 def kl_ratio(model: Quality, base: Quality) -> tuple[float, float]:
-    """KL of one model over another's on the same text -> the ratio, its standard error.
+    """Return the ratio of two models' KL on the same text and its standard error.
 
-    Windows are taken in pairs: one that is hard for a model is hard for the other, so the ratio is known better
-    than either (ratio estimator).
+    Windows are paired (ratio estimator). A window that is hard for one model is hard for the other, so the
+    ratio has a smaller relative error than either KL.
     """
     a, b = np.array(model.kl_sums), np.array(base.kl_sums)
     ratio, count = float(a.sum() / b.sum()), len(a)
@@ -120,15 +124,18 @@ def kl_ratio(model: Quality, base: Quality) -> tuple[float, float]:
 
 
 def perplexity(nll: Sequence[F64]) -> tuple[float, float]:
-    """Negative log-likelihoods, window by window -> perplexity and its standard error."""
+    """Return perplexity and its standard error from negative log-likelihoods per window."""
     mean, se = clustered(nll)
     ppl = float(np.exp(mean))
     return ppl, ppl * se
 
 
 def _window(ids: Sequence[int], start: int, model: Scores, against: Scores | None) -> list[F64]:
-    """-> for each token but the first its -log likelihood, the KL there, whether the choices agree, and the
-    other model's -log likelihood."""
+    """Measure one window.
+
+    Returns four arrays with one value per predicted token: -log likelihood, KL, whether the top-1 tokens
+    agree, and the other model's -log likelihood.
+    """
     out: tuple[list[F64], ...] = ([], [], [], [])
     wanted = np.asarray(ids[1:], np.intp)
     others = against(ids, start) if against is not None else None
@@ -147,7 +154,7 @@ def _window(ids: Sequence[int], start: int, model: Scores, against: Scores | Non
 
 
 def log_softmax(logits: F32) -> F64:
-    """(T, V) -> log probabilities in float64: a KL of 1e-5 is a difference of nearly equal numbers."""
+    """Return log probabilities (T, V) in float64. A KL of 1e-5 is a difference of nearly equal numbers."""
     x = logits.astype(np.float64)
     x -= x.max(-1, keepdims=True)
     x -= np.log(np.exp(x).sum(-1, keepdims=True))
@@ -155,7 +162,7 @@ def log_softmax(logits: F32) -> F64:
 
 
 def clustered(windows: Sequence[F64]) -> tuple[float, float]:
-    """Mean over all tokens, and its standard error with each window as one draw (ratio estimator)."""
+    """Return the mean over all tokens and its standard error with each window as one draw (ratio estimator)."""
     total, count = sum(map(len, windows)), len(windows)
     mean = float(sum(w.sum() for w in windows) / total)
     if count < 2:
@@ -165,7 +172,7 @@ def clustered(windows: Sequence[F64]) -> tuple[float, float]:
 
 
 def percentile_error(windows: Sequence[F64], at: float) -> float:
-    """Standard error of a percentile over tokens, by drawing windows again (bootstrap, seeded)."""
+    """Return the standard error of a percentile over tokens, by a seeded bootstrap over windows."""
     rng, n = np.random.default_rng(0), len(windows)
     drawn = [np.concatenate([windows[i] for i in rng.integers(n, size=n)]) for _ in range(RESAMPLES)]
     return float(np.std([np.percentile(d, at) for d in drawn])) if n > 1 else float("nan")

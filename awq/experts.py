@@ -1,9 +1,9 @@
-"""A layer's mixture of experts, one expert in memory at a time: what each one sees, gives, and becomes.
+"""Quantise the mixture of experts of a layer, with one expert in memory at a time.
 
-An expert is a small gated MLP that sees the tokens routed to it, and its codes are chosen for those. But all
-experts and the routers read one norm, so the scales that it absorbs are one choice for all of them. So each
-expert is looked at twice: first its down projection is quantised and each candidate's loss noted, then, with
-the scales known, its gate and up are.
+An expert is a small gated MLP. Its codes are chosen for the tokens routed to it. All experts and the routers
+read the output of one norm, so the scales that this norm absorbs are the same for all experts. Each expert is
+therefore processed twice. The first pass quantises its down projection and records the loss of each candidate
+scale. The second pass quantises gate and up with the chosen scales.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from tinychat_mlx.awq.streams import Split
 from tinychat_mlx.decoder import Source
 from tinychat_mlx.weight import F32, Packed
 
-LEAST = 512  # tokens an expert is quantised for: one that was sent fewer also takes others, evenly spread
+LEAST = 512  # tokens per expert; an expert with fewer also gets other tokens, evenly spread
 
-Codes = tuple[dict[str, Packed], ...]  # of each expert, by role
+Codes = tuple[dict[str, Packed], ...]  # per expert: role -> codes
 
 
 def round_experts(weights: LayerWeights, source: Source, form: Form) -> Codes:
-    """Plain rounding of a layer's experts."""
+    """Quantise the experts of a layer with plain rounding."""
 
     def rounded_one(e: int) -> dict[str, Packed]:
         w = LayerWeights.read(weights.config, weights.layer, source, e)
@@ -54,7 +54,7 @@ def round_experts(weights: LayerWeights, source: Source, form: Form) -> Codes:
 
 
 def add_experts(layer: QuantizedLayer, routing: Routing, backend: Recorder, y: F32) -> None:
-    """Add what the quantised experts make of the rows routed to them to y (T, C), in place."""
+    """Add the output of the quantised experts for their routed rows to y (T, C), in place."""
     for e, codes in enumerate(layer.experts):
         parts = codes["gate"], codes["up"], codes["down"]
         run, share = ExpertRun(layer.weights.config.act, *parts, backend), routing.weight(e)
@@ -63,11 +63,11 @@ def add_experts(layer: QuantizedLayer, routing: Routing, backend: Recorder, y: F
 
 
 class Mixture:
-    """The experts of one float layer and what the calibration rows bring to them.
+    """The experts of one float layer and the calibration rows routed to them.
 
-    wanted: what the float model routes. given: what the layer routes of the rows that quantised layers feed it (with
-    awq the same). An expert is quantised for the latter. It is not corrected towards the former: too few held-out
-    rows reach an expert to say whether that helps.
+    wanted: the routing of the float model. given: the routing of the rows that the quantised layers before
+    produce (equal to `wanted` for awq). An expert is quantised for `given`. It is not corrected towards
+    `wanted`, because too few held-out rows reach an expert to measure whether that helps.
     """
 
     def __init__(
@@ -95,9 +95,10 @@ class Mixture:
         }
 
     def quantize(self, moments: Moments, y: F32) -> tuple[LayerWeights, Codes, tuple[SiteReport, ...]]:
-        """-> the layer with the experts' scales folded into norm and routers, their codes, what was measured.
+        """Return the layer with the experts' scales folded into norm and routers, the codes and the reports.
 
-        moments: of what all tokens bring to the norm's readers. y (T, C): the float experts' share is added.
+        moments: moments of all tokens at the norm's output. y (T, C): the float experts' output is added in
+        place.
         """
         search = _Search(moments, self.form)
         downs = [self._down(e, search, y) for e in self.experts]
@@ -117,7 +118,7 @@ class Mixture:
         return folded, whole, (report, self._merged([down.report for down in downs]))
 
     def _down(self, e: int, search: _Search, y: F32) -> _Down:
-        """Quantise an expert's down projection, and note what each scale of its inputs would cost gate and up."""
+        """Quantise an expert's down projection and record the loss of each candidate scale for gate and up."""
         w = LayerWeights.read(self.weights.config, self.weights.layer, self.source, e)
         moments, held = self._run(e, w, y)
         if isinstance(moments, BlockMoments):
@@ -140,7 +141,7 @@ class Mixture:
         return better(Judge(w.stacked(site), held), tried, plain, site)
 
     def _run(self, e: int, w: LayerWeights, y: F32) -> tuple[Moments, Held]:
-        """Run a float expert: its share is added to y -> moments and held-out rows of its down projection's input."""
+        """Run a float expert and add its output to y. Returns moments and held-out rows of down's input."""
         k = w.stacked(self.down).shape[1]
         moments: Moments = (
             FullMoments.empty(k) if self.method == "awq+" else BlockMoments.empty(k, self.form.group_size)
@@ -154,7 +155,7 @@ class Mixture:
         return moments, Held(given, wanted)
 
     def _reread(self, e: int, s: F32) -> LayerWeights:
-        """An expert's gate and up, up's rows divided by the scales of down's inputs."""
+        """Read an expert's gate and up. The rows of up are divided by the scales of down's inputs."""
         w = LayerWeights.read(self.weights.config, self.weights.layer, self.source, e)
         del w.linears["down"]
         w.linears["up"] = w.linears["up"] / s[:, None]
@@ -165,7 +166,7 @@ class Mixture:
         return _packed(w, round_site(w, self.first, self.form))
 
     def _gate_up(self, e: int, down_s: F32, s: F32, alpha: float) -> tuple[dict[str, Packed], SiteReport]:
-        """Quantise an expert's gate and up for the tokens it sees, with the scales that all share."""
+        """Quantise an expert's gate and up for its tokens, with the scales that all experts share."""
         site, form, w, rows = self.first, self.form, self._reread(e, down_s), self.rows[e]
         judge = Judge(w.stacked(site), Held(self.given.h[self.held[e]], self.wanted.h[self.held[e]]))
         scaled, ones = multiplied(w, site, s), np.ones(1, np.float32)
@@ -186,7 +187,7 @@ class Mixture:
         return _packed(w, tries[least]), report
 
     def _merged(self, reports: Sequence[SiteReport]) -> SiteReport:
-        """One report for a site of all experts: means over the tokens sent to them."""
+        """Merge the reports of all experts for one site, as means weighted by tokens."""
         tokens = np.array(list(self.tokens.values()))
         share = tokens / max(tokens.sum(), 1)
         rtn, error, alpha = (
@@ -201,7 +202,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class _Down:
-    """An expert's down projection, done: its codes, what divided the rows of up, what was measured."""
+    """A quantised down projection: its codes, the scales that divide the rows of up, and its report."""
 
     codes: dict[str, Packed]
     s: F32
@@ -209,10 +210,10 @@ class _Down:
 
 
 class _Search:
-    """The losses of each candidate for the experts' common scales, added up over the experts.
+    """The loss of each candidate for the experts' common scales, summed over the experts.
 
-    awq+ weighs channels by the D of all tokens' moments, one factor instead of one for each expert; the
-    published search by the moments of the expert's own tokens.
+    awq+ weights channels by D of all tokens' moments: one factorisation instead of one per expert. The
+    published search uses the moments of the expert's own tokens.
     """
 
     def __init__(self, moments: Moments, form: Form) -> None:
@@ -221,7 +222,7 @@ class _Search:
         self.total = np.zeros(len(self.scales))
 
     def add(self, w: F32, h: F32, tokens: int) -> None:
-        """Take in an expert's gate and up w (N, K), stacked, and the rows h (n, K) it is quantised for."""
+        """Add the losses of an expert with gate and up w (N, K), stacked, on its rows h (n, K)."""
         size, bits = self.form.group_size, self.form.w_bit
         if self.d is None:
             own = BlockMoments.empty(w.shape[1], size)
@@ -232,8 +233,11 @@ class _Search:
 
 
 def fed(scaled: LayerWeights, site: Site, made: Factored, s: F32, form: Form) -> dict[str, Quantized]:
-    """Error feedback over linears whose columns carry s; made: of the unscaled inputs. Changes `made`."""
-    # Dividing the inputs by s divides rows and columns of H: U and D follow without another factorisation.
+    """Apply error feedback to linears whose columns are multiplied by s.
+
+    `made` is for the unscaled inputs and changes.
+    """
+    # Dividing the inputs by s divides rows and columns of H, so U and D follow without another factorisation.
     so = s[made.order, None]
     made.f.u[:] *= so.T
     made.f.u[:] /= so
@@ -245,7 +249,7 @@ def fed(scaled: LayerWeights, site: Site, made: Factored, s: F32, form: Form) ->
 
 
 def multiplied(w: LayerWeights, site: Site, s: F32) -> LayerWeights:
-    """A copy whose columns carry s."""
+    """Return a copy whose columns are multiplied by s."""
     copy = w.copy()
     for role in site.roles:
         copy.linears[role] = copy.linears[role] * s
@@ -253,7 +257,10 @@ def multiplied(w: LayerWeights, site: Site, s: F32) -> LayerWeights:
 
 
 def _enough(rows: Index, start: int, stop: int, least: int) -> Index:
-    """The rows sent to an expert; where they are fewer than `least`, with others of start … stop, evenly spread."""
+    """Return the rows routed to an expert.
+
+    Adds evenly spread rows of start … stop if there are fewer than `least`.
+    """
     if len(rows) >= least:
         return rows
     spare = np.setdiff1d(np.arange(start, stop), rows)
@@ -262,7 +269,7 @@ def _enough(rows: Index, start: int, stop: int, least: int) -> Index:
 
 
 def _pieces(rows: Index) -> Iterator[Index]:
-    """Rows, as many at a time as a step has."""
+    """Split rows into chunks of the size of a step."""
     for at in range(0, len(rows), STEP_ROWS):
         yield rows[at : at + STEP_ROWS]
 

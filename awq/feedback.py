@@ -1,12 +1,12 @@
-"""Error feedback across columns: what rounding one column loses, the columns after it make good.
+"""Error feedback across columns: later columns compensate the rounding errors of earlier ones.
 
 The mean squared output error of a row is e H eᵀ with e = w - w_hat and H the second moments of the input.
-With H = U D Uᵀ, U unit upper triangular, it is the sum over columns j of D_j (e_j + Σ_{i<j} e_i U_ij)²: rounding
-column j of w plus the errors before it, weighted by U, makes each term as small as a code can
-(GPTQ: Frantar et al. 2022; in this form LDLQ: Chee et al. 2023). Then, with all columns known, each code is
-looked at again and the scales are fitted by least squares (`refine`).
+With H = U D Uᵀ, U unit upper triangular, it is the sum over columns j of D_j (e_j + Σ_{i<j} e_i U_ij)².
+Rounding column j of w plus the errors before it, weighted by U, makes each term as small as a code can (GPTQ:
+Frantar et al. 2022; in this form LDLQ: Chee et al. 2023). After all columns are known, each code is optimised
+again and the scales are fitted by least squares (`refine`).
 
-Everything here is transposed, (K, N): a column of the weight is a row in memory. Columns come in groups of
+All arrays here are transposed, (K, N): a column of the weight is a row in memory. Columns come in groups of
 G, in the order in which they are quantised.
 """
 
@@ -23,16 +23,17 @@ from tinychat_mlx.awq.quantizer import Grid, grid_between, storable
 from tinychat_mlx.weight import F32
 
 Order = npt.NDArray[np.intp]
-DAMPING = 0.01  # of the mean of H's diagonal, added to it: what the calibration tokens did not show
+# times the mean of H's diagonal is added to it, for directions that the calibration tokens lack
+DAMPING = 0.01
 SHRINKS = [1 - i / 20 for i in range(9)]  # of a group's range: the joint clip
-PIECE = 32  # columns fed back by one product inside a group
-ROWS = 2048  # of the weight that one thread quantises at once, at most
-STRIPE = 512  # of these, handled at once where a product per group would be large
+PIECE = 32  # columns per product inside a group
+ROWS = 2048  # maximum weight rows per task of a thread
+STRIPE = 512  # of these, rows processed at once where a product per group would be large
 
 
 @dataclass(frozen=True)
 class Factor:
-    """H = U D Uᵀ."""
+    """The factors of H = U D Uᵀ."""
 
     u: F32  # (K, K) unit upper triangular
     d: F32  # (K,)
@@ -40,7 +41,7 @@ class Factor:
 
 @dataclass
 class Codes:
-    """q (K, N) whole numbers, scales and zeros (K/G, N): all float32."""
+    """Codes q (K, N) as integers, scales and zeros (K/G, N). All are float32."""
 
     q: F32
     scales: F32
@@ -55,14 +56,14 @@ class Codes:
         return Grid(self.scales[g], self.zeros[g], self.w_bit)
 
     def values(self) -> F32:
-        """-> w_hat (K, N)."""
+        """Return w_hat (K, N)."""
         w = self.q.reshape(len(self.scales), -1, self.q.shape[1]) - self.zeros[:, None]
         w *= self.scales[:, None]
         return w.reshape(self.q.shape)
 
 
 def damped(sums: F32, per_token: float = 1.0, damping: float = DAMPING) -> F32:
-    """Sums of x xᵀ, changed in place to their mean + damping · its mean diagonal.
+    """Convert sums of x xᵀ in place to their mean plus `damping` times its mean diagonal.
 
     Dead channels, whose inputs are always 0, get all of the mean diagonal.
     """
@@ -74,7 +75,7 @@ def damped(sums: F32, per_token: float = 1.0, damping: float = DAMPING) -> F32:
 
 
 def factor(h: F32) -> Factor:
-    """A damped H (K, K) -> its factors."""
+    """Factor a damped H (K, K)."""
     r = upper_factor(h)
     root = np.diagonal(r).copy()
     r /= root
@@ -82,9 +83,9 @@ def factor(h: F32) -> Factor:
 
 
 def by_importance(diagonal: F32, group_size: int) -> Order:
-    """An order of columns that keeps groups together: heavy groups first, heavy columns first in each.
+    """Return an order of columns that keeps groups together, heavy groups first, heavy columns first in each.
 
-    What is rounded early has the most columns left to make good for it.
+    Errors of columns that are rounded early can be compensated by the most columns.
     """
     grouped = diagonal.reshape(-1, group_size)
     groups = np.argsort(-grouped.sum(1), kind="stable")
@@ -94,7 +95,10 @@ def by_importance(diagonal: F32, group_size: int) -> Order:
 
 
 def fit_grid(v: F32, d: F32, w_bit: int) -> Grid:
-    """A group's columns v (G, N) with weights d (G,) -> the grid (N,) among shrunken ranges that errs least."""
+    """Choose the grid (N,) with the smallest error among shrunken ranges.
+
+    v (G, N): the columns of a group. d (G,): their weights.
+    """
 
     def piece(rows: slice) -> tuple[F32, F32]:
         part = v[:, rows]
@@ -115,7 +119,7 @@ def fit_grid(v: F32, d: F32, w_bit: int) -> Grid:
 
 
 def quantised(w: F32, f: Factor, h: F32, w_bit: int, group_size: int, rounds: int) -> Codes:
-    """w (K, N) -> its codes. Rows of the weight do not meet: parts of them are quantised at once."""
+    """Quantise w (K, N). Rows of the weight are independent, so parts of them run in parallel."""
 
     def some(rows: slice) -> Codes:
         part = w[:, rows]
@@ -126,7 +130,7 @@ def quantised(w: F32, f: Factor, h: F32, w_bit: int, group_size: int, rounds: in
     pairs = -(-w.shape[1] // (2 * ROWS))
     made = each(
         some, spans(w.shape[1], -(-w.shape[1] // (2 * pairs)))
-    )  # an even number of parts: two threads share
+    )  # an even number of parts, for two threads
     q, scales, zeros = (
         np.concatenate([getattr(codes, field) for codes in made], 1) for field in ("q", "scales", "zeros")
     )
@@ -134,7 +138,7 @@ def quantised(w: F32, f: Factor, h: F32, w_bit: int, group_size: int, rounds: in
 
 
 def feed_back(w: F32, f: Factor, w_bit: int, group_size: int) -> Codes:
-    """Quantise w (K, N), each group's grid chosen when its turn comes."""
+    """Quantise w (K, N) group by group. Each group's grid is chosen when the group is processed."""
     k, n = w.shape
     e = np.empty_like(w)
     codes = Codes(
@@ -151,7 +155,7 @@ def feed_back(w: F32, f: Factor, w_bit: int, group_size: int) -> Codes:
 
 
 def _feed_group(w: F32, v: F32, grid: Grid, u: F32, q: F32, e: F32) -> None:
-    """Round a group's columns one by one: w is wanted, v is w plus the groups before; fills q and e (G, N)."""
+    """Round a group's columns one by one: w is the target, v adds earlier feedback. Fills q and e (G, N)."""
     for start in range(0, len(w), PIECE):
         end = min(start + PIECE, len(w))
         if start:
@@ -163,14 +167,17 @@ def _feed_group(w: F32, v: F32, grid: Grid, u: F32, q: F32, e: F32) -> None:
 
 
 def refine(w: F32, codes: Codes, h: F32, rounds: int) -> None:
-    """Improve codes in place: each code given all others, then all scales of a row together; repeat."""
+    """Improve codes in place: each code given all others, then all scales of a row together.
+
+    Repeats `rounds` times.
+    """
     for _ in range(rounds):
         descend(w, codes, h)
         refit_scales(w, codes, h)
 
 
 def descend(w: F32, codes: Codes, h: F32) -> None:
-    """Give each column in turn the codes that minimise e H eᵀ while all others stay (coordinate descent)."""
+    """Set each column in turn to the codes that minimise e H eᵀ with all others fixed (coordinate descent)."""
     size, e = codes.group_size, codes.values()
     np.subtract(w, e, out=e)
     curvature = np.diagonal(h)
@@ -181,7 +188,7 @@ def descend(w: F32, codes: Codes, h: F32) -> None:
 
 
 def _descend_group(w: F32, pull: F32, grid: Grid, h: F32, curvature: F32, q: F32, e: F32) -> None:
-    """One group of `descend`; changes q and e (G, N). moved holds what this group's errors changed by."""
+    """Run `descend` for one group. Changes q and e (G, N). `moved` is the change of this group's errors."""
     moved = np.zeros_like(e)
     for start in range(0, len(w), PIECE):
         end = min(start + PIECE, len(w))
@@ -198,7 +205,7 @@ def _descend_group(w: F32, pull: F32, grid: Grid, h: F32, curvature: F32, q: F32
 def refit_scales(w: F32, codes: Codes, h: F32) -> None:
     """Replace the scales by those that minimise e H eᵀ for the given codes, all groups of a row together.
 
-    A row's w_hat is a sum over groups g of scale_g · z_g, so this is a K/G by K/G system for each row.
+    A row's w_hat is a sum over groups g of scale_g · z_g, so this is a K/G by K/G system per row.
     """
     k, n = w.shape
     groups, size = len(codes.scales), codes.group_size
@@ -215,10 +222,10 @@ def refit_scales(w: F32, codes: Codes, h: F32) -> None:
 
 
 def _solved(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64], old: F32, w_bit: int) -> F32:
-    """Solve a (N, g, g) x = b (N, g); where x strays far from the old scale (g, N) that one stays."""
+    """Solve a (N, g, g) x = b (N, g). Keeps the old scale (g, N) where x differs too much from it."""
     groups = a.shape[1]
     diagonal = np.einsum("ngg->ng", a)
-    diagonal += 1e-6 * diagonal.mean(1, keepdims=True) + 1e-30  # a group of zeros alone has no scale to find
+    diagonal += 1e-6 * diagonal.mean(1, keepdims=True) + 1e-30  # a group with only zeros has no defined scale
     x = np.linalg.solve(a, b[..., None])[..., 0].T.astype(np.float32)
     assert x.shape[0] == groups
     usable = np.isfinite(x) & (x > old / 2) & (x < old * 2)

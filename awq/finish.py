@@ -1,4 +1,4 @@
-"""The finished folder: shards merged, config.json, side files and a model card; then one rename."""
+"""Write the finished folder (merged shards, config.json, side files, model card) and rename it into place."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from tinychat_mlx.weight import Packed
 
 
 def merged(shards: Iterable[Path]) -> list[Entry]:
-    """All tensors of several files; each is read when it is written."""
+    """List the tensors of several files. Each is read when it is written."""
     return [tensor for path in shards for tensor in entries(TensorFile(path))]
 
 
 def write_folder(
     folder: Path, source: Checkpoint, tensors: Iterable[Entry], config: dict[str, Any], card: str
 ) -> None:
-    """Fill an empty folder that mlx-lm and transformers' readers understand."""
+    """Write a folder that mlx-lm and transformers can load."""
     folder.mkdir()
     write_sharded(folder, tensors, metadata={"format": "mlx" if "quantization" in config else "pt"})
     write_json(folder / "config.json", config)
@@ -41,9 +41,9 @@ def write_folder(
 
 
 def put_in_place(folder: Path, target: Path, work: Path, renaming: Path) -> None:
-    """Rename the finished folder to its name; an older one of that name goes when the new one is there.
+    """Rename the finished folder to its final name. An older folder with that name is removed afterwards.
 
-    renaming: a file that says that from here on the target may be the finished folder.
+    `renaming` is a marker file: once it exists, the target may be the finished folder.
     """
     old = work / "old"
     renaming.touch()
@@ -64,11 +64,11 @@ def put_in_place(folder: Path, target: Path, work: Path, renaming: Path) -> None
     sync_folder(target.parent)
 
 
-CARRIED = ("license", "license_name", "license_link", "language")  # of the model card's head
+CARRIED = ("license", "license_name", "license_link", "language")  # keys copied from the source's model card
 
 
 def card_text(source: Checkpoint, settings: Settings, rejected: Sequence[Rejected] = ()) -> str:
-    """The model card: YAML for the hub, then what was done. A change of format says that and no more."""
+    """Return the model card: YAML front matter for the hub, then a description of the conversion."""
     front, name = _front_matter(source.folder / "README.md"), shown_name(source)
     dense, old = source.quantization.format == "dense", source.quantization
     w_bit, awq = (settings.w_bit, settings.method != "rtn") if dense else (old.w_bit, "awq" in old.format)
@@ -96,12 +96,15 @@ def card_text(source: Checkpoint, settings: Settings, rejected: Sequence[Rejecte
 
 
 def shown_name(source: Checkpoint) -> str:
-    """What a model is called: its id on the hub, else its folder's name."""
+    """Return the model's hub id, or its folder's name."""
     return repo_of(source.folder) or source.folder.resolve().name
 
 
 def _base_model(source: Checkpoint, front: dict[str, list[str]]) -> list[str]:
-    """The lines that say what was quantised. A folder has no id on the hub, and its card names what it came of."""
+    """Return the YAML lines that name the base model.
+
+    A local folder has no hub id, so its model card is used.
+    """
     if name := repo_of(source.folder):
         return [f"base_model: {json.dumps(name)}", "base_model_relation: quantized"]
     relation = "".join(front.get("base_model_relation", ())).partition(":")[2].strip().strip("\"'")
@@ -111,7 +114,7 @@ def _base_model(source: Checkpoint, front: dict[str, list[str]]) -> list[str]:
 
 
 def edge_bits(result: Checkpoint) -> int:
-    """Bits of the embedding, as they are stored."""
+    """Return the bits per weight of the stored embedding (16: float)."""
     weight = result.weight(parse_config(result.config).spec.name("embed"))
     return weight.w_bit if isinstance(weight, Packed) else 16
 
@@ -125,7 +128,10 @@ def calibration_text(settings: Settings) -> str:
 
 
 def _front_matter(path: Path) -> dict[str, list[str]]:
-    """The lines of each key of a model card's head, as they are: a value may go on over indented lines and lists."""
+    """Return the lines of each key of a model card's front matter.
+
+    A value may span indented lines and lists.
+    """
     if not path.is_file():
         return {}
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()

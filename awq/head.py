@@ -1,11 +1,11 @@
-"""The head, where it is a tensor of its own and gets 4 bits: one site more, behind the last layer.
+"""Quantise the head to 4 bits as one more site after the last layer, if it is a separate tensor.
 
-The final norm makes its input and, with awq, absorbs 1/s; softcap and logit scale come after it and see the
-same numbers. awq+ feeds errors back and scales nothing (see layer.py). Both look at the float model's rows: a
-head made to make good for the quantised layers as well lost more on held-out text.
+The final norm produces the head's input and, with awq, absorbs 1/s. Softcap and logit scale follow and see
+the same numbers. awq+ applies error feedback without scales (see layer.py). Both use the float model's rows:
+a head that also corrects the quantised layers lost more on held-out text.
 
-A head tied to the embedding cannot be scaled, for its columns are also what the tokens become: it is rounded,
-as every embedding is. At 8 bits rounding costs 0.00001 nats, so there nothing is searched for.
+A head tied to the embedding cannot be scaled, because its columns are also the token embeddings. It is
+rounded like every embedding. At 8 bits rounding costs 0.00001 nats, so no search is done.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from tinychat_mlx.tensorfile import Entry
 from tinychat_mlx.weight import F32, Dense, to_float32
 
 SITE = Site("head", ("head",), "final_norm")
-ROWS = 8192  # of the head in float32 at once; the scales are chosen by as many, spread evenly over all
+ROWS = 8192  # rows of the head in float32 at once; the scales are chosen with as many evenly spread rows
 
 
 def is_site(config: ModelConfig, source: Source, settings: Settings) -> bool:
-    """Whether the head is more than rounded."""
+    """Return whether the head is quantised as a site instead of rounded."""
     return settings.method != "rtn" and settings.head_bits == 4 and source.has(config.spec.name("head"))
 
 
@@ -57,7 +57,7 @@ def head_form(settings: Settings) -> Form:
 def head_inputs(
     config: ModelConfig, source: Source, backend: Backend, x: F32, split: Split, form: Form, method: str
 ) -> tuple[Moments, Held]:
-    """What leaves the last layer of the float model, x (T, C) -> moments and held-out rows of what the head reads."""
+    """Return moments and held-out rows of the head's input, from the float model's last activations x (T, C)."""
     norm, k = Loader(config, source, backend).final_norm(), config.hidden_size
     moments: Moments = FullMoments.empty(k) if method == "awq+" else BlockMoments.empty(k, form.group_size)
 
@@ -72,9 +72,9 @@ def head_inputs(
 
 @dataclass(frozen=True)
 class Head:
-    """The head on its way into codes: what was chosen by some of its rows holds for all."""
+    """The head during quantisation. Choices made on a sample of its rows apply to all rows."""
 
-    weights: LayerWeights  # of those rows, with the final norm as it will be stored
+    weights: LayerWeights  # the sampled rows, with the final norm as it will be stored
     matrix: Dense
     moments: Moments
     form: Form
@@ -83,7 +83,7 @@ class Head:
 
     @classmethod
     def chosen_by(cls, config: ModelConfig, source: Source, moments: Moments, held: Held, form: Form) -> Head:
-        """Search scales as for any other site, by up to ROWS rows."""
+        """Search scales as for other sites, on up to ROWS rows."""
         matrix = source.weight(config.spec.name("head"), (config.vocab_size, config.hidden_size))
         assert isinstance(matrix, Dense)
         rows = to_float32(matrix.w[:: -(-len(matrix.w) // ROWS)])
@@ -98,18 +98,18 @@ class Head:
         return cls(chosen.weights, matrix, moments, form, chosen, report)
 
     def stripes(self) -> Iterator[Quantized]:
-        """All rows as codes, ROWS at a time: rows of a weight do not meet."""
+        """Yield the codes of all rows, ROWS at a time. Rows are quantised independently."""
         code = self._coder()
         for at in range(0, len(self.matrix.w), ROWS):
             yield code(to_float32(self.matrix.w[at : at + ROWS]))
 
     def _coder(self) -> Callable[[F32], Quantized]:
-        """-> rows (N, K) -> their codes."""
+        """Return a function from rows (N, K) to their codes."""
         form, s, moments = self.form, self.chosen.s, self.moments
         if self.report.fell_back:
             return lambda w: round_to_nearest(w, form.w_bit, form.group_size)
         if isinstance(moments, FullMoments):
-            made = Factored.of(moments, form)  # once for all stripes
+            made = Factored.of(moments, form)  # one factorisation for all stripes
             return lambda w: fed_codes(np.ascontiguousarray(w.T[made.order]), made, form)
 
         def searched(w: F32) -> Quantized:
@@ -119,7 +119,7 @@ class Head:
         return searched
 
     def entries(self, watch: Callable[[int, int], None]) -> list[Entry]:
-        """The head and the final norm, as they are stored. watch(done, total): after each stripe."""
+        """Return the head and the final norm as stored. Calls watch(done, total) after each stripe."""
         total = -(-len(self.matrix.w) // ROWS)
 
         def watched() -> Iterator[Quantized]:

@@ -1,7 +1,7 @@
-"""Quantise the linears of one site: rtn (plain rounding), awq (the published algorithm), awq+ (error feedback).
+"""Quantise the linears of one site: rtn (plain rounding), awq (as published), awq+ (error feedback).
 
-A site's linears read one input. What was found on the calibration rows is judged on held-out rows by what the float
-model computes there, and plain rounding stays where nothing is better.
+The linears of a site read the same input. A result from the calibration rows is evaluated on held-out rows,
+against the float model's outputs. Plain rounding is kept if nothing is better.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from tinychat_mlx.formats.mlx import half
 from tinychat_mlx.weight import F32, Dense, Packed, Weight
 
 METHODS = ("rtn", "awq", "awq+")
-JUDGED = 384  # outputs of a site, evenly spread, by which attempts are compared
-ROUNDS = 1  # of coordinate descent: 5 % less KL at 4 bits; a second gives nothing
-TURN = 0.25  # the longest correction of a row of weights, as a share of the row's length: it turns by at most 14°
+JUDGED = 384  # maximum outputs of a site, evenly spread, on which attempts are compared
+ROUNDS = 1  # of coordinate descent: 5 % less KL at 4 bits; a second round has no effect
+TURN = 0.25  # longest correction of a weight row relative to its norm; it rotates the row by at most 14°
 
 
 @dataclass(frozen=True)
 class Form:
-    """How weights are stored."""
+    """The storage form of quantised weights."""
 
     w_bit: int
     group_size: int
@@ -36,11 +36,11 @@ class Form:
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One site. rtn, error: the relative squared error of its outputs against the float model's, on held-out rows,
-    with plain rounding and with what was kept.
+    """The result of one site.
 
-    share: of the correction towards the float model's outputs, chosen on the held-out rows.
-    fell_back: nothing was better than plain rounding, which was kept.
+    rtn, error: relative squared error of its outputs against the float model's on held-out rows, with plain
+    rounding and with the result. share: part of the correction towards the float model's outputs, chosen on
+    the held-out rows. fell_back: nothing was better than plain rounding, which was kept.
     """
 
     key: str
@@ -55,8 +55,10 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """A layer, or the head. off: the distance (see `streams.distance`) of the rows that leave the quantised layers so
-    far from the float model's, on rows that no search sees; rounded: the same of plain rounding. The head has none.
+    """The result of a layer, or of the head.
+
+    off: distance (see `streams.distance`) of the activations after the quantised layers to the float model's,
+    on rows that no search uses. rounded: the same for plain rounding. The head has neither.
     """
 
     sites: tuple[SiteReport, ...]
@@ -66,9 +68,10 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """A layer whose sites are codes as far as `parts` has them; `weights` holds the rest and the folded vectors.
+    """A layer with codes for the linears in `parts`. `weights` has the others and the folded vectors.
 
-    A Source for the graph's Loader: the layer as it is stored, so as it will run. experts: each by part.
+    Implements Source for the graph's Loader: the layer as it is stored, and so as it will run. experts: by
+    part.
     """
 
     weights: LayerWeights
@@ -83,7 +86,7 @@ class QuantizedLayer:
         return as_stored(name, self.weights.vector(name))
 
     def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
-        """A module: its parts' codes one below the other, or its floats in float16; rows as the checkpoint has them."""
+        """Return a module (codes of its parts, stacked, or float16 floats) in the checkpoint's row order."""
         found = self.weights.module(module)
         if not all(part in self.parts for part in found.parts):
             plain = self.weights.weight(module)
@@ -107,12 +110,12 @@ Moments = BlockMoments | FullMoments
 
 
 def dense_sites(weights: LayerWeights) -> tuple[Site, ...]:
-    """The sites of a layer without its experts', in the order of a forward pass."""
+    """Return the sites of a layer without its experts', in the order of the forward pass."""
     return tuple(site for site in sites(weights.config, weights.layer) if not site.experts)
 
 
 def round_layer(weights: LayerWeights, form: Form) -> QuantizedLayer:
-    """Plain rounding of a layer without its experts; needs no tokens."""
+    """Quantise a layer without its experts with plain rounding. Needs no tokens."""
     parts: dict[str, Quantized] = {}
     for site in dense_sites(weights):
         parts |= round_site(weights, site, form)
@@ -125,7 +128,10 @@ def round_site(weights: LayerWeights, site: Site, form: Form) -> dict[str, Quant
 
 @dataclass(frozen=True)
 class Held:
-    """Held-out rows at one site. given (n, K): what its linears will read. wanted (n, K): what the float model's read."""
+    """Held-out rows at one site: what its linears will read (given) and what the float model's read (wanted).
+
+    Both have the shape (n, K).
+    """
 
     given: F32
     wanted: F32
@@ -133,7 +139,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Attempt:
-    """The layer with a site's scales folded in, the site's codes, the scale of each input channel."""
+    """A candidate: the layer with scales folded in, the site's codes, the scale of each input channel."""
 
     weights: LayerWeights
     parts: dict[str, Quantized]
@@ -143,21 +149,21 @@ class Attempt:
 
 
 class Judge:
-    """Measures codes of one site by its outputs on held-out rows, against those of the float weights w (N, K).
+    """Measures codes of a site by its outputs on held-out rows, against those of the float weights w (N, K).
 
-    At most JUDGED outputs, evenly spread, are computed. Every row of the text counts the same: the error is the mean
-    over rows of |error|² / |output|².
+    At most JUDGED outputs, evenly spread, are computed. Every row of the text has the same weight: the error
+    is the mean over rows of |error|² / |output|².
     """
 
     def __init__(self, w: F32, held: Held) -> None:
         self.rows = np.arange(0, len(w), -(-len(w) // JUDGED))
-        self.given = held.given
+        self.held = held
         self.wanted = product(held.wanted, w[self.rows].T)
         size = np.einsum("tn,tn->t", self.wanted, self.wanted)
         self.weight = 1 / np.maximum(size, np.float32(1e-6) * size.mean() + np.float32(1e-30))
 
     def error(self, parts: dict[str, Quantized], s: F32, site: Site) -> float:
-        """Of codes whose columns carry s."""
+        """Return the error of codes whose columns are multiplied by s."""
         pieces, at = [], 0
         for part in (parts[role] for role in site.roles):
             end = at + len(part.q)
@@ -165,14 +171,14 @@ class Judge:
             at = end
         w_hat = np.concatenate(pieces)
         w_hat /= s
-        off = product(self.given, w_hat.T) - self.wanted
+        off = product(self.held.given, w_hat.T) - self.wanted
         return float(np.mean(np.einsum("tn,tn->t", off, off) * self.weight))
 
 
 def better(
     judge: Judge, tried: Attempt, plain: Attempt, site: Site, note: str = ""
 ) -> tuple[Attempt, SiteReport]:
-    """Keep what was tried only where its error is below plain rounding's."""
+    """Keep the attempt only if its error is below that of plain rounding."""
     rtn, error = (judge.error(a.parts, a.s, site) for a in (plain, tried))
     kept = tried if error < rtn else plain
     fell_back = kept is plain
@@ -186,8 +192,10 @@ def better(
 def quantize_published(
     weights: LayerWeights, moments: dict[str, BlockMoments], held: dict[str, Held], form: Form
 ) -> QuantizedLayer:
-    """Quantise a layer without its experts. From the last site to the first: a site's scales go into rows that an
-    earlier site quantises. Takes each site's moments out of `moments`, for they are large.
+    """Quantise a layer without its experts, from the last site to the first.
+
+    A site's scales are folded into rows that an earlier site quantises, so the last site comes first. Removes
+    each site's moments from `moments`, because they are large.
     """
     weights, parts, reports = weights.copy(), {}, []
     for site in reversed(dense_sites(weights)):
@@ -202,7 +210,7 @@ def quantize_published(
 def publish_site(
     weights: LayerWeights, site: Site, moments: BlockMoments, held: Held, form: Form
 ) -> tuple[Attempt, SiteReport]:
-    """Scale search, clip search, rounding."""
+    """Quantise a site with scale search, clip search and rounding."""
     found = None
     if site.absorber is not None:
         at = shared(site, weights.config)
@@ -216,7 +224,7 @@ def publish_site(
 def scaled_by(
     weights: LayerWeights, site: Site, found: tuple[F32, float] | None
 ) -> tuple[LayerWeights, F32, float]:
-    """-> a copy with the found scales folded in, the scale of each input channel, alpha."""
+    """Return a copy with the given scales folded in, the scale of each input channel, and alpha."""
     copy = weights.copy()
     if found is None or found[1] == 0:
         return copy, np.ones(weights.linears[site.roles[0]].shape[1], np.float32), 0.0
@@ -226,7 +234,7 @@ def scaled_by(
 def clipped(
     scaled: LayerWeights, site: Site, moments: BlockMoments, s: F32, form: Form
 ) -> dict[str, Quantized]:
-    """Clip search and rounding of linears whose columns carry s; moments: of the unscaled inputs."""
+    """Search clips and round linears whose columns are multiplied by s. moments: of the unscaled inputs."""
     moments, parts = moments.divided(s), {}
     for role in site.roles:
         w = scaled.linears[role]
@@ -254,21 +262,22 @@ class Factored:
         return cls(order, h, feedback.factor(h))
 
     def weights(self) -> F32:
-        """D (K,), in the checkpoint's order: how much the rounding of each column will count."""
+        """Return D (K,) in the checkpoint's order: the weight of each column's rounding error."""
         stored = np.empty_like(self.f.d)
         stored[self.order] = self.f.d
         return stored
 
 
-Scales = dict[str, tuple[F32, float]]  # site -> the scale of each input channel, alpha
+Scales = dict[str, tuple[F32, float]]  # site -> (scale of each input channel, alpha)
 
 
 def scale_layer(
     weights: LayerWeights, moments: dict[str, FullMoments], form: Form
 ) -> tuple[LayerWeights, Scales]:
-    """Choose and fold the scales of all sites without experts, by the error that feedback will leave.
+    """Choose and fold the scales of all sites without experts, by the error left after feedback.
 
-    moments: of the float model's inputs. From the last site to the first, as in `quantize_published`.
+    moments: of the float model's inputs. The order is from the last site to the first, as in
+    `quantize_published`.
     """
     found: Scales = {}
     for site in reversed(dense_sites(weights)):
@@ -285,35 +294,38 @@ def scale_layer(
 def feed_site(
     weights: LayerWeights, site: Site, moments: FullMoments, held: Held, form: Form, s: F32, alpha: float
 ) -> tuple[Attempt, SiteReport]:
-    """Quantise a site by error feedback. Its columns carry s, and so do (as 1/s) the inputs in moments and held."""
+    """Quantise a site with error feedback.
+
+    The site's columns are multiplied by s, and the inputs in `moments` and `held` are divided by s.
+    """
     w = weights.stacked(site)
     judge, made = Judge(w, held), Factored.of(moments, form)
-    plain_w = {role: weights.linears[role] / s for role in site.roles}
-    plain = {r: round_to_nearest(v, form.w_bit, form.group_size) for r, v in plain_w.items()}
+    plain = {r: round_to_nearest(weights.linears[r] / s, form.w_bit, form.group_size) for r in site.roles}
     rtn = judge.error(plain, np.float32(1) / s, site)
-    change, share = corrected(w, moments, made, held)
+    del plain
+    change, share = corrected(w, moments, made, judge)
     wt = np.ascontiguousarray(w.T[made.order])
     if share:
         wt += change.T[made.order]
-    del change, plain_w, plain
+    del change
     codes = fed_codes(wt, made, form)
     parts = dict(weights.unstack_codes(site, codes))
     error, ones = judge.error(parts, np.ones(1, np.float32), site), np.ones_like(s)
     if error < rtn:
         report = SiteReport(site.key, site.roles, rtn, error, alpha, share, False)
         return Attempt(weights, parts, ones, alpha, share), report
-    # The scales stay: an earlier site's rows carry them already.
+    # The scales are kept: the rows of an earlier site already include them.
     parts = round_site(weights, site, form)
     report = SiteReport(site.key, site.roles, rtn, judge.error(parts, ones, site), alpha, 0.0, True)
     return Attempt(weights, parts, ones, alpha), report
 
 
-def corrected(w: F32, moments: FullMoments, made: Factored, held: Held) -> tuple[F32, float]:
-    """-> a change of w (N, K) that moves the site's outputs towards the float model's, how much of it was taken.
+def corrected(w: F32, moments: FullMoments, made: Factored, judge: Judge) -> tuple[F32, float]:
+    """Return a change of w (N, K) towards the float model's outputs, and the share of it that is applied.
 
-    The change is the least-squares answer to what the site's inputs lack; a row's is at most TURN of its length. A
-    regression on inputs that are themselves off is biased, and what it gains on the rows that it was fitted to is no
-    proof. So the share that is taken minimises the error on held-out rows, and it is 0 where the gain there is within
+    The change is the least-squares solution for the part that the site's inputs lack. The change of a row is
+    at most TURN of the row's norm. A regression on inputs with errors is biased, so a gain on the rows of the
+    fit proves nothing. The share minimises the error on held-out rows. It is 0 if the gain there is within
     one standard error.
     """
     if not moments.has_cross:
@@ -322,12 +334,12 @@ def corrected(w: F32, moments: FullMoments, made: Factored, held: Held) -> tuple
     solve(made.f.u, made.f.d, turned)
     change = np.empty_like(w)
     change[:, made.order] = turned.T
-    length, most = (np.linalg.norm(a, axis=1) for a in (change, w))
+    del turned
+    length, most = (np.sqrt(np.einsum("nk,nk->n", a, a)) for a in (change, w))
     change *= np.minimum(1, TURN * most / np.maximum(length, 1e-30))[:, None]
-    lacks, gives = product(held.wanted - held.given, w.T), product(held.given, change.T)
-    size = np.einsum("tn,tn->t", *[product(held.wanted, w.T)] * 2)
-    weight = 1 / np.maximum(size, 1e-6 * size.mean() + 1e-30)
-    along, across = (np.einsum("tn,tn->t", a, gives) * weight for a in (lacks, gives))
+    given = judge.held.given
+    lacks, gives = judge.wanted - product(given, w[judge.rows].T), product(given, change[judge.rows].T)
+    along, across = (np.einsum("tn,tn->t", a, gives) * judge.weight for a in (lacks, gives))
     share = float(np.clip(along.sum() / max(across.sum(), 1e-30), 0, 1))
     gain = share * (2 * along - share * across)
     if not gain.mean() > gain.std() / np.sqrt(len(gain)):
@@ -337,7 +349,7 @@ def corrected(w: F32, moments: FullMoments, made: Factored, held: Held) -> tuple
 
 
 def fed_codes(wt: F32, made: Factored, form: Form) -> Quantized:
-    """wt (K, N), in the order of quantisation -> its codes, in the checkpoint's order."""
+    """Quantise wt (K, N), in the order of quantisation. Returns codes in the checkpoint's order."""
     order = made.order
     codes = feedback.quantised(wt, made.f, made.h, form.w_bit, form.group_size, ROUNDS)
     back = np.argsort(order)

@@ -1,4 +1,4 @@
-"""Second moments of a linear's input: all that the searches need to know about the calibration tokens."""
+"""Second moments of a linear's input, the statistics of the calibration tokens that the searches use."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 from tinychat_mlx.awq.parallel import add_product, each, over_rows, product, spans
 from tinychat_mlx.weight import F32
 
-TILE = 256  # rows and columns of H added to at once
+TILE = 256  # rows and columns of H per task
 
 
 @dataclass
 class BlockMoments:
     """Sums over tokens of |x| (K,) and of x xᵀ inside each group of G inputs (K/G, G, G).
 
-    Enough for the published searches: a group is judged by its own partial output.
+    This is enough for the published searches, which measure the partial output of each group.
     """
 
     magnitude: F32
@@ -29,7 +29,7 @@ class BlockMoments:
         return cls(np.zeros(k, np.float32), blocks)
 
     def add(self, x: F32) -> None:
-        """Take in rows x (T, K)."""
+        """Add rows x (T, K)."""
         self.magnitude += np.abs(x).sum(0)
         grouped = x.reshape(len(x), len(self.blocks), -1).transpose(1, 2, 0)  # (K/G, G, T)
 
@@ -45,7 +45,7 @@ class BlockMoments:
         return mean
 
     def loss(self, delta: F32) -> F32:
-        """delta (N, K), a change of the weights -> (N, K/G): mean squared change of each partial output."""
+        """Return the mean squared change of each partial output (N, K/G) for a weight change delta (N, K)."""
         groups, size = self.blocks.shape[:2]
         per_token = np.float32(1 / max(self.tokens, 1))
 
@@ -57,7 +57,7 @@ class BlockMoments:
         return np.concatenate(over_rows(len(delta), 4 * delta.shape[1], piece))
 
     def divided(self, s: F32) -> BlockMoments:
-        """The moments of x / s."""
+        """Return the moments of x / s."""
         f = s.reshape(len(self.blocks), -1)
         blocks = self.blocks / (f[:, :, None] * f[:, None, :])
         return BlockMoments(self.magnitude / s, blocks, self.tokens)
@@ -65,29 +65,29 @@ class BlockMoments:
 
 @dataclass
 class FullMoments:
-    """What awq+ needs of a site: sums over tokens of |x| (K,), of x xᵀ (K, K), and of missing xᵀ (M, K).
+    """Sums over tokens of |x| (K,), of x xᵀ (K, K) and of missing xᵀ (M, K), as awq+ needs them.
 
-    x is what the quantised layers before the site give it. missing is what x lacks of the float model's input:
-    (K, K), or, where w is given, that seen through the site's linears: (N, K), which is smaller. Moments of the
-    float model's own inputs have no missing part.
+    x is the site's input after the quantised layers. missing is the float model's input minus x: (K, K), or
+    if w is given, its product with the site's linears: (N, K), which is smaller. Moments of the float model's
+    own inputs have no missing part.
     """
 
     magnitude: F32
-    sums: F32  # while tokens come in, only tiles on and above the diagonal: `whole` has all
+    sums: F32  # only tiles on and above the diagonal are filled; see `whole`
     cross: F32
     w: F32 | None = None
     tokens: int = 0
 
     @classmethod
     def empty(cls, k: int, w: F32 | None = None) -> FullMoments:
-        """w (N, K): the site's linears, where what the inputs lack is asked for."""
+        """Create zero moments. w (N, K): the site's linears, if the missing part of the input is needed."""
         rows = 0 if w is None else min(k, len(w))
         w = w if w is not None and len(w) < k else None
         zeros = np.zeros(k, np.float32), np.zeros((k, k), np.float32), np.zeros((rows, k), np.float32)
         return cls(*zeros, w)
 
     def add(self, x: F32, wanted: F32 | None = None) -> None:
-        """Take in rows x (T, K), and the float model's inputs at the same places where they differ."""
+        """Add rows x (T, K), and the float model's inputs for the same tokens if they differ."""
         self.magnitude += np.abs(x).sum(0)
         parts = spans(len(self.sums), TILE)
 
@@ -112,15 +112,17 @@ class FullMoments:
         return mean
 
     def whole(self) -> F32:
-        """The sums of x xᵀ, (K, K): what lies below the diagonal is filled in."""
+        """Return the sums of x xᵀ (K, K) with the part below the diagonal filled in."""
         for part in spans(len(self.sums), TILE):
             self.sums[part.stop :, part] = self.sums[part, part.stop :].T
         return self.sums
 
     def correction(self, w: F32) -> F32:
-        """w (N, K) -> mean of w · missing · xᵀ, transposed (K, N): what H⁻¹ turns into a change of w.
+        """Return the mean of w · missing · xᵀ for w (N, K), transposed to (K, N).
 
-        `cross` is let go, for it is large and has nothing more to say.
+        H⁻¹ maps it to a change of w.
+
+        Frees `cross`, which is large and not needed again.
         """
         through = self.cross.T if self.w is not None else product(self.cross.T, w.T)
         self.cross = np.empty((0, self.cross.shape[1]), np.float32)

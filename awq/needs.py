@@ -1,4 +1,4 @@
-"""What does a conversion need, and has this machine got it? So that it can be refused before it begins."""
+"""Compute the memory and disk space of a conversion and compare them with the machine, before work starts."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from tinychat_mlx.words import size
 
 @dataclass(frozen=True)
 class Needs:
-    """peak_bytes of memory; disk while it runs, and in the end.
+    """Bytes that a conversion needs.
 
-    Of the memory: layer_bytes are one decoder layer of float weights; layers_bytes the most held while layer after
-    layer is done; own_text_bytes while the model, whole and at 8 bits, writes its own text (0: it does not).
+    peak_bytes: memory. disk_bytes: disk during the run. result_bytes: disk at the end. layer_bytes: float
+    weights of one decoder layer. layers_bytes: peak of the layer-by-layer phase. own_text_bytes: memory of
+    the whole model at 8 bits while it generates its calibration text (0 if it does not).
     """
 
     peak_bytes: int
@@ -31,7 +32,7 @@ class Needs:
 
 
 def needs(config: ModelConfig, source: Checkpoint, settings: Settings) -> Needs:
-    """What the conversion of a dense model takes."""
+    """Return the memory and disk space that quantising a dense model needs."""
     held = peaks(config, source, settings)
     return Needs(
         held.most, disk_bytes(config, source, settings), result_bytes(config, source, settings),
@@ -40,7 +41,10 @@ def needs(config: ModelConfig, source: Checkpoint, settings: Settings) -> Needs:
 
 
 def shortage(wanted: Needs, target: Path, kept: int = 0) -> str:
-    """What this machine lacks for a conversion to `target`, or "". kept: bytes of it that are on the disk already."""
+    """Describe what this machine lacks for a conversion to `target`, or "".
+
+    `kept`: bytes already on the disk.
+    """
     if wanted.peak_bytes > (free := limits.available()):
         return f"the conversion needs {size(wanted.peak_bytes)} of memory, {size(free)} are free"
     if wanted.disk_bytes - kept > (room := limits.disk_free(target.parent)):
@@ -52,12 +56,12 @@ def shortage(wanted: Needs, target: Path, kept: int = 0) -> str:
 
 
 def smaller(config: ModelConfig, source: Checkpoint, settings: Settings) -> str:
-    """How the same conversion would take less memory, or ""."""
+    """Suggest how the same conversion needs less memory, or ""."""
     if settings.method == "rtn" or settings.calib != "self":
         return ""
     least = needs(config, source, replace(settings, calib="a file")).peak_bytes
     return (
-        f"give --calib FILE (then {size(least)} do), "
+        f"give --calib FILE (needs {size(least)}), "
         if least < 0.9 * needs(config, source, settings).peak_bytes
         else ""
     )

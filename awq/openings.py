@@ -1,4 +1,4 @@
-"""How the calibration text that a model writes itself begins: five kinds of text, each with the same share."""
+"""Beginnings of the calibration text that a model generates: five kinds of text with equal shares."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 
 from tinychat_mlx.tokenizer import Tokenizer
 
-SHOWN = 0.3  # tokens per byte of a language that a tokenizer was made for; of any other it has 0.3 to 1
+SHOWN = 0.3  # maximum tokens per byte for a language that the tokenizer supports; others have 0.3 to 1
 
 
 @dataclass(frozen=True)
 class Kind:
-    """questions: what a user's turn begins with ("": nothing). texts: what a text outside a chat begins with."""
+    """Beginnings of one kind. questions: of user turns ("": empty). texts: of texts outside a chat."""
 
     questions: tuple[str, ...]
     texts: tuple[str, ...]
@@ -54,13 +54,13 @@ CODE = Kind(
     ),
 )  # fmt: skip
 CHAT = Kind(
-    (  # half of the questions are the model's own from the first word
+    (  # for half of the questions the model chooses the first word
         *[""] * 16, "What", "How", "Who", "Can you", "I", "My", "Please", "Is", "Give me", "Do you", "Which", "Hi", "2 + 2",
         "Let's", "When", "Where",
     ),
     ("Q:", "Question:", "2 + 2 =", "What is", "How to", "I", "Hello", "Thanks", "Hi", "Can anyone"),
 )  # fmt: skip
-LANGUAGES = {  # a question, and the beginning of a text
+LANGUAGES = {  # question: beginning of a text
     "Wie funktioniert eigentlich": "Die Geschichte der",
     "Écris une histoire dans laquelle": "Il était une fois",
     "¿Qué significa la palabra": "La ciudad de",
@@ -76,7 +76,7 @@ LANGUAGES = {  # a question, and the beginning of a text
 
 
 def kinds(tokenizer: Tokenizer) -> list[Kind]:
-    """The kinds that a model has text of: languages that its tokenizer spells out byte by byte are left out."""
+    """Return the kinds to use. Languages that the tokenizer splits into single bytes are left out."""
     shown = {q: t for q, t in LANGUAGES.items() if _shown(tokenizer, q)}
     spoken = [Kind(tuple(shown), tuple(shown.values()))] if shown else []
     return [CHAT, PROSE, CODE, DOCUMENTS, *spoken]
@@ -87,7 +87,7 @@ def _shown(tokenizer: Tokenizer, text: str) -> bool:
 
 
 def dealt(tokenizer: Tokenizer, questions: bool, rng: np.random.Generator) -> Iterator[str]:
-    """Beginnings without end, of questions or of texts: the kinds in turn, each kind's own in a shuffled order."""
+    """Yield beginnings of questions or texts without end. Kinds alternate; each kind is shuffled."""
     decks = [_shuffled(kind.questions if questions else kind.texts, rng) for kind in kinds(tokenizer)]
     for deck in cycle(decks):
         yield next(deck)

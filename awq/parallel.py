@@ -1,7 +1,7 @@
-"""Work on all threads whose result does not depend on how many there are.
+"""Parallel work whose result does not depend on the number of threads.
 
-A sum in floating point depends on its order. A BLAS library that splits a product among its threads chooses the
-order by their number, so it gets one thread for each call, and the product is split here, into blocks of a fixed size.
+A floating-point sum depends on its order. A multi-threaded BLAS chooses the order by its number of threads.
+BLAS is therefore limited to one thread per call, and products are split here into blocks of a fixed size.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from tinychat_mlx.weight import F32
 
 T = TypeVar("T")
 R = TypeVar("R")
-PIECE_BYTES = 1 << 19  # a float32 piece and the few temporaries made from it fit a 2 MB L2
-BLOCK = 256  # rows or columns of a product that one call computes
-SMALL = 1 << 24  # multiplications of a product that one thread finishes before a second has begun
+PIECE_BYTES = 1 << 19  # a float32 piece and the temporaries made from it fit a 2 MB L2 cache
+BLOCK = 256  # rows or columns of a product per call
+SMALL = 1 << 24  # multiplications that one thread finishes before a second one starts
 
 _given: list[int] = []
 
 
 def count() -> int:
-    """Threads to use: as many as the user gave, else as many as this process may use."""
+    """Return the number of threads: the user's setting, else the number available to this process."""
     return _given[-1] if _given else limits.threads()
 
 
 @contextmanager
 def limited(threads: int | None) -> Iterator[None]:
-    """Inside, work takes this many threads (None: as many as the process may use), BLAS one for each call."""
+    """Context manager that sets the number of threads (None: no change) and limits BLAS to one thread."""
     _given.append(count() if threads is None else threads)
     try:
         with threadpool_limits(1, "blas"):
@@ -48,10 +48,11 @@ def limited(threads: int | None) -> Iterator[None]:
 
 
 def each(work: Callable[[T], R], pieces: Sequence[T]) -> list[R]:
-    """Call work on every piece -> the results in order.
+    """Call `work` on every piece. Returns the results in order.
 
-    The caller takes pieces too and waits only for those that another thread has begun. So work may call this again:
-    with all threads busy, the caller does the inner pieces itself. NumPy releases the interpreter lock in its loops.
+    The caller processes pieces too and waits only for pieces that another thread has started. So `work` may
+    call `each` again: if all threads are busy, the caller processes the inner pieces. NumPy releases the GIL
+    in its loops.
     """
     results: dict[int, R] = {}
     turns, lock, todo = iter(enumerate(pieces)), threading.Lock(), [work]
@@ -72,7 +73,8 @@ def each(work: Callable[[T], R], pieces: Sequence[T]) -> list[R]:
         begun = [helper for helper in begun if not helper.cancel()]
         for helper in begun:
             helper.exception()
-        # What is cancelled waits in the pool's queue until a thread is free, and must not hold arrays meanwhile.
+        # A cancelled task stays in the pool's queue until a thread is free. Clear the work so that it holds
+        # no arrays.
         todo.clear()
     for helper in begun:
         helper.result()
@@ -80,26 +82,26 @@ def each(work: Callable[[T], R], pieces: Sequence[T]) -> list[R]:
 
 
 def over_rows(n: int, row_bytes: int, work: Callable[[slice], R]) -> list[R]:
-    """Call work on consecutive slices of n rows, small enough for a core's cache -> the results in order."""
+    """Call `work` on consecutive slices of n rows that fit a core's cache. Returns the results in order."""
     return each(work, spans(n, max(1, PIECE_BYTES // max(row_bytes, 1))))
 
 
 def spans(n: int, size: int) -> list[slice]:
-    """-> consecutive slices of n rows, as equal as can be, of at most this size."""
+    """Split n rows into consecutive slices of nearly equal length, at most `size`."""
     number = -(-n // size)
     edges = [n * i // number for i in range(number + 1)] if number else []
     return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
 
 def product(a: F32, b: F32) -> F32:
-    """a (N, K) @ b (K, M) -> (N, M)."""
+    """Return a (N, K) @ b (K, M) as (N, M)."""
     out = np.empty((a.shape[0], b.shape[1]), np.float32)
     _blocks(a, b, lambda rows, columns: np.matmul(a[rows], b[:, columns], out=out[rows, columns]))
     return out
 
 
 def add_product(out: F32, a: F32, b: F32) -> None:
-    """out (N, M) += a (N, K) @ b (K, M)."""
+    """Compute out (N, M) += a (N, K) @ b (K, M)."""
 
     def add(rows: slice, columns: slice) -> None:
         out[rows, columns] += a[rows] @ b[:, columns]
@@ -108,7 +110,7 @@ def add_product(out: F32, a: F32, b: F32) -> None:
 
 
 def _blocks(a: F32, b: F32, work: Callable[[slice, slice], object]) -> None:
-    """Call work on the rows and columns of each block of a product; blocks lie across its longer side."""
+    """Call `work` on the rows and columns of each block of a product. Blocks split the longer side."""
     rows, columns = a.shape[0], b.shape[1]
     if a.size * columns < SMALL:
         work(slice(rows), slice(columns))
@@ -124,10 +126,10 @@ def _pool(size: int) -> ThreadPoolExecutor:
 
 
 def trim() -> None:
-    """Give memory that was freed back to the system, where the C library keeps it.
+    """Return freed memory to the system, if the C library keeps it.
 
-    glibc keeps arrays of up to 32 MB in every thread's arena. A layer frees some hundred arrays of all sizes: kept,
-    they are a quarter of the peak with llama-3.2-1b.
+    glibc keeps arrays of up to 32 MB in every thread's arena. A layer frees some hundred arrays of all sizes.
+    If they are kept, they are a quarter of the peak with llama-3.2-1b.
     """
     if (release := _malloc_trim()) is not None:
         release(0)

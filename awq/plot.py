@@ -1,6 +1,6 @@
-"""Three kinds of bar charts as SVG, written by hand: a few rectangles need no library.
+"""Draw three kinds of bar charts as SVG, without a plotting library.
 
-All return the text of a file. Every bar starts at 0 and shows its value when pointed at.
+Each function returns the text of a file. Every bar starts at 0 and shows its value as a tooltip.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from math import ceil, floor, log10
 
 WIDTH, EDGE = 760, 24
 FONT = 'font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif" font-size="12"'
-COLOURS = {"rtn": "#b8c0cc", "awq": "#f2b134", "awq+": "#2f7ed8"}  # distinct in grey and to the colour-blind
+# distinguishable in grey and with colour blindness
+COLOURS = {"rtn": "#b8c0cc", "awq": "#f2b134", "awq+": "#2f7ed8"}
 MORE = ("#2f7ed8", "#f2b134", "#7bc8a4", "#b8c0cc")
 INK, FAINT, GRID = "#1f2933", "#7b8794", "#e9edf2"
 
-Bars = Mapping[str, tuple[float, float]]  # name -> value, its standard error
+Bars = Mapping[str, tuple[float, float]]  # name -> (value, standard error)
 
 
 def layers(series: Mapping[str, Sequence[float]], title: str, x_label: str, y_label: str) -> str:
-    """Series (name -> a value for each layer), side by side at every layer."""
+    """Draw several series (name -> one value per layer) as grouped bars."""
     height, left, top, bottom = 276, 64, 66, 46
     count = max(map(len, series.values()), default=0)
     most = max((v for values in series.values() for v in values), default=0.0) or 1.0
@@ -55,7 +56,10 @@ def layers(series: Mapping[str, Sequence[float]], title: str, x_label: str, y_la
 
 
 def panels(found: Mapping[str, Bars], title: str) -> str:
-    """Small charts side by side (label -> its bars), each on a scale of its own; whiskers are standard errors."""
+    """Draw small charts next to each other (label -> bars), each with its own scale.
+
+    Whiskers: standard errors.
+    """
     height, top, bottom = 284, 92, 40
     inner_h, slot = height - top - bottom, (WIDTH - 2 * EDGE) / max(len(found), 1)
     out = _frame(height, title)
@@ -84,7 +88,7 @@ def panels(found: Mapping[str, Bars], title: str) -> str:
 
 
 def stacks(found: Mapping[str, Mapping[str, float]], title: str, unit: str) -> str:
-    """Lying bars (label -> parts of it), one below the other on a common scale."""
+    """Draw stacked horizontal bars (label -> parts) on a common scale."""
     row, top, left = 34, 58, 96
     height = top + row * len(found) + 14
     most = max((sum(parts.values()) for parts in found.values()), default=0.0) or 1.0
@@ -139,7 +143,7 @@ def _text(x: float, y: float, text: str, anchor: str, colour: str) -> str:
 
 
 def _ticks(most: float) -> list[float]:
-    """From 0 to the first round number that is no less, in steps of 1, 2 or 5 times a power of ten."""
+    """Return ticks from 0 to the first round number ≥ `most`, in steps of 1, 2 or 5 times a power of ten."""
     power = 10.0 ** floor(log10(most / 4))
     step = next(power * m for m in (1, 2, 5, 10) if power * m >= most / 4)
     return [step * i for i in range(ceil(most / step - 1e-9) + 1)]

@@ -1,7 +1,7 @@
-"""The group quantiser: which scale and zero a group of weights gets, and which codes.
+"""Group quantiser: scale, zero point and codes of each group of weights.
 
-w_hat = (q - zero) * scale for groups of G consecutive inputs; q and zero are whole numbers of 0 … 2^w_bit - 1.
-The scale is rounded to what is stored first and the codes are chosen with it, so nothing is re-derived.
+w_hat = (q - zero) * scale for groups of G consecutive inputs, with integer q and zero in 0 … 2^w_bit - 1. The
+scale is rounded to its stored form before the codes are chosen, so the codes fit the stored scale.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from tinychat_mlx.formats.mlx import half
 from tinychat_mlx.weight import F32, Packed, pack_codes
 
 U8 = npt.NDArray[np.uint8]
-LEAST_RANGE = np.float32(1e-5)  # of a group: keeps the scale of a constant group above zero
+LEAST_RANGE = np.float32(1e-5)  # of a group; keeps the scale of a constant group above zero
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Where each group's 2^w_bit values lie: scales, zeros, any shape that broadcasts with the groups."""
+    """The 2^w_bit values of each group. The shape of scales and zeros must broadcast with the groups."""
 
     scales: F32
     zeros: F32
     w_bit: int
 
     def codes(self, w: F32) -> F32:
-        """The nearest code of each weight, as whole numbers in float32."""
+        """Return the nearest code of each weight, as integers in float32."""
         q: F32 = np.rint(w / self.scales)
         q += self.zeros
         np.clip(q, 0, 2**self.w_bit - 1, out=q)
         return q
 
     def nearest(self, w: F32) -> F32:
-        """The nearest value of the grid to each weight."""
+        """Return the nearest grid value of each weight."""
         q = self.codes(w)
         q -= self.zeros
         q *= self.scales
@@ -43,7 +43,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Quantized:
-    """Codes q (N, K) with scales and zeros (N, K/G) float32; scales are exact in float16."""
+    """Codes q (N, K) with scales and zeros (N, K/G) in float32. Scales are exact in float16."""
 
     q: U8
     scales: F32
@@ -52,7 +52,7 @@ class Quantized:
     group_size: int
 
     def to_float32(self) -> F32:
-        """-> w_hat (N, K)."""
+        """Return w_hat (N, K)."""
         n, k = self.q.shape
         w = self.q.reshape(n, -1, self.group_size).astype(np.float32)
         w -= self.zeros[..., None]
@@ -63,9 +63,11 @@ class Quantized:
         return Quantized(self.q[rows], self.scales[rows], self.zeros[rows], self.w_bit, self.group_size)
 
     def packed(self, name: str, bias: F32 | None) -> Packed:
-        """-> the canonical weight. At 3 and 4 bits -zero · scale is exact in float16, at 8 bits rounded.
+        """Return the canonical weight.
 
-        Raises FormatError for weights so large that float16 cannot hold their scale.
+        At 3 and 4 bits -zero · scale is exact in float16; at 8 bits it is rounded.
+
+        Raises FormatError if a scale does not fit float16.
         """
         with np.errstate(invalid="ignore"):
             scales, biases = (half(name, a) for a in (self.scales, -self.zeros * self.scales))
@@ -74,11 +76,11 @@ class Quantized:
 
 
 def storable(scales: F32, w_bit: int) -> F32:
-    """Round to 7 significant bits and to float16; at 8 bits to float16 alone.
+    """Round scales to 7 significant bits and to float16; at 8 bits only to float16.
 
-    Zeros have at most 4 bits at w_bit 4, so zero · scale then fits float16's 11 and the forms q·s + b and
-    (q - z)·s agree to the bit. The scale moves by at most 0.8 %, before the codes are chosen. Over 255 codes
-    that would be a step at either end, so there the scale keeps 11 bits and zero · scale is rounded.
+    Zeros have at most 4 bits at w_bit 4, so zero · scale fits float16's 11 bits, and q·s + b equals (q - z)·s
+    to the bit. The scale changes by at most 0.8 %, before the codes are chosen. Over 255 codes that change
+    would be a whole step at either end, so at 8 bits the scale keeps 11 bits and zero · scale is rounded.
     """
     if w_bit == 8:
         return _float16(scales)
@@ -88,7 +90,10 @@ def storable(scales: F32, w_bit: int) -> F32:
 
 
 def _float16(scales: F32) -> F32:
-    """float16's nearest, at least its smallest number; infinite where that is too small, which `packed` refuses."""
+    """Round to float16, at least its smallest number.
+
+    Too large values become infinite, which `packed` rejects.
+    """
     with np.errstate(over="ignore"):
         half: F32 = scales.astype(np.float16).astype(np.float32)
     np.maximum(half, np.float32(2**-24), out=half)
@@ -96,7 +101,7 @@ def _float16(scales: F32) -> F32:
 
 
 def grid_between(low: F32, high: F32, w_bit: int) -> Grid:
-    """The asymmetric grid of a group whose weights reach from low to high (AWQ's rule: zero is clamped)."""
+    """Return the asymmetric grid of groups with weights from low to high. The zero point is clamped (AWQ)."""
     top = 2**w_bit - 1
     scales = storable(np.maximum(high - low, LEAST_RANGE) / np.float32(top), w_bit)
     zeros = np.clip(-np.rint(low / scales), 0, top)
@@ -104,12 +109,12 @@ def grid_between(low: F32, high: F32, w_bit: int) -> Grid:
 
 
 def grid_of(groups: F32, w_bit: int) -> Grid:
-    """groups (…, G) -> the grid over each one's full range, scales and zeros (…, 1)."""
+    """Return the grid over the full range of each group (…, G), with scales and zeros (…, 1)."""
     return grid_between(groups.min(-1, keepdims=True), groups.max(-1, keepdims=True), w_bit)
 
 
 def round_to_nearest(w: F32, w_bit: int, group_size: int) -> Quantized:
-    """w (N, K) -> codes, each weight by itself."""
+    """Round w (N, K) to codes, each weight independently."""
     groups = w.reshape(w.shape[0], -1, group_size)
     grid = grid_of(groups, w_bit)
     q = grid.codes(groups).astype(np.uint8).reshape(w.shape)
@@ -117,6 +122,6 @@ def round_to_nearest(w: F32, w_bit: int, group_size: int) -> Quantized:
 
 
 def round_values(w: F32, w_bit: int, group_size: int) -> F32:
-    """w (N, K) -> its values after rounding to nearest, without keeping codes."""
+    """Round w (N, K) to the nearest grid values and return the values, without codes."""
     groups = w.reshape(w.shape[0], -1, group_size)
     return grid_of(groups, w_bit).nearest(groups).reshape(w.shape)

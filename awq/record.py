@@ -1,6 +1,6 @@
-"""Run one decoder layer over the calibration rows and see the input of every linear: a backend wrapper.
+"""Run one decoder layer over the calibration rows and record its linears' inputs, with a backend wrapper.
 
-The graph has no hooks; a backend that notes what it is asked to multiply needs none.
+The graph needs no hooks, because the backend sees every input that it multiplies.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from tinychat_mlx.config import ModelConfig
 from tinychat_mlx.decoder import Graph, Layer, Loader, Source
 from tinychat_mlx.weight import F32, Weight, join, take_rows
 
-WINDOW = 512  # tokens of a text read at once, at most: for calibration, and where loss is measured
-STEP_ROWS = 2048  # calibration rows in one step: what bounds the memory of a layer's intermediates
+WINDOW = 512  # maximum tokens of a text read at once, for calibration and for measuring the loss
+STEP_ROWS = 2048  # calibration rows per step; limits the memory of a layer's intermediates
 
 
 class Reached(Exception):
-    """The input that was waited for has been seen: the rest of the layer need not run."""
+    """The requested input has been recorded, so the rest of the layer need not run."""
 
 
 @dataclass(frozen=True)
 class Routing:
-    """What enters a mixture: rows h (T, C) behind the norm, each one's experts (T, k) and their weights (T, k)."""
+    """The input of a mixture: rows h (T, C) after the norm, their experts (T, k) and weights (T, k)."""
 
     h: F32
     choice: npt.NDArray[np.intp]
@@ -53,35 +53,38 @@ class Routing:
 
     @classmethod
     def joined(cls, steps: Sequence[Routing]) -> Routing:
-        """The rows of several steps as one."""
+        """Concatenate the rows of several steps."""
         parts = ([getattr(step, field) for step in steps] for field in ("h", "choice", "share"))
         h, choice, share = map(np.concatenate, parts)
         return cls(h, choice, share)
 
     def weight(self, expert: int) -> F32:
-        """-> (T,): each row's weight of one expert, 0 where it was not chosen."""
+        """Return each row's weight (T,) of one expert, 0 if the row does not use it."""
         weight: F32 = np.where(self.choice == expert, self.share, np.float32(0)).sum(-1)
         return weight
 
 
+Seen = Callable[[str, Tensor], None]  # called with a linear's name and its input
+
+
 def _ignored(name: str, x: Tensor) -> None:
-    """Shown an input: nothing is done."""
+    """Ignore an input."""
 
 
 class Recorder(Backend):
-    """Another backend, whose `linear` first shows its input. Composites run in their primitives.
+    """A wrapper of another backend whose `linear` first shows its input. Composites run as primitives.
 
-    Experts are neither read nor run: a mixture leaves its routing in `routed` and adds nothing to the residual.
-    Then all its rows are known, and the experts can be done one at a time (experts.py).
+    Experts are neither read nor run. A mixture stores its routing in `routed` and adds nothing to the
+    residual. Afterwards all its rows are known, and the experts can be processed one at a time (experts.py).
     """
 
     def __init__(self, inner: Backend) -> None:
         self.inner, self.name = inner, inner.name
-        self.seen = _ignored
+        self.seen: Seen = _ignored
         self.routed: Routing | None = None
 
     @contextmanager
-    def showing(self, seen: Callable[[str, Tensor], None]) -> Iterator[None]:
+    def showing(self, seen: Seen) -> Iterator[None]:
         """Call seen(name, input) at every linear. Afterwards `seen`, which may hold a layer's weights, is let go."""
         self.seen = seen
         try:
@@ -156,14 +159,16 @@ class Recorder(Backend):
 
 
 def window_of(config: ModelConfig, most: int = WINDOW) -> int:
-    """Tokens that a model reads at once."""
+    """Return the number of tokens that a model reads at once."""
     return min(most, config.max_position_embeddings)
 
 
 class Windows:
-    """Steps over rows of a text that is cut into windows, each a conversation of its own from position 0.
+    """Steps over rows of a text that is cut into windows.
 
-    The caches, for one layer, are made once and their lengths stay 0, so every step begins anew.
+    Each window is a separate conversation from position 0.
+
+    The caches, for one layer, are created once. Their lengths stay 0, so every step starts from empty caches.
     """
 
     def __init__(self, config: ModelConfig, backend: Backend, window: int) -> None:
@@ -172,7 +177,7 @@ class Windows:
         self._caches: list[Cache] = []
 
     def step(self, rows: int) -> Step:
-        """A step over whole windows; the last may be shorter."""
+        """Return a step over whole windows; the last may be shorter."""
         while len(self._caches) * self.window < rows:
             self._caches.append(self.backend.new_cache(self._shape, self.window))
         starts = range(0, rows, self.window)
@@ -181,12 +186,12 @@ class Windows:
 
 
 def alone(layer: Layer) -> Layer:
-    """A layer that finds its keys and values in a cache of one layer."""
+    """Return the layer with its keys and values in a cache of one layer."""
     return replace(layer, attention=replace(layer.attention, layer=0))
 
 
 class LayerRun:
-    """One layer on a device, its experts apart, ready to take the calibration rows piece by piece."""
+    """One layer on a device, without its experts, that runs the calibration rows in steps."""
 
     def __init__(
         self, config: ModelConfig, layer: int, source: Source, backend: Recorder, window: int
@@ -196,23 +201,23 @@ class LayerRun:
         self.layer = alone(Loader(config, source, backend).layer(layer))
         self.sites = sites(config, layer)
         self.keys = {name: site.key for site in self.sites for name in self._names(self.layer, site)}
-        self.routings: list[Routing] = []  # of each pass, where the layer has experts
+        self.routings: list[Routing] = []  # of each pass, if the layer has experts
 
     @staticmethod
     def _names(layer: Layer, site: Site) -> list[str]:
-        """Names of the handles whose input is the site's, less those that would show it again."""
+        """Return the names of the handles that read the site's input, without those that would show it again."""
         mlp, first = layer.mlp, {"q": layer.qkv[0], "o": layer.o}
         if isinstance(mlp, Mlp):
             mlp_first = mlp.gate_up or mlp.gate or mlp.up
             assert mlp_first is not None
             first |= {"gate": mlp_first, "up": mlp_first, "down": mlp.down}
-        else:  # what the router reads is what the experts read; behind that each is on its own
+        else:  # the experts read what the router reads; later inputs belong to one expert
             first |= {"gate": mlp.router}
         role = site.roles[0]
         return [first[role].name] if role in first else []
 
     def forward(self, x: F32, seen: Callable[[str, F32], None] | None = None) -> F32:
-        """Rows x (T, C) of one step -> the layer's output; seen(key, input) is called at every site."""
+        """Run rows x (T, C) of one step and return the layer's output. Calls seen(key, input) at every site."""
 
         def show(name: str, tensor: Tensor) -> None:
             if seen is not None and name in self.keys:
@@ -221,7 +226,7 @@ class LayerRun:
         return self.backend.to_host(self._run(x, show))
 
     def input_of(self, site: str, x: F32) -> F32:
-        """Rows x (T, C) of one step -> the input (T, K) of a site, by its key. What follows the site does not run."""
+        """Run rows x (T, C) of one step up to a site, by its key, and return the site's input (T, K)."""
         found: list[F32] = []
 
         def show(name: str, tensor: Tensor) -> None:
@@ -254,12 +259,12 @@ class ExpertRun:
 
     @classmethod
     def of(cls, weights: LayerWeights, backend: Recorder) -> ExpertRun:
-        """A float expert."""
+        """Create a float expert."""
         gate, up, down = (weights.weight(weights.name(m)) for m in weights.modules())
         return cls(weights.config.act, gate, up, down, backend)
 
     def forward(self, h: F32) -> tuple[F32, F32]:
-        """Rows h (T, C) -> the inputs of down (T, F), the expert's output (T, C)."""
+        """Run rows h (T, C). Returns the inputs of down (T, F) and the expert's output (T, C)."""
         got: list[F32] = []
 
         def seen(name: str, tensor: Tensor) -> None:
@@ -272,14 +277,14 @@ class ExpertRun:
 
 
 def steps(rows: int, window: int) -> Iterator[slice]:
-    """Cut the calibration rows into steps of whole windows, about STEP_ROWS each."""
+    """Split the calibration rows into steps of whole windows, about STEP_ROWS each."""
     size = max(1, STEP_ROWS // window) * window
     for at in range(0, rows, size):
         yield slice(at, min(at + size, rows))
 
 
 class _Rows:
-    """A source whose embedding has only the rows that are asked for."""
+    """A source whose embedding has only the given rows."""
 
     def __init__(self, source: Source, module: str, rows: npt.NDArray[np.intp]) -> None:
         self.source, self.module, self.rows = source, module, rows
@@ -299,7 +304,10 @@ class _Rows:
 def embedded_rows(
     config: ModelConfig, source: Source, backend: Backend, ids: npt.NDArray[np.int32], window: int
 ) -> F32:
-    """Calibration tokens (T,) -> the rows (T, C) that enter the first layer; windows start at position 0."""
+    """Embed calibration tokens (T,).
+
+    Returns the rows (T, C) that enter the first layer; windows start at position 0.
+    """
     used, at = np.unique(ids, return_inverse=True)
     config = replace(config, vocab_size=len(used))
     inputs = Loader(config, _Rows(source, config.spec.name("embed"), used.astype(np.intp)), backend).inputs()

@@ -1,4 +1,4 @@
-"""A quantised model in another format, its codes unchanged: AutoAWQ to MLX, MLX to AutoAWQ."""
+"""Rewrite a quantised model in another format (AutoAWQ to MLX or MLX to AutoAWQ) with unchanged codes."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ from tinychat_mlx.formats.stored import FLOATS
 from tinychat_mlx.tensorfile import Entry
 from tinychat_mlx.weight import Array, Packed
 
-ROWS = 4096  # of an embedding made float at once
+ROWS = 4096  # embedding rows dequantised at once
 
 
 @dataclass(frozen=True)
 class Reformatted:
-    """config.json and tensors, each made when it is written; moved: by how much of a step between codes a weight
-    differs at most, for the new format stores scales and zero points otherwise."""
+    """A converted model: config.json and tensors, each computed when it is written.
+
+    moved: the largest change of a weight as a fraction of a quantisation step. The formats store scales and
+    zero points differently.
+    """
 
     config: dict[str, Any]
     tensors: list[Entry]
@@ -36,13 +39,13 @@ class Reformatted:
 
 
 def reformatted(source: Checkpoint, format: str) -> Reformatted:
-    """Look at every tensor of a quantised checkpoint; floats become float16.
+    """Prepare a quantised checkpoint in another format. Float tensors become float16.
 
-    Raises FormatError where the format cannot hold it.
+    Raises FormatError if the format cannot represent the model.
     """
     awq, config = format == "awq", parse_config(source.config)
     spec = config.spec
-    rim = {spec.name("embed"), spec.name("head")} if awq else set()  # AutoAWQ has them in float16
+    rim = {spec.name("embed"), spec.name("head")} if awq else set()  # AutoAWQ stores them in float16
     codes = sorted(source.modules - rim)
     if not codes:
         raise FormatError(
@@ -51,7 +54,8 @@ def reformatted(source: Checkpoint, format: str) -> Reformatted:
             remedy="use --format mlx",
         )
     found = {module: _form(source, module, awq) for module in codes}
-    group = min(size for _, size, _ in found.values()) if awq else 0  # AutoAWQ has one for all
+    # AutoAWQ has one group size for all modules
+    group = min(size for _, size, _ in found.values()) if awq else 0
     made = lru_cache(1)(partial(_entries, source, awq, group))
     tensors = [_later(made, module) for module in codes]
     kept = dense_linears(config, source, set(codes))
@@ -77,7 +81,7 @@ def _packed(source: Checkpoint, module: str) -> Packed:
 
 
 def _form(source: Checkpoint, module: str, awq: bool) -> tuple[int, int, float]:
-    """-> bits and group size of a module's codes, and how far its weights move."""
+    """Return bits, group size and the largest change of a weight for a module."""
     weight = _packed(source, module)
     moved = awq_gemm.moved(weight) if awq else _moved_by_float16(weight)
     return weight.w_bit, weight.group_size, moved
@@ -98,14 +102,19 @@ def _entries(source: Checkpoint, awq: bool, group: int, module: str) -> list[Ent
 
 
 def _split(weight: Packed, group: int) -> Packed:
-    """Groups cut into equal ones of the same scale: no weight changes."""
+    """Split groups into equal smaller ones with the same scale. No weight changes."""
     times = weight.group_size // group
     scales, biases = (np.repeat(a, times, axis=1) if times > 1 else a for a in (weight.scales, weight.biases))
     return replace(weight, scales=scales, biases=biases, group_size=group)
 
 
 def _later(made: Any, module: str) -> list[Entry]:
-    """A module's tensors, made once to be looked at and again when they are written: one module is in memory."""
+    """Return a module's tensors with deferred data.
+
+    They are built here for their shapes and again when written, so
+
+    only one module is in memory.
+    """
     return [entry._replace(data=partial(_made, made, module, i)) for i, entry in enumerate(made(module))]
 
 
@@ -115,7 +124,7 @@ def _made(made: Any, module: str, i: int) -> Array:
 
 
 def _stacked(modules: list[str], tensors: list[list[Entry]]) -> list[list[Entry]]:
-    """The same tensors, those of a layer's experts put together as mlx-lm has them. Raises FormatError."""
+    """Stack the tensors of a layer's experts as mlx-lm stores them. Raises FormatError."""
     out: list[list[Entry]] = []
     stacks: dict[str, dict[int, list[Entry]]] = {}
     for module, own in zip(modules, tensors, strict=True):
@@ -137,7 +146,7 @@ def _stacked(modules: list[str], tensors: list[list[Entry]]) -> list[list[Entry]
 
 
 def _mlx_block(forms: dict[str, tuple[int, int]]) -> dict[str, Any]:
-    """module -> (bits, group) as `quantization`: the form of most, and what differs from it by name."""
+    """Build `quantization` from module -> (bits, group): the most common form as default, the others by name."""
     (bits, size), _ = Counter(forms.values()).most_common(1)[0]
     block: dict[str, Any] = {"group_size": size, "bits": bits, "mode": "affine"}
     for module, form in forms.items():
@@ -148,7 +157,7 @@ def _mlx_block(forms: dict[str, tuple[int, int]]) -> dict[str, Any]:
 
 
 def _float(source: Checkpoint, module: str) -> Entry:
-    """A quantised embedding or head as float16."""
+    """Return a quantised embedding or head as float16."""
     shape = _packed(source, module).shape
     return Entry(f"{module}.weight", "F16", shape, partial(_dequantised, source, module))
 
@@ -165,7 +174,7 @@ def _dequantised(source: Checkpoint, module: str) -> Array:
 
 
 def _others(source: Checkpoint, written: set[str]) -> Iterator[Entry]:
-    """What is no part of a quantised module."""
+    """Yield the tensors that do not belong to a quantised module."""
     for name in sorted(source.names() - written):
         module, _, part = name.rpartition(".")
         if name in source and (part == "bias" or module not in source.modules):

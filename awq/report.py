@@ -1,4 +1,4 @@
-"""The report of a conversion: Markdown, JSON, and plots of sizes, of the whole model's loss and of each layer's."""
+"""Write the report of a conversion: Markdown, JSON, and plots of size, quality loss and layer errors."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from tinychat_mlx.config import parse_config
 from tinychat_mlx.shards import write_json
 from tinychat_mlx.tensorfile import replacing
 
-MEAN = "the mean over calibration tokens that no search saw"
+MEAN = "the mean over calibration tokens that the searches did not use"
 SITES = (
-    "The squared error of the outputs of the linears that read one input, as a share of the outputs, on tokens that the "
-    "searches did not fit. alpha is the exponent of the scales. share is how much of the correction towards the float "
-    "model's outputs was taken:"
+    "Squared error of the outputs of the linears that read one input, relative to the outputs, on tokens that the "
+    "searches did not use. alpha is the exponent of the scales. share is the part of the correction towards the float "
+    "model's outputs that was applied:"
 )
 
 
 def write_report(folder: Path, source: Checkpoint, result: Result, seconds: float, cost: Cost | None) -> None:
-    """Write report.md, report.json and the plots into folder. cost: None where codes were only moved."""
+    """Write report.md, report.json and the plots into `folder`. `cost` is None if only the format changed."""
     folder.mkdir(parents=True, exist_ok=True)
     sizes = {"source": _sizes(source), "result": _sizes(Checkpoint.open(result.folder))}
     said = {"settings": about(result), "seconds": seconds}
@@ -41,7 +41,7 @@ def write_report(folder: Path, source: Checkpoint, result: Result, seconds: floa
         "sizes": plot.stacks({k: {p: b / 1e6 for p, b in v.items()} for k, v in sizes.items()}, "Size", "MB")
     }
     if cost is not None:
-        plots["quality"] = plot.panels(quality_bars(cost), "What it cost: distance to the dense model")
+        plots["quality"] = plot.panels(quality_bars(cost), "Quality loss: distance to the dense model")
     if off := distances(result):
         title = "Distance to the float model's activations behind each layer"
         plots["layers"] = plot.layers(off, title, "layer", "|difference| / |activations|")
@@ -51,7 +51,7 @@ def write_report(folder: Path, source: Checkpoint, result: Result, seconds: floa
 
 
 def about(result: Result) -> dict[str, Any]:
-    """The settings as far as they were obeyed: a change of format keeps the codes that were there."""
+    """Return the settings that had an effect. A change of format keeps the existing codes."""
     settings = result.settings
     if result.moved is None:
         return asdict(settings)
@@ -65,19 +65,19 @@ def about(result: Result) -> dict[str, Any]:
 
 
 def moved_text(moved: float) -> str:
-    """How exactly a change of format kept the weights."""
+    """Describe how exactly a change of format kept the weights."""
     if moved == 0:
         return "codes, scales and zero points are unchanged"
-    return f"codes are unchanged; scales and zero points as stored move a weight by at most {moved:.4f} of a step"
+    return f"codes are unchanged; the stored scales and zero points change a weight by at most {moved:.4f} of a step"
 
 
 def site_name(layer: int, site: SiteReport) -> str:
-    """Where a site is, in a line of text."""
+    """Return the name of a site for one line of text."""
     return "head" if site.key == "head" else f"layer {layer} {site.key}"
 
 
 def quality_bars(cost: Cost) -> dict[str, plot.Bars]:
-    """Three measures of distance, smaller is better in each; an error that is not known is 0."""
+    """Return three distance measures; smaller is better. An unknown error is 0."""
     found = {name: q.as_dict() for name, q in cost.of.items()}
 
     def of(key: str, factor: float = 1.0, offset: float = 0.0) -> plot.Bars:
@@ -93,14 +93,17 @@ def quality_bars(cost: Cost) -> dict[str, plot.Bars]:
 
 
 def distances(result: Result) -> dict[str, list[float]]:
-    """-> method -> the distance to the float model behind each layer; empty where no tokens ran through the layers."""
+    """Return method -> distance to the float model after each layer.
+
+    Empty if no tokens ran through the layers.
+    """
     layers = [layer for layer in result.layers if layer.rounded]
     found = {"rtn": [x.rounded for x in layers], result.settings.method: [x.off for x in layers]}
     return found if layers else {}
 
 
 def _sizes(checkpoint: Checkpoint) -> dict[str, int]:
-    """Bytes on disk by part of the model."""
+    """Return the bytes on disk per part of the model."""
     spec = parse_config(checkpoint.config).spec
     rim = {role: spec.name(role) for role in ("embed", "head") if checkpoint.has(spec.name(role))}
     named = {role: checkpoint.weight(name).nbytes for role, name in rim.items()}
@@ -132,13 +135,13 @@ def _markdown(source: Checkpoint, result: Result, seconds: float, cost: Cost | N
 def _quality_lines(cost: Cost) -> list[str]:
     first = next(iter(cost.of.values()))
     measured = (
-        f"On {first.tokens} tokens in windows of {first.window} that took no part in the calibration "
+        f"On {first.tokens} tokens in windows of {first.window} that the calibration did not use "
         f"({cost.text}), against the dense model; ± one standard error:"
     )
     how = (
-        "KL decides: it compares every probability the two models give, on the same tokens. Perplexity sees only the "
-        "token that came next, so two perplexities that lie closer together than their standard errors say nothing, "
-        "and a smaller one does not mean that the model became better."
+        "KL is the deciding measure. It compares all probabilities of the two models on the same tokens. Perplexity "
+        "depends only on the token that came next. Two perplexities that differ by less than their standard errors are "
+        "not distinguishable, and a smaller one does not mean that the model improved."
     )
     return [
         "## The whole model",
@@ -158,7 +161,7 @@ def _quality_lines(cost: Cost) -> list[str]:
 
 
 def quality_row(q: Quality) -> str:
-    """The cells of a Markdown table, without the outer bars."""
+    """Return the cells of a Markdown table row, without the outer bars."""
     return " | ".join(
         q.told(key, form)
         for key, form in {"ppl": ".4f", "kl_mean": ".5f", "kl_p99": ".4f", "top1": ".2%"}.items()
@@ -166,12 +169,12 @@ def quality_row(q: Quality) -> str:
 
 
 def _layer_lines(result: Result) -> list[str]:
-    if not distances(result):  # plain rounding looks at no outputs
+    if not distances(result):  # plain rounding does not measure outputs
         return []
     return [
         "## Layer by layer",
         "",
-        f"The distance of the activations behind each layer to the float model's, as a share of their length: {MEAN}.",
+        f"Distance of the activations after each layer to the float model's, relative to their norm: {MEAN}.",
         "",
         "![layers](layers.svg)",
         "",

@@ -1,9 +1,10 @@
-"""The published searches: a scale for each input channel, a clip for each group (Lin et al. 2024, §3).
+"""The published AWQ searches: a scale per input channel and a clip per group (Lin et al. 2024, §3).
 
-A linear is judged by the quadratic form of its inputs' second moments, group by group, so the cost does not
-grow with the number of calibration tokens. The paper judges q, k, v by the whole attention and gate, up by
-the whole MLP, which takes a forward pass for each candidate. On the demo what is chosen by groups errs 0.3 % more (at
-most 3 %) than the best candidate by the linears' whole outputs; by the whole MLP's 5 % at 4 bits, 1 % at 3.
+A linear is measured by the quadratic form of its inputs' second moments, per group, so the cost does not grow
+with the number of calibration tokens. The paper measures q, k, v by the whole attention and gate, up by the
+whole MLP, which takes a forward pass per candidate. On the demo the choice per group has a 0.3 % larger error
+(at most 3 %) than the best candidate by the linears' whole outputs, and 5 % (4 bits) or 1 % (3 bits) larger
+than the best by the whole MLP.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from tinychat_mlx.awq.sites import Index
 from tinychat_mlx.weight import F32
 
 F64 = npt.NDArray[np.float64]
-ALPHAS = [i / 20 for i in range(20)]  # 0 is no scaling: the result is never worse than rounding
+ALPHAS = [i / 20 for i in range(20)]  # alpha 0 is no scaling, so the result is never worse than rounding
 SHRINKS = [1 - i / 20 for i in range(10)]
 
 
 def tied_mean(magnitude: F32, at: Index | None) -> F32:
-    """Mean |x| of each channel -> of each scale, averaged over the channels that share it."""
+    """Average mean |x| per channel over the channels that share a scale."""
     if at is None:
         return magnitude
     return (np.bincount(at, magnitude) / np.bincount(at)).astype(np.float32)
 
 
 def scale_of(magnitude: F32, alpha: float) -> F32:
-    """Mean |x| -> the scales of one candidate, normalised around 1."""
+    """Return the scales of one candidate from mean |x|, normalised around 1."""
     s = np.maximum(magnitude ** np.float32(alpha), np.float32(1e-4))
     s /= np.sqrt(s.max() * s.min())
     usable: F32 = np.where(np.isfinite(s), s, np.float32(1))
@@ -40,7 +41,7 @@ def scale_of(magnitude: F32, alpha: float) -> F32:
 
 
 def scaled_error(w: F32, s: F32, w_bit: int, group_size: int) -> F32:
-    """w (N, K), s (K,) -> Q(w · s) / s - w."""
+    """Return Q(w · s) / s - w for w (N, K) and s (K,)."""
     out = np.empty_like(w)
 
     def piece(rows: slice) -> None:
@@ -51,7 +52,7 @@ def scaled_error(w: F32, s: F32, w_bit: int, group_size: int) -> F32:
 
 
 def candidates(mean_abs: F32, at: Index | None) -> list[F32]:
-    """Mean |x| of each channel -> the scales of each alpha, one per channel or tied."""
+    """Return the scales of each alpha from mean |x| per channel, one per channel or tied."""
     magnitude = tied_mean(mean_abs, at)
     return [scale_of(magnitude, alpha) for alpha in ALPHAS]
 
@@ -59,7 +60,10 @@ def candidates(mean_abs: F32, at: Index | None) -> list[F32]:
 def losses(
     w: F32, moments: BlockMoments, scales: Sequence[F32], at: Index | None, w_bit: int, group_size: int
 ) -> F64:
-    """Linears of one input w (N, K), stacked -> mean squared output error of rounding with each of the scales."""
+    """Return the mean squared output error of rounding w (N, K) with each of the scales.
+
+    w: the linears of one input, stacked.
+    """
 
     def loss(s: F32) -> float:
         error = scaled_error(w, s if at is None else s[at], w_bit, group_size)
@@ -69,7 +73,7 @@ def losses(
 
 
 def best(found: F64, scales: Sequence[F32]) -> tuple[F32, float]:
-    """-> the scales whose loss is least (the smallest alpha of equals), their alpha."""
+    """Return the scales with the smallest loss (the smallest alpha among equals) and their alpha."""
     i = int(np.argmin(np.where(np.isnan(found), np.inf, found)))
     return scales[i], ALPHAS[i]
 
@@ -77,13 +81,13 @@ def best(found: F64, scales: Sequence[F32]) -> tuple[F32, float]:
 def search_scale(
     w: F32, moments: BlockMoments, at: Index | None, w_bit: int, group_size: int
 ) -> tuple[F32, float]:
-    """Linears of one input w (N, K), stacked -> the best scales (one per channel or tied), their alpha."""
+    """Return the best scales (one per channel or tied) for the stacked linears w (N, K), and their alpha."""
     scales = candidates(moments.mean_abs, at)
     return best(losses(w, moments, scales, at, w_bit, group_size), scales)
 
 
 def clip(w: F32, moments: BlockMoments, w_bit: int, group_size: int) -> F32:
-    """Clamp every group of w (N, K) to the symmetric bound whose rounding errs least on the group's output."""
+    """Clamp each group of w (N, K) to the symmetric bound whose rounding changes the group's output least."""
     per_token = np.float32(1 / max(moments.tokens, 1))
 
     def piece(rows: slice) -> F32:
@@ -103,10 +107,11 @@ def clip(w: F32, moments: BlockMoments, w_bit: int, group_size: int) -> F32:
 
 
 def fed_losses(w: F32, d: F32, scales: Sequence[F32], at: Index | None, group_size: int) -> F64:
-    """As `losses`, for weights quantised with error feedback, which leaves Σ_j D_j · (rounding of column j)².
+    """Compute `losses` for error feedback, which leaves Σ_j D_j · (rounding of column j)².
 
-    A rounding's mean square goes with the square of its group's range, and scaling channel j by s divides D_j
-    by s². So one pass for the ranges judges a candidate. d (K,): the D of the unscaled inputs.
+    The mean square of a rounding is proportional to the square of its group's range, and scaling channel j by
+    s divides D_j by s². One pass over the ranges therefore evaluates a candidate. d (K,): D of the unscaled
+    inputs.
     """
     groups = w.shape[1] // group_size
 
@@ -124,6 +129,6 @@ def fed_losses(w: F32, d: F32, scales: Sequence[F32], at: Index | None, group_si
 
 
 def search_fed_scale(w: F32, mean_abs: F32, d: F32, at: Index | None, group_size: int) -> tuple[F32, float]:
-    """As `search_scale`, by `fed_losses`."""
+    """Like `search_scale`, but with `fed_losses`."""
     scales = candidates(mean_abs, at)
     return best(fed_losses(w, d, scales, at, group_size), scales)

@@ -1,8 +1,8 @@
-"""The model writes its own calibration text, so that nothing need be downloaded.
+"""Let the model generate its own calibration text, so that no download is needed.
 
-Many conversations decode together, one row each, and begin with the kinds of text of openings.py in turn. A chat
-model completes questions and answers them behind the template's generation prompt, as it will in a chat. The weights are rounded to 8 bits for this, which changes hardly a token and halves the
-memory.
+Many conversations decode together, one row each. They start with the kinds of text of openings.py in turn. A
+chat model completes questions and answers them after the template's generation prompt, as in a chat. The
+weights are rounded to 8 bits, which changes few tokens and halves the memory.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ from tinychat_mlx.errors import TinychatError, TokenizerError
 from tinychat_mlx.tokenizer import Tokenizer
 from tinychat_mlx.weight import F32, Dense, Weight
 
-# At 1 a small model derails now and then: KL of the demo at 4 bits 0.0032, at 0.9 0.0029, with real text 0.0028.
+# At 1 a small model sometimes degenerates. KL of the demo at 4 bits: 0.0032 at 1, 0.0029 at 0.9, 0.0028 with
+# real text.
 TEMPERATURE = 0.9
-AT_ONCE = 32  # conversations, if that leaves them SHORTEST tokens: 32 rows decode in hardly more time than 16
+AT_ONCE = 32  # conversations, if each has SHORTEST tokens; 32 rows take hardly more time than 16
 SHORTEST = 256
-STRETCH = 512  # tokens of the vocabulary whose probabilities are summed as one
+STRETCH = 512  # vocabulary entries per partial sum of probabilities
 MARKS = ("AWQFIRSTMARK", "AWQSECONDMARK", "AWQTHIRDMARK")
 
 
 class RoundedSource:
-    """A source whose matrices are rounded to 8 bits as they are read."""
+    """A source that rounds matrices to 8 bits when they are read."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -62,7 +63,10 @@ def write_text(
     seed: Sequence[int],
     watch: Watch,
 ) -> Ids:
-    """Sample about `wanted` tokens in conversations of at most `window` -> tokens (T,), one after another."""
+    """Sample about `wanted` tokens in conversations of at most `window` tokens.
+
+    Returns tokens (T,), concatenated.
+    """
     decoder = Decoder(config, RoundedSource(source), backend)
     count, length = conversations(wanted, window)
     rng = np.random.default_rng(seed)
@@ -80,18 +84,18 @@ def write_text(
         for cache in caches:
             cache.length += 1
         logits = backend.to_host(decoder.graph.logits(x, decoder.final_norm, decoder.head))
-        watch(Progress("calibrate", at + 1, length, f"the model writes {count} conversations"))
+        watch(Progress("calibrate", at + 1, length, f"generating {count} conversations"))
     return ids.reshape(-1)
 
 
 def conversations(wanted: int, window: int) -> tuple[int, int]:
-    """-> how many there will be, tokens of each."""
+    """Return the number of conversations and the tokens of each."""
     length = min(window, max(SHORTEST, -(-wanted // AT_ONCE)))
     return -(-wanted // length), length
 
 
 def sampled(logits: F32, rng: np.random.Generator) -> list[int]:
-    """One token a row (B, V), at TEMPERATURE: first a stretch of the vocabulary, then a token of it."""
+    """Sample one token per row of logits (B, V) at TEMPERATURE. Choose a stretch of the vocabulary first."""
     p = logits - logits.max(-1, keepdims=True)
     p *= np.float32(1 / TEMPERATURE)
     np.exp(p, out=p)
@@ -105,7 +109,7 @@ def sampled(logits: F32, rng: np.random.Generator) -> list[int]:
 
 
 def _drawn(p: F32, total: npt.NDArray[np.float64], share: float) -> int:
-    """The token at `share` of what all p sum to; total: the sums up to the end of each stretch."""
+    """Return the token at `share` of the sum of p. total: cumulative sums at the end of each stretch."""
     at = share * total[-1]
     stretch = int(np.searchsorted(total, at, side="right"))
     start = stretch * STRETCH
@@ -115,10 +119,10 @@ def _drawn(p: F32, total: npt.NDArray[np.float64], share: float) -> int:
 
 
 class _Writer:
-    """Says which token comes next in one conversation: a given one, or the one the model chose."""
+    """Chooses the next token of one conversation: a prescribed token, or the one the model sampled."""
 
     def __init__(self, turns: Iterator[list[int]], stops: tuple[frozenset[int], frozenset[int]]) -> None:
-        """turns: what is given before each turn. stops: what ends the model's turns, in turn."""
+        """turns: the tokens before each turn. stops: the stop tokens of the model's turns, alternating."""
         self.turns, self.stops = turns, cycle(stops)
         self._begin()
 
@@ -126,7 +130,7 @@ class _Writer:
         self.forced, self.ends = next(self.turns), next(self.stops)
 
     def next(self, choice: int) -> int:
-        """The next token; where the model ends a turn, the template's words between turns follow."""
+        """Return the next token. After a stop token, the template's text between turns follows."""
         if not self.forced and choice in self.ends:
             self._begin()
         return self.forced.pop(0) if self.forced else choice
@@ -135,8 +139,10 @@ class _Writer:
 def writers(
     tokenizer: Tokenizer, stops: frozenset[int], count: int, rng: np.random.Generator
 ) -> list[_Writer]:
-    """The conversations. With a chat template the model completes a question, and writes answers and further questions;
-    without one it continues a text, and begins another after each end.
+    """Create the conversations.
+
+    With a chat template, the model completes a question, then writes answers and further questions. Without
+    one, it continues a text and starts another one after each end.
     """
     template = Turns.of(tokenizer)
     beginnings = dealt(tokenizer, template is not None, rng)
@@ -157,11 +163,11 @@ def writers(
 
 @dataclass(frozen=True)
 class Turns:
-    """What a chat template writes round the messages' contents.
+    """The text that a chat template writes around message contents.
 
-    opening: before the first question. to_answer, to_next_answer: between a question and the model's first word, the
-    generation prompt included. to_question: between an answer and the next question, as the history has it.
-    user_ends: whether to_answer begins with a token that can only end a user's words.
+    opening: before the first question. to_answer, to_next_answer: between a question and the answer,
+    including the generation prompt. to_question: between an answer and the next question in the history.
+    user_ends: whether to_answer starts with a token that only ends a user turn.
     """
 
     opening: str
@@ -172,7 +178,10 @@ class Turns:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Turns | None:
-        """Rendered with marks in the place of contents; None: no template, or one that does not show them as they are."""
+        """Render the template with marks as contents.
+
+        None if there is no template or it changes the contents.
+        """
         roles = ("user", "assistant", "user")
         chat = [{"role": role, "content": mark} for role, mark in zip(roles, MARKS, strict=True)]
         try:
@@ -181,7 +190,7 @@ class Turns:
                 tokenizer.render(chat, add_generation_prompt=True), MARKS
             )
             if tokenizer.render(chat[:1], add_generation_prompt=False) == opening + MARKS[0] + to_answer:
-                # Without a generation prompt of its own, a template shows how an answer begins in its history only.
+                # A template without a generation prompt shows how an answer begins only in its history.
                 to_answer = to_next = history if history.strip() != to_answer.strip() else to_answer
         except TokenizerError:
             return None
@@ -190,7 +199,7 @@ class Turns:
 
 
 def _around(text: str, marks: Sequence[str]) -> list[str]:
-    """The parts of a text before, between and behind marks. Raises TokenizerError where one is missing."""
+    """Split a text at marks. Raises TokenizerError if a mark is missing."""
     parts = []
     for mark in marks:
         before, found, text = text.partition(mark)

@@ -1,4 +1,4 @@
-"""What a conversion is asked to do, and everything that can be refused before a byte is written."""
+"""The settings of a conversion and all checks that run before anything is written."""
 
 from __future__ import annotations
 
@@ -19,21 +19,24 @@ from tinychat_mlx.config import ModelConfig, parse_config
 from tinychat_mlx.decoder import Source
 from tinychat_mlx.errors import FormatError, UsageError
 from tinychat_mlx.formats.stored import FLOATS
+from tinychat_mlx.model_identity import weight_files
 
 HEADS = {"int8": 8, "int4": 4, "fp16": 16}
 FORMATS = ("mlx", "awq")
-GROUPS = (128, 64, 32)  # inputs that may share a scale
-LEAST = 128  # calibration tokens; fewer say nothing about an input of hundreds of channels
-CHECK_ROWS = 1 << 22  # numbers looked at at once
-# Bits of infinity, and of the first number that float16 rounds to infinity (65520; bfloat16's next is 65536).
+GROUPS = (128, 64, 32)  # inputs per scale
+LEAST = 128  # calibration tokens; fewer are not enough for inputs of hundreds of channels
+CHECK_ROWS = 1 << 22  # values checked at once
+# Bits of infinity, and of the first number that rounds to infinity in float16 (65520; in bfloat16, 65536
+# follows).
 BEYOND = {"F16": (0x7C00, 0x7C00), "BF16": (0x7F80, 0x4780), "F32": (0x7F800000, 0x477FF000)}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One conversion. calib: "self", a file, or a hub id. tokens 0: chosen by the model's size.
+    """The settings of one conversion.
 
-    group_size 0 ("auto"): the largest of GROUPS that fits the model, which `resolved` puts in its place.
+    calib: "self", a file, or a hub id. tokens: 0 chooses by model size. group_size: 0 ("auto") is the largest
+    of GROUPS that fits the model; `resolved` replaces it.
     """
 
     method: str = "awq+"
@@ -46,7 +49,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raises UsageError."""
+        """Check the values. Raises UsageError."""
         allowed: dict[str, tuple[Any, ...]] = {
             "method": METHODS, "w_bit": (3, 4, 8), "group_size": (0, *GROUPS), "format": FORMATS, "head": tuple(HEADS),
         }  # fmt: skip
@@ -66,7 +69,10 @@ class Settings:
             raise UsageError(f"the AutoAWQ format has 4 bits, not {self.w_bit}", remedy="use --format mlx")
 
     def resolved(self, config: ModelConfig) -> Settings:
-        """With the group size that the model's matrices are stored in. Raises FormatError naming one that does not fit."""
+        """Return the settings with the model's group size.
+
+        Raises FormatError naming a matrix that does not fit.
+        """
         named: dict[int, str] = {}
         for name, _, k in quantised_shapes(config):
             named.setdefault(k, name)
@@ -96,29 +102,32 @@ class Settings:
 
     @property
     def head_bits(self) -> int:
-        """Bits of embedding and head; the AutoAWQ format keeps them in 16."""
+        """Bits of embedding and head. The AutoAWQ format stores them in 16 bits."""
         return 16 if self.format == "awq" else HEADS[self.head]
 
     def fingerprint(self, source: Checkpoint) -> dict[str, Any]:
         """What must be the same for an interrupted run to go on: the settings, and the files read."""
-        files = sorted(source.folder.glob("*.safetensors"))
-        sizes = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
         calib = Path(self.calib)
         text = hashlib.sha256(calib.read_bytes()).hexdigest() if calib.is_file() else self.calib
-        return {"settings": asdict(self), "config": source.config, "files": sizes, "calibration": text}
+        files = weight_files(source.folder)
+        return {"settings": asdict(self), "config": source.config, "files": files, "calibration": text}
 
 
 def default_tokens(config: ModelConfig) -> int:
-    """Calibration tokens: many where a forward pass is cheap; 8192 give every channel of a large model its due."""
+    """Return the default number of calibration tokens.
+
+    Small models, whose forward pass is cheap, use 32768. For large models 8192 tokens are enough for every
+    channel.
+    """
     layers = [active_size(config, layer) for layer in range(config.num_hidden_layers)]
     if sum(layers) < 100e6:
         return 32768
-    moe = config.moe  # an expert sees its share: 2048 tokens, where 32768 in all give it that many
+    moe = config.moe  # an expert gets a share of the tokens: aim at 2048 each, up to 32768 in all
     return 8192 if moe is None else min(32768, max(8192, 2048 * moe.num_experts // moe.num_experts_per_tok))
 
 
 def active_size(config: ModelConfig, layer: int) -> int:
-    """Weights of a layer that one token meets."""
+    """Number of weights of a layer that one token uses."""
     sizes = [sum(n * k for n, k in part.values()) for part in layer_shapes(config, layer)]
     moe = mixture(config, layer)
     if moe is None:
@@ -128,14 +137,14 @@ def active_size(config: ModelConfig, layer: int) -> int:
 
 
 def fitting_group(inputs: Iterable[int]) -> int:
-    """The largest group size that divides every number of inputs; 0: none does."""
+    """Return the largest group size that divides all input sizes, or 0."""
     return next((g for g in GROUPS if gcd(*inputs) % g == 0), 0)
 
 
 def open_dense(source: Checkpoint, settings: Settings) -> tuple[ModelConfig, Settings]:
-    """Check a dense checkpoint against the settings -> its config, the settings with their group size.
+    """Check a dense checkpoint against the settings. Returns its config and the settings with a group size.
 
-    Raises ConfigError or FormatError.
+    Raises ConfigError and FormatError.
     """
     config = parse_config(source.config)
     settings = settings.resolved(config)
@@ -152,7 +161,7 @@ def open_dense(source: Checkpoint, settings: Settings) -> tuple[ModelConfig, Set
 
 
 def quantised_shapes(config: ModelConfig) -> Iterator[tuple[str, int, int]]:
-    """Name, outputs and inputs of every matrix that becomes codes, layer by layer."""
+    """Yield (name, outputs, inputs) of every matrix that is quantised, layer by layer."""
     for layer in range(config.num_hidden_layers):
         moe = mixture(config, layer)
         kept = () if moe is None else routers(moe)
@@ -165,7 +174,10 @@ def quantised_shapes(config: ModelConfig) -> Iterator[tuple[str, int, int]]:
 
 
 def check_complete(config: ModelConfig, source: Source) -> None:
-    """Find every tensor the graph needs, without reading it. Raises FormatError naming the first missing."""
+    """Check that every tensor of the graph exists, without reading it.
+
+    Raises FormatError for the first missing one.
+    """
     spec = config.spec
     needed = [spec.name("embed"), f"{spec.name('final_norm')}.weight"]
     for layer in range(config.num_hidden_layers):
@@ -179,13 +191,16 @@ def check_complete(config: ModelConfig, source: Source) -> None:
 
 
 def check_numbers(source: Checkpoint) -> None:
-    """Look at every weight once. Raises FormatError naming the first tensor with a NaN, an infinity or a number
-    that float16, in which results are stored, cannot hold.
+    """Check every weight once.
+
+    Raises FormatError for the first tensor with a NaN, an infinity, or a number too large for float16, the
+    dtype of results.
     """
     for name in sorted(n for n in source.names() if n in source and source.info(n)[0] in FLOATS):
         flat, (damaged, large) = source.read(name).reshape(-1), BEYOND[source.info(name)[0]]
         bits = flat.view(np.uint32 if flat.dtype == np.float32 else np.uint16)
-        positive = bits.dtype.type(np.iinfo(bits.dtype).max >> 1)  # without signs, bits are in order of size
+        # without the sign bit, integer order is the order of magnitude
+        positive = bits.dtype.type(np.iinfo(bits.dtype).max >> 1)
         for at in range(0, bits.size, CHECK_ROWS):
             largest = (bits[at : at + CHECK_ROWS] & positive).max()
             if largest >= damaged:
@@ -196,7 +211,7 @@ def check_numbers(source: Checkpoint) -> None:
                 )
             if largest >= large:
                 raise FormatError(
-                    f"{name!r} has a number beyond 65504, the largest of float16, in which results are stored",
+                    f"{name!r} has a number beyond 65504, the largest float16 number; results are stored in float16",
                     where=source.where(name),
                     remedy="use another upload of the model",
                 )

@@ -1,4 +1,4 @@
-"""Which linears share an input, and what absorbs 1/s: derived from the ArchSpec, not listed per model."""
+"""Derive from the ArchSpec which linears share an input and which weight absorbs 1/s."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from tinychat_mlx.decoder import Source, heads_to_blocks
 from tinychat_mlx.weight import F32, Dense, Weight
 
 Index = npt.NDArray[np.intp]
-UNCLIPPED = ("q", "k")  # their errors meet in a product: one's own output says little about it
+UNCLIPPED = ("q", "k")  # q and k multiply each other, so the error of one output does not measure the result
 
 
 @dataclass(frozen=True)
 class Site:
-    """An input of a layer, the linears that read it, and the norm or linear (a role) that absorbs 1/s.
+    """An input of a layer, the linears that read it, and the role (norm or linear) that absorbs 1/s.
 
-    kept: linears that read it too but stay as they are stored, the routers; their columns follow s as well.
-    experts: each expert of the layer's mixture has linears of these roles, and sees tokens of its own.
+    kept: linears that read the same input and are not quantised (routers). Their columns are scaled by s too.
+    experts: each expert of the layer's mixture has linears with these roles and receives its own tokens.
     """
 
     key: str
@@ -33,15 +33,15 @@ class Site:
 
 
 def mixture(config: ModelConfig, layer: int) -> MoeConfig | None:
-    """A layer's mixture of experts; None where its MLP is dense."""
+    """Return a layer's mixture of experts, or None if its MLP is dense."""
     return config.moe if config.moe is not None and config.moe.layers[layer] else None
 
 
 def sites(config: ModelConfig, layer: int) -> tuple[Site, ...]:
-    """The sites of one layer, in the order in which a forward pass reaches them."""
+    """Return the sites of a layer in the order of the forward pass."""
     spec, moe = config.spec, mixture(config, layer)
     first = ("gate", "up") if spec.gated else ("up",)
-    # act(gate) · up is linear in up, and ReLU(x / s) = ReLU(x) / s; behind GELU nothing can absorb.
+    # act(gate) · up is linear in up, and ReLU(x / s) = ReLU(x) / s. After GELU no weight can absorb 1/s.
     scalable = spec.gated or config.act == "relu"
     o, down = Site("o_in", ("o",), "v"), Site("down_in", ("down",), "up" if scalable else None)
     before = {role: role if role in spec.norms else None for role in ("pre_attn", "pre_mlp")}
@@ -50,7 +50,7 @@ def sites(config: ModelConfig, layer: int) -> tuple[Site, ...]:
     attn_in = Site("attn_in", ("q", "k", "v"), before["pre_attn"])
     if (
         moe is not None
-    ):  # one norm feeds all experts and the routers, so one s; down and up are an expert's own
+    ):  # all experts and routers read one norm, so they share s; down and up belong to one expert
         mlp_in = Site("mlp_in", first, before["pre_mlp"], routers(moe), experts=True)
         return attn_in, o, mlp_in, replace(down, experts=True)
     return attn_in, o, Site("mlp_in", first, before["pre_mlp"]), down
@@ -61,16 +61,16 @@ def routers(moe: MoeConfig) -> tuple[str, ...]:
 
 
 def experts(config: ModelConfig, layer: int) -> range:
-    """The numbers of a layer's experts, the shared one last; none where the MLP is dense."""
+    """Return the indices of a layer's experts, the shared expert last. Empty if the MLP is dense."""
     moe = mixture(config, layer)
     return range(0 if moe is None else moe.num_experts + bool(moe.shared_expert_intermediate_size))
 
 
 def shared(site: Site, config: ModelConfig) -> Index | None:
-    """For each input channel the index of its scale, where channels must share one; None: one each.
+    """Return the index of the scale of each input channel if channels must share scales, else None.
 
-    Under grouped-query attention channel (h, d) of o's input is a mean over positions of channel
-    (h // n_rep, d) of v, so the query heads of one key/value head share their scales.
+    Under grouped-query attention channel (h, d) of o's input is a mean over positions of channel (h // n_rep,
+    d) of v, so the query heads of one key/value head share their scales.
     """
     n_rep = config.num_attention_heads // config.num_key_value_heads
     if site.absorber != "v" or n_rep == 1:
@@ -83,19 +83,19 @@ def shared(site: Site, config: ModelConfig) -> Index | None:
 
 @dataclass(frozen=True)
 class Module:
-    """A tensor of the checkpoint (a role, "qkv") and the linears it holds one below the other."""
+    """A tensor of the checkpoint (a role, "qkv") and the linears that it contains, stacked by rows."""
 
     role: str
     parts: tuple[str, ...]
-    by_head: bool = False  # rows lie head by head: each kv head's queries, its key, its value
+    by_head: bool = False  # rows are ordered by head: each kv head's queries, its key, its value
 
     def stored_order(self, config: ModelConfig) -> Index | slice:
-        """Where each stored row stands among the parts' rows."""
+        """Return the index of each stored row among the parts' rows."""
         return np.argsort(heads_to_blocks(config)) if self.by_head else slice(None)
 
 
 def modules(config: ModelConfig, layer: int, expert: int | None = None) -> tuple[Module, ...]:
-    """The matrices of a layer without its experts, or of one expert, as the checkpoint stores them."""
+    """Return the stored matrices of a layer without its experts, or of one expert."""
     spec, moe = config.spec, mixture(config, layer)
     if expert is not None:
         return tuple(Module(role, (role,)) for role in ("gate", "up", "down"))
@@ -114,7 +114,7 @@ def modules(config: ModelConfig, layer: int, expert: int | None = None) -> tuple
 
 
 def module_name(config: ModelConfig, layer: int, role: str, expert: int | None = None) -> str:
-    """A module's name in the checkpoint."""
+    """Return a module's name in the checkpoint."""
     moe = mixture(config, layer)
     if expert is None:
         return config.spec.name(role, layer)
@@ -125,11 +125,11 @@ def module_name(config: ModelConfig, layer: int, role: str, expert: int | None =
 
 @dataclass
 class LayerWeights:
-    """One decoder layer without its experts, or one expert, or (see head.py) rows of the head; float32, changed
-    in place by folding.
+    """The weights of one decoder layer without its experts, of one expert, or of sampled rows of the head.
 
-    linears: part (q, k, v, o, gate, up, down, routers, head) -> (N, K); biases: part -> (N,); vectors: full
-    tensor name -> values as stored. A Source for the graph's Loader.
+    All are float32 and changed in place by folding. linears: part (q, k, v, o, gate, up, down, routers, head)
+    -> (N, K). biases: part -> (N,). vectors: full tensor name -> values as stored. Implements Source for the
+    graph's Loader.
     """
 
     config: ModelConfig
@@ -141,7 +141,7 @@ class LayerWeights:
 
     @classmethod
     def read(cls, config: ModelConfig, layer: int, source: Source, expert: int | None = None) -> LayerWeights:
-        """Take a layer, or one of its experts, out of a source of dense weights."""
+        """Read a layer, or one of its experts, from a source of dense weights."""
         made, sizes = cls(config, layer, {}, {}, {}, expert), shapes(config, layer, expert)
         for module in made.modules():
             n, k = sum(sizes[part][0] for part in module.parts), sizes[module.parts[0]][1]
@@ -167,7 +167,7 @@ class LayerWeights:
         return made
 
     def copy(self) -> LayerWeights:
-        """A layer whose arrays may be replaced without changing this one's."""
+        """Return a copy whose arrays can be replaced without changing this layer."""
         return replace(self, linears=dict(self.linears), biases=dict(self.biases), vectors=dict(self.vectors))
 
     def modules(self) -> tuple[Module, ...]:
@@ -191,17 +191,17 @@ class LayerWeights:
         return next(m for m in self.modules() if self.name(m) == name)
 
     def bias(self, module: Module) -> F32 | None:
-        """A module's bias, rows as the checkpoint has them."""
+        """Return a module's bias in the checkpoint's row order."""
         parts = [self.biases[part] for part in module.parts if part in self.biases]
         return np.concatenate(parts)[module.stored_order(self.config)] if parts else None
 
     def stacked(self, site: Site) -> F32:
-        """The linears of a site one below the other, (sum of N, K); not a copy where there is one."""
+        """Return the linears of a site stacked by rows (sum of N, K). A single linear is not copied."""
         first = self.linears[site.roles[0]]
         return first if len(site.roles) == 1 else np.concatenate([self.linears[role] for role in site.roles])
 
     def unstack_codes(self, site: Site, codes: Quantized) -> Iterator[tuple[str, Quantized]]:
-        """The codes of stacked linears, role by role."""
+        """Yield (role, codes) from the codes of stacked linears."""
         at = 0
         for role in site.roles:
             rows = slice(at, at := at + len(self.linears[role]))
@@ -210,7 +210,7 @@ class LayerWeights:
 
 
 def shapes(config: ModelConfig, layer: int, expert: int | None = None) -> dict[str, tuple[int, int]]:
-    """(N, K) of every linear of a layer without its experts, or of one expert, by role."""
+    """Return (N, K) by role for the linears of a layer without its experts, or of one expert."""
     c, moe = config, mixture(config, layer)
     q, kv, hidden = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.hidden_size
     table = {"q": (q, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, q)}
@@ -226,15 +226,17 @@ def shapes(config: ModelConfig, layer: int, expert: int | None = None) -> dict[s
 
 
 def layer_shapes(config: ModelConfig, layer: int) -> list[dict[str, tuple[int, int]]]:
-    """`shapes` of a layer and of each of its experts."""
+    """Return `shapes` of a layer and of each of its experts."""
     return [shapes(config, layer), *(shapes(config, layer, e) for e in experts(config, layer))]
 
 
 def fold(weights: LayerWeights, site: Site, s: F32, at: Index | None) -> F32:
-    """Multiply the columns of a site's linears by s and let the absorber divide: the layer computes the same.
+    """Multiply the columns of a site's linears by s and divide the absorber by s.
 
-    s: a scale a channel, or where `at` (see `shared`) is given one for each index in it. A norm is kept as
-    the float16 numbers that will be stored, and s follows it exactly. -> the scale of every input channel.
+    The layer's output is unchanged.
+
+    s: one scale per channel, or one per index of `at` (see `shared`). A norm is rounded to the float16 values
+    that will be stored, and s is adjusted to match. Returns the scale of every input channel.
     """
     assert site.absorber is not None
     if site.absorber in (*weights.config.spec.norms, "final_norm"):
@@ -245,7 +247,7 @@ def fold(weights: LayerWeights, site: Site, s: F32, at: Index | None) -> F32:
             weights.biases[site.absorber] = weights.biases[site.absorber] / s
     per_channel = s if at is None else s[at]
     for role in (*site.roles, *site.kept):
-        if role in weights.linears:  # experts are not: each is multiplied when its turn comes
+        if role in weights.linears:  # experts are not loaded here; each is multiplied when it is processed
             weights.linears[role] = weights.linears[role] * per_channel
     return per_channel
 
@@ -257,7 +259,7 @@ def _fold_norm(weights: LayerWeights, role: str, s: F32) -> F32:
     old = weights.vectors[f"{name}.weight"]
     new = ((old + offset) / s - offset).astype(np.float16).astype(np.float32)
     exact = np.divide(old + offset, new + offset, out=np.ones_like(s), where=(new + offset) != 0)
-    usable = (exact > 0) & np.isfinite(exact)  # a channel the norm switches off keeps its scale
+    usable = (exact > 0) & np.isfinite(exact)  # a channel that the norm zeroes keeps its scale
     s = np.where(usable, exact, np.float32(1))
     weights.vectors[f"{name}.weight"] = np.where(usable, new, old)
     if f"{name}.bias" in weights.vectors:

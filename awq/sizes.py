@@ -1,4 +1,4 @@
-"""What a conversion holds in memory and on disk: from shapes alone."""
+"""Compute the memory and disk space of a conversion from its shapes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BASE_BYTES = 120 << 20  # Python, NumPy, the buffers of BLAS, the tokenizer
 
 
 def result_bytes(config: ModelConfig, source: Checkpoint, settings: Settings) -> int:
-    """Size of the converted weights: codes, a float16 scale and bias a group, all else in float16."""
+    """Return the size of the converted weights: codes, float16 scale and bias per group, the rest in float16."""
     body = sum(n * k for _, n, k in quantised_shapes(config))
     total = body * (settings.w_bit / 8 + 4 / settings.group_size)
     total += 2 * sum(n * k for layer in range(config.num_hidden_layers) for n, k in _kept(config, layer))
@@ -29,7 +29,7 @@ def result_bytes(config: ModelConfig, source: Checkpoint, settings: Settings) ->
 
 
 def _kept(config: ModelConfig, layer: int) -> list[tuple[int, int]]:
-    """(N, K) of a layer's routers."""
+    """Return (N, K) of a layer's routers."""
     moe, sizes = mixture(config, layer), shapes(config, layer)
     return [] if moe is None else [sizes[role] for role in routers(moe)]
 
@@ -39,15 +39,17 @@ def calibration_tokens(config: ModelConfig, settings: Settings) -> int:
 
 
 def disk_bytes(config: ModelConfig, source: Checkpoint, settings: Settings) -> int:
-    """The most disk that is taken while it runs: the layers one by one and put together, the rows of two layers."""
+    """Return the peak disk space during the run: layers one by one and merged, and the rows of two layers."""
     rows = 4 * calibration_tokens(config, settings) * config.hidden_size * 4
     return 2 * result_bytes(config, source, settings) + rows
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """Bytes of memory. layer: one decoder layer of float weights. layers: the most while layers, head and embedding
-    are done one after the other. own_text: while the whole model, at 8 bits, writes its own text; 0: it does not.
+    """Peak memory in bytes.
+
+    layer: one decoder layer of float weights. layers: the peak while layers, head and embedding are quantised
+    one after another. own_text: while the whole model generates its text at 8 bits; 0 if it does not.
     """
 
     layer: int
@@ -60,7 +62,7 @@ class Peaks:
 
 
 def peaks(config: ModelConfig, source: Checkpoint, settings: Settings) -> Peaks:
-    """The most memory that each phase holds."""
+    """Return the peak memory of each phase."""
     tokens, vocabulary = calibration_tokens(config, settings), config.vocab_size * config.hidden_size
     layer = max(
         sum(4 * n * k for n, k in part.values()) for i in kinds(config) for part in layer_shapes(config, i)
@@ -80,7 +82,7 @@ def peaks(config: ModelConfig, source: Checkpoint, settings: Settings) -> Peaks:
 
 
 def kinds(config: ModelConfig) -> dict[int, int]:
-    """The first layer of each kind, dense or a mixture, and how many there are of it."""
+    """Return {first layer of each kind (dense or mixture): number of such layers}."""
     found: dict[bool, list[int]] = {}
     for layer in range(config.num_hidden_layers):
         found.setdefault(mixture(config, layer) is not None, []).append(layer)
@@ -88,8 +90,11 @@ def kinds(config: ModelConfig) -> dict[int, int]:
 
 
 def _head_phase(config: ModelConfig, settings: Settings, tokens: int) -> int:
-    """Bytes held while the head is quantised: rows and moments, a stripe about seven times over, the rows by which
-    scales were chosen with theirs scaled, codes and the whole that they are put together into."""
+    """Return the bytes in memory while the head is quantised.
+
+    They are rows and moments, about seven copies of a stripe, the rows for the choice of scales with a scaled
+    copy, and the codes twice while they are merged.
+    """
     full, c, form = settings.method == "awq+", config.hidden_size, head.head_form(settings)
     stripe = 4 * c * min(head.ROWS, config.vocab_size)
     moments = 4 * c * (2 * c + 3 * c if full else form.group_size)
@@ -98,17 +103,17 @@ def _head_phase(config: ModelConfig, settings: Settings, tokens: int) -> int:
 
 
 def _layer_phases(config: ModelConfig, layer: int, settings: Settings, tokens: int) -> list[int]:
-    """Bytes held while a layer runs and while it is quantised; then the same for the largest of its experts."""
+    """Return the bytes while a layer runs and while it is quantised, then the same for its largest expert."""
     full, moe = settings.method == "awq+", mixture(config, layer)
     streams, row = 2 if full else 1, 4 * config.hidden_size
     rows = tokens * row * streams
-    if moe is not None:  # what comes to the experts, and as much again while it is put together
+    if moe is not None:  # the experts' inputs, and as much again while they are concatenated
         rows += tokens * row * (streams + 1)
     phases, held = [], 0
     for part, sizes in enumerate(layer_shapes(config, layer)):
         read = {role: 4 * n * k for role, (n, k) in sizes.items()}
         weights = sum(read.values())
-        if part:  # codes of all experts, the stack that is being written
+        if part:  # codes of all experts, and the stack that is being written
             codes = sum(weights // 4 for _ in experts(config, layer))
             held_now = held + int(codes * (settings.w_bit / 8 + 4 / settings.group_size) * 4 / 3)
         else:
@@ -119,13 +124,13 @@ def _layer_phases(config: ModelConfig, layer: int, settings: Settings, tokens: i
         own = [site for site in sites(config, layer) if site.roles[0] in sizes]
         stacks = [(sum(sizes[r][0] for r in site.roles), sizes[site.roles[0]][1]) for site in own]
         moments = sum(4 * k * (k + min(k, 2 * n) if full else settings.group_size) for n, k in stacks)
-        if part:  # one site's at a time
+        if part:  # the moments of one site at a time
             moments = max(4 * k * (k + min(k, 2 * n) if full else settings.group_size) for n, k in stacks)
         elif moe is not None:
             moments += row * (config.hidden_size if full else settings.group_size)
             held = weights + moments
         widest = max(k for _, k in stacks)
-        # Of a site: its matrix about seven times over, and of H the permuted mean and its factor with a copy.
+        # Of a site: about seven copies of its matrix; of H the permuted mean, and its factor with a copy.
         site = max(7 * 4 * n * k + (3 * 4 * k * k if full else 0) for n, k in stacks)
         running = 2 * weights + moments + 8 * STEP_ROWS * widest * 4
         phases += [running + rows + held_now, weights + moments + site + rows + held_now]

@@ -1,12 +1,12 @@
-"""The conversion, layer by layer: one decoder layer of float weights in memory, each finished one on disk.
+"""Run a conversion layer by layer: one decoder layer of float weights in memory, each finished layer on disk.
 
-The work folder holds the plan, the calibration tokens, the rows that enter the next layer, and a shard for each
-finished layer (see work_folder.py). So a killed run resumes where it stopped and ends with the same bytes.
+The work folder contains the plan, the calibration tokens, the rows that enter the next layer, and a shard per
+finished layer (see work_folder.py). An interrupted run resumes where it stopped and ends with the same bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -37,7 +37,7 @@ from tinychat_mlx.awq.parallel import trim
 from tinychat_mlx.awq.record import LayerRun, Recorder, Routing, embedded_rows, steps
 from tinychat_mlx.awq.settings import Settings
 from tinychat_mlx.awq.sites import LayerWeights, Site, sites
-from tinychat_mlx.awq.streams import Split, Streams, distance
+from tinychat_mlx.awq.streams import HalfRows, Split, Streams, distance
 from tinychat_mlx.awq.tensors import layer_entries, rim_entries
 from tinychat_mlx.awq.work_folder import LayerFiles, load, save
 from tinychat_mlx.backend import Backend
@@ -52,7 +52,7 @@ Ids = npt.NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Progress:
-    """Passed on when a phase advances: calibrate, layers, head, finish. layer: what was measured at the layer just done."""
+    """Reported when a phase (calibrate, layers, head, finish) advances. layer: report of the finished layer."""
 
     phase: str
     done: int
@@ -81,10 +81,10 @@ class Stopwatch:
 
 @dataclass
 class LayerQuantizer:
-    """Quantises one decoder layer and takes the calibration rows through it.
+    """Quantises one decoder layer and runs the calibration rows through it.
 
-    awq looks at the float model's rows only. awq+ goes site by site: each site is quantised for what the sites and
-    layers before it, already as codes, give it, so that no error is corrected twice.
+    awq uses only the float model's rows. awq+ proceeds site by site: each site is quantised for the outputs
+    of the quantised sites and layers before it, so that no error is corrected twice.
     """
 
     source: Checkpoint
@@ -92,7 +92,7 @@ class LayerQuantizer:
     settings: Settings
     split: Split
     backend: Backend  # runs float weights
-    running: Backend  # runs codes, as they will run
+    running: Backend  # runs codes, with the settings of a later run
     rows_s: Stopwatch = field(default_factory=Stopwatch)  # of the work that grows with the number of rows
 
     @property
@@ -100,7 +100,7 @@ class LayerQuantizer:
         return self.settings.form
 
     def run(self, weights: LayerWeights, x: Streams) -> tuple[QuantizedLayer, LayerReport]:
-        """Quantise a layer. The rows x leave it in their place."""
+        """Quantise a layer. Replaces the rows x by the layer's outputs."""
         rounded = self._rounded(weights)
         with self.rows_s.running():
             self._through(rounded, x.rounded)
@@ -124,22 +124,39 @@ class LayerQuantizer:
     def _published(self, weights: LayerWeights, x: Streams) -> QuantizedLayer:
         size = self.form.group_size
         moments = {s.key: BlockMoments.empty(self._inputs(weights, s), size) for s in self._recorded(weights)}
-        held, routed = self._float_pass(weights, x, moments)
+        held: dict[str, list[F32]] = {key: [] for key in moments}
+
+        def seen(key: str, rows: slice, a: F32) -> None:
+            fit, out = self.split.of_step(rows)
+            if fit.stop:
+                moments[key].add(a[fit])
+            held[key].append(a[out].copy())
+
+        routed = self._float_pass(weights, x, set(moments), seen)
+        judged = {key: Held(*[np.concatenate(parts)] * 2) for key, parts in held.items()}
         if not routed:
-            return quantize_published(weights, moments, held, self.form)
+            return quantize_published(weights, moments, judged, self.form)
         weights, codes, reports = self._mixture(weights, routed, routed, moments.pop("mlp_in"), x)
-        layer = quantize_published(weights, moments, held, self.form)
+        layer = quantize_published(weights, moments, judged, self.form)
         return replace(layer, experts=codes, reports=layer.reports + reports)
 
     def _fed(self, weights: LayerWeights, x: Streams) -> QuantizedLayer:
-        before = x.wanted.copy()
-        moments = {s.key: FullMoments.empty(self._inputs(weights, s)) for s in dense_sites(weights)}
-        _, wanted = self._float_pass(weights, x, moments)
+        dense = dense_sites(weights)
+        moments = {s.key: FullMoments.empty(self._inputs(weights, s)) for s in dense}
+        inputs = {s.key: HalfRows.empty(self.split.seen, self._inputs(weights, s)) for s in dense}
+
+        def seen(key: str, rows: slice, a: F32) -> None:
+            fit, out = self.split.of_step(rows)
+            if fit.stop:
+                moments[key].add(a[fit])
+            inputs[key].put(rows.start, a[: out.stop])
+
+        wanted = self._float_pass(weights, x, set(moments), seen)
         weights, scales = scale_layer(weights, moments, self.form)
         layer = QuantizedLayer(weights, {}, ())
-        for site in dense_sites(weights):
+        for site in dense:
             trim()
-            layer = self._fed_site(layer, site, scales, before, x.made)
+            layer = self._fed_site(layer, site, scales, inputs.pop(site.key), x.made)
         if not wanted:
             return layer
         moments_in = FullMoments.empty(self.config.hidden_size)
@@ -148,50 +165,49 @@ class LayerQuantizer:
         return replace(layer, weights=weights, experts=codes, reports=layer.reports + reports)
 
     def _fed_site(
-        self, layer: QuantizedLayer, site: Site, scales: Scales, wanted: F32, made: F32
+        self, layer: QuantizedLayer, site: Site, scales: Scales, inputs: HalfRows, made: F32
     ) -> QuantizedLayer:
-        """Quantise the next site of a layer whose earlier sites are codes. wanted, made (T, C): rows that enter it."""
-        w = layer.weights.stacked(site)
-        moments = FullMoments.empty(w.shape[1], w)
-        float_run, run = self._ready(layer.weights, self.backend), self._ready(layer, self.running)
-        held = []
+        """Quantise the next site of a layer whose earlier sites are codes.
+
+        inputs: the site's inputs in the float model, before scales were folded. made (T, C): the quantised
+        stream's rows that enter the layer.
+        """
+        moments = FullMoments.empty(inputs.width, layer.weights.stacked(site))
+        s, alpha = scales[site.key]
+        run, held = self._ready(layer, self.running), []
         with self.rows_s.running():
             for rows in steps(self.split.seen, self.split.window):
-                given, aimed = run.input_of(site.key, made[rows]), float_run.input_of(site.key, wanted[rows])
+                given, wanted = run.input_of(site.key, made[rows]), inputs.take(rows, s)
                 fit, out = self.split.of_step(rows)
                 if fit.stop:
-                    moments.add(given[fit], aimed[fit])
-                held.append((given[out], aimed[out]))
+                    moments.add(given[fit], wanted[fit])
+                if out.start < out.stop:
+                    held.append((given[out].copy(), wanted[out].copy()))
+        del run, given, wanted
         rows_held = Held(*(np.concatenate(part) for part in zip(*held, strict=True)))
-        del float_run, run, held
-        kept, report = feed_site(layer.weights, site, moments, rows_held, self.form, *scales[site.key])
+        kept, report = feed_site(layer.weights, site, moments, rows_held, self.form, s, alpha)
         return replace(layer, parts=layer.parts | kept.parts, reports=(*layer.reports, report))
 
     def _float_pass(
-        self, weights: LayerWeights, x: Streams, moments: Mapping[str, Moments]
-    ) -> tuple[dict[str, Held], list[Routing]]:
-        """Run the float rows through a float layer; they leave it in their place, without the experts' share.
+        self, weights: LayerWeights, x: Streams, keys: set[str], seen: Callable[[str, slice, F32], None]
+    ) -> list[Routing]:
+        """Run the float rows through a float layer in place, without the experts' output.
 
-        -> held-out rows of the sites in `moments`, which take in the fit rows; what comes to the experts.
+        seen(key, rows, input) is called at each site in `keys`. Returns the routing of a mixture.
         """
         run = self._ready(weights, self.backend)
-        held: dict[str, list[F32]] = {}
         with self.rows_s.running():
             for rows in steps(self.split.tokens, self.split.window):
-                fit, out = self.split.of_step(rows)
 
-                def seen(key: str, a: F32, fit: slice = fit, out: slice = out) -> None:
-                    if key in moments:
-                        if fit.stop:
-                            moments[key].add(a[fit])
-                        held.setdefault(key, []).append(a[out].copy())
+                def show(key: str, a: F32, rows: slice = rows) -> None:
+                    if key in keys:
+                        seen(key, rows, a)
 
-                x.wanted[rows] = run.forward(x.wanted[rows], seen)
-        kept = {key: Held(*[np.concatenate(parts)] * 2) for key, parts in held.items()}
-        return kept, run.routings
+                x.wanted[rows] = run.forward(x.wanted[rows], show)
+        return run.routings
 
     def _routed(self, layer: QuantizedLayer, x: F32, moments: FullMoments) -> list[Routing]:
-        """What a layer whose attention is codes brings to its experts of the rows x; moments take in the fit rows."""
+        """Return the routing of the rows x after a quantised attention. Adds the fit rows to `moments`."""
         run = self._ready(layer, self.running)
         with self.rows_s.running():
             for rows in steps(self.split.seen, self.split.window):
@@ -214,7 +230,7 @@ class LayerQuantizer:
         return mixture.quantize(moments, x.wanted)
 
     def _through(self, layer: QuantizedLayer, x: F32) -> None:
-        """Run the rows x (T, C) through a layer of codes, in their place."""
+        """Run the rows x (T, C) through a layer of codes, in place."""
         run = self._ready(layer, self.running)
         for rows in steps(len(x), self.split.window):
             x[rows] = run.forward(x[rows])
@@ -227,46 +243,46 @@ class LayerQuantizer:
 
     @staticmethod
     def _inputs(weights: LayerWeights, site: Site) -> int:
-        """Inputs of a site (of the router, where its experts are read one at a time)."""
+        """Return the number of inputs of a site (of the router, if its experts are read one at a time)."""
         known = [weights.linears[role] for role in (*site.roles, *site.kept) if role in weights.linears]
         return int(known[0].shape[1])
 
     @staticmethod
     def _recorded(weights: LayerWeights) -> list[Site]:
-        """Sites whose inputs a pass over the whole layer sees: all but the experts' own."""
+        """Return the sites whose inputs are visible in a pass over the whole layer: all but the experts' own."""
         return [s for s in sites(weights.config, weights.layer) if not (s.experts and s.absorber == "up")]
 
 
 def rounded_layer(weights: LayerWeights, source: Checkpoint, form: Form) -> QuantizedLayer:
-    """Plain rounding of a layer and its experts."""
+    """Quantise a layer and its experts with plain rounding."""
     return replace(round_layer(weights, form), experts=round_experts(weights, source, form))
 
 
 @dataclass
 class Conversion:
-    """A dense model on its way into codes."""
+    """The quantisation of a dense model."""
 
     source: Checkpoint
     config: ModelConfig
     settings: Settings
-    make: Callable[[bool], Backend]  # exact? -> a device
+    make: Callable[[bool], Backend]  # make(exact) returns a device
     files: LayerFiles
     window: int
 
     @cached_property
     def backend(self) -> Backend:
-        """Runs the float model."""
+        """The device that runs the float model."""
         return self.make(True)
 
     @cached_property
     def running(self) -> Backend:
-        """Runs what has become codes, as it will run."""
+        """The device that runs codes, with the settings of a later run."""
         return self.make(False)
 
     def run(self, ids: Callable[[], Ids], watch: Watch) -> list[LayerReport]:
-        """Quantise all layers into the work folder -> what was measured, layer by layer, the head's last.
+        """Quantise all layers into the work folder. Returns a report per layer, the head's last.
 
-        ids: gives the calibration tokens; not called with rtn.
+        ids: returns the calibration tokens; not called for rtn.
         """
         config, layers, files = self.config, self.config.num_hidden_layers, self.files
         needs_rows, head = self.settings.method != "rtn", is_site(self.config, self.source, self.settings)
@@ -305,13 +321,13 @@ class Conversion:
         return reports
 
     def _keep(self, step: int, report: LayerReport, tensors: Iterable[Entry]) -> None:
-        """Write what a layer, or the head, has become; the rows that entered it go."""
+        """Write the codes and the report of a layer or the head, and delete its input rows."""
         self.files.write_report(step, report)
         write(self.files.shard(step), tensors, {"format": "mlx"})
         self.files.rows(step).unlink(missing_ok=True)
 
     def _head(self, x: F32, split: Split, watch: Watch) -> LayerReport:
-        """Quantise a head of its own, and the final norm with it, by the float model's rows x (T, C)."""
+        """Quantise a separate head, with the final norm, on the float model's rows x (T, C)."""
         config, source, form = self.config, self.source, head_form(self.settings)
         moments, held = head_inputs(config, source, self.backend, x, split, form, self.settings.method)
         head = Head.chosen_by(config, source, moments, held, form)
@@ -321,7 +337,7 @@ class Conversion:
         return report
 
     def _rows(self, ids: Ids, split: Split, done: int) -> Streams:
-        """The rows that enter the first unfinished layer."""
+        """Return the rows that enter the first unfinished layer."""
         if done:
             return Streams.unpack(np.asarray(load(self.files.rows(done)), np.float32), split)
         x = embedded_rows(self.config, self.source, self.backend, ids, split.window)

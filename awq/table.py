@@ -1,11 +1,11 @@
-"""The quality table in docs/quantising.md: every method at 4 and 3 bits, against the dense model, on held-out text.
+"""Print the quality table of docs/quantising.md: each method at 4 and 3 bits against the dense model.
 
     python -m tinychat_mlx.awq.table tests/data/demo-fp16 --text tests/data/demo_heldout_text.jsonl \\
         --calib tests/data/demo_calib.jsonl
 
-A median over calibration seeds for each; "self" is text the model wrote itself. What can be shared is made
-once: the calibration text of a seed, and the dense model's last rows on the measured text. Prints that table, then
-a table of all that was measured, and JSON on request; progress goes to stderr.
+Each figure is a median over calibration seeds. "self" is text that the model generated. The calibration text
+of a seed and the dense model's last rows are computed once and shared. Prints the table, then a table with
+all measurements, and JSON on request. Progress goes to stderr.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from tinychat_mlx.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Run:
-    """One conversion: quality, seconds with the making of its calibration text, the same in forward passes."""
+    """One conversion: its quality, its seconds with the calibration text, and the same in forward passes."""
 
     quality: Quality
     seconds: float
@@ -49,7 +49,7 @@ class Run:
 
 @dataclass
 class Row:
-    """One line: what was done, and how each seed went."""
+    """One table row: what was converted, and the run of each seed."""
 
     method: str
     w_bit: int
@@ -61,7 +61,7 @@ class Row:
         return float(median(getattr(r if own else r.quality, key) for r in self.runs))
 
     def share(self, base: Row) -> tuple[float, float]:
-        """KL over another line's, medians -> the ratio, the standard error that the windows give one seed's."""
+        """Return the ratio of median KL to that of `base`, and the standard error of the median seed's ratio."""
         inner = sorted(self.runs, key=lambda r: r.quality.kl_mean or 0)[(len(self.runs) - 1) // 2]
         return self.middle("kl_mean") / base.middle("kl_mean"), kl_ratio(inner.quality, base.runs[0].quality)[
             1
@@ -69,7 +69,7 @@ class Row:
 
 
 class Laboratory:
-    """One dense model on one device, measured once; its conversions are measured against it."""
+    """A dense model on one device, measured once, against which conversions are measured."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.source = Checkpoint.open(args.model)
@@ -92,7 +92,7 @@ class Laboratory:
         return streamed(config, checkpoint, self.device, self.ids, self.window)
 
     def text(self, settings: Settings, window: int) -> tuple[Ids, float, float]:
-        """-> calibration tokens, the seconds to make them, the seconds of a forward pass over them."""
+        """Return calibration tokens, the seconds to create them, and the seconds of a forward pass over them."""
         key = (settings.calib, settings.seed)
         if key not in self.texts:
             start = time.perf_counter()
@@ -104,7 +104,7 @@ class Laboratory:
         return self.texts[key]
 
     def run(self, settings: Settings) -> Run:
-        """Convert with these settings, measure, throw the result away."""
+        """Convert with these settings, measure the result and delete it."""
         made = [0.0, nan]  # plain rounding needs no text
 
         def calibrate(_: object, __: object, ___: object, s: Settings, window: int, ____: object) -> Ids:
@@ -112,7 +112,7 @@ class Laboratory:
             return ids
 
         if settings.method != "rtn":
-            self.text(settings, self.window)  # outside the clock: its own time is added
+            self.text(settings, self.window)  # not timed here: the time for the text is added below
         with tempfile.TemporaryDirectory() as folder:
             target, start = Path(folder) / "model", time.perf_counter()
             convert(self.source, target, settings, self.made, calibrate)
@@ -124,10 +124,13 @@ class Laboratory:
 def forward_seconds(
     config: ModelConfig, source: Checkpoint, device: Backend, ids: Sequence[int] | Ids, window: int
 ) -> float:
-    """One pass of the whole model, head included, over the windows of a text; weights are loaded before."""
+    """Time one pass of the whole model with its head over the windows of a text.
+
+    Weights are loaded before.
+    """
     of = scores(Decoder(config, source, device), device.to_host)
     text = [int(i) for i in ids]
-    for _ in of(text[:window], 0):  # warm
+    for _ in of(text[:window], 0):  # warm-up
         pass
     start = time.perf_counter()
     for at in range(0, len(text), window):
@@ -137,7 +140,7 @@ def forward_seconds(
 
 
 def rows(args: argparse.Namespace) -> Iterator[tuple[Row, list[Settings]]]:
-    """The table's lines, still empty, and the conversions that fill them."""
+    """Yield the empty rows of the table and the conversions that fill them."""
     for w_bit in args.bits:
         plain = Settings(method="rtn", w_bit=w_bit, group_size=args.group_size, tokens=args.calib_tokens)
         yield Row("rtn", w_bit, "none"), [plain]
@@ -149,7 +152,7 @@ def rows(args: argparse.Namespace) -> Iterator[tuple[Row, list[Settings]]]:
 
 
 def fill(lab: Laboratory, planned: list[tuple[Row, list[Settings]]]) -> None:
-    """Run everything; after each run say what came out and how long the rest will take."""
+    """Run all conversions. Prints each result and the estimated remaining time to stderr."""
     total, start, done = sum(len(s) for _, s in planned), time.perf_counter(), 0
     for row, settings in planned:
         for one in settings:
@@ -165,7 +168,7 @@ def fill(lab: Laboratory, planned: list[tuple[Row, list[Settings]]]) -> None:
 
 
 def readme(found: list[Row]) -> str:
-    """The table in docs/quantising.md: a line for each number of bits, a column for each method and kind of text."""
+    """Format the table of docs/quantising.md: a row per number of bits, a column per method and kind of text."""
     bits = list(dict.fromkeys(row.w_bit for row in found))
     columns = [row for row in found if row.w_bit == bits[0] and row.method != "rtn"]
     heads = [f"{row.method}, {'self' if row.calib == 'self' else 'real text'}" for row in columns]
@@ -201,9 +204,9 @@ def markdown(found: list[Row], backend: str) -> str:
     seeds = max(len(row.runs) for row in found)
     return "\n".join([*lines, ""]) + (
         f"\n{first.tokens} held-out tokens in windows of {first.window}; medians over {seeds} calibration seeds; "
-        f"standard error of rtn's KL at {found[0].w_bit} bits {first.kl_mean_se:.5f}; that of a ratio takes windows in "
-        f"pairs. Seconds: the whole conversion "
-        f"({backend}), the making of its calibration text included. Forwards: the same in passes of the calibration "
+        f"standard error of rtn's KL at {found[0].w_bit} bits {first.kl_mean_se:.5f}; that of a ratio pairs the "
+        f"windows. Seconds: the whole conversion "
+        f"({backend}), including its calibration text. Forwards: the same in passes of the calibration "
         "tokens through the dense model on the same backend."
     )
 
@@ -212,7 +215,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", help="the dense model's folder")
     parser.add_argument("--text", required=True, help="held-out text: .txt, .jsonl, …")
-    parser.add_argument("--calib", help="calibration text; self-written text is measured in any case")
+    parser.add_argument(
+        "--calib", help="calibration text; text that the model generates is always measured too"
+    )
     parser.add_argument("--calib-tokens", type=int, default=0, help="0: chosen by the model's size")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
     parser.add_argument("--group-size", type=int, default=0, help="0: the largest that fits the model")
@@ -242,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def seeds(row: Row) -> list[dict[str, float]]:
-    """Every run of a line; what plain rounding does not have is left out."""
+    """Return every run of a row, without the values that plain rounding does not have."""
     own = ("seconds", "forwards")
     return [{k: v for k in own if isfinite(v := getattr(r, k))} | r.quality.as_dict() for r in row.runs]
 

@@ -1,4 +1,4 @@
-"""Whether a result may be put at a place: asked before any work, so that nothing is lost and none done in vain."""
+"""Check the output path before any work starts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from tinychat_mlx.errors import UsageError
 
 
 def check_target(source: Path | None, target: Path, force: bool) -> None:
-    """Raises UsageError where the source, a stranger's files or the system stand in the way. None: it is not here yet."""
+    """Raise UsageError if the target cannot be written or would overwrite the source or other files.
+
+    source is None if it is not downloaded yet.
+    """
     if target.is_symlink():
         raise UsageError(
             "this is a link, which would be replaced", where=target, remedy="give the folder it points to"
@@ -49,13 +52,13 @@ def check_target(source: Path | None, target: Path, force: bool) -> None:
 
 
 def _holds(outer: Path, inner: Path) -> bool:
-    """Whether inner is outer or lies in it, by whatever names."""
+    """Return whether `inner` is `outer` or inside it, by any path name."""
     inner = inner.resolve()
     return any(p.exists() and p.samefile(outer) for p in (inner, *inner.parents)) if outer.exists() else False
 
 
 def _is_model(folder: Path) -> bool:
-    """A folder with nothing in it, or with a config and weights."""
+    """Return whether a folder is empty or has a config and weights."""
     if not folder.is_dir():
         return False
     names = {p.name for p in folder.iterdir()}

@@ -1,4 +1,4 @@
-"""Which tensors a converted model has: a layer's, and those before and after the layers."""
+"""List the tensors of a converted model: those of a layer, and those outside the layers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tinychat_mlx.formats.stacked import stack
 from tinychat_mlx.tensorfile import Entry
 from tinychat_mlx.weight import Dense, Packed, Weight, to_float32
 
-ROWS = 4096  # of an embedding rounded at once: 4096 · 4096 · 4 bytes
+ROWS = 4096  # embedding rows rounded at once: 4096 · 4096 · 4 bytes
 
 
 def weight_entries(weight: Weight, format: str) -> list[Entry]:
-    """A weight in the chosen format; floats in float16."""
+    """Return a weight in the chosen format. Floats become float16."""
     if isinstance(weight, Packed) and format == "awq":
         return awq_entries(weight)
     if isinstance(weight, Dense):
@@ -31,7 +31,7 @@ def weight_entries(weight: Weight, format: str) -> list[Entry]:
 
 
 def layer_entries(layer: QuantizedLayer, format: str) -> list[Entry]:
-    """All tensors of a quantised layer, under the names the checkpoint had."""
+    """Return all tensors of a quantised layer, under the checkpoint's names."""
     weights = layer.weights
     tensors: list[Entry] = []
     for module in weights.modules():
@@ -41,7 +41,7 @@ def layer_entries(layer: QuantizedLayer, format: str) -> list[Entry]:
 
 
 def _expert_entries(layer: QuantizedLayer, format: str) -> list[Entry]:
-    """The experts one by one; for MLX those of the mixture stacked, as mlx-lm keeps them."""
+    """Return the tensors of the experts. For MLX those of the mixture are stacked, as mlx-lm stores them."""
     moe = mixture(layer.weights.config, layer.weights.layer)
     if moe is None:
         return []
@@ -55,7 +55,7 @@ def _expert_entries(layer: QuantizedLayer, format: str) -> list[Entry]:
 
 
 def rim_names(config: ModelConfig, source: Source) -> tuple[list[str], list[str]]:
-    """Names outside the layers: matrices (embedding, head, positions), vectors (final norm, embedding norm)."""
+    """Return the names outside the layers: matrices (embedding, head, positions) and vectors (norms)."""
     spec = config.spec
     matrices = [spec.name("embed")]
     if source.has(spec.name("head")):
@@ -70,9 +70,9 @@ def rim_names(config: ModelConfig, source: Source) -> tuple[list[str], list[str]
 def rim_entries(
     config: ModelConfig, source: Source, bits: int, group_size: int, head: bool = True
 ) -> Iterator[Entry]:
-    """Embedding and head at `bits` (16: float16), positions and norms in float16; one matrix in memory.
+    """Yield embedding and head at `bits` (16: float16), positions and norms in float16, one matrix at a time.
 
-    head: False leaves out the head and the final norm, which head.py makes together.
+    head=False omits the head and the final norm, which head.py quantises together.
     """
     matrices, vectors = rim_names(config, source)
     if not head:
@@ -91,14 +91,14 @@ def rim_entries(
 
 
 def rounded_rows(weight: Dense, bits: int, group_size: int) -> Packed:
-    """Round a matrix piece by piece, so that it is never whole in float32."""
+    """Round a matrix in chunks, so that it is never in float32 as a whole."""
     starts = range(0, len(weight.w), ROWS)
     pieces = (round_to_nearest(to_float32(weight.w[at : at + ROWS]), bits, group_size) for at in starts)
     return joined_rows(weight, pieces)
 
 
 def joined_rows(weight: Dense, pieces: Iterable[Quantized]) -> Packed:
-    """The codes of a matrix's rows, piece after piece -> the matrix; only packed codes are kept."""
+    """Join the codes of consecutive chunks of rows into one matrix. Only packed codes are kept in memory."""
     packed = [piece.packed(weight.name, weight.bias) for piece in pieces]
     stack = [np.concatenate([getattr(p, f) for p in packed]) for f in ("qweight", "scales", "biases")]
     return replace(packed[0], qweight=stack[0], scales=stack[1], biases=stack[2])

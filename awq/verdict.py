@@ -1,4 +1,4 @@
-"""Whether a conversion worked: its loss next to plain rounding's, on calibration tokens that no search saw."""
+"""Compare the loss of a conversion with that of plain rounding, on calibration tokens that no search used."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tinychat_mlx.weight import F32
 
 @dataclass(frozen=True)
 class Verdict:
-    """made: what the method lost. rounded: what plain rounding lost on the same tokens."""
+    """The loss of the method (`made`) and of plain rounding (`rounded`) on the same tokens."""
 
     made: Quality
     rounded: Quality
@@ -37,28 +37,28 @@ class Verdict:
         return {"made": self.made.as_dict(), "rtn": self.rounded.as_dict()}
 
     def text(self) -> str:
-        """One line."""
+        """Format the verdict as one line."""
         made, rounded = self.made, self.rounded
         return (
             f"KL {made.kl_mean:.4f}, plain rounding {rounded.kl_mean:.4f}; top-1 agreement {made.top1:.1%}, plain "
-            f"rounding {rounded.top1:.1%}; on {made.tokens} calibration tokens that no search saw"
+            f"rounding {rounded.top1:.1%}; on {made.tokens} calibration tokens that no search used"
         )
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """A method whose result was not used, because it lost more than plain rounding. layer: where it went wrong."""
+    """A method that lost more than plain rounding. layer: index of the layer where its error grew most."""
 
     method: str
     verdict: Verdict
     layer: int
 
     def text(self) -> str:
-        """One line."""
+        """Format the rejection as one line."""
         made, rounded = self.verdict.made, self.verdict.rounded
         return (
-            f"{self.method} lost more than plain rounding (KL {made.kl_mean:.4f} against {rounded.kl_mean:.4f}): it "
-            f"went wrong at layer {self.layer}"
+            f"{self.method} lost more than plain rounding (KL {made.kl_mean:.4f} against {rounded.kl_mean:.4f}): its "
+            f"error grew most at layer {self.layer + 1}"
         )
 
 
@@ -72,7 +72,7 @@ def verdict(
     split: Split,
     rows: F32,
 ) -> Verdict:
-    """Compare the logits of the judged rows (3, J, C): wanted, made, rounded."""
+    """Compare the logits of the rows (3, J, C) of the float model, the result and plain rounding."""
     judged = [int(i) for i in ids[split.seen :]]
 
     def scores(weights: Source, backend: Backend, x: F32) -> Scores:
@@ -84,7 +84,7 @@ def verdict(
 
 
 def went_wrong(layers: list[LayerReport]) -> int:
-    """-> the layer at which the distance to the float model grew most beyond that of plain rounding."""
+    """Return the layer at which the distance to the float model grew most, relative to plain rounding."""
     ratios = [log(max(r.off, 1e-12) / max(r.rounded, 1e-12)) for r in layers if r.rounded]
     steps = [ratio - before for ratio, before in zip(ratios, [0.0, *ratios], strict=False)]
     return max(range(len(steps)), key=steps.__getitem__) if steps else 0

@@ -1,12 +1,12 @@
-"""Our quantiser beside mlx-lm's AWQ: the same calibration tokens, bits and groups, measured on the same text.
+"""Compare our quantiser with mlx-lm's AWQ on the same calibration tokens, bits, groups and text.
 
     python -m tinychat_mlx.awq.versus tests/data/demo-fp16 --text tests/data/demo_heldout_text.jsonl \\
         --calib tests/data/demo_calib.jsonl --tokens 2048
 
-mlx-lm's command takes its calibration text from a fixed place, so its functions are called with our tokens, and
-with our bits and groups for embedding and head (its own defaults there are 4 bits in groups of 32). Both sides
-are timed from the dense folder to the finished one. Where MLX has no GPU the model is given to it in float32:
-it computes 16 bits slowly there.
+mlx-lm's command always uses its own calibration text, so its functions are called with our tokens, and with
+our bits and groups for embedding and head (its defaults are 4 bits in groups of 32). Both are timed from the
+dense folder to the finished one. On MLX's CPU the model is loaded in float32, because 16-bit arithmetic is
+slow there.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ MINE = ("rtn", "awq", "awq+")
 
 
 def mlx_lm_awq(source: Path, target: Path, ids: Ids, window: int, settings: Settings) -> float:
-    """Quantise with mlx_lm.quant.awq -> seconds. Raises BackendError without mlx-lm, ConfigError."""
+    """Quantise with mlx_lm.quant.awq.
+
+    Returns the seconds. Raises BackendError without mlx-lm, and ConfigError.
+    """
     try:
         mx, awq, utils = (import_module(name) for name in ("mlx.core", "mlx_lm.quant.awq", "mlx_lm.utils"))
     except ImportError as error:
@@ -48,7 +51,7 @@ def mlx_lm_awq(source: Path, target: Path, ids: Ids, window: int, settings: Sett
     if mx.default_device().type == mx.cpu:
         model.set_dtype(mx.float32)
     text: Any = mx.array(ids.reshape(-1, window))
-    with redirect_stdout(sys.stderr):  # it reports there
+    with redirect_stdout(sys.stderr):  # mlx-lm prints its progress to stdout
         awq.awq_quantize(
             model, text, awq.AWQ_MODEL_CONFIGS[config["model_type"]], bits=settings.w_bit,
             group_size=settings.group_size, embed_bits=settings.head_bits, embed_group_size=settings.group_size,
@@ -58,7 +61,7 @@ def mlx_lm_awq(source: Path, target: Path, ids: Ids, window: int, settings: Sett
 
 
 def compare(lab: Laboratory, settings: Settings) -> list[Row]:
-    """-> one line for mlx_lm.awq, then one for each of our methods."""
+    """Return one row for mlx_lm.awq and one for each of our methods."""
     window = lab.window
     made, *seconds = lab.text(settings, window)
     ids = made[: len(made) // window * window]
@@ -114,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("model", help="the dense model's folder")
     parser.add_argument("--text", required=True, help="held-out text: .txt, .jsonl, …")
     parser.add_argument("--calib", required=True, help="calibration text: a file, or self")
-    parser.add_argument("--tokens", type=int, default=2048, help="of the calibration text")
+    parser.add_argument("--tokens", type=int, default=2048, help="number of calibration tokens")
     parser.add_argument("--w-bit", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=0, help="0: the largest that fits the model")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,7 +1,7 @@
-"""A whole model's logits on a text, with one decoder layer of it in memory at a time.
+"""Compute a model's logits on a text with one decoder layer in memory at a time.
 
-Two models side by side, one of them dense, would take more memory than the conversion did. Here the text's rows
-go through layer after layer; only the last rows (T, C), the final norm and the head stay.
+Two models in memory, one of them dense, would take more memory than the conversion. Here the rows of the text
+pass through layer after layer. Only the last rows (T, C), the final norm and the head stay in memory.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from tinychat_mlx.config import ModelConfig
 from tinychat_mlx.decoder import Graph, Loader, Source
 from tinychat_mlx.weight import F32, Dense, Packed, Weight
 
-LOGITS = 1 << 22  # numbers (rows, V) of one model in memory at once: 34 MB in float64, several times over
+LOGITS = 1 << 22  # logits of one model in memory at once; several arrays of 34 MB in float64
 
 
 class Rounded:
-    """Dense weights, rounded plainly to the form in which `like` holds them: what rtn makes, unwritten."""
+    """A source of dense weights, rounded plainly to the form of `like`: the result of rtn without writing it."""
 
     def __init__(self, source: Source, like: Source) -> None:
         self.source, self.like = source, like
@@ -48,16 +48,16 @@ def streamed(
     window: int,
     watch: Callable[[], None] = lambda: None,
 ) -> Scores:
-    """Run a text through all layers -> its logits, for `evaluate` with the same text and window.
+    """Run a text through all layers. Returns its logits, for `evaluate` with the same text and window.
 
-    watch is called after each layer.
+    `watch` is called after each layer.
     """
     graph, loader = Graph(config, backend), Loader(config, source, backend)
     return scores_of(graph, loader, last_rows(graph, loader, ids, window, watch))
 
 
 def scores_of(graph: Graph, loader: Loader, x: F32) -> Scores:
-    """The logits of a text of which x (T, C) left the last layer."""
+    """Return the logits of a text from the output x (T, C) of the last layer."""
     config, backend = graph.config, graph.backend
     role = "head" if loader.source.has(config.spec.name("head")) else "embed"
     norm, head = (
@@ -77,7 +77,7 @@ def scores_of(graph: Graph, loader: Loader, x: F32) -> Scores:
 def last_rows(
     graph: Graph, loader: Loader, ids: Sequence[int], window: int, watch: Callable[[], None]
 ) -> F32:
-    """-> what leaves the last layer (T, C); every window of the text starts at position 0."""
+    """Return the output of the last layer (T, C). Every window of the text starts at position 0."""
     config, backend = graph.config, graph.backend
     x = embedded_rows(config, loader.source, backend, np.asarray(ids, np.int32), window)
     windows = Windows(config, backend, window)

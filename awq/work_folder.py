@@ -1,6 +1,6 @@
-"""The folder next to the target that holds an unfinished conversion, so that a killed run can resume.
+"""The folder next to the target with an unfinished conversion, so that an interrupted run can resume.
 
-Every file is written under another name and renamed, so each is complete or absent.
+Every file is written under a temporary name and renamed, so it is complete or absent.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tinychat_mlx.tensorfile import replacing
 
 
 class LayerFiles:
-    """The files of one attempt at the layers: codes, report and rows, layer by layer."""
+    """The files of one attempt: codes, report and rows per layer."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -40,7 +40,7 @@ class LayerFiles:
         return self.path / f"rows-{layer:04}.npy"
 
     def finished(self, steps: int, with_rows: bool) -> int:
-        """Return how many steps (the layers, then the head where it is one) need not run again."""
+        """Return how many steps (the layers, then the head if it is a site) are finished."""
         done = 0
         while done < steps and self.shard(done).exists() and self.report(done).exists():
             done += 1
@@ -57,7 +57,10 @@ class LayerFiles:
         return LayerReport(sites, **found)
 
     def shards(self, layers: int) -> Iterator[Path]:
-        """The finished files, in the order in which a model is read; the head's last, where it is a step."""
+        """Yield the finished files in the order in which a model is read.
+
+        The head's file, if any, is the last.
+        """
         yield self.rim
         for layer in range(layers):
             yield self.shard(layer)
@@ -71,10 +74,11 @@ class WorkFolder:
     def __init__(self, target: Path) -> None:
         self.path = target.parent / f".{target.name}.converting"
         self.calibration = self.path / "calibration.npy"
-        self.renaming = self.path / "renaming"  # from here on the target may be the finished folder
+        # marker: once it exists, the target may be the finished folder
+        self.renaming = self.path / "renaming"
 
     def check(self, resume: bool, force: bool) -> None:
-        """Raises UsageError where an interrupted conversion would be lost unasked."""
+        """Raise UsageError if an interrupted conversion would be lost without --force or --resume."""
         if self.path.exists() and not (resume or force) and any(self.path.iterdir()):
             raise UsageError(
                 "this is an interrupted conversion",
@@ -83,7 +87,7 @@ class WorkFolder:
             )
 
     def begin(self, plan: dict[str, Any], resume: bool) -> None:
-        """Make the folder, or continue in it if it holds the same conversion. Raises TinychatError."""
+        """Create the folder, or continue in it if it belongs to the same conversion. Raises TinychatError."""
         text, file = plan_text(plan), self.path / "plan.json"
         try:
             if not resume and self.path.exists():
@@ -106,28 +110,28 @@ class WorkFolder:
             f.write(text.encode())
 
     def files(self, fallback: str = "") -> LayerFiles:
-        """The layers of the method asked for, or of a method that it fell back to."""
+        """Return the files of the requested method, or of a fallback method."""
         path = self.path / fallback if fallback else self.path
         path.mkdir(exist_ok=True)
         return LayerFiles(path)
 
     def is_empty(self) -> bool:
-        """Whether there is nothing to resume from."""
+        """Return whether there is nothing to resume from."""
         return not self.calibration.exists() and not LayerFiles(self.path).shard(0).exists()
 
     def is_renamed(self) -> bool:
-        """Whether the finished folder has its final name."""
+        """Return whether the finished folder has its final name."""
         return self.renaming.exists() and not (self.path / "out").exists()
 
     def remove(self) -> None:
-        """Delete everything; the file that says that the target is complete goes last."""
+        """Delete everything. The marker that the target is complete is deleted last."""
         for path in [p for p in self.path.glob("*") if p != self.renaming]:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         shutil.rmtree(self.path, ignore_errors=True)
 
 
 def save(path: Path, array: npt.NDArray[Any]) -> None:
-    """Write an array; it appears whole or not at all."""
+    """Write an array atomically: it is complete or absent."""
     with replacing(path) as file:
         np.save(file, array, allow_pickle=False)
 

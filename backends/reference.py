@@ -1,4 +1,4 @@
-"""The meaning of every operation: plain NumPy float32, no tricks. Every other backend is tested against it."""
+"""Reference implementation of every operation in plain NumPy float32. Other backends are tested against it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import numpy.typing as npt
 from tinychat_mlx.backend import Attention, Backend, Cache, CacheShape, Device, Memory, Norm, Rope, Step
 from tinychat_mlx.weight import F32, Weight, to_float32
 
+SCORES = 3  # arrays (heads, rows, tokens) of float32 that attention holds at once
+
 
 class ReferenceHandle:
-    """A weight as float32, whatever it was."""
+    """A weight converted to float32."""
 
     def __init__(self, weight: Weight) -> None:
         self.name, self.shape, self.bias = weight.name, weight.shape, weight.bias
@@ -21,7 +23,7 @@ class ReferenceHandle:
 
 
 class ReferenceCache(Cache):
-    """Keys and values (layer, capacity, Hkv, D) float32, so that nothing is lost to storage."""
+    """Keys and values (layers, capacity, Hkv, D) in float32."""
 
     def __init__(self, shape: CacheShape, capacity: int) -> None:
         super().__init__(shape, capacity)
@@ -30,12 +32,12 @@ class ReferenceCache(Cache):
 
 
 class ReferenceBackend(Backend):
-    """Runs anywhere NumPy does."""
+    """Runs on every machine with NumPy."""
 
     name = "reference"
 
     def __init__(self, exact: bool = True, threads: int | None = None) -> None:
-        """Always exact; NumPy chooses its own threads. The arguments are every backend's."""
+        """Accept the arguments of every backend and ignore them: always exact, NumPy chooses its threads."""
         self._held = 0
 
     def weight_bytes(self, weight: Weight) -> int:
@@ -43,6 +45,12 @@ class ReferenceBackend(Backend):
 
     def kv_bytes(self, shape: CacheShape) -> int:
         return shape.bytes_per_token(4)
+
+    def loading_bytes(self, largest: int) -> int:
+        return 4 * largest
+
+    def score_bytes(self, heads: int, rows: int) -> int:
+        return SCORES * 4 * heads * rows
 
     def put(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return array if array.dtype.kind in "iu" and array.dtype != np.uint16 else to_float32(array)
@@ -139,7 +147,7 @@ class ReferenceBackend(Backend):
 
 
 def attend(q: F32, keys: F32, values: F32, spec: Attention) -> F32:
-    """Causal attention of the last T positions: q (T, H, D), keys, values (S, Hkv, D) -> (T, H, D)."""
+    """Compute causal attention of the last T positions: q (T, H, D), keys, values (S, Hkv, D) -> (T, H, D)."""
     rows, heads, _ = q.shape
     length, kv_heads, _ = keys.shape
     grouped = q.reshape(rows, kv_heads, heads // kv_heads, -1)  # query head h reads kv head h // n_rep

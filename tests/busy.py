@@ -1,8 +1,9 @@
-"""How much speed is left next to busy programs: idle and busy runs alternate, their medians are printed.
+"""Compare idle runs with runs next to busy programs. Idle and busy runs alternate; prints the medians.
 
     python tests/busy.py MODEL [--loops 2] [--rounds 3] [--convert FOLDER [--calib FILE]]
 
-A busy run has endless loops next to it. With --convert: also wall and processor time of a conversion (not on Windows).
+During a busy run, endless loops run next to it. --convert also measures wall and CPU time of a conversion
+(not on Windows).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ TINYCHAT = [sys.executable, "-m", "tinychat_mlx"]
 
 @contextmanager
 def loops(number: int) -> Iterator[None]:
-    """Endless loops in processes of their own."""
+    """Run endless loops in separate processes."""
     running = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(number)]
     try:
         yield

@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: tiny checkpoints, and the backends this machine can run."""
+"""Fixtures shared by all tests: tiny checkpoints, and the backends of this machine."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
     from tinychat_mlx.backend import Backend
 
-# Workers share the cores: NumPy and torch, not imported yet, compute with one thread each. OMP_NUM_THREADS stays: it is
-# an option of ours, too.
+# Workers share the cores, so NumPy and torch, which are imported later, get one thread each. OMP_NUM_THREADS
+# is not set, because it is also an option of tinychat.
 os.environ["OPENBLAS_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 # pytest-xdist sets these for its workers; a program in a terminal of its own must ask the terminal.
 for size in ("COLUMNS", "LINES"):
     os.environ.pop(size, None)
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub for anything
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test connects to a hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["TINYCHAT_WEIGHT_CACHE"] = "0"  # no test writes into the user's cache
+os.environ["TINYCHAT_WEIGHT_CACHE"] = "0"  # no test writes to the user's cache
 
-# A run that a script began with & ignores Ctrl-C, and so would every program it starts.
+# A run started by a script with & ignores Ctrl-C, and every program that it starts would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -42,19 +42,20 @@ def tiny_root() -> Path:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`backend_name` runs a test on every backend of the package; absent libraries skip with a reason."""
+    """Parametrise `backend_name` with every backend of the package. Missing libraries skip with a reason."""
     if "backend_name" in metafunc.fixturenames:
-        from tinychat_mlx.loading import BACKENDS
+        from tinychat_mlx.backend_names import BACKENDS
 
         metafunc.parametrize("backend_name", list(BACKENDS))
 
 
 @pytest.fixture
 def backend(backend_name: str, monkeypatch: pytest.MonkeyPatch) -> Backend:
-    """A backend in its exact mode; cuda runs its torch path on CPU tensors where there is no GPU."""
+    """A backend in exact mode. Without a GPU, cuda runs its torch path on CPU tensors."""
     from importlib.util import find_spec
 
-    from tinychat_mlx.loading import BACKENDS, create
+    from tinychat_mlx.backend_names import BACKENDS
+    from tinychat_mlx.loading import create
 
     library = {"mlx": "mlx", "cuda": "torch"}.get(backend_name, "numpy")
     for module in (library, BACKENDS[backend_name][0]):
@@ -66,7 +67,7 @@ def backend(backend_name: str, monkeypatch: pytest.MonkeyPatch) -> Backend:
 
 @pytest.fixture
 def accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a few tokens of a random model, plain rounding may be better by chance: no method is rejected here."""
+    """Accept every method: on a few tokens of a random model plain rounding can be better by chance."""
     monkeypatch.setattr("tinychat_mlx.awq.verdict.Verdict.passed", True)
 
 
@@ -83,7 +84,7 @@ def chats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeChats
 
 @pytest.fixture
 def terminals(tmp_path: Path) -> Iterator[Chats]:
-    """Chats in pseudo-terminals (chat_screen.py): for what only a real terminal shows."""
+    """Chats in pseudo-terminals (chat_screen.py), for behaviour that only a real terminal shows."""
     from chat_screen import Chats
 
     made = Chats(tmp_path)
@@ -95,9 +96,9 @@ def terminals(tmp_path: Path) -> Iterator[Chats]:
         screen.child.close()
 
 
-# What the run proves of the model families: proofs.py ------------------------------------------------------------
+# Proofs of the model families in this run: proofs.py -------------------------------------------------------------
 def pytest_configure(config: pytest.Config) -> None:
-    """Workers inherit the folder from the process that starts them."""
+    """Set the folder of proofs. Workers inherit it from the process that starts them."""
     if proofs.FOLDER not in os.environ:
         os.environ[proofs.FOLDER] = tempfile.mkdtemp(prefix="proofs-")
         config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(proofs.FOLDER)))

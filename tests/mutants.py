@@ -44,7 +44,7 @@ CMAKE_SOURCE = "backends/cpu"
 
 
 class Unjudged(Exception):
-    """A mutation that says nothing about the tests, and why."""
+    """A mutation that could not be judged, and why."""
 
 
 class Place(NamedTuple):
@@ -112,7 +112,7 @@ class Sandbox:
         self.folder, self.work, self.clean = folder, folder / "work", folder / "clean"
         self.cache, self.clean_cache, self.build = folder / "cache", folder / "clean-cache", folder / "build"
         self.process: subprocess.Popen[bytes] | None = None
-        self.mutated: set[str] = set()  # native sources whose object files are those of a mutation
+        self.mutated: set[str] = set()  # native sources whose object files were built with a mutation
         self.python = self._interpreter()
 
     def fill(self, names: list[str]) -> None:
@@ -127,7 +127,7 @@ class Sandbox:
             shutil.copy2(library, self.clean / "tinychat_mlx")
 
     def fill_from(self, other: Sandbox) -> None:
-        """Take over another copy's files, library and caches."""
+        """Copy another sandbox's files, library and caches."""
         shutil.copytree(other.clean, self.clean)
         shutil.copytree(other.clean_cache, self.clean_cache)
 
@@ -140,13 +140,13 @@ class Sandbox:
         return place / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
     def reset(self) -> None:
-        """Bring back the unmutated copy and the caches that unmutated tests left."""
+        """Restore the unmutated copy and the caches of the unmutated tests."""
         for now, before in ((self.work, self.clean), (self.cache, self.clean_cache)):
             shutil.rmtree(now, ignore_errors=True)
             shutil.copytree(before, now)
 
     def keep(self) -> None:
-        """Let later runs start from what the unmutated tests left: caches save them time."""
+        """Keep the caches of the unmutated tests, which make later runs faster."""
         for now, before in ((self.work, self.clean), (self.cache, self.clean_cache)):
             shutil.rmtree(before)
             now.rename(before)
@@ -171,7 +171,7 @@ class Sandbox:
             raise Unjudged(f"{shlex.join(command)} fails: {last_lines(done.stdout + done.stderr)}")
 
     def environment(self) -> dict[str, str]:
-        """Bytecode of a mutation must not outlive it, nor what it computed: caches are this copy's."""
+        """Return an environment with caches inside this copy, so that a mutation's results are not reused."""
         drop = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTEST_ADDOPTS")
         env = {k: v for k, v in os.environ.items() if k not in drop}
         return env | {"PYTHONDONTWRITEBYTECODE": "1", "XDG_CACHE_HOME": str(self.cache)}
@@ -198,7 +198,7 @@ class Sandbox:
             return code, out.read().decode(errors="replace")
 
     def stop(self) -> None:
-        """Stop the tests that run here, and what they started."""
+        """Stop the tests that run here and the processes that they started."""
         if self.process is not None and self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL) if os.name == "posix" else self.process.kill()
             self.process.wait()
@@ -235,7 +235,7 @@ def judge(box: Sandbox, place: Place, files: list[str], keyword: str, timeout: f
 
 
 class Group(NamedTuple):
-    """Mutations that one selection of tests judges."""
+    """Mutations that the same selection of tests judges."""
 
     files: list[str]
     keyword: str
@@ -247,7 +247,7 @@ class Group(NamedTuple):
 
 
 class Runner:
-    """Judges mutations, those of one selection of tests after each other, selections in parallel."""
+    """Judges mutations: those of one selection of tests in sequence, selections in parallel."""
 
     def __init__(self, chosen: list[Mutation], timeout: float) -> None:
         self.timeout, self.names = timeout, tracked()
@@ -281,14 +281,14 @@ class Runner:
                         box.fill_from(boxes[0])
                     for worker in [pool.submit(self._work, box, box is boxes[0]) for box in boxes]:
                         worker.result()
-                except BaseException:  # an interrupt, or a defect in a worker: begin nothing more
+                except BaseException:  # an interrupt, or a defect in a worker: start nothing more
                     self.ending.set()
                     for box in boxes:
                         box.stop()
                     raise
 
     def _baseline(self, box: Sandbox) -> None:
-        """Run all selections without a mutation; those that fail cannot judge one."""
+        """Run all selections without a mutation. Selections that fail cannot judge a mutation."""
         started, files = time.monotonic(), sorted({file for group in self.groups for file in group.files})
         selections = (f"({' or '.join(map(base_name, g.files))}) and ({g.keyword})" for g in self.groups)
         box.reset()
@@ -299,7 +299,7 @@ class Runner:
         if code not in (0, 1) or code == 1 and not bad:
             raise SystemExit(f"without a mutation pytest ends with exit code {code}: {last_lines(output)}")
         for group in [g for g in self.groups if any(test.split("::")[0] in g.files for test in bad)]:
-            box.reset()  # a failure in one of its files may be of another selection
+            box.reset()  # a failure may belong to another selection of the same files
             code, output = box.pytest([*group.files, "-k", group.keyword], self.timeout)
             if code:
                 self.groups.remove(group)
@@ -308,7 +308,7 @@ class Runner:
                     self.report(mutation.name, Verdict("error", reason, 0.0))
 
     def _next(self, builds: bool) -> Group | None:
-        """Native mutations go to the copy that has their object files: it rebuilds only what changed."""
+        """Assign native mutations to the copy with their object files, so that only changes are rebuilt."""
         with self.lock:
             at = next((i for i, group in enumerate(self.groups) if builds or not group.native), None)
             return None if at is None else self.groups.pop(at)
@@ -341,7 +341,8 @@ def main() -> int:
     known = {m.name: m for m in MUTATIONS}
     if unknown := sorted(set(options.only or ()) - set(known)):
         parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: nothing is left running
+    # handled like Ctrl-C, so that no process is left running
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     runner = Runner([known[name] for name in options.only or known], options.timeout)
     if not options.check:
         try:

@@ -1,4 +1,4 @@
-"""python tests/wheel_contents.py DIST: a wheel holds what a chat needs, and nothing beside tinychat_mlx."""
+"""python tests/wheel_contents.py DIST: check that a wheel contains what a chat needs and only tinychat_mlx."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NEEDED = [
 
 
 def faults(names: list[str]) -> list[str]:
-    """What is missing from a wheel's file names, and what does not belong."""
+    """Return what is missing from a wheel's file names, and what does not belong."""
     missing = [f"missing: {p}" for p in NEEDED if not any(re.fullmatch(p, n) for n in names)]
     alien = [n for n in names if not re.match(r"(tinychat_mlx/|tinychat_mlx-[^/]*\.dist-info/)", n)]
     sources = [n for n in names if n.endswith((".cpp", "CMakeLists.txt")) or "/tests/" in n]
@@ -33,7 +33,7 @@ def main() -> int:
         print(f"no wheel in {sys.argv[1]}", file=sys.stderr)
         return 1
     bad = [f"{w.name}: {f}" for w in wheels for f in faults(zipfile.ZipFile(w).namelist())]
-    print("\n".join(bad) or f"{len(wheels)} wheel(s) as they should be")
+    print("\n".join(bad) or f"{len(wheels)} wheel(s) with the expected contents")
     return bool(bad)
 
 

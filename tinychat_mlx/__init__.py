@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# In a checkout apps/, awq/ and backends/ lie beside this folder; in a wheel they lie inside it.
+# In a checkout apps/, awq/ and backends/ are next to this folder; in a wheel they are inside it.
 _here = _Path(__file__).resolve().parent
 if not (_here / "backends").exists() and (_here.parent / "backends").is_dir():
     __path__.append(str(_here.parent))
@@ -28,7 +28,7 @@ _HOME = {"load": "loading", "Model": "model", "TinychatError": "errors"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: `tinychat --help` must not pay for numpy."""
+    """Import a public name on first use, so that `tinychat --help` does not import NumPy."""
     if name not in _HOME:
         raise AttributeError(f"module 'tinychat_mlx' has no attribute {name!r}")
     from importlib import import_module

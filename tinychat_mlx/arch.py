@@ -1,7 +1,7 @@
-"""The table of decoder families: a new one with no new structure is a row here.
+"""The table of decoder families. A family without new structure needs only a row here.
 
-Names map a role of the graph to the module under a layer (`q`: "self_attn.q_proj") or, for what stands
-outside the layers, to the full name. What a row leaves out is as in Llama.
+`names` maps a role of the graph to the module under a layer (`q`: "self_attn.q_proj"), or to the full name for
+modules outside the layers. Omitted fields have Llama's values.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _GPT_KEYS = {
 
 
 def _four_times(spec: ArchSpec, config: dict[str, Any]) -> ArchSpec:
-    """An intermediate size that is absent or null is four hidden sizes."""
+    """Set an intermediate size that is absent or null to four times the hidden size."""
     hidden = config.get("hidden_size")
     if config.get("intermediate_size") is None and isinstance(hidden, int):
         config["intermediate_size"] = 4 * hidden
@@ -55,7 +55,7 @@ def _bigcode(spec: ArchSpec, config: dict[str, Any]) -> ArchSpec:
 
 
 def _gptj(spec: ArchSpec, config: dict[str, Any]) -> ArchSpec:
-    """rotary_dim counts inputs of a head; the rest of the graph speaks of a share."""
+    """Convert rotary_dim, a count of inputs per head, to a fraction of the head."""
     spec = _four_times(spec, config)
     heads, hidden, rotary = (config.get(k) for k in ("num_attention_heads", "hidden_size", "rotary_dim"))
     if isinstance(rotary, int) and isinstance(heads, int) and isinstance(hidden, int):
@@ -80,7 +80,7 @@ def _falcon(spec: ArchSpec, config: dict[str, Any]) -> ArchSpec:
     if config.get("alibi"):
         spec = replace(spec, positions="alibi")
         heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
-        if isinstance(heads, int) and isinstance(hidden, int):  # Falcon scales them like the scores
+        if isinstance(heads, int) and isinstance(hidden, int):  # scaled like the scores
             config["alibi_slopes"] = [s * (heads / hidden) ** 0.5 for s in slopes(heads)]
     if not new and not config.get("parallel_attn", True):
         return replace(spec, norms=("pre_attn", "pre_mlp"), parallel=False)
@@ -130,7 +130,7 @@ def _bloom(spec: ArchSpec, config: dict[str, Any]) -> ArchSpec:
 
 
 def _moe_sizes(spec: ArchSpec, config: dict[str, Any]) -> ArchSpec:
-    """num_experts and num_local_experts are one key; experts may have a size of their own."""
+    """Treat num_experts and num_local_experts as one key. Experts may have their own size."""
     if config.get("num_experts") is None:
         config["num_experts"] = config.get("num_local_experts")
     if config.get("moe_intermediate_size") is None:
@@ -144,7 +144,7 @@ _MOE: dict[str, Any] = {
     "reads": frozenset({"num_experts", "num_local_experts"}),
 }
 _ROWS = (
-    # Llama and what is Llama but for a detail
+    # Llama and variants of it
     ArchSpec("llama"),
     ArchSpec("mistral", window="all"),
     ArchSpec("ministral", window="layers"),
@@ -194,7 +194,7 @@ _ROWS = (
             "down": "mlp.c_proj",
         },
     ),
-    # norms after the blocks, or around them
+    # norms after the blocks, or before and after them
     ArchSpec("olmo2", qk_norm="full", **_POST),
     ArchSpec("olmo3", qk_norm="full", window="layers", window_pattern=4, **_POST),
     ArchSpec("exaone4", qk_norm="head", window="layers", window_pattern=4, rope_layers="sliding", **_POST),
@@ -293,7 +293,7 @@ _ROWS = (
             "down": "mlp.fc2",
         },
     ),
-    # the AWQ paper's own and their generation
+    # families of the AWQ paper and of that time
     ArchSpec(
         "opt",
         norm="layer",
@@ -455,7 +455,7 @@ ARCHITECTURES: dict[str, ArchSpec] = {spec.model_type: spec for spec in _ROWS}
 
 
 def find(model_type: object) -> ArchSpec:
-    """The row of a family; raises ConfigError naming the nearest supported one."""
+    """Return the row of a family. Raises ConfigError naming the nearest supported one."""
     if isinstance(model_type, str) and model_type in ARCHITECTURES:
         return ARCHITECTURES[model_type]
     known = ", ".join(sorted(ARCHITECTURES))
@@ -469,7 +469,7 @@ def find(model_type: object) -> ArchSpec:
 
 
 def resolve(config: dict[str, Any]) -> tuple[ArchSpec, dict[str, Any]]:
-    """config.json -> the family's spec as its flags have it, and the settings under their usual keys."""
+    """Return the family's spec, adapted to the flags in config.json, and the config with the standard keys."""
     spec = find(config.get("model_type"))
     usual = {**config}
     for key, own in spec.keys.items():

@@ -1,4 +1,4 @@
-"""What can differ between decoder families, apart from the numbers in config.json."""
+"""ArchSpec: the structural differences between decoder families that config.json does not state."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ArchSpec:
     norm: str = "rms"  # rms | layer
     norm_offset: float = 0.0  # 1.0: the checkpoint stores weight - 1 (Gemma)
     norms: tuple[str, ...] = ("pre_attn", "pre_mlp")  # and post_attn, post_mlp
-    parallel: bool = False  # attention and MLP both read the layer's input; without pre_mlp, one norm of it
+    parallel: bool = False  # attention and MLP read the layer's input; without pre_mlp, through one norm
     qk_norm: str = ""  # "" | head (over head_dim) | full (over all heads)
     qkv: str = ""  # "" three tensors | blocks (q, then k, then v) | heads (each kv head's queries, k, v)
     gated: bool = True  # down(act(gate) * up), or down(act(up))
@@ -54,28 +54,28 @@ class ArchSpec:
     position_offset: int = 0  # learned: row of position 0
     rope_interleaved: bool = False
     rope_layers: str = ""  # "" all | sliding (full layers have none) | listed (no_rope_layers)
-    moe: bool = False  # layers are mixtures of experts, but for those config.json names
-    shared_expert: bool = False  # one more expert sees every row, weighted by a gate of its own
+    moe: bool = False  # layers are mixtures of experts, except those that config.json lists
+    shared_expert: bool = False  # an additional expert for every row, weighted by its own gate
     embed_norm: bool = False
     embed_sqrt: bool = False  # embeddings are multiplied by sqrt(hidden_size)
-    default_theta: float | None = 10000.0  # where config.json gives none
+    default_theta: float | None = 10000.0  # if config.json has none
     window: str = ""  # "" never | all | layers (layer_types, or a pattern, or max_window_layers)
-    window_pattern: int = 0  # every n-th layer is full where config.json has no layer_types
-    reads: frozenset[str] = frozenset()  # keys of config.SCALARS this family obeys; others must be neutral
-    names: Mapping[str, str] = field(default_factory=dict)  # roles whose name is not the usual one
-    keys: Mapping[str, str] = field(default_factory=dict)  # usual config key -> this family's
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # config values where the file has none
+    window_pattern: int = 0  # every n-th layer has full attention if config.json has no layer_types
+    reads: frozenset[str] = frozenset()  # keys of config.SCALARS in use; others must be neutral
+    names: Mapping[str, str] = field(default_factory=dict)  # roles whose module name differs from NAMES
+    keys: Mapping[str, str] = field(default_factory=dict)  # standard config key -> this family's
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # config values that the file may omit
     adapt: Callable[[ArchSpec, dict[str, Any]], ArchSpec] | None = None  # flags that change the structure
 
     def name(self, role: str, layer: int | None = None) -> str:
-        """Role -> module name in the checkpoint."""
+        """Return the module name of a role in the checkpoint."""
         short = self.names.get(role) or NAMES[role]
         return short if layer is None else f"{self.prefix(layer)}.{short}"
 
     def expert(self, role: str, layer: int, e: int) -> str:
-        """The module of one expert: role "gate", "up" or "down"."""
+        """Return the module name of one expert's projection. role: "gate", "up" or "down"."""
         return self.name(f"expert_{role}", layer).replace("{e}", str(e))
 
     def prefix(self, layer: int) -> str:
-        """Where a layer's modules stand: `model.layers.0`."""
+        """Return the prefix of a layer's modules: `model.layers.0`."""
         return f"{self.names.get('layers') or NAMES['layers']}.{layer}"

@@ -1,11 +1,12 @@
-"""The contract between the one graph and every device.
+"""The contract between the decoder graph and the backends.
 
-The graph hands opaque tensors from method to method. It reads their `shape`, reshapes them and takes
-slices of them, and computes nothing itself: every number is made by a backend method, so a backend may
-record the calls once and replay them (`capture`).
+The graph passes opaque tensors between backend methods. It reads their `shape`, reshapes them and slices them, and
+computes nothing itself. Every number comes from a backend method, so a backend can record the calls once and replay
+them (`capture`).
 
-Three groups of methods: load (`put`, `pack`, `new_cache`), step primitives, and composites whose default
-is written here in the primitives. A new backend fills in the primitives; a fast one overrides composites.
+The methods form three groups: loading (`put`, `pack`, `new_cache`), step primitives, and composites, which have a
+default implementation in terms of the primitives. A new backend implements the primitives; a fast one overrides
+composites.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ import numpy.typing as npt
 
 from tinychat_mlx.weight import F32, Weight
 
+ACTS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")  # activations; native kernels number them in this order
 Tensor = Any  # a backend's own array: numpy.ndarray, mlx.core.array, torch.Tensor
 
 
 class Handle(Protocol):
-    """A weight on its device, in that device's layout: what `pack` returns."""
+    """A weight on its device, in the device's layout: the result of `pack`."""
 
     name: str
     shape: tuple[int, int]  # (N, K)
@@ -32,7 +34,7 @@ class Handle(Protocol):
 
 @dataclass(frozen=True)
 class Norm:
-    """RMSNorm or LayerNorm: weight (C,), bias (C,) or None. Gemma's 1 + w is added at load."""
+    """RMSNorm or LayerNorm: weight (C,), bias (C,) or None. For Gemma, weight already includes the + 1."""
 
     name: str
     kind: str  # "rms" | "layer"
@@ -43,7 +45,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions: inv_freq (R/2,) rotates the first R inputs of a head; cos, sin × factor.
+    """Rotary positions: inv_freq (R/2,) rotates the first R inputs of a head; cos and sin are multiplied by factor.
 
     Pairs are (i, i + R/2), or (2i, 2i + 1) if interleaved.
     """
@@ -55,18 +57,18 @@ class Rope:
 
 @dataclass(frozen=True)
 class Attention:
-    """What one layer's attention is: scores q·k × scale, softcapped, causal in a window (0: all)."""
+    """Parameters of one layer's attention: scores q·k × scale, soft-capped, causal within a window (0: no limit)."""
 
     layer: int
     scale: float
     window: int = 0
     softcap: float = 0.0
-    alibi: tuple[float, ...] | None = None  # a slope a head
+    alibi: tuple[float, ...] | None = None  # one slope per head
 
 
 @dataclass(frozen=True)
 class Mlp:
-    """A gated MLP (gate_up joined along N, gate rows first; or gate and up apart), or a plain one (up)."""
+    """A gated MLP (gate_up joined along N with the gate rows first, or separate gate and up), or a plain one (up)."""
 
     act: str
     down: Handle
@@ -77,11 +79,11 @@ class Mlp:
 
 @dataclass(frozen=True)
 class Moe:
-    """A mixture of experts: each row goes to the top_k of E experts, weighted by the router's softmax.
+    """A mixture of experts: each row goes to top_k of E experts, weighted by the router's softmax.
 
-    router (E, C), or (E + 1, C) where a shared expert sees every row: its last row's sigmoid is the
-    shared expert's weight. normalise: the chosen weights are made to sum to 1. experts: what
-    `pack_experts` returned for the E, plus the shared one as the last.
+    router (E, C), or (E + 1, C) with a shared expert that sees every row: the sigmoid of the last row is its weight.
+    normalise: scale the chosen weights to sum to 1. experts: the result of `pack_experts` for the E experts, with the
+    shared one last.
     """
 
     act: str
@@ -107,21 +109,21 @@ class CacheShape:
 class Cache:
     """Keys and values of one conversation; subclasses hold the storage.
 
-    `length` tokens are valid. The engine advances it after a step; storage beyond is scratch.
+    `length` tokens are valid. The engine advances it after a step; storage beyond it is scratch.
     """
 
     def __init__(self, shape: CacheShape, capacity: int) -> None:
         self.shape, self.capacity, self.length = shape, capacity, 0
 
     def rewind(self, length: int) -> None:
-        """Forget all but the first `length` tokens."""
+        """Discard all but the first `length` tokens."""
         assert 0 <= length <= self.length
         self.length = length
 
 
 @dataclass(frozen=True)
 class Segment:
-    """`rows` consecutive rows of a step continue what `cache` holds."""
+    """`rows` consecutive rows of a step that continue the tokens in `cache`."""
 
     cache: Cache
     rows: int
@@ -129,10 +131,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class Choice:
-    """How a token will be chosen from a row of logits: the largest (temperature 0), or drawn.
+    """The rule by which a token is chosen from a row of logits: the largest (temperature 0), or sampled.
 
-    So a head may be read coarsely where that cannot matter: tokens that have a probability of at most `tail` together
-    may have coarse logits, and those that cannot be the largest.
+    The backend may return approximate logits for tokens that cannot be chosen: those that cannot be the maximum, or
+    whose total probability is at most `tail`.
     """
 
     temperature: float = 0.0
@@ -141,10 +143,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Step:
-    """Which rows of a pass belong to which cache. Only `rope`, `attention` and, for its choice, `head` look at it.
+    """The assignment of a pass's rows to caches. Only `rope`, `attention` and `head` (its choice) read it.
 
-    positions (T,) int32 is on the device: each segment counts up from its cache's length. choice None: every logit
-    counts.
+    positions (T,) int32 is on the device; each segment counts up from its cache's length. choice None: all logits must
+    be exact.
     """
 
     segments: tuple[Segment, ...]
@@ -158,7 +160,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes: held now by this backend, its peak, and what it may use before the device suffers (0: unknown)."""
+    """Bytes that this backend uses now, its peak, and the limit that the device recommends (0: unknown)."""
 
     used: int
     peak: int
@@ -167,7 +169,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Device:
-    """What runs the model and why: shown in the chat's header and by `doctor`."""
+    """The device that runs the model, and why it was selected; printed in the chat's header and by `doctor`."""
 
     backend: str  # "cpu"
     name: str  # "AMD Ryzen …", "Apple M1"
@@ -180,69 +182,86 @@ StepFn = Callable[[Tensor, Step], Tensor]
 
 
 class Backend:
-    """Base of every backend. Shapes: T rows, H heads of D, Hkv key/value heads, N outputs, K inputs."""
+    """Base class of the backends. Shapes: T rows, H heads of D, Hkv key/value heads, N outputs, K inputs."""
 
     name = "abstract"
+    threads: int | None = None  # of the host that compute; None: this backend does not choose
 
-    # what it will take, known before anything is loaded -------------------------------------------
+    # costs, known before loading ---------------------------------------------------------------------
     def weight_bytes(self, weight: Weight) -> int:
-        """Bytes that `pack` keeps of a weight of this form; a small one stands for all of its form."""
+        """Bytes that `pack` keeps for a weight of this form. The weight may be a small example of its form."""
         raise NotImplementedError
 
     def kv_bytes(self, shape: CacheShape) -> int:
-        """Bytes that `new_cache` takes a token."""
+        """Cache bytes per token."""
         raise NotImplementedError
+
+    def loading_bytes(self, largest: int) -> int:
+        """Bytes taken for a while as weights are packed, besides the weights. largest: numbers of the largest one."""
+        return 0
+
+    def score_bytes(self, heads: int, rows: int) -> int:
+        """Bytes per token of context that `attention` takes while `rows` rows of `heads` heads are computed."""
+        return 0
+
+    def own_memory(self) -> bool:
+        """Whether weights are in memory of the device's own, which the system knows nothing of."""
+        return False
 
     # load ---------------------------------------------------------------------------------------
     def put(self, array: npt.NDArray[Any]) -> Tensor:
-        """A small constant (norm weight, inverse frequencies) -> the device."""
+        """Copy a small constant (norm weight, inverse frequencies) to the device."""
         raise NotImplementedError
 
     def ids(self, ids: Sequence[int]) -> Tensor:
-        """Token ids (T,) -> int32 on the device."""
+        """Copy token ids (T,) to the device as int32."""
         raise NotImplementedError
 
     def pack(self, weight: Weight) -> Handle:
-        """A canonical weight -> this device's layout, once. The input may be a view of a mapped file."""
+        """Convert a canonical weight to the device's layout, once. The input may be a view of a mapped file."""
         raise NotImplementedError
 
     def kept(self, model: str, digest: str) -> AbstractContextManager[None]:
-        """Round the loading of a model: what `pack` makes of it may stay on disk, for `stored` to find next time.
+        """Return a context manager for the loading of a model: `pack` may write its results to disk for `stored`.
 
-        model: a name for files; digest: what exactly the model is ("": unknown, nothing is kept).
+        model: a name for files; digest: identifies the model's exact content ("": unknown, so nothing is cached).
         """
         return nullcontext()
 
+    def held_bytes(self, handle: Handle) -> int | None:
+        """Bytes of a packed weight in this device's layout; None: those of the weight as it was given."""
+        return None
+
     def stored(self, name: str, shape: tuple[int, int]) -> Handle | None:
-        """What `pack` made of the weight of this name and shape (N, K) before, or None: then it is to be packed."""
+        """Return the cached result of `pack` for the weight of this name and shape (N, K), or None if there is none."""
         return None
 
     def pack_experts(self, act: str, experts: Iterable[tuple[Weight, Weight]]) -> Any:
-        """Each expert's (gate_up (2F, C), down (C, F)), the shared one last -> what `moe` reads."""
+        """Pack the experts' weights, each (gate_up (2F, C), down (C, F)), the shared one last, for `moe`."""
         return tuple(Mlp(act, self.pack(down), gate_up=self.pack(up)) for up, down in experts)
 
     def new_cache(self, shape: CacheShape, capacity: int) -> Cache:
         raise NotImplementedError
 
     def read_cache(self, cache: Cache, start: int, end: int) -> dict[str, npt.NDArray[Any]]:
-        """Tokens start to end as they are stored -> arrays of their own (layers, Hkv, tokens, …), by name.
+        """Return copies of the stored state of tokens start to end: arrays (layers, Hkv, tokens, …) by name.
 
-        Names, types and the other sizes are the same for all caches of one model and one kind of storage.
+        Names, dtypes and the other sizes are the same for all caches of one model and storage type.
         """
         raise NotImplementedError
 
     def write_cache(self, cache: Cache, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Put what `read_cache` gave behind the tokens that cache holds; its length grows by theirs."""
+        """Append the arrays of `read_cache` after the tokens in cache; its length grows by their number."""
         raise NotImplementedError
 
     def step(self, segments: Sequence[Segment]) -> Step:
-        """Describe a pass over these segments' next rows."""
+        """Describe a pass over the next rows of these segments."""
         spans = [np.arange(s.cache.length, s.cache.length + s.rows, dtype=np.int32) for s in segments]
         return Step(tuple(segments), self.put(np.concatenate(spans)))
 
     # step primitives ----------------------------------------------------------------------------
     def embed(self, table: Handle, ids: Tensor) -> Tensor:
-        """Rows of table (V, C) -> (T, C)."""
+        """Look up rows of table (V, C) -> (T, C)."""
         raise NotImplementedError
 
     def linear(self, x: Tensor, w: Handle) -> Tensor:
@@ -258,15 +277,15 @@ class Backend:
         raise NotImplementedError
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, spec: Attention, step: Step) -> Tensor:
-        """Append k, v (T, Hkv, D) to the caches, then causal attention of q (T, H, D) -> (T, H·D)."""
+        """Append k, v (T, Hkv, D) to the caches, then compute causal attention of q (T, H, D) -> (T, H·D)."""
         raise NotImplementedError
 
     def act(self, x: Tensor, kind: str) -> Tensor:
-        """silu | gelu | gelu_tanh | relu | relu2, elementwise."""
+        """An activation, one of ACTS, elementwise."""
         raise NotImplementedError
 
     def glu(self, gate: Tensor, up: Tensor, kind: str) -> Tensor:
-        """act(gate) · up; both (T, F), perhaps views into one joined tensor."""
+        """act(gate) · up; both (T, F), possibly views into one joined tensor."""
         raise NotImplementedError
 
     def add(self, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
@@ -286,11 +305,11 @@ class Backend:
         return self.linear(self.norm(x, norm), w)
 
     def head(self, x: Tensor, norm: Norm, w: Handle, choice: Choice | None = None) -> Tensor:
-        """norm_linear to logits (T, V), from each row of which one token will be chosen so (None: all of them count)."""
+        """norm_linear to logits (T, V). One token per row is chosen by `choice`; None: all logits must be exact."""
         return self.norm_linear(x, norm, w)
 
     def linear_add(self, x: Tensor, w: Handle, residual: Tensor) -> Tensor:
-        """residual + linear(x, w); leaves residual as it is, for parallel blocks read it again."""
+        """residual + linear(x, w). Must not overwrite residual: parallel blocks read it again."""
         return self.add(residual, self.linear(x, w))
 
     def mlp(self, x: Tensor, mlp: Mlp, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
@@ -309,8 +328,8 @@ class Backend:
     def moe(self, x: Tensor, moe: Moe, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
         """[residual +] the weighted sum of each row's experts. x (T, C) -> (T, C).
 
-        This default routes on the host and runs one expert after the other: what is meant, and what a backend
-        falls back to for experts that it cannot multiply by index. A step with it must not be captured.
+        This default routes on the host and runs the experts one after another. It is the reference, and the fall-back for
+        experts that a backend cannot multiply by index. A step that uses it must not be captured.
         """
         h = x if norm is None else self.norm(x, norm)
         choice, share = route(self.to_host(self.linear(h, moe.router)), moe)
@@ -322,22 +341,23 @@ class Backend:
 
     # whole steps ----------------------------------------------------------------------------------
     def capture(self, fn: StepFn) -> StepFn:
-        """The same function, made fast for repeated calls with one row and one segment."""
+        """Return an equivalent function that is fast for repeated calls with one row and one segment."""
         return fn
 
     def sampler(
         self, temperature: float, top_k: int, top_p: float, min_p: float, seed: int | None,
         penalty: float = 1.0, seen: Sequence[int] = (),
     ) -> Callable[[Tensor], Tensor] | None:  # fmt: skip
-        """-> a function logits (1, V) -> token (1,) int32 on the device (-1: logits not finite), not waited for.
+        """Return a device-side sampler: logits (1, V) -> token id (1,) int32. It does not synchronise.
 
-        penalty: on the tokens seen so far and on each that is drawn (sampler.penalised); 1 is none. None, the default:
-        tokens are drawn on the host. Meant for devices that run while Python does.
+        It returns -1 if the logits are not finite. penalty applies to the tokens in seen and to each sampled token
+        (sampler.penalised); 1 has no effect. The default None means that tokens are sampled on the host. A device that runs
+        asynchronously to Python should implement this method.
         """
         return None
 
     def to_host(self, x: Tensor) -> F32:
-        """-> a float32 ndarray of its own: the only point that waits for the device."""
+        """Copy to a float32 ndarray: the only method that waits for the device."""
         raise NotImplementedError
 
     def memory(self) -> Memory:
@@ -348,7 +368,7 @@ class Backend:
 
 
 def route(logits: F32, moe: Moe) -> tuple[npt.NDArray[np.intp], F32]:
-    """Router logits (T, E [+ 1]) -> the chosen experts (T, k [+ 1]) and their weights, best first."""
+    """Router logits (T, E [+ 1]) -> the chosen experts (T, k [+ 1]) and their weights, largest first."""
     routed = logits[:, : moe.num_experts]
     p = np.exp(routed - routed.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)

@@ -1,9 +1,8 @@
-"""A model folder as a source of canonical weights: files mapped and checked, weights decoded on demand."""
+"""A model folder as a source of canonical weights: files are mapped and checked, weights decoded on demand."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -12,25 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from tinychat_mlx.errors import FormatError, ModelNotFoundError, TinychatError
-from tinychat_mlx.fingerprint import fingerprint
 from tinychat_mlx.formats import detect
 from tinychat_mlx.formats.stacked import File, unstacked
 from tinychat_mlx.formats.stored import FLOATS, Shape, Stored
-from tinychat_mlx.tensorfile import TensorFile, open_regular, show
+from tinychat_mlx.json_file import read_json
+from tinychat_mlx.model_identity import fingerprint
+from tinychat_mlx.tensorfile import TensorFile, show
 from tinychat_mlx.weight import F32, Array, Dense, Weight, to_float32
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 UNREAD = (".bin", ".pt", ".pth", ".ckpt", ".npz", ".gguf", ".h5", ".msgpack")  # weights, but never opened
-MAX_JSON = 64 << 20  # bytes; indices of the largest models have about 10 MB
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """What most weights of a checkpoint are."""
+    """The quantisation of most weights of a checkpoint."""
 
     format: str  # "dense", "mlx", "awq-gemm", "awq-gemv", "awq-gemv-fast", "llm-awq", "compressed-tensors"
     w_bit: int
-    group_size: int  # 0: no groups; -1: one a row
+    group_size: int  # 0: no groups; -1: one group per row
 
     def describe(self) -> str:
         groups = "per channel" if self.group_size < 0 else f"g{self.group_size}"
@@ -40,15 +39,15 @@ class Quantization:
 class Checkpoint:
     """The tensors of a model folder; `folder`, `config`, `generation_config`, `quantization`, `nbytes`.
 
-    Names are Hugging Face's without the storage: a quantised linear `m` is known as "m" and "m.weight",
-    whatever its layout. Arrays stay valid when the checkpoint is gone: the map goes with the last of them.
+    Names are Hugging Face's without storage details: a quantised linear `m` has the names "m" and "m.weight" in any
+    layout. Arrays stay valid after the checkpoint is deleted: the file stays mapped until the last one is deleted.
     """
 
     @classmethod
     def open(cls, folder: Path | str) -> Checkpoint:
-        """Read config.json, map the weight files and check all of it against each other.
+        """Read config.json, map the weight files and check that they are consistent.
 
-        Raises ModelNotFoundError, ConfigError, FormatError; of damaged files nothing is used.
+        Raises ModelNotFoundError, ConfigError, FormatError. Damaged files are never used in part.
         """
         return cls(Path(folder))
 
@@ -60,7 +59,7 @@ class Checkpoint:
                 "not a model folder: it has no config.json", where=folder, remedy="check the path"
             )
         self.folder = folder
-        self.fingerprint = fingerprint(folder)  # before a file is opened
+        self.fingerprint = fingerprint(folder)  # must precede the opening of any file
         self.config = read_json(folder / "config.json")
         completed = _with_side_files(folder, self.config)
         layouts = detect.declared(completed)
@@ -76,23 +75,23 @@ class Checkpoint:
 
     @property
     def key(self) -> str:
-        """A name for files that belong to this folder."""
+        """A file name that is unique to this folder, for caches."""
         place = self.folder.resolve()
         plain = re.sub(r"[^\w.-]", "_", place.name, flags=re.ASCII)[:60]
         return f"{plain}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}"
 
     def names(self) -> frozenset[str]:
-        """-> every tensor by its logical name, and every module that has a weight."""
+        """Return the logical names of all tensors, and of all modules that have a weight."""
         return self._names
 
     def has(self, name: str) -> bool:
-        """Whether a module ("lm_head") or a tensor ("model.norm.weight") is there."""
+        """Whether a module ("lm_head") or a tensor ("model.norm.weight") exists."""
         return name in self._names
 
     def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
-        """-> the canonical weight of a linear or an embedding, its bias attached.
+        """Return the canonical weight of a linear or an embedding, with its bias.
 
-        shape: (N, K) that config.json asks for, checked. Raises FormatError.
+        shape: the (N, K) that config.json requires; it is checked. Raises FormatError.
         """
         stored = Stored(self, module, shape)
         if module in self.modules:
@@ -103,7 +102,7 @@ class Checkpoint:
         return Dense(module, stored.take("weight", (n, k), *FLOATS), stored.bias(n))
 
     def vector(self, name: str) -> F32:
-        """-> a tensor of one axis ("model.norm.weight") as float32. Raises FormatError."""
+        """Return a one-dimensional tensor ("model.norm.weight") as float32. Raises FormatError."""
         dtype, shape = self.info(name)
         if dtype not in FLOATS or len(shape) != 1:
             raise FormatError(
@@ -111,17 +110,17 @@ class Checkpoint:
             )
         return to_float32(self.read(name))
 
-    # The stored tensors, as formats/ see them.
+    # The stored tensors, for formats/.
 
     def __contains__(self, name: object) -> bool:
         return name in self._files
 
     def info(self, name: str) -> tuple[str, Shape]:
-        """-> dtype, shape of a stored tensor. Raises FormatError if there is none of this name."""
+        """Return dtype and shape of a stored tensor. Raises FormatError if it does not exist."""
         return self._file(name).info(name)
 
     def read(self, name: str) -> Array:
-        """-> a stored tensor, a view of its file."""
+        """Return a stored tensor as a view of its file."""
         return self._file(name).read(name)
 
     def where(self, name: str) -> str:
@@ -158,36 +157,8 @@ class Checkpoint:
         return Quantization(self._layout.name, self._layout.w_bit, self._layout.group_size)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """-> the object in a JSON file. Raises FormatError naming line and column."""
-    with open_regular(path) as file:
-        check_json_size(path, os.fstat(file.fileno()).st_size)
-        return parse_json(path, file.read())
-
-
-def check_json_size(where: Path | str, size: int) -> None:
-    if size > MAX_JSON:
-        raise FormatError(
-            f"larger than {MAX_JSON >> 20} MiB", where=where, remedy="check that it is the right file"
-        )
-
-
-def parse_json(where: Path | str, text: bytes) -> dict[str, Any]:
-    """-> the object in the text of a JSON file. Raises FormatError naming line and column."""
-    try:
-        parsed = json.loads(text)
-    except json.JSONDecodeError as error:
-        at = f"line {error.lineno}, column {error.colno}"
-        raise FormatError(f"not JSON at {at}: {error.msg}", where=where) from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, a number of a million digits, endless brackets
-        raise FormatError(f"not JSON: {str(error)[:100]}", where=where) from None
-    if not isinstance(parsed, dict):
-        raise FormatError(f"contains a {type(parsed).__name__}, not a JSON object", where=where)
-    return parsed
-
-
 def _with_side_files(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """config.json, completed by what older quantisers wrote beside it."""
+    """Return config.json merged with the separate config files of older quantisers."""
     if any(key in config for key in ("quantization", "quantization_config")):
         return config
     if (folder / "hf_quant_config.json").exists():
@@ -201,7 +172,7 @@ def _with_side_files(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _open_files(folder: Path) -> dict[str, File]:
-    """-> each tensor's file, by tensor name. Raises FormatError if a file is missing, damaged or foreign."""
+    """Return tensor name -> file. Raises FormatError if a file is missing, damaged or from another model."""
     if (folder / INDEX).exists():
         return _open_shards(folder)
     if not (folder / SINGLE).exists():
@@ -249,12 +220,12 @@ def _open_shards(folder: Path) -> dict[str, File]:
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether a name from a file is a safetensors file right in its folder, on every system."""
+    """Whether a name from a file is that of a safetensors file directly in its folder, on every system."""
     return name.endswith(".safetensors") and name[0] not in ".~" and not set(name) & set('/\\:\0*?"<>|')
 
 
 def inside(folder: Path, name: str) -> Path:
-    """-> the file of that name. Refused is a link out of the folder, unless into the hub cache's blobs."""
+    """Return the path of a file. Raises FormatError for a link that leaves the folder or the hub cache's blobs."""
     path, home = folder / name, folder.resolve()
     allowed = home.parent.parent if home.parent.name == "snapshots" else home
     if not path.resolve().is_relative_to(allowed):
@@ -267,7 +238,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def _no_weights(folder: Path) -> TinychatError:
-    """-> the error for a folder without readable weights, saying what is there instead."""
+    """Return the error for a folder without readable weights, naming the files found instead."""
     names = sorted(path.name for path in folder.iterdir())
     if shards := [n for n in names if n.endswith(".safetensors")]:
         return FormatError(

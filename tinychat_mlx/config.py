@@ -1,4 +1,4 @@
-"""config.json -> the numbers of a model, normalised once. What is unknown or contradictory is an error."""
+"""Parse config.json into a ModelConfig. Unknown or contradictory values raise ConfigError."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ ACTIVATIONS = {
     "relu2": "relu2",
 }
 
-# Keys that change what a model computes, with the values that change nothing. A family that does not
-# list such a key in ArchSpec.reads must carry a neutral value: ignoring it would be silently wrong.
+# Keys that change the computation, with the values that have no effect. A family that does not list such a key
+# in ArchSpec.reads must have one of these values: ignoring another value would give wrong results silently.
 SCALARS: dict[str, tuple[Any, ...]] = {
     "attn_logit_softcapping": (None, 0),
     "final_logit_softcapping": (None, 0),
@@ -50,7 +50,7 @@ SCALARS: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class MoeConfig:
-    """Sizes of the mixture of experts, and which layers have one."""
+    """Sizes of the mixture of experts, and the layers that have one."""
 
     num_experts: int
     num_experts_per_tok: int
@@ -62,7 +62,7 @@ class MoeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Numbers of one model; per-layer tuples have num_hidden_layers entries."""
+    """Sizes and constants of one model. Per-layer tuples have num_hidden_layers entries."""
 
     spec: ArchSpec
     vocab_size: int
@@ -83,15 +83,15 @@ class ModelConfig:
     embed_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
-    alibi: tuple[float, ...] | None = None  # a slope a head
+    alibi: tuple[float, ...] | None = None  # one slope per head
     moe: MoeConfig | None = None
     eos_token_ids: tuple[int, ...] = ()
 
 
 def parse_config(config: Mapping[str, Any], context: int | None = None) -> ModelConfig:
-    """config.json as read -> ModelConfig. Raises ConfigError naming the key.
+    """Parse config.json into a ModelConfig. Raises ConfigError naming the key.
 
-    context: tokens the model is to hold, where that decides the rope factors (longrope).
+    context: the context length in tokens; longrope chooses its factors by it.
     """
     spec, config = resolve({**config})
     _refuse_unread(config, spec)
@@ -132,7 +132,7 @@ def parse_config(config: Mapping[str, Any], context: int | None = None) -> Model
 
 
 def token_ids(value: object, where: str) -> tuple[int, ...]:
-    """eos_token_id as config files write it (absent, a number, a list) -> a tuple."""
+    """Parse eos_token_id (absent, a number or a list) into a tuple. Raises ConfigError."""
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
         raise ConfigError(f"eos_token_id must be a token id or a list of them, not {value!r}", where=where)
@@ -200,7 +200,7 @@ def _moe(config: Mapping[str, Any], spec: ArchSpec, layers: int) -> MoeConfig | 
 
 
 def _embed_scale(config: Mapping[str, Any], spec: ArchSpec, hidden: int) -> float:
-    """Granite's multiplier, or Gemma's root of hidden_size in the model's dtype, as it was trained."""
+    """Granite's multiplier, or Gemma's sqrt(hidden_size), rounded to the model's dtype as in training."""
     if not spec.embed_sqrt:
         return _scalar(config, spec, "embedding_multiplier", 1.0)
     root = np.float32(hidden**0.5)
@@ -210,17 +210,17 @@ def _embed_scale(config: Mapping[str, Any], spec: ArchSpec, hidden: int) -> floa
 
 
 def _activation(config: Mapping[str, Any]) -> str:
-    # Gemma's hidden_activation corrects a wrong hidden_act that its first files carried.
+    # Gemma's hidden_activation overrides the wrong hidden_act of its first config files.
     name = config.get("hidden_activation") or config.get("hidden_act")
     if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ConfigError(
-            f"unknown hidden_act {name!r}; known are {', '.join(ACTIVATIONS)}", where="config.json"
+            f"unknown hidden_act {name!r}; supported: {', '.join(ACTIVATIONS)}", where="config.json"
         )
     return ACTIVATIONS[name]
 
 
 def _windows(config: Mapping[str, Any], spec: ArchSpec, layers: int) -> tuple[int, ...]:
-    """Sliding window of each layer, 0 for none."""
+    """Return the sliding window of each layer in tokens, 0 for full attention."""
     off = config.get("use_sliding_window") is False
     if not spec.window or off or config.get("sliding_window") in (None, 0):
         return (0,) * layers
@@ -246,14 +246,14 @@ def _windows(config: Mapping[str, Any], spec: ArchSpec, layers: int) -> tuple[in
 def _ropes(
     config: Mapping[str, Any], spec: ArchSpec, head_dim: int, windows: tuple[int, ...], context: int | None
 ) -> tuple[RopeTable | None, ...]:
-    """A table for each layer: one for all, or one for full and one for sliding layers; None where none."""
+    """Return the rope table of each layer. Sliding and full layers may have different ones; None: no rope."""
     layers = len(windows)
     if spec.positions != "rope":
         return (None,) * layers
     p = config.get("rope_parameters")
     if isinstance(p, Mapping) and isinstance(p.get("full_attention"), Mapping):
         full = table_of(p["full_attention"], config, head_dim, spec.default_theta, context)
-        # no theta of the full layers may leak in: the sliding ones have their own
+        # drop rope_theta of the full layers: the sliding layers have their own
         local = {k: v for k, v in config.items() if k != "rope_theta"}
         sliding = table_of(p.get("sliding_attention") or {}, local, head_dim, 10000.0, context)
     elif "rope_local_base_freq" in spec.reads:
@@ -267,7 +267,7 @@ def _ropes(
 
 
 def _rope_layers(config: Mapping[str, Any], spec: ArchSpec, windows: tuple[int, ...]) -> list[bool]:
-    """Which layers turn queries and keys at all."""
+    """Return for each layer whether it rotates queries and keys."""
     layers = len(windows)
     if spec.rope_layers == "sliding" and any(windows):
         return [w > 0 for w in windows]

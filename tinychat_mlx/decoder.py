@@ -1,4 +1,4 @@
-"""The one decoder graph. What differs between families is data (ArchSpec); where it runs is a Backend."""
+"""The decoder graph. Differences between families are data (ArchSpec); a Backend executes it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tinychat_mlx.weight import F32, Weight, join, take_rows
 
 
 class Source(Protocol):
-    """Where weights come from: a checkpoint, or AWQ's layer in the making."""
+    """A provider of weights: a checkpoint, or the layer that AWQ is quantising."""
 
     def has(self, name: str) -> bool: ...
 
@@ -44,10 +44,10 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Layer:
-    """One block's weights on the device. A norm that the family lacks is None."""
+    """One block's weights on the device. A norm that the family lacks is absent."""
 
-    norms: dict[str, Norm]  # pre_attn, post_attn, pre_mlp, post_mlp, q_norm, k_norm: those there are
-    qkv: tuple[Handle, ...]  # joined (q, k, v) as one, or three of different forms
+    norms: dict[str, Norm]  # a subset of pre_attn, post_attn, pre_mlp, post_mlp, q_norm, k_norm
+    qkv: tuple[Handle, ...]  # q, k, v joined into one, or three of different forms
     o: Handle
     mlp: Mlp | Moe
     rope: Rope | None
@@ -56,7 +56,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What stands before the layers: token embeddings, learned positions and a norm where there are."""
+    """The weights before the first layer: token embeddings, and learned positions and a norm if there are any."""
 
     tokens: Handle
     positions: Handle | None = None
@@ -64,7 +64,7 @@ class Inputs:
 
 
 class Graph:
-    """The computation: weights come with each call, so AWQ can run one layer at a time."""
+    """The computation. Each call gets its weights, so that AWQ can run one layer at a time."""
 
     def __init__(self, config: ModelConfig, backend: Backend) -> None:
         self.config, self.backend = config, backend
@@ -80,19 +80,19 @@ class Graph:
         return x if inputs.norm is None else b.norm(x, inputs.norm)
 
     def logits(self, x: Tensor, norm: Norm, head: Handle, choice: Choice | None = None) -> Tensor:
-        """The last layer's output (T, C) -> (T, V); choice as `before_scaling` has it."""
+        """The last layer's output (T, C) -> (T, V). choice: as returned by `before_scaling`."""
         y = self.backend.head(x, norm, head, choice)
         if self.config.logit_scale != 1:
             y = self.backend.scale(y, self.config.logit_scale)
         return self.backend.softcap(y, self.config.final_softcap) if self.config.final_softcap else y
 
     def before_scaling(self, choice: Choice | None) -> Choice | None:
-        """The same choice, among what the head gives before it is scaled and capped; None where there is none."""
+        """Translate choice to the head's raw output (before scaling and soft-cap); None if impossible."""
         if choice is None or self.config.logit_scale <= 0:
             return None
         if choice.temperature == 0 or self.config.logit_scale == 1 and not self.config.final_softcap:
             return choice
-        if self.config.final_softcap:  # it moves apart what it moves together
+        if self.config.final_softcap:  # changes the distances between logits: `tail` would not hold
             return None
         return replace(choice, temperature=choice.temperature / self.config.logit_scale)
 
@@ -129,7 +129,7 @@ class Graph:
         )
 
     def attention(self, x: Tensor, norm: Norm | None, layer: Layer, step: Step) -> Tensor:
-        """x (T, C) -> the heads' outputs (T, H·D), before the o projection."""
+        """x (T, C) -> the outputs of the heads (T, H·D), before the o projection."""
         b, c = self.backend, self.config
         q, k, v = self.qkv(x, norm, layer)
         norms, rows = layer.norms, q.shape[0]
@@ -145,7 +145,7 @@ class Graph:
         return b.attention(q, k, v, layer.attention, step)
 
     def qkv(self, x: Tensor, norm: Norm | None, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
-        """x (T, C) -> q (T, H·D), k, v (T, Hkv·D): slices of one product where the three are joined."""
+        """x (T, C) -> q (T, H·D), k, v (T, Hkv·D): slices of one product if the three are joined."""
         b, c = self.backend, self.config
         if len(layer.qkv) == 3:
             h = x if norm is None else b.norm(x, norm)
@@ -159,7 +159,7 @@ class Graph:
 
 
 class Decoder:
-    """A whole model on its device: token ids in, logits out; T rows, no batch axis."""
+    """A whole model on its device: token ids -> logits; T rows, no batch axis."""
 
     def __init__(
         self,
@@ -168,12 +168,12 @@ class Decoder:
         backend: Backend,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        """Read, join and pack every weight, one at a time."""
+        """Read, join and pack the weights, one at a time."""
         self.config, self.backend, self.graph = config, backend, Graph(config, backend)
         loader = Loader(config, source, backend)
         total = config.num_hidden_layers + 2
         self.inputs = loader.inputs()
-        # early: a large matrix is in memory twice while it is packed
+        # before the layers: packing holds a large matrix in memory twice
         self.head = loader.head(self.inputs.tokens)
         progress(1, total)
         self.layers = []
@@ -182,9 +182,7 @@ class Decoder:
             progress(layer + 2, total)
         self.final_norm = loader.final_norm()
         progress(total, total)
-        me = weakref.proxy(
-            self
-        )  # a function holding its own decoder would keep the weights until the collector runs
+        me = weakref.proxy(self)  # a reference cycle would keep the weights until the garbage collector runs
         self._one_row: StepFn = backend.capture(
             lambda ids, step: me._logits(me._hidden(ids, step), step.choice)
         )
@@ -195,9 +193,9 @@ class Decoder:
     def forward(
         self, ids: Sequence[int], cache: Cache, last_only: bool = True, choice: Choice | None = None
     ) -> Tensor:
-        """ids (T,) continue what cache holds -> logits (1, V) of the last, or (T, V) of all.
+        """Continue cache with ids (T,) -> logits (1, V) of the last token, or (T, V) of all.
 
-        choice: how the next token will be chosen from the last's logits, if that is all they are for.
+        choice: the rule for choosing the next token, if the last token's logits have no other use.
         """
         on_device = self.backend.ids(ids)
         if len(ids) == 1:
@@ -207,7 +205,7 @@ class Decoder:
         return self._logits(x[len(ids) - 1 :] if last_only else x, self.graph.before_scaling(choice))
 
     def advance(self, token: Tensor, cache: Cache, choice: Choice | None = None) -> Tensor:
-        """forward of one token (1,) that is still on the device -> logits (1, V)."""
+        """Run `forward` for one token (1,) that is on the device -> logits (1, V)."""
         step = self.backend.step((Segment(cache, 1),))
         logits = self._one_row(token, replace(step, choice=self.graph.before_scaling(choice)))
         cache.length += 1
@@ -228,7 +226,7 @@ def cache_shape(config: ModelConfig) -> CacheShape:
 
 
 class Loader:
-    """Takes a family's weights out of a source by role, joins what reads one input, and packs."""
+    """Reads a family's weights from a source by role, joins those with the same input, and packs them."""
 
     def __init__(self, config: ModelConfig, source: Source, backend: Backend) -> None:
         self.config, self.spec, self.source, self.backend = config, config.spec, source, backend
@@ -250,7 +248,7 @@ class Loader:
         return Inputs(tokens, self.packed(name, (rows, c.hidden_size), table), norm)
 
     def head(self, embed: Handle) -> Handle:
-        """The output projection; tied to the embedding exactly if the checkpoint holds none."""
+        """Return the output projection: the embedding if the checkpoint has no head (tied)."""
         if not self.source.has(self.spec.name("head")):
             return embed
         return self.matrix("head", None, self.config.vocab_size, self.config.hidden_size)
@@ -262,7 +260,7 @@ class Loader:
         return self.source.weight(self.spec.name(role, layer), (n, k))
 
     def packed(self, name: str, shape: tuple[int, int], read: Callable[[], Weight]) -> Handle:
-        """What the device has stored of a weight, or else the weight read and packed."""
+        """Return the weight that the device has stored, else read and pack it."""
         return self.backend.stored(name, shape) or self.backend.pack(read())
 
     def matrix(self, role: str, layer: int | None, n: int, k: int) -> Handle:
@@ -291,7 +289,7 @@ class Loader:
         return {role: self.norm(self.spec.name(role, layer), size) for role, size in sizes.items()}
 
     def joined(self, layer: int, name: str, sizes: dict[str, int]) -> tuple[Handle, ...]:
-        """One handle for weights that read one input, role -> N; or one each where their forms differ."""
+        """Return one handle for weights with the same input (role -> N), or one each if their forms differ."""
         k, name = self.config.hidden_size, f"{self.spec.prefix(layer)}.{name}"
         if one := self.backend.stored(name, (sum(sizes.values()), k)):
             return (one,)
@@ -307,7 +305,7 @@ class Loader:
         return tuple(self.backend.pack(w) for w in ([whole] if whole is not None else parts))
 
     def rope(self, table: RopeTable | None) -> Rope | None:
-        """The device's copy of a table; layers that share a table share the copy."""
+        """Return the device's copy of a table. Layers that share a table share the copy."""
         if table is None:
             return None
         if id(table) not in self.ropes:
@@ -357,7 +355,7 @@ class Loader:
         return Moe(c.act, handle, experts, m.num_experts, m.num_experts_per_tok, m.norm_topk_prob)
 
     def experts(self, layer: int) -> Iterator[tuple[Weight, Weight]]:
-        """Each expert's (gate_up, down), read when asked for; the shared one last."""
+        """Yield each expert's (gate_up, down), read on demand; the shared expert last."""
         c, m = self.config, self.config.moe
         assert m is not None
         names = [
@@ -378,7 +376,7 @@ class Loader:
 
 
 def heads_to_blocks(config: ModelConfig) -> npt.NDArray[np.intp]:
-    """Rows of a qkv stored head by head (each kv head's queries, then k, then v), as all q, all k, all v."""
+    """Return the row order that turns a per-head qkv (each kv head's queries, k, v) into all q, all k, all v."""
     kv_heads, size = config.num_key_value_heads, config.head_dim
     queries = config.num_attention_heads // kv_heads
     rows = np.arange(kv_heads * (queries + 2) * size).reshape(kv_heads, queries + 2, size)

@@ -1,8 +1,8 @@
-"""How does text appear token by token, exactly as if all were decoded at once?
+"""Streaming decoding of tokens: the joined pieces equal the text of decoding all tokens at once.
 
-Byte-level vocabularies (most models) go through an incremental UTF-8 decoder; all others are decoded again
-over a window of a few tokens. tokenizers' own DecodeStream is not used: its text is not always that of
-decode() (tests/text/test_tokenizer.py shows where).
+Byte-level vocabularies (most models) use an incremental UTF-8 decoder. All others decode a window of a few tokens
+again. tokenizers' DecodeStream is not used, because its text can differ from that of decode()
+(tests/text/test_tokenizer.py has examples).
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 
 class Stream(Protocol):
-    """The texts of all `push` and of `flush`, joined, equal decode(all ids)."""
+    """An incremental decoder. The results of all `push` and of `flush`, joined, equal decode(all ids)."""
 
     def push(self, token: int) -> str:
-        """Take one token; return the text that is now certain, perhaps none."""
+        """Add one token. Return the text that is now final, possibly empty."""
 
     def flush(self) -> str:
-        """End the stream; return what was held back."""
+        """End the stream. Return the text held back."""
 
 
 def stream(raw: RawTokenizer, hidden: frozenset[int], clean_up: bool) -> Stream:
-    """Start a stream. hidden: tokens to leave out; clean_up: apply clean_up_spaces, as decode does."""
+    """Start a stream. hidden: tokens to leave out. clean_up: apply clean_up_spaces, as decode does."""
     decoder = json.loads(raw.decoder.__getstate__()) if raw.decoder is not None else {"type": None}
     steps = {step["type"] for step in decoder.get("decoders", [decoder])}
     inner: Stream
@@ -41,7 +41,7 @@ def stream(raw: RawTokenizer, hidden: frozenset[int], clean_up: bool) -> Stream:
 
 
 class ByteStream:
-    """Byte-level vocabularies: each token is some bytes, and UTF-8 is decoded as they come."""
+    """For byte-level vocabularies: each token is some bytes, decoded as UTF-8 incrementally."""
 
     def __init__(self, raw: RawTokenizer, hidden: frozenset[int]) -> None:
         self._raw = raw
@@ -62,29 +62,28 @@ class ByteStream:
         text = self._raw.id_to_token(token) or ""
         try:
             return bytes(map(_BYTE_OF.__getitem__, text))
-        except KeyError:  # an added token, written in plain characters
+        except KeyError:  # an added token, stored as plain characters
             return text.encode()
 
 
 class WindowStream:
-    """Any other decoder: decode the new tokens behind the last certain one, and show what was added.
+    """For all other decoders: decode the pending tokens after the last final one, and return the added text.
 
-    What these decoders do to a token depends on whether it is the first, and on the run of byte tokens
-    (<0xE2>) it is in: a run is decoded as a whole, or as U+FFFD for each byte if any of it is broken, so it
-    waits for its end.
+    These decoders treat the first token differently, and decode a run of byte tokens (<0xE2>) as a whole, or as one
+    U+FFFD per byte if any byte is invalid. So a run is held back until its end.
     """
 
     def __init__(
         self, raw: RawTokenizer, hidden: frozenset[int], byte_runs: bool, half_characters: bool
     ) -> None:
-        """byte_runs: the decoder joins byte tokens; half_characters: it shows unfinished ones as U+FFFD."""
+        """byte_runs: the decoder joins byte tokens. half_characters: it decodes incomplete ones to U+FFFD."""
         self._raw = raw
         self._hidden = hidden
         self._byte_runs = byte_runs
         self._half_characters = half_characters
-        self._context: list[int] = []  # the last token whose text was shown: the next one is not the first
+        self._context: list[int] = []  # the last decoded token, so that the next one is not the first
         self._pending: list[int] = []
-        self._shown = ""  # what the context decodes to
+        self._shown = ""  # the text of _context
 
     def push(self, token: int) -> str:
         name = self._raw.id_to_token(token)
@@ -111,7 +110,7 @@ class WindowStream:
 
 
 class CleanStream:
-    """Removes the spaces that clean_up_spaces removes, holding back what may still change."""
+    """Removes the spaces that clean_up_spaces removes, and holds back text that may still change."""
 
     def __init__(self, inner: Stream) -> None:
         self._inner = inner
@@ -128,10 +127,10 @@ class CleanStream:
         return clean_up_spaces(done)
 
     def _is_border(self, at: int) -> bool:
-        """Whether no pattern can reach over the border in front of the space at `at`.
+        """Whether no pattern can match across the position before the space at `at`.
 
-        Every pattern begins with a space. Only " ' " has another inside, and only "n" may become part of one
-        (" n't") when that space is removed.
+        Every pattern begins with a space. Only " ' " has a second space. Only "n" can become part of a pattern (" n't")
+        when that space is removed.
         """
         before, after = self._held[at - 1], self._held[at + 1 : at + 2]
         return before not in " '" and not (before == "n" and after in ("", " ", "'"))
@@ -142,16 +141,16 @@ class CleanStream:
 
 
 def clean_up_spaces(text: str) -> str:
-    """Remove spaces before punctuation, as transformers does for vocabularies of words (not for BPE)."""
+    """Remove spaces before punctuation, as transformers does for word-level vocabularies (not for BPE)."""
     for pattern in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
         text = text.replace(pattern, pattern.strip(" "))
     return text
 
 
 class StopMatcher:
-    """Finds stop strings in a text that comes in pieces; nothing of a stop string is ever let out.
+    """Finds stop strings in streamed text. No part of a stop string is ever returned.
 
-    The first stop string to be complete ends the text, so the result does not depend on where pieces break.
+    The first stop string to be complete ends the text, so the result does not depend on the piece boundaries.
     """
 
     def __init__(self, stops: Iterable[str]) -> None:
@@ -162,11 +161,11 @@ class StopMatcher:
         self._stopped = False
 
     def push(self, text: str) -> tuple[str, bool]:
-        """Take a piece of text; return what may be shown, and whether a stop string ended it."""
+        """Add a piece of text. Return the text that may be shown, and whether a stop string ended it."""
         if self._stopped:
             return "", True
         text = self._held + text
-        # (end, start): the first to be complete; of those, the longest.
+        # (end, start) of the first complete match; among equal ends, the longest
         found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             self._stopped, self._held = True, ""
@@ -176,13 +175,13 @@ class StopMatcher:
         return text[: len(text) - keep], False
 
     def flush(self) -> str:
-        """End the text; return what was held back because it might have begun a stop string."""
+        """End the text. Return the text held back as the possible start of a stop string."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of text that is a beginning of stop, and not all of it."""
+    """Return the length of the longest suffix of text that is a proper prefix of stop."""
     for size in range(min(len(stop) - 1, len(text)), 0, -1):
         if text.endswith(stop[:size]):
             return size
@@ -190,9 +189,9 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The character that stands for each byte in byte-level vocabularies (GPT-2, Radford et al. 2019).
+    """Return the character for each byte in byte-level vocabularies (GPT-2, Radford et al. 2019).
 
-    Printable bytes stand for themselves, the other 68 for the characters from U+0100 on, in order.
+    Printable bytes map to themselves, the other 68 to the characters from U+0100 on, in order.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]

@@ -30,7 +30,7 @@ class TinychatError(Exception):
     def __str__(self) -> str:
         return f"{self.problem} — {self.remedy}"
 
-    def __reduce__(self) -> tuple[Any, ...]:  # Exception's own passes no keywords: pickle and copy would fail
+    def __reduce__(self) -> tuple[Any, ...]:  # Exception's own drops keywords: pickle and copy fail
         return partial(type(self), where=self.where, remedy=self.remedy), (self.what,)
 
 
@@ -95,13 +95,13 @@ Error = TypeVar("Error", bound=TinychatError)
 
 
 def within(where: object, error: Error) -> Error:
-    """-> the same error with `where` in front of its own place."""
+    """Return the same error with `where` prepended to its location."""
     places = filter(None, (str(where), error.where))
     return type(error)(error.what, where=": ".join(places), remedy=error.remedy)
 
 
 def one_line(error: BaseException) -> str:
-    """-> the error as one line; the operating system's own errors in words, with a remedy."""
+    """Return the error on one line. OSError becomes a plain reason and a remedy."""
     return _joined(of_the_system(error) if isinstance(error, OSError) else str(error))
 
 
@@ -111,10 +111,10 @@ def _joined(text: str) -> str:
 
 
 def pip_install(extra: str = "", *options: str) -> str:
-    """The command that installs this program, with one of its extras: from the checkout, where it runs from one."""
+    """Return the pip command that installs this package with an extra; from a checkout, an editable install."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     here = os.path.exists(os.path.join(root, "pyproject.toml"))
     what, editable = (root, ["-e"]) if here else ("tinychat-mlx", [])
-    quote = '"' if os.name == "nt" else "'"  # shells take the brackets for a pattern
+    quote = '"' if os.name == "nt" else "'"  # shells expand unquoted brackets
     named = f"{quote}{what}{f'[{extra}]' if extra else ''}{quote}"
     return " ".join(["pip install", *options, *editable, named])

@@ -1,24 +1,23 @@
-"""A model that another engine computes: our conversation, sampling and context over mlx-lm's graph."""
+"""A model that mlx-lm computes, with tinychat's conversation, sampling and context management."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tinychat_mlx.backend import Device
 from tinychat_mlx.errors import FormatError
 from tinychat_mlx.generate import Engine
+from tinychat_mlx.json_file import read_json, read_optional
 from tinychat_mlx.model import Model
 from tinychat_mlx.sampler import from_generation_config
 
 
 class ForeignModel(Model):
-    """Everything of Model but our decoder; `device.why` says aloud who computes."""
+    """A Model whose decoder is not tinychat's; `device.why` names the engine."""
 
     def __init__(self, folder: Path, decoder: Any, context: int) -> None:
-        """decoder has the decoder's calls and a config with vocab_size and eos_token_ids."""
+        """decoder: has Decoder's methods and a config with vocab_size and eos_token_ids."""
         self.name, self.folder, self.config, self.backend = (
             folder.name,
             folder,
@@ -30,23 +29,22 @@ class ForeignModel(Model):
         self.context = context
         self.nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         self.architecture, self.quantization = decoder.architecture, decoder.quantization
-        self.generation_config = read(folder / "generation_config.json")
+        self.generation_config = read_optional(folder / "generation_config.json")
         self.defaults = from_generation_config(self.generation_config)
         self.engine = Engine(decoder, self.context)
         self._tokenizer, self._said, self.answer_ids = None, None, []
 
     def keep_in(self, folder: Path, exact: bool = False, limit: int = 0) -> None:
-        """Nothing is kept: mlx-lm's caches are not ours to read."""
+        """No effect: mlx-lm's caches have no stable format to store."""
 
 
-def read(file: Path) -> Mapping[str, Any]:
-    """An optional JSON object; raises FormatError for one that is damaged."""
-    if not file.exists():
-        return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise FormatError(f"cannot be read ({e})", where=file, remedy="download it again") from None
-    if not isinstance(value, dict):
-        raise FormatError("not a JSON object", where=file, remedy="download it again")
-    return value
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json; refuses one that names Python code to run. Raises FormatError."""
+    config = read_json(folder / "config.json")
+    if "model_file" in config:
+        raise FormatError(
+            "model_file names Python code, which tinychat does not run",
+            where=folder / "config.json",
+            remedy="use a model without model_file",
+        )
+    return config

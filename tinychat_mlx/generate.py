@@ -1,4 +1,4 @@
-"""The engine: prompt tokens in, a stream of events out, keeping what the KV cache already holds."""
+"""The engine: prompt tokens -> a stream of events. Reuses the tokens that the KV cache already holds."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from typing import Protocol
 
 from tinychat_mlx.backend import Cache, Tensor
 from tinychat_mlx.decoder import Decoder
+from tinychat_mlx.detokenizer import Stream
 from tinychat_mlx.errors import ConfigError, ContextFullError, UsageError
 from tinychat_mlx.prefix import PART, PrefixStore
 from tinychat_mlx.sampler import Sampler, SamplingParams, choice_of
 from tinychat_mlx.weight import Array
 
-PREFILL_ROWS = 512  # most tokens a prefill step takes: many enough to be bound by arithmetic
-FIRST_ROWS = 24  # tokens of the first step of all, which shows how fast the device is
-PIECE_S = 0.5  # a step shall take no longer: between steps an answer can be cancelled
+PREFILL_ROWS = 512  # largest prefill step in tokens: enough to be compute-bound
+FIRST_ROWS = 24  # tokens of the first step, which measures the speed of the device
+PIECE_S = 0.5  # target duration of a step in seconds: an answer can be cancelled only between steps
 
 
 @dataclass(frozen=True)
 class Stats:
-    """What an answer cost. Seconds are of this call; tokens count what was computed and what was reused."""
+    """Cost of one answer. Times are of this call; token counts include reused tokens."""
 
     prompt_tokens: int
     cached_tokens: int
@@ -39,7 +40,7 @@ class Stats:
 
 @dataclass(frozen=True)
 class Event:
-    """kind "prefill" carries done and total; "text" carries text; the last is "end" and carries stats."""
+    """A "prefill" event has done and total, a "text" event has text; the last event is "end" and has stats."""
 
     kind: str
     text: str = ""
@@ -48,16 +49,8 @@ class Event:
     stats: Stats | None = None
 
 
-class Stream(Protocol):
-    """Turns tokens into text as they come: whole characters only."""
-
-    def push(self, token: int) -> str: ...
-
-    def flush(self) -> str: ...
-
-
 class Stops(Protocol):
-    """Holds text back while it may be the start of a stop string."""
+    """Holds back text that may be the start of a stop string."""
 
     def push(self, text: str) -> tuple[str, bool]: ...
 
@@ -65,23 +58,23 @@ class Stops(Protocol):
 
 
 class Engine:
-    """One conversation's cache over one decoder. Calls take turns: the device has one user at a time."""
+    """One conversation's cache on one decoder. A second concurrent call raises UsageError."""
 
     def __init__(self, decoder: Decoder, context: int) -> None:
         self.decoder, self.context = decoder, context
         self.cache: Cache | None = None
         self.ids: list[int] = []  # ids[:cache.length] are in the cache
-        self.answer: list[int] = []  # the tokens of the last answer that became text
-        self.rows = FIRST_ROWS  # tokens of the next prefill step, as fast as the device was so far
+        self.answer: list[int] = []  # tokens of the last answer that were decoded to text
+        self.rows = FIRST_ROWS  # tokens of the next prefill step, by the speed measured so far
         self.lock = threading.Lock()
-        self.prefixes: PrefixStore | None = None  # where what was computed outlives the program
-        self._rows = threading.Lock()  # held by whoever reads or writes the cache
+        self.prefixes: PrefixStore | None = None  # stores computed keys and values on disk between runs
+        self._rows = threading.Lock()  # held while the cache is read or written
         self._keeper: threading.Thread | None = None
 
     def reuse(self, prompt: Sequence[int]) -> int:
-        """Rewind to the longest common prefix with prompt, less one token to predict from -> its length.
+        """Rewind to the longest common prefix with prompt, leaving at least one token to compute -> its length.
 
-        What the cache lacks may be on disk.
+        Tokens that the cache lacks may come from the prefix store.
         """
         if self.cache is None:
             self.cache = self.decoder.new_cache(self.context)
@@ -90,14 +83,14 @@ class Engine:
             common += 1
         self.cache.rewind(common)
         self.ids, self.answer = list(prompt), []
-        if self.prefixes is not None and len(prompt) - common > PART:  # less is computed as fast
+        if self.prefixes is not None and len(prompt) - common > PART:  # fewer are computed as fast
             self.prefixes.restore(self.decoder.backend, self.cache, prompt[:-1])
         return self.cache.length
 
     def prime(self, ids: Sequence[int]) -> None:
-        """Fetch what is on disk of a conversation that will go on with ids: its first answer then need not.
+        """Restore the saved state for ids before the first answer is requested.
 
-        The few tokens that are missing behind it are computed: so the device is awake, too.
+        Compute the few tokens that are not on disk; this also warms up the device.
         """
         if ids and len(ids) < self.context and self.prefixes is not None:
             with self._rows:
@@ -108,20 +101,20 @@ class Engine:
                 del self.ids[done:]
 
     def keep(self, whole: bool = False) -> None:
-        """Put what the cache holds on disk, in the background.
+        """Write the cache to the prefix store in the background.
 
-        whole: the last part too, though it may still grow; returns when all is written. For the end of a conversation.
+        whole: write the last incomplete part, too, and wait until all is written. Used at the end of a conversation.
         """
         if self.prefixes is None or self.cache is None:
             return
         if self._keeper is not None and self._keeper.is_alive():
             if not whole:
-                return  # the next answer will ask again
+                return  # the next answer calls this again
             self._keeper.join()
         ids, store = self.ids[: self.cache.length], self.prefixes
 
         def read(start: int, end: int) -> dict[str, Array] | None:
-            with self._rows:  # waits while an answer is being given
+            with self._rows:  # waits while an answer is generated
                 if self.cache is None or self.cache.length < end or self.ids[:end] != ids[:end]:
                     return None
                 return self.decoder.backend.read_cache(self.cache, start, end)
@@ -140,9 +133,9 @@ class Engine:
         stops: Stops | None = None,
         dropped_messages: int = 0,
     ) -> Iterator[Event]:
-        """Answer prompt. Closing the iterator, or an interrupt, cancels within one token.
+        """Generate an answer. Closing the iterator, or an interrupt, cancels within one token.
 
-        Raises UsageError for an empty prompt and ContextFullError for one that leaves no room to answer.
+        Raises UsageError for an empty prompt and ContextFullError for one that leaves no room for an answer.
         """
         self.check(prompt)
         if not self.lock.acquire(blocking=False):
@@ -163,8 +156,8 @@ class Engine:
             yield from run.decode(stop_ids, stream, stops)
         finally:
             if self.cache is not None:
-                del self.ids[self.cache.length :]  # an interrupt may leave a token that the cache never saw
-                self.cache.rewind(len(self.ids))  # a step begun ahead leaves one that the answer never had
+                del self.ids[self.cache.length :]  # an interrupt may leave a token that was not computed
+                self.cache.rewind(len(self.ids))  # a step in flight may have added one token
 
     def check(self, prompt: Sequence[int]) -> None:
         vocabulary = self.decoder.config.vocab_size
@@ -183,44 +176,44 @@ class Engine:
 
 
 def rows_within(seconds: float, rows: int, took: float) -> int:
-    """Rows a step may have, given what one of `rows` took: FIRST_ROWS, doubled until PREFILL_ROWS is reached.
+    """Return the rows of the next step from the time of one with `rows`: FIRST_ROWS × 2^n, at most PREFILL_ROWS.
 
-    Doubled, so that small differences in speed do not change the steps, and with them the last bits of results.
+    Powers of 2 keep the steps, and so the rounding of results, independent of small differences in speed.
     """
     times = rows * seconds / max(took, 1e-9) / FIRST_ROWS
     return min(PREFILL_ROWS, FIRST_ROWS << int(math.log2(max(times, 1))))
 
 
 class _Run:
-    """One answer in the making."""
+    """The state of one answer."""
 
     def __init__(self, engine: Engine, prompt: Sequence[int], params: SamplingParams, dropped: int) -> None:
         self.engine, self.prompt, self.params, self.dropped = engine, prompt, params, dropped
         self.start = time.perf_counter()
-        self.first = 0.0  # when the first token was known
+        self.first = 0.0  # time of the first token
         self.cached = engine.reuse(prompt)
         self.completion = 0
         self.choice = choice_of(params)
 
     def prefill(self) -> Iterator[Event]:
-        """Compute the prompt's new tokens in pieces; leaves the last one's logits."""
+        """Compute the prompt's new tokens in pieces; keeps the logits of the last."""
         engine, total = self.engine, len(self.prompt)
         assert engine.cache is not None
         at = self.cached
         while at < total:
             start = time.perf_counter()
-            # A short end goes along: a step of its own would read every weight again.
+            # Include a short remainder: a separate step would read every weight again.
             with_end = min(engine.rows + FIRST_ROWS // 2, PREFILL_ROWS)
             piece = self.prompt[at : total if total - at <= with_end else at + engine.rows]
             self.logits = engine.decoder.forward(piece, engine.cache, choice=self.choice)
             at += len(piece)
             if at < total:
-                engine.decoder.backend.to_host(self.logits)  # waits: else a device's queue would look fast
+                engine.decoder.backend.to_host(self.logits)  # waits: queued work would look too fast
                 engine.rows = rows_within(PIECE_S, len(piece), time.perf_counter() - start)
             yield Event("prefill", done=at - self.cached, total=total - self.cached)
 
     def decode(self, stop_ids: frozenset[int], stream: Stream, stops: Stops | None) -> Iterator[Event]:
-        """Sample until a stop; yields text as it becomes whole, then the end."""
+        """Sample until a stop condition. Yields text in whole characters, then the end event."""
         engine, cache = self.engine, self.engine.cache
         assert cache is not None
         reason, stopped = "length", False
@@ -252,7 +245,7 @@ class _Run:
         yield Event("end", stats=self.stats(reason))
 
     def tokens(self, cache: Cache) -> Iterator[int]:
-        """The answer's tokens without end; each enters engine.ids when the next is asked for."""
+        """Yield the answer's tokens without end. A token is appended to engine.ids when the next is requested."""
         p, backend = self.params, self.engine.decoder.backend
         draw = backend.sampler(
             p.temperature, p.top_k, p.top_p, p.min_p, p.seed, p.repetition_penalty, self.engine.ids
@@ -260,7 +253,7 @@ class _Run:
         return self.tokens_in_turn(cache) if draw is None else self.tokens_ahead(cache, draw)
 
     def tokens_in_turn(self, cache: Cache) -> Iterator[int]:
-        """Draw on the host, then compute."""
+        """Sample on the host, then compute."""
         engine, decoder, sampler = self.engine, self.engine.decoder, Sampler(self.params)
         while True:
             token = sampler(decoder.backend.to_host(self.logits)[-1], engine.ids)
@@ -269,7 +262,7 @@ class _Run:
             self.logits = decoder.forward((token,), cache, choice=self.choice)
 
     def tokens_ahead(self, cache: Cache, draw: Callable[[Tensor], Tensor]) -> Iterator[int]:
-        """Draw on the device, with one step in flight: the next is begun before a token is read."""
+        """Sample on the device with one step in flight: the next step starts before the token is read."""
         engine, decoder = self.engine, self.engine.decoder
         token = draw(self.logits)
         while True:

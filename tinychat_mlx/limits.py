@@ -1,7 +1,7 @@
-"""How much of this machine may this process use: memory, processors, disk?
+"""Limits of this process: memory, processors and disk space.
 
-A container, a control group or `ulimit -v` may allow less than the machine has. Asks the system alone and imports
-nothing of ours, so that every layer, backends too, gets the same answer.
+A container, a control group or `ulimit -v` may allow less than the machine has. This module reads only the operating
+system and imports no other module of this project, so that every layer, backends included, gets the same answer.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
-SYSTEM_SHARE = 0.9  # of the memory that is free; the rest keeps the machine usable
-# Limit and use of memory in a control group: versions 2 and 1. Above memory.high a process is slowed to a crawl.
+SYSTEM_SHARE = 0.9  # of free memory; the rest keeps the machine responsive
+# Files with the limit and the use of memory, cgroup v2 and v1. Above memory.high the kernel throttles the process.
 MEMORY = (
     ("memory.max", "memory.current"),
     ("memory.high", "memory.current"),
@@ -25,7 +25,7 @@ MEMORY = (
 
 
 class Bound(NamedTuple):
-    """What keeps this process below the machine's memory. maps: mapped files count as used, too."""
+    """A limit below the machine's memory. maps: mapped files count towards it, too."""
 
     name: str
     limit: int  # bytes
@@ -35,14 +35,14 @@ class Bound(NamedTuple):
 
 # memory ------------------------------------------------------------------------------------------------
 def memory_total() -> int:
-    """Bytes of memory that this process could have at most."""
+    """Return the largest number of bytes that this process can use."""
     import psutil
 
     return min([int(psutil.virtual_memory().total), *(b.limit for b in bounds())])
 
 
 def memory_free(mapped: int = 0) -> int:
-    """Bytes that this process can still take. mapped: of files that it is going to map beside."""
+    """Return the bytes that this process can still allocate. mapped: bytes of files that it will map in addition."""
     import psutil
 
     left = [b.limit - b.used - (mapped if b.maps else 0) for b in bounds()]
@@ -50,12 +50,12 @@ def memory_free(mapped: int = 0) -> int:
 
 
 def available(mapped: int = 0) -> int:
-    """Bytes that a model or a conversion may take of what is free."""
+    """Return the bytes that a model or a conversion may use: SYSTEM_SHARE of the free memory."""
     return int(memory_free(mapped) * SYSTEM_SHARE)
 
 
 def bounds() -> list[Bound]:
-    """Every limit set for this process, the tightest first."""
+    """Return every memory limit of this process, the tightest first."""
     found = [Bound("the container or control group", *row) for row in _groups_memory()]
     if sys.platform != "win32":
         import resource
@@ -69,7 +69,7 @@ def bounds() -> list[Bound]:
 
 
 def _groups_memory() -> Iterator[tuple[int, int]]:
-    """(limit, used) of each control group above this process."""
+    """Yield (limit, used) in bytes for each control group that contains this process."""
     for folder in cgroup_folders("memory"):
         for limit, used in MEMORY:
             text = _read(folder / limit)
@@ -78,7 +78,7 @@ def _groups_memory() -> Iterator[tuple[int, int]]:
 
 
 def _reclaimable(folder: Path) -> int:
-    """Bytes of files that a group holds in memory and gives back when asked: not in use, though counted so."""
+    """Return the bytes of a group's file cache that the kernel can reclaim; `used` counts them, so subtract them."""
     for line in _read(folder / "memory.stat").splitlines():
         name, _, value = line.partition(" ")
         if name in ("inactive_file", "total_inactive_file"):
@@ -87,9 +87,9 @@ def _reclaimable(folder: Path) -> int:
 
 
 def cgroup_folders(controller: str) -> list[Path]:
-    """Folders of this process's control groups, versions 2 and 1, the innermost first (man 7 cgroups).
+    """Return the folders of this process's control groups, v2 and v1, the innermost first (man 7 cgroups).
 
-    Inside a container its own group may be mounted as the root, whatever /proc/self/cgroup calls it.
+    In a container the process's own group may be mounted as the root, whatever path /proc/self/cgroup prints.
     """
     found: list[Path] = []
     for line in _read(OWN_GROUPS).splitlines():
@@ -101,15 +101,30 @@ def cgroup_folders(controller: str) -> list[Path]:
         else:
             continue
         parts = Path(path.lstrip("/")).parts
-        # ".." stands for groups above a container's own, which it cannot see
+        # ".." refers to groups outside a container's namespace, which it cannot read
         depths = range(0 if ".." in parts else len(parts), -1, -1)
         found += [top.joinpath(*parts[:n]) for n in depths]
     return [f for f in dict.fromkeys(found) if f.is_dir()]
 
 
+def memory_peak() -> int:
+    """The most bytes of memory that this process has held. On Linux ru_maxrss starts at the parent's value."""
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    for line in _read(Path("/proc/self/status")).splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak) if sys.platform == "darwin" else int(peak) * 1024
+
+
 # processors and disk -----------------------------------------------------------------------------------
 def cpu_quota() -> float | None:
-    """Processors' time that the control groups allow, in processors; None: all there is."""
+    """Return the CPU time that the control groups allow, in processors; None if there is no limit."""
     allowed = []
     for folder in cgroup_folders("cpu"):
         words = _read(folder / "cpu.max").split() or [
@@ -121,19 +136,19 @@ def cpu_quota() -> float | None:
 
 
 def threads_asked() -> int | None:
-    """OMP_NUM_THREADS: what users and batch systems set for every program; its first number, where it is a list."""
+    """Return OMP_NUM_THREADS, the usual thread setting of batch systems; of a list, the first number."""
     text = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     return int(text) if text.isdecimal() and int(text) else None
 
 
 def threads() -> int:
-    """Threads that can work at once: as OMP_NUM_THREADS asks, or one a processor that this process may use."""
+    """Return the default thread count: OMP_NUM_THREADS, else one per processor that this process may use."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return threads_asked() or max(1, min(cpus, int(cpu_quota() or cpus)))
 
 
 def disk_free(path: Path) -> int:
-    """Bytes free where a path is, or will be."""
+    """Return the free bytes on the disk of a path that may not exist yet."""
     return shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists())).free
 
 

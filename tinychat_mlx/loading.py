@@ -1,4 +1,4 @@
-"""A model's name -> a model on a device. The only place that chooses a backend."""
+"""Load a model by name onto a device. The only module that selects a backend."""
 
 from __future__ import annotations
 
@@ -12,17 +12,12 @@ from pathlib import Path
 
 from tinychat_mlx import hub, places
 from tinychat_mlx.backend import Backend
+from tinychat_mlx.backend_names import BACKENDS
 from tinychat_mlx.checkpoint import Checkpoint
 from tinychat_mlx.config import parse_config
 from tinychat_mlx.errors import BackendError, ModelNotFoundError, UsageError, pip_install
 from tinychat_mlx.model import Model
 
-BACKENDS = {  # name -> (module, class); those whose module is in the package
-    "mlx": ("tinychat_mlx.backends.mlx", "MlxBackend"),
-    "cuda": ("tinychat_mlx.backends.cuda", "CudaBackend"),
-    "cpu": ("tinychat_mlx.backends.cpu", "CpuBackend"),
-    "reference": ("tinychat_mlx.backends.reference", "ReferenceBackend"),
-}
 DEFAULT_CONTEXT = 8192  # tokens, where the model allows more: KV memory grows with it
 DEMO = Path(__file__).resolve().parent / "models" / "demo"
 
@@ -38,9 +33,9 @@ def load(
 ) -> Model:
     """Load a folder, a Hugging Face id or "demo" onto a device.
 
-    backend: auto | mlx | cuda | cpu | reference. exact: no int8 activations. context: tokens the KV cache
-    holds (default: the model's own, at most 8192). progress(done, total) is called as layers load.
-    engine: tinychat, or mlx-lm, which on a Mac computes architectures that our graph does not know.
+    backend: auto | mlx | cuda | cpu | reference. exact: no int8 activations. context: capacity of the KV cache in
+    tokens (default: the model's own maximum, at most 8192). progress(done, total) is called as layers load.
+    engine: tinychat, or mlx-lm for architectures that tinychat does not support (macOS).
     Raises ModelNotFoundError, ConfigError, FormatError, BackendError, UsageError.
     """
     if engine == "mlx-lm":
@@ -50,7 +45,7 @@ def load(
     checkpoint = Checkpoint.open(find_folder(model))
     config = parse_config(checkpoint.config)
     capacity = capacity_of(context, config.max_position_embeddings)
-    config = parse_config(checkpoint.config, capacity)  # now that it is known: longrope asks for it
+    config = parse_config(checkpoint.config, capacity)  # again with the capacity, for longrope
     name, why = choose(backend)
     device_backend = create(name, exact, threads)
     device = replace(device_backend.describe(), why=why)
@@ -60,18 +55,18 @@ def load(
 
 
 def load_foreign(folder: Path, exact: bool, threads: int | None, context: int | None) -> Model:
-    """A model that mlx-lm computes on the mlx backend's device. Raises BackendError, FormatError."""
+    """Load a model that mlx-lm computes on the mlx backend's device. Raises BackendError, FormatError."""
     from importlib import import_module
 
-    from tinychat_mlx.foreign import ForeignModel
+    from tinychat_mlx.foreign import ForeignModel, read_config
 
-    backend = create("mlx", exact, threads)
-    decoder = import_module("tinychat_mlx.backends.mlx.interop").MlxLmDecoder(folder, backend)
+    config, backend = read_config(folder), create("mlx", exact, threads)
+    decoder = import_module("tinychat_mlx.backends.mlx.interop").MlxLmDecoder(folder, config, backend)
     return ForeignModel(folder, decoder, capacity_of(context, decoder.config.max_position_embeddings))
 
 
 def capacity_of(context: int | None, limit: int) -> int:
-    """Tokens a cache shall hold, of at most limit. Raises UsageError."""
+    """Return the capacity of the cache in tokens, at most limit. Raises UsageError."""
     if context is not None and not 1 < context <= limit:
         raise UsageError(
             f"a context of {context} tokens is outside this model's range",
@@ -81,7 +76,7 @@ def capacity_of(context: int | None, limit: int) -> int:
 
 
 def at_hand(name: str) -> Path | None:
-    """The folder that a name stands for, as `tinychat models list` prints names; None if it is not here. Asks nobody."""
+    """Return the folder of a local model by the name in `tinychat models list`, else None. Never uses the network."""
     if name == "demo":
         return DEMO
     path = Path(name).expanduser()
@@ -94,10 +89,10 @@ def at_hand(name: str) -> Path | None:
 def find_folder(
     model: str | Path, watch: hub.Watch = lambda done, total: None, say: hub.Say = lambda text: None
 ) -> Path:
-    """A folder as it is, "demo", a conversion, or a hub id (ORG/NAME[@REVISION]), fetched into the hub's cache if need be.
+    """Return the model's folder: a path, "demo", a conversion, or a hub id (ORG/NAME[@REVISION]), downloaded if needed.
 
-    A model that is in the cache is taken as it is, and nobody is asked. watch(bytes here, in all) and say(note)
-    follow a download. Raises ModelNotFoundError, DownloadError, FormatError.
+    A model in the cache is used without network access. watch(bytes done, total) and say(note) report the progress
+    of a download. Raises ModelNotFoundError, DownloadError, FormatError.
     """
     text = str(model)
     if (here := at_hand(text)) is not None:
@@ -117,12 +112,12 @@ def find_folder(
 
 
 def choose(backend: str) -> tuple[str, str]:
-    """-> (backend name, why). Asks the machine without importing torch or mlx."""
+    """Return (backend name, reason). Inspects the machine without importing torch or mlx."""
     if backend != "auto":
         if backend not in BACKENDS or find_spec(BACKENDS[backend][0]) is None:
             known = ", ".join(n for n, (module, _) in BACKENDS.items() if find_spec(module) is not None)
             raise UsageError(f"unknown backend {backend!r}", remedy=f"use one of auto, {known}")
-        return backend, "asked for"
+        return backend, "requested"
     apple = sys.platform == "darwin" and platform.machine() == "arm64"
     if apple and find_spec("mlx") is not None and find_spec(BACKENDS["mlx"][0]) is not None:
         return "mlx", "Apple silicon"
@@ -130,19 +125,19 @@ def choose(backend: str) -> tuple[str, str]:
     if nvidia and find_spec("torch") is not None and find_spec(BACKENDS["cuda"][0]) is not None:
         return "cuda", "NVIDIA GPU"
     if nvidia:
-        return "cpu", f"an NVIDIA GPU is here, but torch is not: {pip_install('cuda')}"
+        return "cpu", f"there is an NVIDIA GPU, but torch is not installed: {pip_install('cuda')}"
     return "cpu", "Apple silicon without mlx" if apple else "no Apple or NVIDIA GPU found"
 
 
 def has_nvidia() -> bool:
-    """Whether an NVIDIA driver is loaded; a second's import of torch is not paid to find out."""
+    """Whether an NVIDIA driver is installed. Does not import torch, which takes a second."""
     if sys.platform == "win32":
         return (Path(os.environ.get("SYSTEMROOT", "C:/Windows")) / "System32" / "nvcuda.dll").exists()
     return any(Path(p).exists() for p in ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvhost-ctrl-gpu"))
 
 
 def create(name: str, exact: bool, threads: int | None) -> Backend:
-    """Make a backend. Raises BackendError when its library or device is missing: never another instead."""
+    """Create a backend. Raises BackendError if its library or device is missing; never falls back to another."""
     from importlib import import_module
 
     module, cls = BACKENDS[name]

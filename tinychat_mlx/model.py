@@ -1,4 +1,4 @@
-"""A loaded model: logits, text in and text out, and conversations that reuse what is computed."""
+"""A loaded model: logits, generation, and conversations that reuse computed tokens."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from tinychat_mlx.tokenizer import Tokenizer
 
 Message = dict[str, Any]
-ANSWER_ROOM = 256  # tokens kept free for the answer when old messages are dropped
+ANSWER_ROOM = 256  # tokens reserved for the answer when old messages are dropped
 
 
 class Model:
-    """Made by `tinychat_mlx.load`. Not to be used from two threads at once."""
+    """A model on a device, created by `tinychat_mlx.load`. Not thread-safe."""
 
     def __init__(
         self,
@@ -53,11 +53,11 @@ class Model:
             self.engine = Engine(Decoder(config, checkpoint, backend, progress), context)
         self._tokenizer: Tokenizer | None = None
         self._said: tuple[str, list[int]] | None = None  # the conversation so far, as text and as tokens
-        self.answer_ids: list[int] = []  # of the last answer to `chat`, where they are all of its text
+        self.answer_ids: list[int] = []  # tokens of the last answer to `chat`, if they are exactly its text
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Loaded on first use, so that a folder without one still gives logits."""
+        """The tokenizer, loaded on first use: a folder without one can still compute logits."""
         if self._tokenizer is None:
             from tinychat_mlx.tokenizer import Tokenizer
 
@@ -66,29 +66,29 @@ class Model:
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """Tokens that end an answer: the union of config, generation config and tokenizer."""
+        """Tokens that end an answer: the union of those of config, generation config and tokenizer."""
         file = token_ids(self.generation_config.get("eos_token_id"), "generation_config.json")
         return frozenset(self.tokenizer.stop_ids(self.config.eos_token_ids, file))
 
     @property
     def context_used(self) -> int:
-        """Tokens of the context that the last conversation takes up."""
+        """Tokens in the context of the last conversation."""
         return len(self.engine.ids)
 
     def keep_in(self, folder: Path, exact: bool = False, limit: int = LIMIT) -> None:
-        """From now on `keep` writes what was computed into folder, of at most limit bytes, and chats look there.
+        """Store computed keys and values in folder, up to limit bytes: `keep` writes them, `chat` reads them.
 
-        exact: as the model was loaded. Raises OSError where the model's own files cannot be read any more.
+        exact: as given to `load`. Raises OSError if the model's own files cannot be read any more.
         """
         identity = identity_of(self.folder, self.config, self.device.backend, exact)
         self.engine.prefixes = PrefixStore(folder, identity, limit)
 
     def keep(self, whole: bool = False) -> None:
-        """Put what was computed of the conversation on disk, if `keep_in` said where. whole: as Engine.keep has it."""
+        """Write the conversation's keys and values to disk, if `keep_in` was called. whole: as in Engine.keep."""
         self.engine.keep(whole)
 
     def prime(self, messages: Sequence[Message], template: Mapping[str, Any] | None = None) -> None:
-        """Fetch what is on disk of a conversation that is about to go on, so that its next answer begins at once."""
+        """Restore a conversation from disk, so that its next answer starts sooner."""
         text = self._render(messages, {**(template or {}), "add_generation_prompt": False})
         ids = self._encode_rendered(text, messages, template or {})
         self.engine.prime(ids)
@@ -97,13 +97,13 @@ class Model:
         return self.backend.memory()
 
     def logits(self, ids: Sequence[int]) -> F32:
-        """One prefill of ids (T,) in a cache of its own, no sampling -> (T, V) float32."""
+        """Run one prefill of ids (T,) in a separate cache, without sampling -> (T, V) float32."""
         self.engine.check([*ids][: self.context - 1])
         cache = self.engine.decoder.new_cache(len(ids))
         return self.backend.to_host(self.engine.decoder.forward(list(ids), cache, last_only=False))
 
     def generate(self, prompt: str | Sequence[int], **sampling: Any) -> Iterator[Event]:
-        """Continue a text or tokens. Keywords are SamplingParams' fields -> events; the last has stats."""
+        """Continue a text or tokens. Keywords are the fields of SamplingParams -> events; the last has stats."""
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         return self._answer(ids, sampling)
 
@@ -115,12 +115,12 @@ class Model:
         template: Mapping[str, Any] | None = None,
         **sampling: Any,
     ) -> Iterator[Event]:
-        """Answer a conversation [{"role", "content"}, …] through the model's own template.
+        """Answer a conversation [{"role", "content"}, …] with the model's chat template -> events.
 
-        Turns that this model has just computed are not computed again; nor are those of an earlier run, with
-        `keep_in`, if the assistant's messages hold their tokens ("ids", from `answer_ids`). on_full "stop" raises
-        ContextFullError when the messages leave no room to answer; "slide" drops the oldest exchange
-        until they do and counts it in stats.dropped_messages. template: further template variables.
+        Tokens that this model computed before are reused. With `keep_in`, so are those of an earlier run, if the
+        assistant's messages hold their tokens ("ids", from `answer_ids`). on_full "stop" raises ContextFullError when the
+        messages leave no room for an answer; "slide" drops the oldest exchanges until they do, and counts the messages in
+        stats.dropped_messages. template: additional template variables.
         """
         if on_full not in ("stop", "slide"):
             raise UsageError(f"unknown value {on_full!r}", where="on_full", remedy="use stop or slide")
@@ -141,10 +141,10 @@ class Model:
     def _encode_rendered(
         self, text: str, messages: Sequence[Message], template: Mapping[str, Any]
     ) -> list[int]:
-        """A rendered conversation -> tokens, keeping the very tokens of turns already computed.
+        """Encode a rendered conversation, reusing the exact tokens of earlier turns.
 
-        Text encoded again may split otherwise than the model wrote it, and the cache would be lost from
-        there on. The splice is exact only where the rest begins with a special token.
+        Re-encoding text may give other tokens than the model generated, and the cache would be lost from there on.
+        Joining the tokens is exact only if the remaining text begins with a special token.
         """
         said, ids = self._said or ("", [])
         if not (said and text.startswith(said) and self._is_border(text, len(said))):
@@ -166,7 +166,7 @@ class Model:
         return at == len(text) or self.tokenizer.starts_with_special(text[at:])
 
     def _are_tokens(self, ids: object) -> bool:
-        """Whether a message's "ids" can be an answer's: they may come from a file."""
+        """Whether a message's "ids" are valid token ids: they may come from a file."""
         most = self.config.vocab_size
         return isinstance(ids, list) and bool(ids) and all(type(t) is int and 0 <= t < most for t in ids)
 
@@ -174,7 +174,7 @@ class Model:
         self, ids: list[int], sampling: Mapping[str, Any], rendered: str | None = None, dropped: int = 0
     ) -> Iterator[Event]:
         params, tokenizer = self.defaults.updated(**sampling), self.tokenizer
-        self.engine.check(ids)  # here, not at the first event: the caller sees it at the call
+        self.engine.check(ids)  # raises here, at the call, not at the first event
         return self._run(ids, params, tokenizer, rendered, dropped)
 
     def _run(
@@ -190,20 +190,20 @@ class Model:
                 said.append(event.text)
                 yield event
         finally:
-            # Runs on close and on Ctrl-C as well: what was said can be continued.
+            # Runs on close and on Ctrl-C as well, so that a partial answer can be continued.
             events.close()  # type: ignore[attr-defined]  # a generator
             answer, text = self.engine.answer, "".join(said)
             whole = (
                 rendered is not None and tokenizer.decode(answer) == text
-            )  # not cut by a stop or mid-letter
+            )  # not cut by a stop string or within a character
             self._said = (rendered + text, ids + answer) if rendered is not None and whole else None
             self.answer_ids = answer if self._said else []
 
 
 def without_oldest(messages: list[Message]) -> tuple[list[Message], int]:
-    """Drop the oldest exchange after the system messages -> (the rest, how many were dropped).
+    """Drop the oldest exchange after the system messages -> (the rest, the number of dropped messages).
 
-    Raises ContextFullError when only the system messages and the last message are left.
+    Raises ContextFullError if only the system messages and the last message are left.
     """
     head = next((i for i, m in enumerate(messages) if m.get("role") != "system"), len(messages))
     end = head + 1

@@ -1,4 +1,4 @@
-"""Where do models lie on this machine? Told without NumPy: a shell's Tab key asks, too."""
+"""Locations of models on this machine. Imports no NumPy, because shell completion uses it."""
 
 from __future__ import annotations
 
@@ -7,21 +7,31 @@ from pathlib import Path
 
 
 def hub_cache() -> Path:
-    """Where huggingface_hub keeps models, found as it finds it, without importing it."""
+    """Return huggingface_hub's cache folder, by its own rules, without importing it."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
     named = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
     return Path(named or Path(home) / "hub").expanduser()
 
 
+def data() -> Path:
+    """The folder of saved chats and of the history of prompts, which TINYCHAT_DATA moves. It may not exist."""
+    named = os.environ.get("TINYCHAT_DATA")
+    if named:
+        return Path(named)
+    from platformdirs import user_data_path
+
+    return user_data_path("tinychat-mlx", appauthor=False)
+
+
 def conversions() -> Path:
-    """Where what `tinychat chat` made int4 is kept, each as ORG--NAME-int4."""
+    """Return the folder of the int4 models that `tinychat chat` converted, each named ORG--NAME-int4."""
     from platformdirs import user_data_path
 
     return user_data_path("tinychat-mlx", appauthor=False) / "models"
 
 
 def conversion(name: str) -> Path | None:
-    """The folder of a conversion by its own name, as `tinychat models list` prints it."""
+    """Return the folder of a conversion by the name that `tinychat models list` prints; None if there is none."""
     if Path(name).name != name or "--" not in name:
         return None
     folder = conversions() / name
@@ -29,7 +39,7 @@ def conversion(name: str) -> Path | None:
 
 
 def disk_bytes(path: Path) -> int:
-    """Bytes of the files at or below a path; links count nothing, what cannot be read neither."""
+    """Return the bytes of the files at or below a path. Symbolic links and unreadable files count as 0."""
     if path.is_file():
         return path.lstat().st_size
     total = 0
@@ -38,6 +48,6 @@ def disk_bytes(path: Path) -> int:
             file = os.path.join(folder, name)
             try:
                 total += 0 if os.path.islink(file) else os.lstat(file).st_size
-            except OSError:  # it went while we looked
+            except OSError:  # removed since os.walk listed it
                 continue
     return total

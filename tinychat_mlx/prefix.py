@@ -1,14 +1,14 @@
-"""What was computed of conversations, on disk: going on with one tomorrow need not compute it again.
+"""Store of computed keys and values on disk, so that a resumed conversation need not compute them again.
 
-A part is the keys and values of up to 256 consecutive tokens, a safetensors file named for all they depend on:
+A part holds the keys and values of up to 256 consecutive tokens in one safetensors file, named by hashes:
 
-    <hash of the model and of every token before>-<hash of its own tokens>.safetensors
-    metadata    {"prefix": that name's first half, "crc": of the bytes of all tensors, in order of their names}
-    ids         (T,) int32; further tensors as the backend's `read_cache` gives them, tokens along axis 2
+    <hash of the model and of all earlier tokens>-<hash of its own tokens>.safetensors
+    metadata    {"prefix": the first half of the name, "crc": of the bytes of all tensors, sorted by name}
+    ids         (T,) int32; the other tensors are those of the backend's `read_cache`, tokens on axis 2
 
-So chats that begin alike share parts, and a longer chat only adds some. A part that is damaged, of another model or
-not what its name says is as good as absent, and so is a disk that is full: whatever goes wrong here costs time alone.
-Files are for their owner (0600 in a 0700 folder); anybody may delete them at any time.
+Chats with the same beginning share parts, and a longer chat only adds parts. A part that is damaged or belongs to
+another model is ignored. A full disk stops the writing. Any failure here costs time but never correctness. Only the
+owner can read the files (0600 in a 0700 folder). It is safe to delete them at any time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import hashlib
 import os
 import re
 import shutil
-import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -25,10 +24,11 @@ from pathlib import Path
 
 import numpy as np
 
-from tinychat_mlx import __version__
+from tinychat_mlx import __version__, disk_cache
 from tinychat_mlx.backend import Backend, Cache
 from tinychat_mlx.config import ModelConfig
 from tinychat_mlx.errors import TinychatError
+from tinychat_mlx.model_identity import add_samples
 from tinychat_mlx.tensorfile import TensorFile, entry, write
 from tinychat_mlx.weight import Array
 
@@ -36,40 +36,33 @@ LAYOUT = 1  # to be raised when files written before must not be read any more
 PART = 256  # tokens: a few MB, so that an answer adds little, and an eviction takes little
 LIMIT = 1 << 30  # bytes on disk, by default
 SPARE = 256 << 20  # bytes that are left free on the disk
-SAMPLES, SAMPLE = 64, 4096  # of each weight file: places looked at, and bytes at each
 NAME = re.compile(r"[0-9a-f]{32}-[0-9a-f]{16}\.safetensors(\.partial)?")
 
 Rows = dict[str, Array]
 
 
 def identity_of(folder: Path, config: ModelConfig, backend: str, exact: bool) -> str:
-    """What keys and values depend on besides the tokens, as a hash. Raises OSError.
+    """Return a hash of everything but the tokens that keys and values depend on. Raises OSError.
 
-    Weight files are told apart by size, time of change and samples of their bytes: reading all would take longer
-    than what is saved. How a cache stores numbers need not be here: it shows in the tensors.
+    Weight files are identified by size, mtime and samples of their bytes: reading them whole would take longer than the
+    store saves. The cache's number format is not included, because it is visible in the tensors.
     """
     seen = hashlib.sha256(f"{LAYOUT} {__version__} {backend} {exact}".encode())
     seen.update((folder / "config.json").read_bytes())
-    for table in config.rope:  # it may depend on the size of the context
+    for table in config.rope:  # it may depend on the context length
         seen.update(b"-" if table is None else f"{table.factor}".encode() + table.inv_freq.tobytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            seen.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
-            for at in range(SAMPLES):
-                file.seek(status.st_size * at // SAMPLES)
-                seen.update(file.read(SAMPLE))
+    add_samples(seen, folder)
     return seen.hexdigest()
 
 
 class PrefixStore:
-    """The parts of one model in a folder that all models share. Used by one thread at a time."""
+    """The parts of one model, in a folder that all models share. Not thread-safe."""
 
     def __init__(self, folder: Path, identity: str, limit: int = LIMIT) -> None:
         self.folder, self.identity, self.limit = folder, identity, limit
 
     def restore(self, backend: Backend, cache: Cache, ids: Sequence[int]) -> None:
-        """Continue what cache holds, a beginning of ids, with what is on disk."""
+        """Extend cache, which holds a prefix of ids, with the parts on disk."""
         try:
             names = sorted(name for name in os.listdir(self.folder) if NAME.fullmatch(name))
         except OSError:
@@ -88,18 +81,18 @@ class PrefixStore:
             used.append(found.path)
             if end < PART:
                 break
-        self._touch(used)
+        disk_cache.touch(used)  # an earlier part as the newer: a later one needs it
 
     def save(self, ids: Sequence[int], read: Callable[[int, int], Rows | None], whole: bool = False) -> None:
-        """Write the parts of ids that are not there yet; whole: also the last one, though it may still grow.
+        """Write the parts of ids that are not on disk. whole: also the last incomplete part.
 
-        read(start, end) gives the rows of those tokens, or None when they are gone.
+        read(start, end) returns the rows of those tokens, or None if they are no longer in the cache.
         """
-        if len(ids) < PART:  # computed again in no time
+        if len(ids) < PART:  # computing so few is as fast
             return
         used: list[Path] = []
         with suppress(OSError, TinychatError):
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            disk_cache.make_folder(self.folder)
             for at, key in self._keys(ids):
                 own = np.asarray(ids[at : at + PART], np.int32)
                 if not whole and len(own) < PART:
@@ -110,18 +103,18 @@ class PrefixStore:
                     if rows is None or not self._write(path, key, own, rows):
                         break
                 used.append(path)
-            self._touch(used)
+            disk_cache.touch(used)
             self._make_room()
 
     def _keys(self, ids: Sequence[int]) -> Iterable[tuple[int, str]]:
-        """Where each part of ids begins, and the hash of the model and all tokens before it."""
+        """Yield the start of each part of ids, and the hash of the model and all earlier tokens."""
         seen = hashlib.sha256(self.identity.encode())
         for at in range(0, len(ids), PART):
             yield at, seen.hexdigest()[:32]
             seen.update(np.asarray(ids[at : at + PART], np.int32).tobytes())
 
     def _open(self, name: str, ids: Sequence[int], backend: Backend, cache: Cache) -> _Part:
-        """A part, checked in every way, and how many of its tokens are ids'; a bad one has none."""
+        """Read and verify a part; count its leading tokens that match ids. An invalid part counts 0."""
         path = self.folder / name
         try:
             file = TensorFile(path)
@@ -143,7 +136,7 @@ class PrefixStore:
             return _Part(path)
 
     def _write(self, path: Path, key: str, own: Array, rows: Rows) -> bool:
-        """-> whether it is on disk now."""
+        """Write a part. Return whether it was written."""
         size = sum(array.nbytes for array in rows.values())
         if size > self.limit or shutil.disk_usage(self.folder).free < size + SPARE:
             return False
@@ -153,34 +146,21 @@ class PrefixStore:
         path.chmod(0o600)
         return True
 
-    def _touch(self, used: list[Path]) -> None:
-        """Note parts of a conversation as used: the earlier the newer, for a later one is nothing without it."""
-        now = time.time_ns()
-        for i, path in enumerate(used):
-            with suppress(OSError):
-                os.utime(path, ns=(now - i, now - i))
-
     def _make_room(self) -> None:
         """Delete what was used longest ago until the rest is within the limit."""
-        files = [e for e in os.scandir(self.folder) if NAME.fullmatch(e.name)]
-        found = sorted(((e.stat().st_mtime_ns, e.stat().st_size, e.path) for e in files), reverse=True)
-        held = 0
-        for _, size, path in found:
-            held += size
-            if held > self.limit:
-                with suppress(OSError):
-                    os.unlink(path)
+        files = disk_cache.files(self.folder, NAME)
+        disk_cache.evict(files, sum(file.size for file in files) - self.limit)
 
 
 class _Part:
-    """A file, how many of its tokens are wanted (0: it is of no use), and its rows."""
+    """A file, the number of its tokens that match (0: unusable), and its rows."""
 
     def __init__(self, path: Path, tokens: int = 0, rows: Rows | None = None) -> None:
         self.path, self.tokens, self.rows = path, tokens, rows or {}
 
 
 def _fits(rows: Array, form: Array, tokens: int) -> bool:
-    """Whether an array is one of a cache of this form: an empty array with its types and other sizes."""
+    """Whether an array matches the form of a cache: an empty array with its dtype and other sizes."""
     shape = (*form.shape[:2], tokens, *form.shape[3:])
     return rows.dtype == form.dtype and rows.shape == shape and _finite(rows)
 

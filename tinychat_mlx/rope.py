@@ -1,4 +1,4 @@
-"""Rotary position settings: both spellings of config.json -> inverse frequencies, once, at load."""
+"""Rotary position settings: parse both layouts of config.json into inverse frequencies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from tinychat_mlx.errors import ConfigError
 from tinychat_mlx.weight import F32
 
-# Keys each rope_type may carry; any other key is an error, because ignoring it would be silently wrong.
+# Keys that each rope_type may have. Any other key is an error: ignoring it would give wrong results silently.
 _COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _KEYS: dict[str, set[str]] = {
     "default": set(),
@@ -24,12 +24,12 @@ _KEYS: dict[str, set[str]] = {
     },
     "longrope": {"factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"},
 }  # fmt: skip
-_IGNORED = {"finetuned", "original_max_position_embeddings"}  # say nothing about the angles by themselves
+_IGNORED = {"finetuned", "original_max_position_embeddings"}  # do not affect the angles
 
 
 @dataclass(frozen=True)
 class RopeTable:
-    """inv_freq (R/2,) float32 rotates R of a head's inputs; cos and sin are multiplied by factor."""
+    """inv_freq (R/2,) float32 rotates R inputs of each head; cos and sin are multiplied by factor."""
 
     inv_freq: F32
     factor: float
@@ -38,9 +38,9 @@ class RopeTable:
 def rope_table(
     config: Mapping[str, Any], head_dim: int, default_theta: float | None, context: int | None = None
 ) -> RopeTable:
-    """config.json -> RopeTable. Raises ConfigError for an unknown rope_type or key.
+    """Parse config.json into a RopeTable. Raises ConfigError for an unknown rope_type or key.
 
-    transformers 5 writes `rope_parameters`; before, `rope_theta` and `rope_scaling` stood at top level.
+    transformers 5 writes `rope_parameters`; earlier versions wrote `rope_theta` and `rope_scaling` at top level.
     """
     p = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(p, Mapping):
@@ -55,14 +55,14 @@ def table_of(
     default_theta: float | None,
     context: int | None = None,
 ) -> RopeTable:
-    """One set of rope settings p, with top-level keys of config as its fall-backs -> RopeTable.
+    """Parse one object of rope settings into a RopeTable; top-level keys of config are the fall-back.
 
-    context: tokens the cache will hold; longrope chooses its factors by it, once for the whole run.
+    context: the context length in tokens; longrope selects its factors by it, once per run.
     """
     kind = p.get("rope_type", p.get("type", "default"))
-    kind = "longrope" if kind == "su" else kind  # Phi-3's first name for it
+    kind = "longrope" if kind == "su" else kind  # the first name that Phi-3 used
     if kind not in _KEYS:
-        raise ConfigError(f"unknown rope_type {kind!r}; known are {', '.join(_KEYS)}", where="config.json")
+        raise ConfigError(f"unknown rope_type {kind!r}; supported: {', '.join(_KEYS)}", where="config.json")
     if unknown := sorted(set(p) - _COMMON - _KEYS[kind] - _IGNORED):
         raise ConfigError(f"unknown rope setting {unknown[0]!r} for rope_type {kind!r}", where="config.json")
     theta = p.get("rope_theta", config.get("rope_theta")) or default_theta
@@ -81,7 +81,7 @@ def table_of(
         return RopeTable(base.astype(np.float32), 1.0)
     if kind == "linear":
         return RopeTable((base / _number("factor", p.get("factor"))).astype(np.float32), 1.0)
-    # A top-level key wins over the nested one (Phi-3); absent in both, the context is the original length.
+    # A top-level key overrides the nested one (Phi-3). If both are absent, the original length is the context length.
     original = (
         config.get("original_max_position_embeddings")
         or p.get("original_max_position_embeddings")
@@ -90,7 +90,7 @@ def table_of(
     length = _number("original_max_position_embeddings", original)
     implied = None if kind == "llama3" else config.get("max_position_embeddings")
     ratio = implied / length if p.get("factor") is None and isinstance(implied, int) else p.get("factor")
-    factor = _number("factor", ratio)  # left out, it is how far the context was stretched
+    factor = _number("factor", ratio)  # by default, the ratio of the extended to the original length
     if kind == "llama3":
         return RopeTable(_llama3(base, p, factor, length).astype(np.float32), 1.0)
     if kind == "longrope":
@@ -107,7 +107,7 @@ def _number(key: str, value: object) -> float:
 
 
 def _llama3(base: Any, p: Mapping[str, Any], factor: float, length: float) -> Any:
-    """Keep short wavelengths, divide long ones by factor, blend between (Llama 3.1)."""
+    """Keep short wavelengths, divide long ones by factor, interpolate between (Llama 3.1)."""
     low = _number("low_freq_factor", p.get("low_freq_factor"))
     high = _number("high_freq_factor", p.get("high_freq_factor"))
     if high <= low:
@@ -120,9 +120,9 @@ def _llama3(base: Any, p: Mapping[str, Any], factor: float, length: float) -> An
 
 
 def _yarn(base: Any, p: Mapping[str, Any], factor: float, length: float, theta: float, dim: int) -> Any:
-    """Interpolate slow frequencies, keep fast ones (Peng et al. 2023, §3.2)."""
+    """Interpolate low frequencies, keep high ones (Peng et al. 2023, §3.2)."""
 
-    def turns_at(beta: float) -> float:  # the index whose wavelength makes beta turns in the length
+    def turns_at(beta: float) -> float:  # the index that turns `beta` times in the original length
         return dim * math.log(length / (beta * 2 * math.pi)) / (2 * math.log(theta))
 
     low = turns_at(_number("beta_fast", p.get("beta_fast") or 32))
@@ -135,7 +135,9 @@ def _yarn(base: Any, p: Mapping[str, Any], factor: float, length: float, theta: 
 
 
 def _longrope(base: Any, p: Mapping[str, Any], factor: float, length: float, context: int) -> RopeTable:
-    """Each frequency has its own divisor: one set up to the original length, one beyond (Ding et al. 2024)."""
+    """Divide each frequency by its own factor: short_factor up to the original length, else long_factor
+    (Ding et al. 2024).
+    """
     key = "long_factor" if context > length else "short_factor"
     divisors = p.get(key)
     if not isinstance(divisors, list) or len(divisors) != len(base):
@@ -149,7 +151,7 @@ def _longrope(base: Any, p: Mapping[str, Any], factor: float, length: float, con
 
 
 def _yarn_factor(p: Mapping[str, Any], factor: float) -> float:
-    """The multiplier of cos and sin: given, or from mscale, or 0.1 ln(factor) + 1."""
+    """Return the multiplier of cos and sin: attention_factor, or from mscale, or 0.1 ln(factor) + 1."""
 
     def mscale(m: float) -> float:
         return 0.1 * m * math.log(factor) + 1 if factor > 1 else 1.0

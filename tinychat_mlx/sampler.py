@@ -1,4 +1,4 @@
-"""Logits -> the next token: greedy, temperature, top-k, top-p, min-p, repetition penalty, seeded."""
+"""Sample the next token from logits: greedy, temperature, top-k, top-p, min-p, repetition penalty, seed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tinychat_mlx.weight import F32
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What shapes an answer. temperature 0 is greedy; top_k 0, top_p 1, min_p 0, repetition_penalty 1 are off."""
+    """Parameters of sampling. temperature 0 is greedy; top_k 0, top_p 1, min_p 0, repetition_penalty 1 disable each."""
 
     temperature: float = 0.7
     top_k: int = 0
@@ -25,7 +25,7 @@ class SamplingParams:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
-    max_tokens: int | None = None  # None: to the end of the context
+    max_tokens: int | None = None  # None: until the context is full
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -43,7 +43,7 @@ class SamplingParams:
             )
 
     def updated(self, **given: Any) -> SamplingParams:
-        """A copy with those keywords that are not None put in their place."""
+        """Return a copy with the keywords that are not None replaced. Raises UsageError for an unknown keyword."""
         known = {f.name for f in fields(self)}
         if unknown := sorted(set(given) - known):
             raise UsageError(
@@ -59,10 +59,10 @@ def _check(name: str, value: object, low: float, high: float) -> None:
 
 
 def from_generation_config(config: Mapping[str, Any]) -> SamplingParams:
-    """generation_config.json over the built-in defaults.
+    """Merge generation_config.json over the built-in defaults. Raises ConfigError.
 
-    do_sample false is greedy. With do_sample true, a key the file leaves out has transformers' default
-    (temperature 1, top_k 50, top_p 1), for that is what the file's author saw.
+    do_sample false is greedy. With do_sample true, a missing key has transformers' default (temperature 1, top_k 50,
+    top_p 1), because the model's author tested with those.
     """
     keys = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     given = {k: config[k] for k in keys if config.get(k) is not None}
@@ -79,25 +79,25 @@ def from_generation_config(config: Mapping[str, Any]) -> SamplingParams:
         ) from None
 
 
-TAIL = 0.001  # of the probability may lie on coarse logits: far less than what int4 weights have moved
+TAIL = 0.001  # largest total probability of approximate logits: far below the error of int4 weights
 
 
 def choice_of(p: SamplingParams) -> Choice | None:
-    """What the sampler will look at: with top_p, half of what it cuts off may be coarse. None: at every logit."""
-    if p.repetition_penalty != 1:  # may lift any token
+    """Return the precision that sampling needs. With top_p, half of the cut mass may be approximate. None: exact."""
+    if p.repetition_penalty != 1:  # can raise the rank of any token
         return None
     return Choice(p.temperature, max(TAIL, (1 - p.top_p) / 2))
 
 
 class Sampler:
-    """Draws tokens under one set of parameters; the same seed and logits give the same tokens."""
+    """Samples tokens with one set of parameters. The same seed and logits give the same tokens."""
 
     def __init__(self, params: SamplingParams) -> None:
         self.params = params
         self.rng = np.random.default_rng(params.seed)
 
     def __call__(self, logits: F32, seen: Iterable[int] = ()) -> int:
-        """logits (V,); seen: the tokens so far, which repetition_penalty makes less likely -> a token."""
+        """Sample a token from logits (V,). seen: the tokens so far, for repetition_penalty. Raises ConfigError."""
         p = self.params
         if not np.isfinite(logits).all():
             raise ConfigError(
@@ -110,7 +110,7 @@ class Sampler:
             return int(logits.argmax())
         ids, probabilities = distribution(logits, p)
         at = np.searchsorted(np.cumsum(probabilities), self.rng.random(), side="right")
-        return int(ids[min(int(at), len(ids) - 1)])  # the sum may end a rounding below 1
+        return int(ids[min(int(at), len(ids) - 1)])  # rounding can leave the sum below 1
 
 
 def penalised(logits: F32, seen: Iterable[int], penalty: float) -> F32:
@@ -123,15 +123,15 @@ def penalised(logits: F32, seen: Iterable[int], penalty: float) -> F32:
 
 
 def distribution(logits: F32, p: SamplingParams) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """-> (token ids, their probabilities), most likely first, after temperature, top-k, top-p, min-p."""
+    """Return (token ids, probabilities), most likely first, after temperature, top-k, top-p and min-p."""
     ids = np.arange(logits.size)
-    if 0 < p.top_k < logits.size:  # ties with the k-th stay, as in transformers
+    if 0 < p.top_k < logits.size:  # ties with the k-th are kept, as in transformers
         ids = ids[logits >= np.partition(logits, -p.top_k)[-p.top_k]]
     ids = ids[np.argsort(-logits[ids], kind="stable")]
     scaled = logits[ids].astype(np.float64) / p.temperature
     probabilities = np.exp(scaled - scaled[0])
     probabilities /= probabilities.sum()
-    if p.top_p < 1:  # the smallest set whose mass reaches top_p
+    if p.top_p < 1:  # the smallest set with a total probability of top_p
         before = np.cumsum(probabilities) - probabilities
         keep = before < p.top_p
         ids, probabilities = ids[keep], probabilities[keep]

@@ -1,9 +1,9 @@
-"""In what environment does a foreign chat template run?
+"""Sandbox for untrusted chat templates.
 
-The template arrives with the model folder, so it is code by somebody unknown. It gets jinja2's immutable
-sandbox set up as transformers 5 does (so that it renders the same text), and bounds that transformers does
-not have: processor time, the length of any string or list, the size of numbers. This module imports jinja2
-(60 ms): import it late.
+A template comes with the model folder, so it is code of an unknown author. It runs in jinja2's immutable sandbox,
+configured as in transformers 5 (to render the same text), with limits that transformers does not have: CPU time, the
+length of strings and lists, and the size of integers. This module imports jinja2 (60 ms), so import it only when
+needed.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-MAX_LENGTH = 4 << 20  # characters of a string, items of a list: far above a million tokens of conversation
-MAX_BITS = 4096  # of an integer
-MAX_SECONDS = 2.0  # processor time of this thread, so that a busy machine refuses nothing
+MAX_LENGTH = 4 << 20  # characters of a string, items of a list: far above a million tokens of text
+MAX_BITS = 4096  # bits of an integer
+MAX_SECONDS = 2.0  # CPU time of this thread, so that load on the machine does not count
 
-# These make a long result of short arguments, in one step that nothing can interrupt.
+# These make a long result from short arguments, in one step that cannot be interrupted.
 _WIDENING = {"batch", "center", "expandtabs", "indent", "ljust", "rjust", "round", "slice", "tojson", "zfill"}
 
 
 class LimitError(TemplateError):
-    """A template that takes too long or makes too much."""
+    """A template exceeds a limit of time or size."""
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """jinja2's immutable sandbox as transformers 5 makes it, with bounds on time and size.
+    """jinja2's immutable sandbox as in transformers 5, with limits on time and size.
 
-    Every loop round, call, filter and operator that can grow a value passes through here. A single built-in
-    step on large values (`select` by `in` over two long lists) is not interrupted: slow, but it ends.
+    Every loop iteration, call, filter and operator that can enlarge a value is checked. A single built-in step on
+    large values (`select` by `in` over two long lists) is not interrupted: it is slow, but it terminates.
     """
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
@@ -54,7 +54,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.filters["tojson"] = _tojson
         for name, function in self.filters.items():
             self.filters[name] = self._guarded(name, function)
-        del self.globals["lipsum"]  # no template needs it; it has been a step of several escapes
+        del self.globals["lipsum"]  # no template needs it, and several sandbox escapes used it
         self.globals |= {
             "raise_exception": _raise_exception,
             "strftime_now": lambda format: datetime.now().strftime(format),
@@ -64,7 +64,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     @contextmanager
     def deadline(self) -> Iterator[None]:
-        """Give the template work inside this block MAX_SECONDS in all."""
+        """Limit the template code inside this block to MAX_SECONDS in total."""
         self._thread.end = time.thread_time() + MAX_SECONDS
         try:
             yield
@@ -72,15 +72,15 @@ class Sandbox(ImmutableSandboxedEnvironment):
             del self._thread.end
 
     def tick(self) -> None:
-        """Raise LimitError if the time is over."""
+        """Raise LimitError if the time is used up."""
         if time.thread_time() > getattr(self._thread, "end", float("inf")):
             raise LimitError(f"it runs longer than {MAX_SECONDS:g} s")
 
     def bounded(self, value: Any) -> Any:
-        """Return the value, or raise LimitError if it is too long or the time is over."""
+        """Return the value, or raise LimitError if it is too long or the time is used up."""
         self.tick()
         if isinstance(value, str | list | tuple | dict) and len(value) > MAX_LENGTH:
-            raise LimitError(f"it makes more than {MAX_LENGTH} characters")
+            raise LimitError(f"it makes a value of more than {MAX_LENGTH} characters")
         return value
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -100,7 +100,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return self.bounded(super().call_binop(context, operator, left, right))
 
     def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
-        """Compile with a look at the clock in each loop round and at the size of each captured block."""
+        """Compile with a time check in each loop iteration and a size check of each captured block."""
         for loop in source.find_all(nodes.For):
             tick = nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None)
             loop.body.insert(0, nodes.ExprStmt(tick).set_lineno(loop.lineno))
@@ -111,7 +111,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return super()._generate(source, *args, **kwargs)
 
     def _guarded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)  # jinja2 reads marks on the function that say what it wants passed
+        @functools.wraps(function)  # keeps the attributes by which jinja2 passes the context
         def guarded(*args: Any, **kwargs: Any) -> Any:
             _check_widening(name, (*args, *kwargs.values()))
             return self.bounded(function(*args, **kwargs))
@@ -127,7 +127,7 @@ class _Generator(CodeGenerator):
 
 
 class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}` marks what to train on; here it passes its body on."""
+    """`{% generation %}…{% endgeneration %}` marks training targets; here it returns its body unchanged."""
 
     tags = {"generation"}  # noqa: RUF012  (declared so by jinja2)
 
@@ -141,7 +141,7 @@ class _Generation(Extension):
 
 
 class _Dict:
-    """Stands for `dict` without being the class, whose attributes lead elsewhere."""
+    """Replaces `dict` without exposing the class and its attributes."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -153,7 +153,7 @@ class _Dict:
 class _Namespace(Namespace):
     """A namespace without underscore names, which jinja2 itself looks up on objects."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:  # so that `namespace(self=…)` is a plain attribute
+    def __init__(*args: Any, **kwargs: Any) -> None:  # allows `namespace(self=…)` as a plain attribute
         self, *rest = args
         values = dict(*rest, **kwargs)
         for name in values:
@@ -167,11 +167,11 @@ class _Namespace(Namespace):
 
 def _check_name(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise SecurityError(f"a namespace takes no attribute that begins with an underscore ({name!r})")
+        raise SecurityError(f"a namespace attribute must not begin with an underscore ({name!r})")
 
 
 def _check_widening(name: str, args: tuple[Any, ...]) -> None:
-    """Raise LimitError before a built-in step makes something huge."""
+    """Raise LimitError before a built-in step makes a huge value."""
     if name in _WIDENING:
         _check_size(max((a for a in args if isinstance(a, int)), default=0), MAX_LENGTH)
     if name in ("replace", "join"):  # at most one insertion per character or item
@@ -181,13 +181,13 @@ def _check_widening(name: str, args: tuple[Any, ...]) -> None:
 
 def _check_size(size: int, limit: int) -> None:
     if size > limit:
-        raise LimitError(f"it asks for something of size {size:.3g}")
+        raise LimitError(f"it needs a value of size {size:.3g}")
 
 
 def _tojson(
     x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """Not jinja2's own filter: that escapes for HTML and sorts keys, and models never saw such JSON."""
+    """Serialise as transformers does. jinja2's own filter escapes HTML and sorts keys, unlike training data."""
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

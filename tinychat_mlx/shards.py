@@ -1,4 +1,4 @@
-"""Writing a model folder: shards one by one, the index last, what lies beside the weights byte for byte."""
+"""Writer of model folders: shards in any order, the index last, side files copied byte for byte."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tinychat_mlx.checkpoint import INDEX, SINGLE, inside
 from tinychat_mlx.errors import FormatError
 from tinychat_mlx.tensorfile import Entry, TensorFile, open_regular, replacing, write
 
-MAX_SHARD = 5_000_000_000  # bytes; what the hub and its tools expect
+MAX_SHARD = 5_000_000_000  # bytes; the limit of the hub's tools
 SIDE_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",
     "sentencepiece.*", "*.tiktoken", "*.jinja", "additional_chat_templates/*.jinja", "chat_template.json",
@@ -21,11 +21,11 @@ SIDE_FILES = (
 
 
 class ShardWriter:
-    """A folder's shards, of a number known before: shard `i` of `total`, in any order, e.g. one a layer.
+    """Writes a folder's shards: shard `i` of `total`, known in advance, in any order, e.g. one per layer.
 
-    A shard is whole or absent, and its bytes depend on nothing but its tensors: a killed run skips what
-    `has` and writes the rest, and ends with the same files as one that was not killed. Until `finish`
-    writes the index, several shards are no model.
+    A shard is complete or absent, and its bytes depend only on its tensors. An interrupted run can skip the shards for
+    which `has` is true and write the rest; the files are the same as those of an uninterrupted run. Several shards are
+    not a valid model until `finish` writes the index.
     """
 
     def __init__(self, folder: Path, total: int, metadata: Mapping[str, str] | None = None) -> None:
@@ -33,21 +33,21 @@ class ShardWriter:
         self.metadata = {"format": "pt"} if metadata is None else metadata
 
     def path(self, i: int) -> Path:
-        """-> where shard i (from 0) lies; an only one needs no number and no index."""
+        """Return the path of shard i (from 0). A single shard has no number and no index."""
         if self.total == 1:
             return self.folder / SINGLE
         return self.folder / f"model-{i + 1:05}-of-{self.total:05}.safetensors"
 
     def has(self, i: int) -> bool:
-        """Whether shard i is written, now or by an earlier run."""
+        """Whether shard i exists, written now or by an earlier run."""
         return self.path(i).exists()
 
     def write(self, i: int, tensors: Iterable[Entry]) -> None:
-        """Write one shard; see `tensorfile.write`."""
+        """Write one shard. See `tensorfile.write`."""
         write(self.path(i), tensors, self.metadata)
 
     def finish(self) -> None:
-        """Make the folder whole. Raises FormatError if a shard is missing or does not belong."""
+        """Write the index. Raises FormatError if a shard is missing or another file is present."""
         shards = [self.path(i) for i in range(self.total)]
         others = set(self.folder.glob("*.safetensors")) - set(shards)
         absent = [path for path in shards if not path.exists()]
@@ -61,7 +61,7 @@ class ShardWriter:
 
 
 def write_index(folder: Path, shards: Iterable[Path]) -> None:
-    """Write the index of finished shards. Raises FormatError if two hold the same tensor."""
+    """Write the index of finished shards. Raises FormatError if two have the same tensor."""
     weight_map: dict[str, str] = {}
     total_size = 0
     for path in shards:
@@ -85,9 +85,9 @@ def write_sharded(
     max_bytes: int = MAX_SHARD,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write tensors in their order as model.safetensors, or as shards of at most max_bytes with an index.
+    """Write tensors in order to model.safetensors, or to shards of at most max_bytes with an index.
 
-    A tensor larger than that has a shard of its own. One tensor is in memory at a time.
+    A larger tensor gets its own shard. One tensor is in memory at a time.
     """
     shards: list[list[Entry]] = [[]]
     size = 0
@@ -104,16 +104,16 @@ def write_sharded(
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file as Hugging Face does, whole or not at all."""
+    """Write a JSON file in Hugging Face's style, atomically."""
     with replacing(path) as file:
         file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def copy_side_files(source: Path, target: Path) -> list[str]:
-    """Copy tokenizer, templates, generation config and licences byte for byte; -> their names.
+    """Copy tokenizer, templates, generation config and licences byte for byte -> their names.
 
-    Never weights, config.json, the model card or code. Raises FormatError for a link out of the folder,
-    which would carry a stranger's file along, and for what is no regular file.
+    Weights, config.json, the model card and code are not copied. Raises FormatError for a link out of the folder, which
+    would copy an unrelated file, and for anything but a regular file.
     """
     copied = []
     for path in sorted({path for pattern in SIDE_FILES for path in source.glob(pattern)}):

@@ -1,4 +1,4 @@
-"""How do messages become the text that the model was trained on?"""
+"""Chat templates: render messages to the text format that the model was trained on."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, Any]
 
-# One thing, three names; templates read the first, those of gpt-oss the second.
+# Three names of the same field. Most templates read the first, those of gpt-oss the second.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-# Marks where the unfinished last message ends. The space shows whether the template trims what it is given.
+# Marks the end of the unfinished last message. The space shows whether the template strips its input.
 _MARK = "TINYCHAT_CONTINUES_HERE "
 
 
 class ChatTemplate:
-    """The chat template of one model: Jinja text under one or more names, compiled at first use."""
+    """The chat template of one model: Jinja text under one or more names, compiled on first use."""
 
     def __init__(self, sources: Mapping[str, str], origin: str, special_tokens: Mapping[str, str]) -> None:
-        """sources: name -> Jinja text; origin: its file, for messages; special_tokens: `bos_token`, …."""
+        """sources: name -> Jinja text. origin: its file, for messages. special_tokens: `bos_token`, …."""
         self.sources = dict(sources)
         self.origin = origin
         self._special_tokens = dict(special_tokens)
@@ -50,10 +50,10 @@ class ChatTemplate:
     ) -> str:
         """Render messages as transformers' apply_chat_template(tokenize=False) does.
 
-        The text holds its special tokens already: encode it without adding them again. continue_final_message
-        leaves the last message open, for the model to go on (a string names the field to continue, say
-        "reasoning_content"), and then no generation prompt is added. Further arguments (`enable_thinking`, …)
-        are variables of the template. Everything reaches it as plain JSON types. Raises TokenizerError.
+        The text includes its special tokens: encode it without adding them again. continue_final_message leaves the last
+        message open for the model to continue (a string names the field, e.g. "reasoning_content"); then no generation
+        prompt is added. Further arguments (`enable_thinking`, …) are variables of the template. The template gets plain
+        JSON types only. Raises TokenizerError.
         """
         try:
             chat = _plain_messages(messages)
@@ -98,7 +98,7 @@ class ChatTemplate:
                     pieces.append(piece)
                     length += len(piece)
                     if length > MAX_LENGTH:
-                        raise LimitError(f"it makes more than {MAX_LENGTH} characters")
+                        raise LimitError(f"it makes more than {MAX_LENGTH} characters of text")
         except TemplateSyntaxError as error:
             raise TokenizerError(
                 f"the chat template is not valid: {_line(error)}", where=f"{self.origin}, line {error.lineno}"
@@ -113,7 +113,7 @@ class ChatTemplate:
                 where=self.origin,
                 remedy="change the messages to what the template accepts",
             ) from error
-        except Exception as error:  # foreign code: it may raise whatever it likes
+        except Exception as error:  # template code may raise anything
             kind = type(error).__name__
             raise TokenizerError(
                 f"the chat template failed: {kind}: {_line(error)}", where=self.origin
@@ -137,10 +137,10 @@ class ChatTemplate:
 def find_template(
     folder: Path, tokenizer_config: Mapping[str, Any], explicit: str | None = None
 ) -> tuple[dict[str, str], str] | None:
-    """Find a model's chat template: (name -> Jinja text, where it was found), or None.
+    """Find a model's chat template -> (name -> Jinja text, its location), or None.
 
-    An explicit text › chat_template.jinja and additional_chat_templates/*.jinja › tokenizer_config.json ›
-    chat_template.json (old processors). Raises TokenizerError if one is there but damaged.
+    In this order: the explicit text, chat_template.jinja with additional_chat_templates/*.jinja,
+    tokenizer_config.json, chat_template.json (old processors). Raises TokenizerError if it is damaged.
     """
     if explicit is not None:
         return {"default": explicit}, "given chat template"
@@ -163,7 +163,7 @@ def find_template(
 
 
 def _named(value: Any, path: Path) -> dict[str, str]:
-    """Bring the three spellings of "chat_template" (text, dict, list of {name, template}) to one."""
+    """Normalise the three forms of "chat_template" (text, dict, list of {name, template})."""
     if isinstance(value, str):
         return {"default": value}
     if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
@@ -182,7 +182,7 @@ def _read(path: Path) -> str:
 
 
 def _line(error: Exception) -> str:
-    """The message on one line of bearable length."""
+    """Return the error's message on one line of at most 500 characters."""
     text = " ".join(str(error).split())
     return text if len(text) <= 500 else text[:500] + "…"
 
@@ -220,14 +220,14 @@ def _plain_dicts(what: str, values: Sequence[Any] | None) -> list[dict[str, Any]
 
 
 def plain(value: Any) -> Any:
-    """Rebuild a value out of plain JSON types; anything else becomes its type's name, `<Image>`.
+    """Copy a value as plain JSON types. Other objects become the name of their type, `<Image>`.
 
-    The sandbox knows the dangerous methods of Python's own types alone: a rich object would hand the template
-    methods that write files (CVE-2024-56326 was of that kind).
+    The sandbox guards only methods of Python's built-in types. Other objects could give the template methods that
+    write files (as in CVE-2024-56326).
     """
     if value is None or type(value) in (str, int, float, bool):
         return value
-    for base in (str, int, float):  # subclasses (enums, NumPy scalars) carry methods of their own
+    for base in (str, int, float):  # subclasses (enums, NumPy scalars) have additional methods
         if isinstance(value, base):
             return getattr(base, f"__{base.__name__}__")(value)
     if isinstance(value, Mapping):
@@ -236,7 +236,7 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if isinstance(value, tuple):
         return tuple(plain(item) for item in value)
-    numpy = sys.modules.get("numpy")  # only who imported NumPy can hand over one of its scalars
+    numpy = sys.modules.get("numpy")  # NumPy scalars exist only if NumPy is imported
     if numpy is not None and isinstance(value, numpy.generic):
         return plain(value.item())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -247,7 +247,7 @@ def plain(value: Any) -> Any:
 
 
 def _open_final_message(chat: list[dict[str, Any]], field: bool | str, source: str) -> str:
-    """Put the mark behind the last message's text (changes chat); return that text."""
+    """Append the mark to the last message's text (changes chat). Return that text."""
     name = field if isinstance(field, str) else "content"
     last = chat[-1]
     value = last.get(name)
@@ -281,7 +281,7 @@ def _open_final_message(chat: list[dict[str, Any]], field: bool | str, source: s
 
 
 def _cut_at_mark(text: str, opened: str) -> str:
-    """Cut the rendered text where the open message ends."""
+    """Cut the rendered text at the end of the open message."""
     end = text.rfind(_MARK.strip())
     if end < 0 or opened.strip() not in text:
         raise TokenizerError(
@@ -289,5 +289,5 @@ def _cut_at_mark(text: str, opened: str) -> str:
             where="continue_final_message",
             remedy="do not continue messages with this template",
         )
-    # No space behind the mark: the template trims messages, so it would have trimmed this one too.
+    # No space after the mark: the template strips messages, so it would have stripped this one too.
     return text[:end] if text.startswith(_MARK, end) else text[:end].rstrip()

@@ -1,9 +1,9 @@
-"""safetensors files: mapped and checked before a byte is used, written so that a crash leaves no half.
+"""Reader and writer of safetensors files: mapped, checked before use, written atomically.
 
     u64 header length (little-endian) | JSON header, padded with spaces | data
 
-The header maps a name to {"dtype", "shape", "data_offsets": [begin, end]}, offsets counted from the
-start of the data, and "__metadata__" to a table of strings.
+The header maps each name to {"dtype", "shape", "data_offsets": [begin, end]}, with offsets from the start of the
+data, and "__metadata__" to a table of strings.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ DTYPES = {
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1",
 }  # fmt: skip
 _NUMPY = {name: np.dtype(code) for name, code in DTYPES.items()}
-Where = Path | str  # a file, as messages name it
+Where = Path | str  # a file, as named in messages
 _AGAIN = "download the file again"
 _CHECK = "check that it is a safetensors file"
 _OTHER = "use another upload of the model"
 
 
 class Span(NamedTuple):
-    """Where one tensor lies: bytes begin to end of the file."""
+    """The dtype, shape and byte range of one tensor in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -51,10 +51,10 @@ class Span(NamedTuple):
 
 
 class TensorFile:
-    """A safetensors file, mapped read-only; the map lives as long as any array read from it.
+    """A safetensors file, mapped read-only. It stays mapped until the last array read from it is deleted.
 
-    Opening checks everything the header says and raises FormatError. A file that another program
-    shortens later cannot be caught: like every mapped file it then kills the process.
+    Opening checks the whole header and raises FormatError. If another program shortens the file later, access kills the
+    process, as for every mapped file.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -66,14 +66,14 @@ class TensorFile:
 
     @property
     def names(self) -> Iterable[str]:
-        """Names of all tensors, in the header's order."""
+        """Names of all tensors, in the order of the header."""
         return self._spans.keys()
 
     def __contains__(self, name: str) -> bool:
         return name in self._spans
 
     def info(self, name: str) -> tuple[str, tuple[int, ...]]:
-        """-> dtype as safetensors spells it, shape."""
+        """Return the dtype as safetensors names it, and the shape."""
         span = self._span(name)
         return span.dtype, span.shape
 
@@ -82,10 +82,10 @@ class TensorFile:
         return span.end - span.begin
 
     def read(self, name: str) -> Array:
-        """-> a read-only view into the map; BF16 as its bits in uint16.
+        """Return a read-only view into the map; BF16 as its bits in uint16.
 
-        Only a tensor that does not start at a multiple of its item's size is copied. When the last
-        view is gone its pages leave memory, so that reading a model tensor by tensor does not hold it.
+        A tensor is copied only if its start is not a multiple of the item size. When its last view is deleted, its pages
+        leave memory, so that reading a model tensor by tensor does not keep it in memory.
         """
         span = self._span(name)
         dtype = _NUMPY[span.dtype]
@@ -104,7 +104,7 @@ class TensorFile:
 
 
 def _leave_memory(data: mmap.mmap, span: Span) -> None:
-    """Drop a tensor's pages; another array of it stays valid and reads them again."""
+    """Drop a tensor's pages. Other arrays of it stay valid and read the pages again."""
     page = mmap.PAGESIZE
     first, last = -(-span.begin // page) * page, span.end // page * page
     if first < last and hasattr(data, "madvise"):
@@ -112,18 +112,18 @@ def _leave_memory(data: mmap.mmap, span: Span) -> None:
 
 
 def show(name: object) -> str:
-    """A name from an untrusted file as it may stand in a message: quoted, escaped, not endless."""
+    """Quote, escape and shorten a name from an untrusted file for a message."""
     text = repr(name)
     return text if len(text) <= 120 else f"{text[:100]}…{text[-15:]}"
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading, refusing what is not one: a folder, or a pipe, which would block."""
+    """Open a regular file for reading. Raises FormatError for a folder, or a pipe, which would block."""
     try:
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except FileNotFoundError:
         raise FormatError("the file is missing", where=path) from None
-    except (OSError, ValueError) as error:  # Windows opens no folder: the other systems see it below
+    except (OSError, ValueError) as error:  # Windows cannot open folders; other systems fail the check below
         reason = (
             "is a folder, not a file"
             if path.is_dir()
@@ -157,13 +157,13 @@ def _bad(path: Where, what: str, remedy: str = _AGAIN) -> NoReturn:
 
 
 class _BadHeader(ValueError):
-    """Valid JSON that no safetensors header may hold."""
+    """Valid JSON that a safetensors header must not contain."""
 
 
 def header_end(path: Where, data: bytes | mmap.mmap, size: int) -> int:
-    """-> the byte at which the header ends; data: at least the first 23 bytes of the `size` that the file has.
+    """Return the offset of the header's end. data: at least the first 23 of the file's `size` bytes.
 
-    Raises FormatError if it is no safetensors file.
+    Raises FormatError if it is not a safetensors file.
     """
     _check_length(path, size)
     if data[:23] == b"version https://git-lfs":
@@ -179,7 +179,7 @@ def header_end(path: Where, data: bytes | mmap.mmap, size: int) -> int:
 
 
 def described(path: Where, header: memoryview, size: int) -> tuple[dict[str, str], dict[str, Span]]:
-    """A header -> the metadata and every tensor in it, all checked. Raises FormatError."""
+    """Parse and check a header -> its metadata, and the Span of every tensor. Raises FormatError."""
     table = _parse(path, header)
     metadata = _metadata(path, table.pop(METADATA, {}))
     return metadata, _spans(path, table, 8 + len(header), size)
@@ -221,7 +221,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > 19 or digits[0] == "-":  # over 2**63; a million digits would take minutes to convert
+    if len(digits) > 19 or digits[0] == "-":  # over 2**63; converting a million digits would take minutes
         raise _BadHeader(f"the number {digits[:20]}, which is not a size")
     return int(digits)
 
@@ -238,9 +238,9 @@ def _metadata(path: Where, table: Any) -> dict[str, str]:
 
 
 def _spans(path: Where, header: dict[str, Any], start: int, size: int) -> dict[str, Span]:
-    """Check each tensor against its own shape, then all of them against the file: no hole, no overlap.
+    """Check each tensor against its shape, and all against the file: no gap, no overlap.
 
-    start: the file's byte where the data begins; size: the file's bytes.
+    start: offset of the data in the file. size: bytes of the file.
     """
     spans = {name: _span(path, name, entry, start) for name, entry in header.items()}
     end = start
@@ -282,7 +282,7 @@ def _naturals(value: Any) -> bool:
 
 
 class Entry(NamedTuple):
-    """A tensor to be written; data may be a function, called in its turn: one is in memory at a time."""
+    """A tensor to write. data may be a function that is called when it is written: one is in memory at a time."""
 
     name: str
     dtype: str
@@ -295,21 +295,21 @@ class Entry(NamedTuple):
 
 
 def entry(name: str, array: Array, dtype: str | None = None) -> Entry:
-    """An array as an Entry; say "BF16" where uint16 holds bfloat16 bits."""
+    """Return an array as an Entry. dtype: "BF16" if uint16 holds bfloat16 bits."""
     spelled = next(key for key, code in _NUMPY.items() if code == array.dtype)
     return Entry(name, dtype or ("U16" if spelled == "BF16" else spelled), array.shape, array)
 
 
 def entries(file: TensorFile) -> list[Entry]:
-    """All tensors of an open file, each read only when it is written (to merge or split files)."""
+    """Return all tensors of an open file, each read only when it is written (to merge or split files)."""
     return [Entry(name, *file.info(name), partial(file.read, name)) for name in file.names]
 
 
 def write(path: Path | str, tensors: Iterable[Entry], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, one tensor in memory at a time; the same input gives the same bytes.
+    """Write a safetensors file with one tensor in memory at a time. The same input gives the same bytes.
 
-    Tensors of large items go first and so all stay aligned; otherwise the given order is kept.
-    Raises TinychatError where the disk refuses; nothing is left behind then.
+    Tensors with larger items come first, so that all stay aligned; otherwise the order is kept. Raises TinychatError
+    if the disk refuses; then no partial file remains.
     """
     ordered = sorted(tensors, key=lambda tensor: -_NUMPY[tensor.dtype].itemsize)
     header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
@@ -331,10 +331,10 @@ def write(path: Path | str, tensors: Iterable[Entry], metadata: Mapping[str, str
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file to be written beside `path`, and put it in its place when it is complete and on disk.
+    """Open a temporary file next to `path`, and rename it to `path` when it is complete and on disk.
 
-    Whatever happens, `path` is the old file, the new file or absent. A killed process leaves
-    `<name>.partial`, which the next attempt overwrites.
+    At any time `path` is the old file, the new file or absent. A killed process leaves `<name>.partial`, which the next
+    attempt overwrites.
     """
     partial_path = path.with_name(path.name + ".partial")
     try:
@@ -356,7 +356,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut (POSIX; Windows has no such call)."""
+    """Make renames in a folder durable (POSIX; Windows has no such call)."""
     if os.name == "posix":
         fd = os.open(folder, os.O_RDONLY)
         try:

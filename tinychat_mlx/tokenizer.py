@@ -1,20 +1,20 @@
-"""How does text become token ids, and token ids text?
+"""Tokenizer: text to token ids and back, chat messages to text.
 
-tokenizer.json is the truth, run by the library `tokenizers`; the results are those of
-transformers' AutoTokenizer, without importing it. (For a few old vocabularies transformers 5 rebuilds the
-pipeline in Python and ignores part of tokenizer.json; there the file is followed.) The library is imported
-late: `--help` must not pay for it.
+The library `tokenizers` runs tokenizer.json. The results equal those of transformers' AutoTokenizer, which is not
+imported. (For a few old vocabularies transformers 5 rebuilds the pipeline in Python and ignores part of
+tokenizer.json; there this module follows the file.) `tokenizers` is imported on first use, so that `--help` does not
+load it.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinychat_mlx.detokenizer import StopMatcher, Stream, clean_up_spaces, stream
-from tinychat_mlx.errors import TokenizerError
+from tinychat_mlx.errors import FormatError, TokenizerError
+from tinychat_mlx.json_file import read_optional
 from tinychat_mlx.template import ChatTemplate, Message, find_template
 
 if TYPE_CHECKING:
@@ -28,10 +28,10 @@ _SLOW_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "te
 
 
 class Tokenizer:
-    """Text to ids and back, and messages to text, for one model folder."""
+    """Encodes text, decodes ids and renders messages, for one model folder."""
 
     def __init__(self, raw: RawTokenizer, special_tokens: Mapping[str, str], clean_up: bool = False) -> None:
-        """special_tokens: `bos_token`, `eos_token` and so on -> their text; clean_up: see clean_up_spaces."""
+        """special_tokens: `bos_token`, `eos_token`, … -> their text. clean_up: see clean_up_spaces."""
         self._raw = raw
         self._clean_up = clean_up
         self.special_tokens = dict(special_tokens)
@@ -43,16 +43,16 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path, chat_template: str | None = None) -> Tokenizer:
-        """Read tokenizer.json and what belongs to it; `chat_template` (Jinja text) replaces the folder's own.
+        """Read tokenizer.json and its side files. `chat_template` (Jinja text) replaces the folder's own.
 
-        Raises TokenizerError if a file is missing or damaged. A folder without a chat template loads.
+        Raises TokenizerError if a file is missing or damaged. A folder without a chat template is valid.
         """
         folder = Path(folder)
         raw = _read_raw(folder)
         config = _read_object(folder / "tokenizer_config.json")
         named, extra, declared = _special_tokens(folder, config)
         _add_missing(raw, named, extra, declared)
-        # Made for vocabularies of words; on BPE it would eat true spaces, so transformers 5 leaves BPE alone.
+        # Made for word-level vocabularies. It would delete real spaces of BPE, so transformers 5 skips it there.
         forced = config.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False)
         words = type(raw.model).__name__ != "BPE" or bool(forced)
         tokenizer = cls(
@@ -70,7 +70,7 @@ class Tokenizer:
     # -- text and ids
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Encode a text; special: add what the model expects round it, a BOS say (not to rendered chats)."""
+        """Encode a text. special: add the special tokens that the model expects, e.g. BOS (not for rendered chats)."""
         try:
             return self._raw.encode(text, add_special_tokens=special).ids
         except TypeError:
@@ -81,21 +81,21 @@ class Tokenizer:
             ) from None
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """Decode ids to text, leaving out special tokens; ids outside the vocabulary give nothing."""
+        """Decode ids to text without special tokens. Ids outside the vocabulary are skipped."""
         text = self._raw.decode(list(ids), skip_special_tokens=skip_special)
         return clean_up_spaces(text) if self._clean_up else text
 
     def stream(self, skip_special: bool = True) -> Stream:
-        """Start a streaming decoder: what `push(id)` and `flush()` return, joined, equals decode(all ids)."""
+        """Start a streaming decoder: the results of `push(id)` and `flush()`, joined, equal decode(all ids)."""
         return stream(self._raw, self.special_ids if skip_special else frozenset(), self._clean_up)
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, added ones included (the model's embedding may have more rows)."""
+        """Number of tokens including added ones (the model's embedding may have more rows)."""
         return self._raw.get_vocab_size(with_added_tokens=True)
 
     def id_of(self, token: str) -> int | None:
-        """The id of one token by its name in the vocabulary, or None."""
+        """Return the id of a token by its name in the vocabulary, or None."""
         return self._raw.token_to_id(token)
 
     @property
@@ -117,9 +117,9 @@ class Tokenizer:
     # -- conversations
 
     def render(self, messages: Sequence[Message], /, **kwargs: Any) -> str:
-        """Render messages with the model's chat template; arguments as ChatTemplate.render.
+        """Render messages with the model's chat template. The arguments are those of ChatTemplate.render.
 
-        Raises TokenizerError if the model has no template (no guess is made) or the template refuses.
+        Raises TokenizerError if the model has no template, or if the template refuses the messages.
         """
         if self.template is None:
             raise TokenizerError(
@@ -128,18 +128,18 @@ class Tokenizer:
         return self.template.render(messages, **kwargs)
 
     def encode_chat(self, messages: Sequence[Message], /, **kwargs: Any) -> list[int]:
-        """Render messages and encode them; the template wrote the special tokens, so none are added again."""
+        """Render messages and encode them. The template writes the special tokens, so none are added."""
         return self.encode(self.render(messages, **kwargs), special=False)
 
     def starts_with_special(self, text: str) -> bool:
-        """Whether a text begins with an added token, which is split off whatever stands before it."""
+        """Whether a text begins with an added token, which is split off regardless of the text before it."""
         return text.startswith(self._borders)
 
     def stop_ids(
         self, config_eos: int | Iterable[int] | None = None, generation_eos: int | Iterable[int] | None = None
     ) -> frozenset[int]:
-        """All tokens that end an answer: those of config.json, of generation_config.json, of the tokenizer,
-        and the one the chat template writes behind an answer. Published models omit any of the four.
+        """Return all tokens that end an answer: those of config.json, generation_config.json and the tokenizer, and the
+        one that the chat template writes after an answer. Published models omit any of the four.
         """
         ids = {self.eos_id, self._turn_end_id()}
         for eos in (config_eos, generation_eos):
@@ -147,12 +147,12 @@ class Tokenizer:
         return frozenset(number for number in ids if number is not None)
 
     def _turn_end_id(self) -> int | None:
-        """The added token that the template writes right behind an assistant's message, if it does."""
+        """Return the added token that the template writes directly after an assistant's message, or None."""
         answer = "TINYCHAT-ANSWER"
         chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": answer}]
         try:
             text = self.render(chat, add_generation_prompt=False)
-        except TokenizerError:  # no template, or one that wants another conversation: then it shows nothing
+        except TokenizerError:  # no template, or one that refuses this conversation
             return None
         behind = text.rpartition(answer)[2].lstrip()
         names = [name for name in self._added_tokens if name and behind.startswith(name)]
@@ -167,7 +167,7 @@ def _read_raw(folder: Path) -> RawTokenizer:
         raise _missing(folder)
     try:
         raw = RawTokenizer.from_file(str(path))
-    except BaseException as error:  # the library raises nothing narrower; its panics are no Exception
+    except BaseException as error:  # the library raises nothing narrower; its panics are not Exceptions
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise TokenizerError(f"not a tokenizer ({error})", where=path, remedy="download it again") from error
@@ -191,23 +191,18 @@ def _missing(folder: Path) -> TokenizerError:
 
 def _read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object; a missing file is an empty one."""
-    if not path.is_file():
-        return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise TokenizerError(f"not JSON ({error})", where=path, remedy="download it again") from error
-    if not isinstance(value, dict):
-        raise TokenizerError("not a JSON object", where=path, remedy="download it again")
-    return value
+        return read_optional(path)
+    except FormatError as error:
+        raise TokenizerError(error.what, where=path, remedy="download it again") from error
 
 
 def _special_tokens(
     folder: Path, config: Mapping[str, Any]
 ) -> tuple[dict[str, AddedToken], list[AddedToken], list[AddedToken]]:
-    """What the JSON files beside tokenizer.json say: named, further special, and declared added tokens.
+    """Return named, additional special, and declared added tokens from the JSON files next to tokenizer.json.
 
-    special_tokens_map.json is of old and counts only if tokenizer_config.json declares no added tokens.
+    special_tokens_map.json is a legacy file, used only if tokenizer_config.json declares no added tokens.
     """
     path = folder / "tokenizer_config.json"
     values, declared = dict(config), []
@@ -229,12 +224,12 @@ def _special_tokens(
         raise TokenizerError(
             "'extra_special_tokens' is not a list of tokens", where=path, remedy="download it again"
         )
-    if isinstance(extra, dict):  # named ones of this model: {"image_token": "<image>"}
+    if isinstance(extra, dict):  # tokens named by this model: {"image_token": "<image>"}
         values |= extra
         names, extra = [*_NAMED, *extra], []
     else:
         own = [key for key, value in values.items() if key.endswith("_token") and isinstance(value, str)]
-        names = [*_NAMED, *(key for key in own if key not in _NAMED)]  # "image_token" and the like
+        names = [*_NAMED, *(key for key in own if key not in _NAMED)]  # "image_token" and similar
     named = {}
     for name in names:
         if values.get(name) is not None:

@@ -1,4 +1,4 @@
-"""The canonical weight: what a checkpoint holds, whatever its format, before a device packs it."""
+"""The canonical weight: the content of a checkpoint in any format, before a device packs it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Dense:
         return int(self.w.nbytes)
 
     def to_float32(self) -> F32:
-        """-> (N, K) float32, exact."""
+        """Return the matrix as (N, K) float32, exactly."""
         return to_float32(self.w)
 
 
@@ -41,9 +41,9 @@ class Dense:
 class Packed:
     """An integer matrix in groups of G inputs: w[n, k] = q[n, k] * scales[n, k // G] + biases[n, k // G].
 
-    qweight (N, K * w_bit / 32) uint32, codes of a word from the lowest bits up (MLX's affine
-    layout; 3 bits are a little-endian bit stream, 8 codes in 3 bytes); scales, biases (N, K / G)
-    float16 or float32. AWQ: biases = -zero * scale.
+    qweight (N, K * w_bit / 32) uint32 holds the codes from the lowest bits up (MLX's affine layout; 3-bit codes are a
+    little-endian bit stream, 8 codes in 3 bytes). scales, biases (N, K / G) are float16 or float32.
+    AWQ: biases = -zero * scale.
     """
 
     name: str
@@ -63,11 +63,11 @@ class Packed:
         return int(self.qweight.nbytes + self.scales.nbytes + self.biases.nbytes)
 
     def codes(self) -> npt.NDArray[np.uint8]:
-        """-> q (N, K) uint8."""
+        """Return q (N, K) uint8."""
         return unpack_codes(self.qweight, self.w_bit)
 
     def to_float32(self) -> F32:
-        """-> (N, K) float32: the meaning of the packed weight."""
+        """Return the dequantised matrix (N, K) float32."""
         n, k = self.shape
         q = self.codes().reshape(n, k // self.group_size, self.group_size).astype(np.float32)
         scales = self.scales.astype(np.float32)[..., None]
@@ -75,16 +75,16 @@ class Packed:
 
 
 class Joined(Packed):
-    """Packed weights of one input, stacked along N: its arrays are made only where one is asked for.
+    """Packed weights with the same input, stacked along N. The stacked arrays are computed on first use.
 
-    A device that has a place for the whole takes the `parts` there, straight from where each lies.
+    A device that allocates the stacked weight copies the `parts` into it directly, without an intermediate copy.
     """
 
     def __init__(self, name: str, parts: tuple[Packed, ...], bias: F32 | None) -> None:
         first = parts[0]
         fields = {"name": name, "w_bit": first.w_bit, "group_size": first.group_size, "bias": bias}
         for key, value in {**fields, "parts": parts}.items():
-            object.__setattr__(self, key, value)  # as a frozen dataclass's own __init__ does it
+            object.__setattr__(self, key, value)  # assigns as a frozen dataclass's __init__ does
 
     parts: tuple[Packed, ...]
 
@@ -113,7 +113,7 @@ Weight = Dense | Packed
 
 
 def to_float32(a: Array) -> F32:
-    """Widen float16, float32 or bfloat16 bits (uint16) to float32, exactly."""
+    """Convert float16, float32 or bfloat16 bits (uint16) to float32, exactly."""
     if a.dtype == np.uint16:
         wide: npt.NDArray[np.uint32] = a.astype(np.uint32) << np.uint32(16)
         return wide.view(np.float32)
@@ -121,7 +121,7 @@ def to_float32(a: Array) -> F32:
 
 
 def pack_codes(q: npt.NDArray[np.uint8], w_bit: int) -> npt.NDArray[np.uint32]:
-    """Codes (N, K) -> words (N, K * w_bit / 32); K * w_bit must be a multiple of 32."""
+    """Pack codes (N, K) into words (N, K * w_bit / 32). K * w_bit must be a multiple of 32."""
     n, k = q.shape
     if w_bit == 8:
         return np.ascontiguousarray(q).view("<u4").astype(np.uint32, copy=False)
@@ -134,7 +134,7 @@ def pack_codes(q: npt.NDArray[np.uint8], w_bit: int) -> npt.NDArray[np.uint32]:
 
 
 def unpack_codes(words: npt.NDArray[np.uint32], w_bit: int) -> npt.NDArray[np.uint8]:
-    """Words (N, K * w_bit / 32) -> codes (N, K): the inverse of `pack_codes`."""
+    """Unpack words (N, K * w_bit / 32) into codes (N, K): the inverse of `pack_codes`."""
     n = words.shape[0]
     octets = np.ascontiguousarray(words).astype("<u4", copy=False).view(np.uint8).reshape(n, -1)
     if w_bit == 8:
@@ -148,7 +148,7 @@ def unpack_codes(words: npt.NDArray[np.uint32], w_bit: int) -> npt.NDArray[np.ui
 
 
 def take_rows(name: str, weight: Weight, rows: npt.NDArray[np.intp]) -> Weight:
-    """The same weight with its outputs in another order, or only some of them."""
+    """Return the weight with the outputs `rows` only, in that order."""
     bias = None if weight.bias is None else weight.bias[rows]
     if isinstance(weight, Dense):
         return Dense(name, weight.w[rows], bias)
@@ -157,9 +157,9 @@ def take_rows(name: str, weight: Weight, rows: npt.NDArray[np.intp]) -> Weight:
 
 
 def join(name: str, parts: list[Weight]) -> Weight | None:
-    """Stack weights of one input along N (q/k/v, gate/up), or None where their forms differ.
+    """Stack weights of one input along N (q/k/v, gate/up). Return None if their forms differ.
 
-    Packed ones come as `Joined`: nothing is copied yet.
+    Packed weights become a `Joined`, which copies nothing yet.
     """
     first = parts[0]
     if any(type(p) is not type(first) or p.shape[1] != first.shape[1] for p in parts):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-# What the operating system refuses -> the reason, and what to do about it.
+# errno -> the reason, and the remedy.
 REFUSALS = {
     errno.ENOENT: ("no such file or folder", "check the path"),
     errno.ENOTDIR: ("a part of this path is a file, not a folder", "check the path"),
@@ -21,11 +21,11 @@ REFUSALS = {
     errno.EMFILE: ("too many open files", "raise the limit (ulimit -n)"),
     errno.EIO: ("the disk cannot read or write it", "check the disk"),
 }
-LONGEST = 120  # letters of a path that are shown
+LONGEST = 120  # characters of a path that are printed
 
 
 def size(n: float) -> str:
-    """Bytes as people say them: 7.1 MB."""
+    """Format a byte count with a decimal unit: 7.1 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if n < 1000:
             return f"{n:.0f} {unit}" if unit == "B" or n >= 100 else f"{n:.1f} {unit}"
@@ -33,8 +33,15 @@ def size(n: float) -> str:
     return f"{n:.1f} TB"
 
 
+def lasting(seconds: float) -> str:
+    """Format a time for display: 40 s, 3 min, 2.5 h."""
+    if seconds < 90:
+        return f"{max(1, seconds):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def of_the_system(error: OSError) -> str:
-    """An error of the operating system -> "path: reason — what to do"."""
+    """Format an OSError as "path: reason — remedy"."""
     if error.errno is None:
         return str(error)
     where, reason, remedy = refusal(error)
@@ -42,7 +49,7 @@ def of_the_system(error: OSError) -> str:
 
 
 def refusal(error: OSError) -> tuple[str, str, str]:
-    """An error of the operating system -> path or "", reason, what to do."""
+    """Split an OSError into its path ("" if none), the reason and the remedy."""
     paths = [_short(str(p)) for p in (error.filename, error.filename2) if p is not None]
     other = (error.strerror or str(error), "check it; `tinychat --debug …` shows what was tried")
     return " -> ".join(paths), *REFUSALS.get(error.errno or 0, other)

@@ -1,13 +1,13 @@
-"""`tinychat bench`: how fast is this machine with a model, and what of its memory bandwidth is that?
+"""`tinychat bench`: measure the speed of a model on this machine, and its share of the memory bandwidth.
 
     tinychat bench                                     llama-3.2-1b's shape with random weights: no download
     tinychat bench -m MODEL --depth 4096 --json
-    tinychat bench -m MODEL --kernels                  on a Mac: which of our Metal kernels are faster for this model
+    tinychat bench -m MODEL --kernels                  on a Mac: select the fastest Metal kernels for this model
     tinychat bench --shape qwen2.5-0.5b --head int4 --against llama.cpp
 
-A decoded token reads every weight once, so tokens/s = bandwidth / bytes a token is the ceiling; the table says how
-much of it is reached. Median of alternating repetitions, after one that warms up. stdout: a table or, with --json,
-one object; progress goes to stderr.
+A decoded token reads every weight once, so tokens/s = bandwidth / bytes per token is the upper bound. The table prints
+the share of it that is reached. Results are medians of alternating repetitions after one warm-up. stdout has a table
+or, with --json, one object; progress goes to stderr.
 """
 
 from __future__ import annotations
@@ -40,22 +40,24 @@ DEFAULT_SHAPE = "llama-3.2-1b"
     "--tg", type=click.IntRange(1), default=128, show_default=True, metavar="N", help="Decoded tokens."
 )
 @click.option("--depth", type=click.IntRange(0), default=0, show_default=True, metavar="N",
-              help="Tokens in the cache before decoding begins.")  # fmt: skip
+              help="Tokens in the cache before decoding.")  # fmt: skip
 @click.option(
-    "--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="Where to compute."
+    "--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="Device backend."
 )
 @click.option("--exact", is_flag=True, help="Activations in full precision, not int8.")
-@click.option("--threads", type=click.IntRange(1), metavar="N", help="CPU threads, ours and a peer's.")
+@click.option("--threads", type=click.IntRange(1), metavar="N", help="CPU threads, also of a peer.")
 @click.option("--threads-sweep", is_flag=True, help="Measure with 1, 2, 4 … threads.")
 @click.option(
     "--repeat", type=click.IntRange(5), default=5, show_default=True, metavar="N", help="Repetitions."
 )
 @click.option("--against", multiple=True, metavar="PEER",
-              help="Also run llama.cpp[:Q4_0|:Q4_K_M][:norepack] or torch, in turn (repeatable).")  # fmt: skip
+              help="Also measure llama.cpp[:Q4_0|:Q4_K_M][:norepack] or torch (repeatable).")  # fmt: skip
 @click.option(
-    "--kernels", is_flag=True, help="Mac: time our Metal kernels against stock ones, keep the winners."
+    "--kernels", is_flag=True, help="Mac: time tinychat's Metal kernels against MLX's, and store the fastest."
 )
-@click.option("--model-cost", is_flag=True, help="Mac: tokens/s that each chip's bandwidth allows, computed.")
+@click.option(
+    "--model-cost", is_flag=True, help="Mac: compute the tokens/s that each chip's bandwidth allows."
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def bench(model: str | None, shape: str | None, as_json: bool, **options: Any) -> None:
     """Measure speed on this machine."""
@@ -103,7 +105,7 @@ def _say(line: str) -> None:
 
 
 def _sweep(plan: Plan, as_json: bool) -> None:
-    """One run a number of threads; the JSON object is the fastest decoder's, the others are under "sweep"."""
+    """Run once per number of threads. The JSON object is that of the fastest decoder; "sweep" has the others."""
     from tinychat_mlx.apps.bench.measure import run
     from tinychat_mlx.apps.bench.table import show_sweep
 

@@ -1,7 +1,7 @@
-"""A GGUF of a given shape with random but valid blocks, for llama.cpp: types a tensor as its own quantiser gives.
+"""Write a GGUF file of a given shape with random valid blocks, with the tensor types of llama.cpp's quantiser.
 
-Q4_0 is "pure": every matrix. Q4_K_M follows llama.cpp's llama-quant.cpp, with its substitutes where a row is
-no multiple of 256.
+Q4_0 is "pure": every matrix. Q4_K_M follows llama.cpp's llama-quant.cpp, with its substitutes if a row is not a
+multiple of 256.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tinychat_mlx.errors import BackendError, UsageError
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 TYPES = ("Q4_0", "Q4_K_M")
-# type -> weights and bytes of a block, largest code, byte offset of its float16 scale: w = scale · code
+# type -> weights and bytes per block, largest code, byte offset of its float16 scale: w = scale · code
 BLOCKS = {
     "Q4_0": (32, 18, 8, 0),
     "Q5_0": (32, 22, 16, 0),
@@ -28,14 +28,14 @@ BLOCKS = {
         144,
         63 * 7.5,
         0,
-    ),  # scale · 6 bits · 0 … 15 - minimum · 6 bits; the minimum's scale lies behind
+    ),  # scale · 6 bits · 0 … 15 - minimum · 6 bits; the minimum's scale follows
     "Q6_K": (256, 210, 128 * 32, 208),
 }
 SUBSTITUTES = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}
 
 
 def library(name: str) -> Any:
-    """Import an optional peer. Raises BackendError saying what to install."""
+    """Import an optional peer. Raises BackendError with the install command."""
     try:
         return import_module(name)
     except ImportError as e:
@@ -43,7 +43,7 @@ def library(name: str) -> Any:
 
 
 def missing(what: str) -> BackendError:
-    """The error for a Python package that the comparison with llama.cpp needs."""
+    """Return the error for a missing Python package of the comparison with llama.cpp."""
     remedy = (
         "pip install llama-cpp-python gguf (the first is built from source with a C++ compiler and cmake)"
     )
@@ -51,7 +51,7 @@ def missing(what: str) -> BackendError:
 
 
 def matrices(config: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
-    """Names and shapes (N, K) of the matrices, without ".weight"."""
+    """Yield names and shapes (N, K) of the matrices, without ".weight"."""
     c, f, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     head = config.get("head_dim") or c // config["num_attention_heads"]
     q, kv = (config[f"num_{n}_heads"] * head for n in ("attention", "key_value"))
@@ -66,7 +66,7 @@ def matrices(config: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
 
 
 def type_of(name: str, k: int, config: Mapping[str, Any], file_type: str) -> str:
-    """What llama.cpp's quantiser makes of a matrix of K inputs."""
+    """Return the type that llama.cpp's quantiser gives a matrix of K inputs."""
     if file_type == "Q4_0":
         return "Q4_0"
     kind = "Q4_K"
@@ -79,7 +79,7 @@ def type_of(name: str, k: int, config: Mapping[str, Any], file_type: str) -> str
 
 
 def blocks(random: np.random.Generator, kind: str, n: int, k: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """(N, bytes a row): random codes under scales that keep products near 1."""
+    """Return (N, bytes per row): random codes with scales that keep products near 1."""
     weights, size, largest, at = BLOCKS[kind]
     words = random.integers(0, 1 << 32, -(-n * (k // weights) * size // 4), np.uint32)
     data = words.view(np.uint8)[: n * (k // weights) * size].reshape(n, k // weights, size)
@@ -87,12 +87,14 @@ def blocks(random: np.random.Generator, kind: str, n: int, k: int) -> np.ndarray
     scale = np.array([math.sqrt(3 / k) / largest], np.float16)
     data[..., at : at + 2] = scale.view(np.uint8)
     if kind == "Q4_K":
-        data[..., at + 2 : at + 4] = (scale * np.float16(7.5)).view(np.uint8)  # the codes' mean: w's is 0
+        data[..., at + 2 : at + 4] = (scale * np.float16(7.5)).view(
+            np.uint8
+        )  # the codes' mean, so that w has mean 0
     return data.reshape(n, -1)
 
 
 def vectors(config: Mapping[str, Any], architecture: str) -> Iterator[tuple[str, int]]:
-    """Names and sizes of norms and biases."""
+    """Yield names and sizes of norms and biases."""
     c = config["hidden_size"]
     head = config.get("head_dim") or c // config["num_attention_heads"]
     yield "output_norm.weight", c
@@ -106,7 +108,7 @@ def vectors(config: Mapping[str, Any], architecture: str) -> Iterator[tuple[str,
 
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """With what a config.json may leave out or keep elsewhere."""
+    """Add keys that a config.json may omit or store elsewhere."""
     rope = config.get("rope_parameters") or {}
     theta = config.get("rope_theta") or rope.get("rope_theta") or 10000.0
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
@@ -114,7 +116,7 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write(path: Path, config: Mapping[str, Any], file_type: str) -> dict[str, int]:
-    """Write the file -> bytes read a token (an untied embedding's one row), and bytes of all weights."""
+    """Write the file -> bytes read per token (one row of an untied embedding), and bytes of all weights."""
     gguf = library("gguf")
     architecture = ARCHITECTURES.get(config["model_type"])
     if architecture is None:
@@ -152,7 +154,7 @@ def write(path: Path, config: Mapping[str, Any], file_type: str) -> dict[str, in
 
 
 def _describe(writer: Any, config: Mapping[str, Any], architecture: str) -> None:
-    """The metadata that llama.cpp asks for; "no_vocab" is its word for a model without a tokenizer."""
+    """Write the metadata that llama.cpp requires; "no_vocab" is its name for a model without a tokenizer."""
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])

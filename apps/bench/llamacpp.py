@@ -1,4 +1,4 @@
-"""llama.cpp as a subject, through llama-cpp-python's ctypes: an optional peer, timed as ours is."""
+"""llama.cpp as a subject, through llama-cpp-python's ctypes: an optional peer, timed in the same way."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tinychat_mlx.errors import BackendError
 
 
 class Subject:
-    """One model file. repack False switches its weight repacking off; all else is its default."""
+    """One model file. repack=False disables its weight repacking; all else has its defaults."""
 
     def __init__(
         self, *, path: str, pp: int, tg: int, depth: int, threads: int, vocabulary: int, repack: bool = True
@@ -37,20 +37,20 @@ class Subject:
         self.context = self.lib.llama_init_from_model(self.model, options)
         if not self.context:
             raise BackendError(
-                "llama.cpp makes no context, perhaps because there is too little memory",
+                "llama.cpp cannot create a context, probably for lack of memory",
                 remedy="use a smaller --pp or --depth",
             )
         self.load_s = time.perf_counter() - start
         self.memory = self.lib.llama_get_memory(self.context)
         ids = np.random.default_rng(0).integers(0, vocabulary, max(pp, depth + tg)).tolist()
-        self.filled = False  # the cache begins with the prompt
+        self.filled = False  # whether the cache begins with the prompt
         self.ids = (self.lib.llama_token * len(ids))(*ids)
 
     def about(self) -> dict[str, Any]:
         return {"load_s": self.load_s, "version": str(self.lib.__version__)}
 
     def prefill(self) -> float:
-        """Seconds for pp tokens."""
+        """Return the seconds for pp tokens."""
         self._forget(0)
         start = time.perf_counter()
         self._feed(0, self.pp)
@@ -59,7 +59,7 @@ class Subject:
         return seconds
 
     def decode(self) -> float:
-        """Seconds for tg tokens after `depth` others; the prompt's tokens are the first of these."""
+        """Return the seconds for tg tokens after `depth` others; the prompt's tokens are the first of these."""
         held = min(self.depth, self.pp) if self.filled else 0
         self._forget(held)
         self._feed(held, self.depth - held)
@@ -72,7 +72,7 @@ class Subject:
         self.lib.llama_memory_seq_rm(self.memory, 0, length, -1)
 
     def _feed(self, at: int, count: int) -> None:
-        """Tokens at: at + count, in its own pieces; the last one's logits come to the host."""
+        """Process tokens at: at + count in llama.cpp's own pieces; the last logits are copied to the host."""
         step = self.lib.llama_n_batch(self.context)
         for begin in range(at, at + count, step):
             n = min(step, at + count - begin)

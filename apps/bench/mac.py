@@ -1,4 +1,4 @@
-"""`bench --kernels` and `bench --model-cost`: the mlx backend's own measurements and its roofline on paper."""
+"""`bench --kernels` and `bench --model-cost`: the mlx backend's kernel selection and its roofline model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def model_cost(config: Mapping[str, Any], depth: int) -> list[dict[str, Any]]:
-    """Bytes and launches a token, and the tokens a second that they allow on each chip, computed: nothing is run."""
+    """Compute bytes and launches per token, and the tokens per second that they allow on each chip, without a run."""
     from tinychat_mlx.backends.mlx import cost
 
     shape = cost.Shape.of(config)
@@ -25,7 +25,7 @@ def model_cost(config: Mapping[str, Any], depth: int) -> list[dict[str, Any]]:
 
 
 def kernels(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
-    """Our Metal kernels against stock ones, product by product, and whole steps captured or not; keeps the winners."""
+    """Time tinychat's Metal kernels against MLX's, and steps with and without mx.compile; store the fastest."""
     try:
         from tinychat_mlx.backends.mlx import bench
     except ImportError as e:
@@ -40,7 +40,7 @@ def kernels(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
         products(options), lambda r: say(f"{r.key}: {r.ours_us:.1f} µs, stock {r.stock_us:.1f} µs")
     )
     steps = {}
-    for capture in ("1", "0"):  # one after the other: each holds a whole model
+    for capture in ("1", "0"):  # one after another, because each holds a whole model
         with closing(Worker("ours", options, env={"TINYCHAT_MLX_CAPTURE": capture})) as worker:
             worker.opened()
             times = [worker.call("decode") for _ in range(plan.repeat + 1)]
@@ -51,7 +51,7 @@ def kernels(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
 
 
 def products(options: dict[str, Any]) -> list[Trial]:
-    """What this very model computes, at 1 to 8 rows: its shapes, bits, groups, norms, activation, biases."""
+    """Time the products of this model at 1 to 8 rows: its shapes, bits, groups, norms, activation, biases."""
     from tinychat_mlx.backends.mlx import MlxBackend, bench
 
     decoder = Subject(**options | {"pp": 2, "tg": 1, "depth": 0}).decoder

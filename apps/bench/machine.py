@@ -1,4 +1,4 @@
-"""What could this machine do at best? Asked in every round, in a process of its own, of all threads together."""
+"""Upper bounds of this machine's speed, measured in every round, in a separate process, with all threads."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 from tinychat_mlx.errors import TinychatError
 
-READ = 1 << 30  # bytes that a GPU's probe reads
+READ = 1 << 30  # bytes that a GPU's measurement reads
 
 
 class Subject:
-    """The limits of the device that a backend computes on; None where nothing measures them."""
+    """The limits of a backend's device; None for those that cannot be measured."""
 
     def __init__(self, backend: str, threads: int | None) -> None:
         self._engine: Any = None
@@ -33,7 +33,7 @@ class Subject:
         return None
 
     def bandwidth(self) -> float | None:
-        """Bytes a second of plain reads, measured now."""
+        """Return the bytes per second of plain reads."""
         if self._engine is not None:
             from tinychat_mlx.backends.cpu import probe
 
@@ -41,7 +41,7 @@ class Subject:
         return {"cuda": _cuda, "mlx": _mlx}.get(self._backend, lambda: None)()
 
     def int8_peak(self) -> float | None:
-        """int8 multiplications and additions a second, in a loop of nothing else."""
+        """Return the int8 multiplications and additions per second of a pure loop."""
         if self._engine is None:
             return None
         from tinychat_mlx.backends.cpu import probe
@@ -66,7 +66,7 @@ def _mlx() -> float | None:
 
 def _best(read: Any, repeats: int = 7) -> float:
     times = []
-    for _ in range(repeats + 1):  # the first compiles
+    for _ in range(repeats + 1):  # the first one compiles
         start = time.perf_counter()
         read()
         times.append(time.perf_counter() - start)

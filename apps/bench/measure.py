@@ -1,7 +1,7 @@
-"""A run: every subject in a process of its own, repetitions in turn, the machine's limits probed beside them.
+"""A benchmark run: each subject in a separate process, repetitions in turn, with the machine's limits measured.
 
-Subjects take turns within a round, so that a slow stretch of the machine (a neighbour, heat) meets all of them,
-and ratios are formed round by round. One round more, the first, warms up and is not counted.
+Subjects take turns within a round, so that a slow period of the machine (other programs, heat) affects all of them.
+Ratios are computed per round. An additional first round is a warm-up and is not counted.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure: a model or a shape, a prompt of pp tokens, tg tokens decoded after `depth` others."""
+    """The settings of a run: a model or a shape, a prompt of pp tokens, tg tokens decoded after `depth` others."""
 
     model: str | None
     shape: str | None
@@ -53,7 +53,7 @@ class Plan:
         if self.shape is not None:
             return shapes.find(self.shape)
         from tinychat_mlx.apps.models.download import folder_of
-        from tinychat_mlx.checkpoint import read_json
+        from tinychat_mlx.json_file import read_json
 
         assert self.model is not None
         return read_json(folder_of(self.model) / "config.json")
@@ -61,7 +61,7 @@ class Plan:
 
 @dataclass
 class Peer:
-    """Another program's run beside ours."""
+    """Another program's run for comparison."""
 
     name: str
     worker: Worker
@@ -72,7 +72,7 @@ class Peer:
 
 
 def check(plan: Plan) -> None:
-    """Refuse what cannot work before anything is loaded: unknown names, absent peers, too little memory."""
+    """Raise an error for unknown names, missing peers or too little memory, before anything is loaded."""
     for peer in plan.against:
         program = parse_peer(peer, plan.head)[0]
         if program == "torch" and find_spec("torch") is None:
@@ -82,7 +82,7 @@ def check(plan: Plan) -> None:
                 if find_spec(package) is None:
                     raise gguf_file.missing(f"{package} is not installed")
     if plan.backend not in ("cpu", "reference"):
-        return  # a library that takes memory itself; its backend refuses in the process that measures
+        return  # its library allocates memory itself; the backend raises in the measuring process
     backend = create(plan.backend, plan.exact, plan.threads)
     tokens = plan.depth + plan.pp + plan.tg
     if plan.shape is None:
@@ -99,7 +99,7 @@ def check(plan: Plan) -> None:
 def parse_peer(text: str, head: str) -> tuple[str, str, bool]:
     """ "llama.cpp[:Q4_0|Q4_K_M][:norepack]" or "torch" -> program, file type, whether to repack.
 
-    Without a type, the one of our kind: all int4 against Q4_0, a finer head against Q4_K_M.
+    The default type is comparable to tinychat's weights: Q4_0 for all int4, Q4_K_M for a finer head.
     """
     program, *rest = text.split(":")
     if program == "torch" and not rest:
@@ -122,7 +122,7 @@ def parse_peer(text: str, head: str) -> tuple[str, str, bool]:
 
 
 def run(plan: Plan, say: Say = lambda line: None) -> dict[str, Any]:
-    """Measure -> what `bench --json` prints."""
+    """Measure -> the object that `bench --json` prints."""
     check(plan)
     busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if busy > 0.5:
@@ -172,14 +172,14 @@ def _open_peer(text: str, plan: Plan, threads: int, stack: ExitStack, say: Say) 
     options |= {"path": str(path), "threads": threads, "vocabulary": config["vocab_size"], "repack": repack}
     worker = _start(stack, "llama.cpp", options)
     about = worker.opened() | {"type": file_type, "weight_bytes": size}
-    with suppress(PermissionError):  # mapped now; where a mapped file stays, the folder's end removes it
+    with suppress(PermissionError):  # it is mapped; systems that keep mapped files delete it with the folder
         path.unlink()
     name = f"llama.cpp {file_type}{'' if repack else ' norepack'}"
     return Peer(name, worker, about)
 
 
 def _linears(config: Config) -> list[tuple[int, int]]:
-    """(N, K) of one layer's products, joined as ours are: qkv, o, gate and up, down."""
+    """Return (N, K) of one layer's products, joined as in tinychat: qkv, o, gate and up, down."""
     c = parse_config(config)
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     hidden, inner = c.hidden_size, c.intermediate_size
@@ -188,7 +188,7 @@ def _linears(config: Config) -> list[tuple[int, int]]:
 
 
 class _Rounds:
-    """The repetitions, and what they measured."""
+    """The repetitions and their measurements."""
 
     def __init__(self, plan: Plan, ours: Worker, machine: Worker, peers: list[Peer], say: Say) -> None:
         self.plan, self.ours, self.machine, self.peers, self.say = plan, ours, machine, peers, say
@@ -201,14 +201,14 @@ class _Rounds:
         self.peak: list[float] = []
 
     def one(self, number: int) -> None:
-        """Round `number`; below 0 it warms up."""
+        """Run round `number`; a negative one is a warm-up."""
         counted = number >= 0
         for values, name in ((self.bandwidth, "bandwidth"), (self.peak, "int8_peak")):
             value = self.machine.call(name)
             if counted and value is not None:
                 values.append(value)
         turns = [partial(self._ours, counted), *(partial(self._peer, p, counted) for p in self.peers)]
-        shift = max(number, 0) % len(turns)  # nobody is always first
+        shift = max(number, 0) % len(turns)  # rotate the order
         for turn in turns[shift:] + turns[:shift]:
             turn()
         if counted:
@@ -216,7 +216,7 @@ class _Rounds:
 
     def _ours(self, counted: bool) -> None:
         pp, tg = self.ours.call("prefill"), self.ours.call("decode")
-        self.rss = self.rss or self.ours.call("peak_rss")  # before anything that an answer does not need
+        self.rss = self.rss or self.ours.call("peak_rss")  # before any work that an answer does not need
         products = self.ours.call("products", rows=self.rows)
         if counted:
             self.pp_s.append(pp)
@@ -262,7 +262,7 @@ def _result(plan: Plan, about: dict[str, Any], threads: int, rounds: _Rounds) ->
         spread["bandwidth_gb_s"] = read = Sample.of([b / 1e9 for b in rounds.bandwidth])
         result["bandwidth_gb_s"] = read.median
         mine = Sample.of([read_bytes * plan.tg / s / 1e9 for s in rounds.tg_s])
-        spread["mbu"] = mine.over(read)  # round by round: a memory's pace may change between them
+        spread["mbu"] = mine.over(read)  # per round, because the bandwidth may change between rounds
         result["mbu"] = spread["mbu"].median
     result |= {"prefill_gop_s": about["ops_per_token"] * pp.median / 1e9}
     result |= {"matmul_gop_s": None, "int8_peak_gop_s": None}
@@ -276,7 +276,7 @@ def _result(plan: Plan, about: dict[str, Any], threads: int, rounds: _Rounds) ->
 
 
 def _peer_result(peer: Peer, ours: dict[str, Any], rounds: _Rounds, plan: Plan) -> dict[str, Any]:
-    """A peer's figures; its ratios are ours / the peer's, above 1 where we are faster."""
+    """Return a peer's figures. Its ratios are tinychat / peer, above 1 if tinychat is faster."""
     result: dict[str, Any] = {"name": peer.name, "version": peer.about["version"]}
     if peer.name == "torch":
         rates = {k: Sample.of([p[k] / 1e9 for p in peer.products]) for k in peer.products[0]}
@@ -286,7 +286,7 @@ def _peer_result(peer: Peer, ours: dict[str, Any], rounds: _Rounds, plan: Plan) 
         read = Sample.of([size * plan.tg / s / 1e9 for s in rounds.tg_s])
         result["tg_ratio"] = read.over(
             rates["read"]
-        ).as_dict()  # a whole token's reading against products alone
+        ).as_dict()  # reads of a whole token against those of products only
         if rounds.products:
             mine = Sample.of([p / 1e9 for p in rounds.products])
             result["matmul_ratio"] = mine.over(rates["int4"]).as_dict()
@@ -294,7 +294,7 @@ def _peer_result(peer: Peer, ours: dict[str, Any], rounds: _Rounds, plan: Plan) 
         return result
     pp, tg = (Sample.of([n / s for s in xs]) for n, xs in ((plan.pp, peer.pp_s), (plan.tg, peer.tg_s)))
     config = parse_config(plan.config())
-    kv = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # a token, in float16
+    kv = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # per token, in float16
     result |= {"type": peer.about["type"], "pp_tok_s": pp.median, "tg_tok_s": tg.median}
     read_bytes = peer.about["weight_bytes"]["read"] + round(kv * (plan.depth + (plan.tg + 1) / 2))
     result |= {"bytes_per_token": read_bytes, "load_s": peer.about["load_s"]}

@@ -1,4 +1,4 @@
-"""This program as a subject: a model on a backend, timed as the chat runs it."""
+"""tinychat as a subject: a model on a backend, timed as the chat runs it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tinychat_mlx.generate import PREFILL_ROWS
 from tinychat_mlx.loading import capacity_of
 
 GREEDY = Choice()
-COUNTED = 32  # tokens of which a head's tiles are counted
-COLD = 256 << 20  # bytes of weights that a round of products reads: more than caches hold
+COUNTED = 32  # number of tokens for counting the head's tiles
+COLD = 256 << 20  # bytes of weights per round of products: more than caches hold
 
 
 class Subject:
@@ -58,12 +58,12 @@ class Subject:
         self.ids = np.random.default_rng(0).integers(0, config.vocab_size, max(pp, depth + tg)).tolist()
         self._prompt = self.decoder.new_cache(pp)
         self._steps = self._tiles = 0
-        # As large as a chat's: a device that copied a cache for each token would look fast with a small one
+        # As large as in a chat: a device that copies a cache for each token would look too fast with a small one
         self._talk = self.decoder.new_cache(max(depth + tg, capacity_of(None, longest)))
         self._fill(self._talk, self.ids[:depth])
 
     def _load(self, model: str, backend: str, exact: bool, threads: int | None) -> None:
-        """A real model, as the chat loads it."""
+        """Load a real model, as the chat does."""
         from tinychat_mlx.checkpoint import Checkpoint
         from tinychat_mlx.loading import load
 
@@ -81,12 +81,13 @@ class Subject:
             self.idle_bytes = one * (moe.num_experts - moe.num_experts_per_tok) * sum(moe.layers)
 
     def _weigh(self) -> None:
-        """Where the device keeps weights in a form of its own, that is what it reads."""
+        """Use the device's own weight sizes if it stores weights in another form: those are the bytes that it reads."""
         outer = [self.decoder.inputs.tokens, self.decoder.head]
         held = {id(h): h for layer in self.decoder.layers for h in matrices(layer)} | {
             id(h): h for h in outer
         }
-        own = {i: a.nbytes for i, h in held.items() if isinstance(a := getattr(h, "data", None), np.ndarray)}
+        backend = self.decoder.backend
+        own = {i: n for i, h in held.items() if (n := backend.held_bytes(h)) is not None}
         if self.idle_bytes == 0 and len(own) == len(held):
             norms = [
                 self.decoder.final_norm,
@@ -97,7 +98,7 @@ class Subject:
             self.embed_bytes = 0 if outer[0] is outer[1] else own[id(outer[0])]
 
     def _invent(self, shape: str, head: str, backend: str, exact: bool, threads: int | None) -> float:
-        """A model of random weights -> the seconds that making them took."""
+        """Build a model of random weights -> seconds spent on generating them."""
         from tinychat_mlx.loading import choose, create
 
         source = RandomSource(find(shape), head)
@@ -116,7 +117,7 @@ class Subject:
             "backend": device.backend,
             "device": device.name,
             "detail": device.detail,
-            "threads": getattr(getattr(self.decoder.backend, "engine", None), "threads", None),
+            "threads": self.decoder.backend.threads,
             "load_s": self.load_s,
             "weight_bytes": self.weight_bytes,
             "kv_bytes": round(sum(self._kv_bytes(tokens) for tokens in (self.depth + self.tg, self.pp))),
@@ -124,13 +125,13 @@ class Subject:
         }
 
     def bytes_per_token(self) -> int:
-        """Read for one decoded token: weights (of an embedding one row), and keys and values of what came before."""
+        """Return the bytes read per decoded token: weights (one row of the embedding), keys and values."""
         rows = self.embed_bytes // self.decoder.config.vocab_size
         weights = self.weight_bytes - self.embed_bytes + rows - self.idle_bytes
         return round(weights - self._head_left_out() + self._kv_bytes(self.depth + (self.tg + 1) / 2))
 
     def _head_left_out(self) -> float:
-        """Bytes of the head that a decoded token did not read: cpu and mlx take its lower halves where they must."""
+        """Return the bytes of the head that a token did not read: cpu and mlx read the lower halves only if needed."""
         head = self.decoder.head
         if left_out := getattr(head, "left_out", None):
             return float(left_out(self._share()))
@@ -140,7 +141,7 @@ class Subject:
         return float(lower - self._tiles / self._steps / tiles * head.data.nbytes)  # type: ignore[attr-defined]
 
     def _share(self) -> float:
-        """The share of the head's tiles that are read whole on mlx: counted apart, as counting waits for the device."""
+        """Return the share of the head's tiles that mlx reads whole, in a separate run, because counting synchronises."""
         decoder, backend = self.decoder, self.decoder.backend
         shortlist = backend.kernels.shortlist  # type: ignore[attr-defined]
         tally: list[Any] = []
@@ -152,20 +153,20 @@ class Subject:
         return float(np.mean([backend.to_host(share) for share in tally]))
 
     def _kv_bytes(self, tokens: float) -> float:
-        """Of a cache as each layer sees it, its window no further."""
+        """Return the bytes of a cache that the layers read, each within its window."""
         config = self.decoder.config
         layer = self.decoder.backend.kv_bytes(cache_shape(config)) / config.num_hidden_layers
         return layer * sum(min(tokens, w or tokens) for w in config.window)
 
     def prefill(self) -> float:
-        """Seconds for pp tokens, from tokens to the last one's logits on the host."""
+        """Return the seconds for pp tokens, up to the last one's logits on the host."""
         self._prompt.rewind(0)
         start = time.perf_counter()
         self._fill(self._prompt, self.ids[: self.pp])
         return time.perf_counter() - start
 
     def decode(self) -> float:
-        """Seconds for tg tokens, one by one, as an answer is made: known tokens, the largest logit of each looked for."""
+        """Return the seconds for tg tokens, one by one as in an answer: known tokens, with the argmax of each row."""
         cache, decoder = self._talk, self.decoder
         backend = decoder.backend
         cache.rewind(self.depth)
@@ -176,7 +177,7 @@ class Subject:
         if draw is None:
             for token in self.ids[self.depth : self.depth + self.tg]:
                 backend.to_host(decoder.forward((token,), cache, choice=GREEDY)).argmax()
-        else:  # the device draws, one step ahead of the host: generate.tokens_ahead
+        else:  # the device samples, one step ahead of the host: generate.tokens_ahead
             token = backend.ids(self.ids[:1])
             for _ in range(self.tg):
                 following = draw(decoder.advance(token, cache, GREEDY))
@@ -195,10 +196,10 @@ class Subject:
             self.decoder.backend.to_host(logits)
 
     def products(self, rows: int) -> dict[str, float] | None:
-        """The layers' matrix products alone, over cold weights: operations a second at `rows` rows."""
+        """Time only the layers' matrix products, on cold weights: operations per second at `rows` rows."""
         backend = self.decoder.backend
         if backend.name not in ("cpu", "reference"):
-            return None  # what a lazy device does not compute cannot be timed one by one
+            return None  # a lazy device cannot be timed product by product
         weights, size = [], 0
         for layer in self.decoder.layers:
             if not isinstance(layer.mlp, Mlp) or size > COLD:
@@ -211,7 +212,7 @@ class Subject:
 
 
 def matrices(layer: Layer) -> list[Handle]:
-    """A layer's weights but for its experts."""
+    """Return a layer's weights without its experts."""
     mlp = layer.mlp
     first = [mlp.gate_up, mlp.gate, mlp.up, mlp.down] if isinstance(mlp, Mlp) else [mlp.router]
     return [h for h in (*layer.qkv, layer.o, *first) if h is not None]
@@ -228,7 +229,7 @@ def rate(backend: Any, weights: list[Handle], rows: int) -> float:
 
 
 def layer_weights(config: ModelConfig) -> int:
-    """Weights of all layers that a token meets: a prompt's work is two operations each; the head's is one row's."""
+    """Return the weights of all layers that a token uses. A prompt token costs two operations for each of them."""
     c = config
     wide = c.num_attention_heads * c.head_dim
     attention = c.hidden_size * (2 * wide + 2 * c.num_key_value_heads * c.head_dim)

@@ -1,4 +1,4 @@
-"""Repeated measurements: a median, and how far they lie apart."""
+"""Repeated measurements: median and deviation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Sample:
-    """The values of one quantity, in the order they were measured."""
+    """The values of one quantity, in the order of measurement."""
 
     values: tuple[float, ...]
 
@@ -23,11 +23,11 @@ class Sample:
 
     @property
     def deviation(self) -> float:
-        """The sample's standard deviation; 0 of one value."""
+        """The sample standard deviation; 0 for one value."""
         return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
     def over(self, other: Sample) -> Sample:
-        """The ratio in each round: what both met there (a slow stretch of the machine) cancels out."""
+        """Return the ratio per round: effects on both (a slow period of the machine) cancel."""
         assert len(self.values) == len(other.values)
         return Sample(tuple(a / b for a, b in zip(self.values, other.values, strict=True)))
 

@@ -1,7 +1,7 @@
-"""A model of random weights in packed form: the speed of a shape without its download.
+"""A model of random packed weights: the speed of a shape without its download.
 
-Weights are made one at a time, straight as codes, when the decoder asks for them; so no more memory is held
-than the packed model and its largest matrix. Scales give every product a gain of about 1: logits stay finite.
+The decoder requests weights one at a time, and each is generated as codes. So memory holds only the packed model and
+its largest matrix. The scales give every product a gain of about 1, so that logits stay finite.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ HEADS = ("int4", "int8", "fp16")
 
 @dataclass
 class RandomSource:
-    """decoder.Source of a dense, gated decoder under Hugging Face's names. head: form of embedding and head."""
+    """decoder.Source of a dense, gated decoder with Hugging Face's names. head: form of embedding and head."""
 
     config: Mapping[str, Any]
     head: str = "int8"
     seed: int = 0
-    seconds: float = 0.0  # spent on making weights, which no real model does
-    sizes: dict[str, int] = field(default_factory=dict)  # bytes of each weight as asked for
+    seconds: float = 0.0  # spent on generating weights, which a real model does not need
+    sizes: dict[str, int] = field(default_factory=dict)  # bytes of each requested weight
 
     def __post_init__(self) -> None:
         self._random = np.random.Generator(np.random.SFC64(self.seed))
 
     def has(self, name: str) -> bool:
-        """Biases and a head of its own exactly where the real model has them."""
+        """Whether a tensor exists: biases and a separate head as in the real model."""
         if name.startswith("lm_head"):
             return not self.config["tie_word_embeddings"]
-        return not name.endswith(".bias")  # of a norm; those of a linear layer come with its weight
+        return not name.endswith(".bias")  # biases of norms; a linear layer's bias comes with its weight
 
     def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
         assert shape is not None, "a random weight needs its shape"
@@ -67,15 +67,15 @@ class RandomSource:
     def packed(self, name: str, n: int, k: int, w_bit: int, bias: F32 | None) -> Packed:
         group = next(g for g in (128, 64, 32) if k % g == 0)
         words = self._random.integers(0, 1 << 32, (n, k * w_bit // 32), np.uint32)
-        # Codes 0 … m spread by m / sqrt(12): this scale makes weights of deviation 1 / sqrt(k).
+        # Codes 0 … m have a deviation of m / sqrt(12): this scale gives weights a deviation of 1 / sqrt(k).
         step = math.sqrt(12 / k) / ((1 << w_bit) - 1)
         wanted = (step * self._random.uniform(0.8, 1.2, (n, k // group))).astype(np.float32)
-        scales = storable(wanted, w_bit).astype(np.float16)  # as `convert` leaves them
+        scales = storable(wanted, w_bit).astype(np.float16)  # as `convert` stores them
         zeros = (1 << (w_bit - 1)) - self._random.integers(0, 2, (n, k // group))
         return Packed(name, words, scales, (-zeros * scales).astype(np.float16), w_bit, group, bias)
 
     def halves(self, n: int, k: int) -> np.ndarray[Any, np.dtype[np.float16]]:
-        """Random signs and mantissas under one exponent: deviation within a factor of 1.5 of 1 / sqrt(k)."""
+        """Return random signs and mantissas with one exponent: deviation within a factor of 1.5 of 1 / sqrt(k)."""
         exponent = round(math.log2(1 / (1.53 * math.sqrt(k))))
         bits = self._random.integers(0, 1 << 16, (n, k), np.uint16)
         bits &= np.uint16(0x83FF)

@@ -1,4 +1,4 @@
-"""A result as people read it: one row a subject, what was measured beside them below."""
+"""Print a benchmark result: one row per subject, and the machine's limits below."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tinychat_mlx.words import size
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print a run on stdout."""
+    """Print a run to stdout."""
     console = _console()
     console.print(f"{result['shape']} on {result['backend']}: {result['device']} ({result['detail']})")
     at = f" after {result['depth']}" if result["depth"] else ""
@@ -56,11 +56,11 @@ def _below(result: dict[str, Any]) -> list[str]:
     if result["bandwidth_gb_s"] is not None:
         spread, used = result["spread"]["bandwidth_gb_s"], result["spread"]["mbu"]
         lines.append(
-            f"memory: {result['bandwidth_gb_s']:.1f} GB/s read beside each round ({spread['min']:.1f}–"
+            f"memory: {result['bandwidth_gb_s']:.1f} GB/s read in each round ({spread['min']:.1f}–"
             f"{spread['max']:.1f}); decoding uses {result['mbu']:.0%} of it ({used['min']:.0%}–{used['max']:.0%})"
-            f"{' (so the model lies in a cache)' if result['mbu'] > 1.1 else ''}"
+            f"{' (so the model fits in a CPU cache)' if result['mbu'] > 1.1 else ''}"
         )
-    text = f"prefill: {result['prefill_gop_s']:.0f} GOP/s as a whole"
+    text = f"prefill: {result['prefill_gop_s']:.0f} GOP/s in total"
     if result["matmul_gop_s"] is not None:
         text += f", {result['matmul_gop_s']:.0f} in its matrix products"
         if result["int8_peak_gop_s"] is not None:
@@ -69,13 +69,13 @@ def _below(result: dict[str, Any]) -> list[str]:
     lines.append(text)
     over = result["rss_bytes"] / (result["weight_bytes"] + result["kv_bytes"])
     lines.append(
-        f"memory held at most: {size(result['rss_bytes'])}, {over:.2f} × weights "
+        f"peak memory: {size(result['rss_bytes'])}, {over:.2f} × weights "
         f"({size(result['weight_bytes'])}) and KV cache ({size(result['kv_bytes'])})"
     )
     for peer in result["peers"]:
         if "matvec_gb_s" in peer:
             lines.append(
-                f"torch {peer['version']}, products alone: int4 {peer['matvec_gb_s']:.1f} GB/s at one row, "
+                f"torch {peer['version']}, products only: int4 {peer['matvec_gb_s']:.1f} GB/s at one row, "
                 f"{peer['matmul_gop_s']:.0f} GOP/s at many, dense bf16 {peer['bf16_gop_s']:.0f}; ours / its: "
                 + ", ".join(
                     f"{name} {_ratio(peer[key])}"
@@ -87,7 +87,7 @@ def _below(result: dict[str, Any]) -> list[str]:
 
 
 def show_sweep(results: Sequence[dict[str, Any]]) -> None:
-    """Threads against speed."""
+    """Print the speed per number of threads."""
     rows = [
         {"threads": r["threads"], "pp tok/s": f"{r['pp_tok_s']:.1f}", "tg tok/s": f"{r['tg_tok_s']:.1f}",
          "of the bandwidth": "" if r["mbu"] is None else f"{r['mbu']:.0%}"}
@@ -97,7 +97,7 @@ def show_sweep(results: Sequence[dict[str, Any]]) -> None:
 
 
 def show_rows(rows: Sequence[dict[str, Any]]) -> None:
-    """Dictionaries of the same keys, one a row."""
+    """Print dictionaries with the same keys, one per row."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in rows[0]:
         table.add_column(str(name), justify="right")
@@ -107,6 +107,6 @@ def show_rows(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _console() -> Console:
-    """As wide as the table needs where no terminal says how wide it is: a line in a log is never folded."""
+    """Return a console; without a terminal it is wide enough that lines in a log are not wrapped."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=200)

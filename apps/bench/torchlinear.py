@@ -1,4 +1,4 @@
-"""torch's matrix products on the CPU as a subject: int4 weights, and dense bfloat16 ones. No model is run."""
+"""torch's matrix products on the CPU as a subject: int4 and dense bfloat16 weights, without a model."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from tinychat_mlx.errors import BackendError
 
-COLD = 256 << 20  # bytes of int4 weights a round reads
+COLD = 256 << 20  # bytes of int4 weights per round
 GROUP = 128
 
 
 class Subject:
-    """The products of as many layers as hold COLD bytes. linears: (N, K) of one layer's."""
+    """The products of as many layers as fill COLD bytes. linears: (N, K) of one layer's products."""
 
     def __init__(self, *, linears: list[tuple[int, int]], layers: int, threads: int) -> None:
         try:
@@ -52,14 +52,14 @@ class Subject:
         return self.torch.randn(n, k).to(self.torch.bfloat16)
 
     def int4(self, rows: int) -> dict[str, float]:
-        """Operations and weight bytes a second of the int4 products at `rows` rows."""
+        """Return operations and weight bytes per second of the int4 products at `rows` rows."""
         inputs = self._inputs(rows, {k for k, _, _ in self.weights})
         seconds = self._time(lambda: [self.product(inputs[k], w, GROUP, s) for k, w, s in self.weights])
         nbytes = sum(w.nbytes + s.nbytes for _, w, s in self.weights)
         return {"ops_per_s": 2 * rows * self.count / seconds, "bytes_per_s": nbytes / seconds}
 
     def bf16(self, rows: int) -> dict[str, float]:
-        """Operations a second of dense bfloat16 linear layers of the same shapes."""
+        """Return operations per second of dense bfloat16 linear layers of the same shapes."""
         inputs = self._inputs(rows, {w.shape[1] for w in self.dense})
         linear = self.torch.nn.functional.linear
         seconds = self._time(lambda: [linear(inputs[w.shape[1]], w) for w in self.dense])

@@ -1,9 +1,9 @@
-"""A subject of the benchmark in a process of its own: its memory and its load are nobody else's.
+"""A subject of the benchmark in a separate process, so that its memory and load time are its own.
 
     python -m tinychat_mlx.apps.bench.worker ours '{"shape": "tiny", …}'
 
-Speaks JSON lines: {"call": "decode", …} in, {"ok": …} or {"error": [class, message]} out. The first line out
-says how opening went. Whatever a library prints goes to stderr, so it cannot spoil the answers.
+The protocol is JSON lines: {"call": "decode", …} in, {"ok": …} or {"error": [class, message]} out. The first output
+line reports how opening went. Output of libraries goes to stderr, so that it cannot corrupt the protocol.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tinychat_mlx import errors
+from tinychat_mlx import errors, limits
 
 KINDS = {  # kind -> module with `Subject`
     "ours": "ours",
@@ -28,10 +28,10 @@ KINDS = {  # kind -> module with `Subject`
 
 
 class Worker:
-    """The parent's end. Calls are answered in turn; a worker that nobody calls waits without using the CPU."""
+    """The parent's end. Calls are answered in order. An idle worker waits without using the CPU."""
 
     def __init__(self, kind: str, options: dict[str, Any], env: dict[str, str] | None = None) -> None:
-        """Start it; `opened` waits until it is ready. Nothing runs in parallel unless asked for so."""
+        """Start the process; `opened` waits until it is ready. Workers run in parallel only if called so."""
         self.kind = kind
         root = Path(errors.__file__).resolve().parent.parent
         path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -45,7 +45,7 @@ class Worker:
         )
 
     def opened(self) -> Any:
-        """What the subject says of itself. Raises the error that it met."""
+        """Return the subject's description. Raises the error of its start."""
         return self._answer()
 
     def call(self, name: str, **arguments: Any) -> Any:
@@ -54,7 +54,7 @@ class Worker:
             self._process.stdin.write(json.dumps({"call": name, **arguments}) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # it has died; reading says how
+            pass  # it has died; reading reports the reason
         return self._answer()
 
     def _answer(self) -> Any:
@@ -63,10 +63,8 @@ class Worker:
         if not line:
             code = self._process.wait()
             killed = code == -9
-            why = (
-                "it was killed, probably because memory ran out" if killed else f"exit code {code}, see above"
-            )
-            do = "choose a smaller model or shape" if killed else "report what it printed"
+            why = "it was killed, probably for lack of memory" if killed else f"exit code {code}, see above"
+            do = "choose a smaller model or shape" if killed else "report its output"
             raise errors.BackendError(f"the {self.kind} process ended: {why}", where="bench", remedy=do)
         answer = json.loads(line)
         if "error" in answer:
@@ -75,34 +73,16 @@ class Worker:
         return answer["ok"]
 
     def close(self) -> None:
-        """End it, whatever it is doing."""
+        """Kill the process."""
         self._process.kill()
         self._process.communicate()
 
 
-def peak_rss() -> int:
-    """The most memory this process held, in bytes.
-
-    ru_maxrss is of no use on Linux: a child begins with its parent's.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def serve(kind: str, options: dict[str, Any]) -> None:
     """Open the subject and answer calls until stdin ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a group; the parent ends its workers
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole group; the parent ends its workers
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -117,7 +97,7 @@ def serve(kind: str, options: dict[str, Any]) -> None:
         for line in sys.stdin:
             request = json.loads(line)
             name = request.pop("call")
-            say("ok", peak_rss() if name == "peak_rss" else getattr(subject, name)(**request))
+            say("ok", limits.memory_peak() if name == "peak_rss" else getattr(subject, name)(**request))
     except errors.TinychatError as e:
         say("error", [type(e).__name__, e.what, e.where, e.remedy])
     except MemoryError:

@@ -1,10 +1,10 @@
-"""The chat in the terminal: a prompt that stays at the bottom of a native scrollback.
+"""The terminal chat: a prompt at the bottom of the terminal's native scrollback.
 
-app        one conversation with a person: read, answer, again
-commands   what /words do
-prompt     reading what a person types
-view       the header, the notes, the line of numbers under an answer
-stream     showing an answer while it is written, without ever redrawing what is finished
+app        the loop of one conversation: read, answer, repeat
+commands   the /commands
+prompt     reads the user's input
+view       prints the header, notes, and statistics below an answer
+stream     prints an answer while it is generated, without redrawing finished rows
 markdown   one line of Markdown -> styled text
-session    the conversation, on disk as it goes
+session    the conversation, saved continuously
 """

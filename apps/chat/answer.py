@@ -1,4 +1,4 @@
-"""One answer: from the messages so far to what is shown, kept and summed up. Ctrl-C ends it, never the program."""
+"""One answer: generate, show, save and summarise it. Ctrl-C stops the answer, never the program."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from tinychat_mlx.generate import Event, Stats
     from tinychat_mlx.model import Model
 
-PATIENCE_S = 1.0  # a wait longer than this is explained
+PATIENCE_S = 1.0  # seconds; a longer wait shows a status line
 
 
 class Answer:
-    """An answer in the making."""
+    """The state of an answer while it is generated."""
 
     def __init__(self, model: Model, view: View, session: Session, settings: Settings) -> None:
         self.model, self.view, self.session, self.settings = model, view, session, settings
@@ -35,7 +35,7 @@ class Answer:
         self.stopped = False
 
     def run(self) -> None:
-        """Ask the model, show what it says, keep it. Raises what the model raises before it says a word."""
+        """Generate, show and save the answer. Raises the model's errors that occur before the first text."""
         started = time.perf_counter()
         interrupt, waiting = Interrupt(), Waiting(self.shown)
         with interrupt, waiting:
@@ -60,7 +60,7 @@ class Answer:
     def _follow(
         self, events: Iterator[Event], splitter: Splitter, interrupt: Interrupt, waiting: Waiting
     ) -> bool:
-        """Take events until the end or Ctrl-C -> whether the thought used up its budget."""
+        """Process events until the end or Ctrl-C -> whether the thought used up its budget."""
         try:
             for event in events:
                 waiting.see(event)
@@ -94,14 +94,14 @@ class Answer:
         self.thinking = None
 
     def _template_opens_thought(self, messages: list[Message]) -> bool:
-        """Does the template itself write the opening tag at the end of the prompt?"""
+        """Whether the template writes the opening tag at the end of the prompt."""
         rendered: str = self.model.tokenizer.render(messages, **self.settings.template)
         return rendered.rstrip().endswith(OPEN)
 
     def _cut_thought(self, messages: list[Message], interrupt: Interrupt, waiting: Waiting) -> None:
-        """Close the thought for the model and let it answer from there."""
+        """Close the thought for the model and let it continue with the answer."""
         self._end_thought()
-        self.view.note(f"the thought reached its budget of {self.settings.budget:,} tokens; answering now")
+        self.view.note(f"thinking reached its budget of {self.settings.budget:,} tokens; answering now")
         tokenizer = self.model.tokenizer
         prompt = tokenizer.render(messages, **self.settings.template)
         opened = prompt if prompt.rstrip().endswith(OPEN) else f"{prompt}{OPEN}\n"
@@ -111,7 +111,7 @@ class Answer:
         self._follow(self.model.generate(ids, **self.settings.sampling), splitter, interrupt, waiting)
 
     def _keep(self) -> None:
-        """Put what was said into the conversation."""
+        """Add the answer to the conversation."""
         reason = self.stats.finish_reason if self.stats else "cancelled" if self.stopped else "error"
         message: Message = {"role": "assistant", "content": self.text, "finish_reason": reason}
         if self.thought:
@@ -128,10 +128,10 @@ class Answer:
             self.session.add(message)
 
     def _sum_up(self, seconds: float) -> None:
-        """The numbers under the answer, and why it ended if not by itself."""
+        """Print the statistics below the answer, and the reason if it did not end normally."""
         view, stats = self.view, self.stats
         if stats is None:
-            kept = "what was said is kept" if self.text else "nothing was said"
+            kept = "the partial answer is saved" if self.text else "there is no answer"
             view.note(f"stopped after {seconds:.1f} s; {kept}")
             view.say()
             return
@@ -145,14 +145,14 @@ class Answer:
         elif stats.finish_reason == "context":
             view.warn(
                 f"the context of {stats.context_max:,} tokens is full and the answer was cut: "
-                "/compact sums the conversation up, /clear starts anew"
+                "/compact summarises the conversation, /clear empties it"
             )
 
 
 class Interrupt:
-    """Ctrl-C as a flag that the loop looks at, so that it never tears through the engine or a half-drawn row.
+    """Sets a flag on Ctrl-C, so that the engine and the drawing of rows are never interrupted.
 
-    A second Ctrl-C, for an engine that does not come back, interrupts as usual.
+    A second Ctrl-C raises KeyboardInterrupt as usual, in case the engine hangs.
     """
 
     def __init__(self) -> None:
@@ -173,7 +173,7 @@ class Interrupt:
 
 
 class Waiting(threading.Thread):
-    """Says what takes so long until the first text comes: how much of the prompt is read, how many seconds."""
+    """Shows a status line until the first text arrives: the progress of the prefill, and the seconds."""
 
     def __init__(self, shown: MarkdownAnswer | PlainAnswer) -> None:
         super().__init__(daemon=True)
@@ -201,7 +201,7 @@ class Waiting(threading.Thread):
             self.stop()
 
     def stop(self) -> None:
-        """No word is shown after this returns."""
+        """Stop the status line. Nothing is drawn after this returns."""
         self.over.set()
         if self.is_alive():
             self.join()

@@ -1,4 +1,4 @@
-"""One conversation with a person: read, answer, again, until they leave."""
+"""The loop of one conversation with the user: read, answer, repeat."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from tinychat_mlx.words import size
 if TYPE_CHECKING:
     from tinychat_mlx.model import Model
 
-COMPACT_AT = 0.85  # share of the context at which the policy "compact" sums up
+COMPACT_AT = 0.85  # share of the context at which the policy "compact" summarises
 
 
 class Chat:
-    """A model, a conversation, a person.
+    """A model, a conversation and a view.
 
-    `loading` is what the model was loaded with (model, backend, exact, threads, context); `load` makes another, told how
-    many bytes the present one gives back.
+    `loading` holds the options of the loaded model (model, backend, exact, threads, context). `load` loads another one;
+    its second argument is the number of bytes that unloading the present one frees.
     """
 
     def __init__(
@@ -43,16 +43,16 @@ class Chat:
     ) -> None:
         self.model, self.view, self.session, self.settings, self.data = model, view, session, settings, data
         self.loading, self.load = loading or {}, load
-        self.origins: dict[str, str] = {}  # setting -> where its value comes from
-        self.used = 0  # tokens of the context the conversation takes up
-        self.prefill = ""  # what the next prompt begins with
+        self.origins: dict[str, str] = {}  # setting -> source of its value
+        self.used = 0  # tokens of the conversation in the context
+        self.prefill = ""  # initial text of the next prompt
         self.attached: list[attach.Attachment] = []
         self.hints = 0
         self.last: Answer | None = None
         self.priming: threading.Thread | None = None
 
     def run(self) -> int:
-        """Talk until the person leaves -> exit code."""
+        """Run until the user leaves -> exit code."""
         history = self.data / "history" if self.data else None
         reader = make_reader(self.view.terminal, history, self.complete, self.toolbar)
         self.view.header(self.model)
@@ -62,14 +62,14 @@ class Chat:
             while self._turn(reader):
                 pass
         finally:
-            with suppress(KeyboardInterrupt):  # whoever is in a hurry has it computed again
+            with suppress(KeyboardInterrupt):  # skipped on Ctrl-C; it will be computed again
                 self.model.keep(whole=True)
         if self.session.messages and self.session.path and self.view.terminal.interactive:
-            self.view.note(f"saved as {self.session.ident}; `tinychat chat --continue` goes on with it")
+            self.view.note(f"saved as {self.session.ident}; `tinychat chat --continue` resumes it")
         return 0
 
     def _turn(self, reader: Reader) -> bool:
-        """One thing typed, and what follows from it -> whether to go on."""
+        """Read one input and process it -> whether to continue."""
         prefill, self.prefill = self.prefill, ""
         try:
             text = reader.read(prefill)
@@ -86,22 +86,22 @@ class Chat:
                 return True
             self.hints += 1
             more = " (Ctrl-C only stops answers)" if self.hints > 1 else ""
-            self.view.note(f"to leave, press Ctrl-D or type /exit{more}")
+            self.view.note(f"press Ctrl-D or type /exit to leave{more}")
         except (EOFError, commands.Leave):
             return False
-        except BrokenPipeError:  # whoever read the answers has gone
+        except BrokenPipeError:  # the reader of the answers has closed the pipe
             raise
         except (TinychatError, OSError) as e:
             self.view.error(one_line(e))
         return True
 
     def go_to(self, session: Session) -> None:
-        """Make another conversation the current one."""
+        """Switch to another conversation."""
         self.model.keep(whole=True)
         self.session, self.used, self.attached, self.last = session, 0, [], None
 
     def recall(self) -> None:
-        """Show how a resumed conversation stands: its size and its last exchange."""
+        """Show a resumed conversation's size and last exchange."""
         messages = self.session.messages
         if not messages:
             return
@@ -116,7 +116,7 @@ class Chat:
 
     # answers ----------------------------------------------------------------------------------------
     def ask(self, text: str) -> None:
-        """Send a message and show the answer; a message that cannot be answered comes back to the prompt."""
+        """Send a message and show the answer. A message that cannot be answered returns to the prompt."""
         content, found = attach.expand(text, self.attached)
         for each in found:
             self.view.note(f"attached {each.describe()}")
@@ -125,7 +125,7 @@ class Chat:
         self.session.add({"role": "user", "content": content})
         try:
             self.answer()
-        except KeyboardInterrupt:  # before the answer began, or a second one: it would not end
+        except KeyboardInterrupt:  # before the answer began, or a second Ctrl-C
             self._take_back(text)
             raise
         except TinychatError as e:
@@ -148,7 +148,7 @@ class Chat:
             self.prefill = text
 
     def answer(self) -> None:
-        """Let the model answer the last message."""
+        """Generate an answer to the last message."""
         self._wait_primed()
         self.last = Answer(self.model, self.view, self.session, self.settings)
         try:
@@ -159,7 +159,7 @@ class Chat:
             self.model.keep()
 
     def prime(self) -> None:
-        """Fetch what was computed of a resumed conversation while the person reads and types."""
+        """Restore the computed state of a resumed conversation in the background."""
         self._wait_primed()
         messages, template = self.session.for_model(), self.settings.template
         if messages:
@@ -168,17 +168,17 @@ class Chat:
             self.priming.start()
 
     def _wait_primed(self) -> None:
-        """One at a time, and none beside an answer: it would take the cache back to where it was."""
+        """Wait for the background restore: running it with an answer would rewind the cache."""
         if self.priming is not None:
             self.priming.join()
 
-    # the prompt's furniture -------------------------------------------------------------------------
+    # prompt ---------------------------------------------------------------------------------------------
     def complete(self, before: str) -> Iterable[tuple[str, int, str]]:
-        """What may follow the text before the cursor -> (insert, where from, what it is)."""
+        """Yield completions of the text before the cursor: (insert, start, description)."""
         yield from commands.complete(self, before) if before.startswith("/") else attach.complete(before)
 
     def toolbar(self) -> Fragments:
-        """Always visible: model, backend, speed, how full the context is, memory."""
+        """Return the toolbar: model, backend, speed, use of the context, memory."""
         g, most = self.view.glyphs, self.model.context
         share, held = self.used / most, self.model.memory().used
         stats = self.last.stats if self.last else None
@@ -193,5 +193,5 @@ class Chat:
 
 
 def _prime(model: Model, messages: list[Message], template: dict[str, Any]) -> None:
-    with suppress(TinychatError, OSError):  # what it costs is time; the answer will say what is wrong
+    with suppress(TinychatError, OSError):  # costs only time; the next answer reports the error
         model.prime(messages, template)

@@ -1,4 +1,4 @@
-"""Files that go along with a message: /file PATH, or @path within it."""
+"""Files attached to a message: /file PATH, or @path in the text."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 from tinychat_mlx.errors import UsageError
 from tinychat_mlx.words import size
 
-MOST_BYTES = 1_000_000  # far above any context here; a larger file is a mistake
+MOST_BYTES = 1_000_000  # far above any context; a larger file is a mistake
 _MENTION = re.compile(r'(?<!\S)@(?:"([^"]+)"|(\S+))')
 
 
 @dataclass(frozen=True)
 class Attachment:
-    """A text file, read when it was named."""
+    """A text file, read when it was attached."""
 
     name: str
     text: str
@@ -25,21 +25,21 @@ class Attachment:
         return f"{self.name} ({size(len(self.text.encode()))}, {self.text.count(chr(10)) + 1} lines)"
 
     def quoted(self) -> str:
-        """The file within a fence longer than any inside it."""
+        """Return the file in a code fence that is longer than any fence inside it."""
         ticks = max((len(m) for m in re.findall(r"`{3,}", self.text)), default=2) + 1
         fence = "`" * max(3, ticks)
         return f"{self.name}:\n{fence}\n{self.text.rstrip()}\n{fence}"
 
 
 def read(path: str) -> Attachment:
-    """Read a text file. Raises UsageError naming what is wrong with it."""
+    """Read a text file. Raises UsageError with the reason if that fails."""
     at = Path(path).expanduser()
     try:
         if not at.is_file():
             raise UsageError("no such file", where=path, remedy="check the path")
         if at.stat().st_size > MOST_BYTES:
             raise UsageError(
-                f"{size(at.stat().st_size)} are more than a model can read",
+                f"the file has {size(at.stat().st_size)}, more than fits a context",
                 where=path,
                 remedy="attach a part of it",
             )
@@ -53,20 +53,20 @@ def read(path: str) -> Attachment:
 
 
 def expand(text: str, attached: list[Attachment]) -> tuple[str, list[Attachment]]:
-    """The message with its files before it -> (content, the files that @path named and exist)."""
+    """Prepend the attached files to the message -> (content, the existing files named by @path)."""
     names = [m[1] or m[2].rstrip(",;:!?.") for m in _MENTION.finditer(text)]
     mentioned = [read(name) for name in dict.fromkeys(names) if Path(name).expanduser().is_file()]
     return "\n\n".join([*(a.quoted() for a in [*attached, *mentioned]), text]), mentioned
 
 
 def complete(before: str) -> Iterable[tuple[str, int, str]]:
-    """Paths that may follow an @ before the cursor."""
+    """Complete the path after an @ before the cursor."""
     m = re.search(r"(?<!\S)@(\S*)$", before)
     yield from paths(m[1]) if m else ()
 
 
 def paths(typed: str) -> Iterable[tuple[str, int, str]]:
-    """Paths beginning with what is typed."""
+    """Yield paths that begin with the text typed."""
     folder, _, begin = typed.rpartition("/")
     root = Path(f"{folder}/" if folder or typed.startswith("/") else ".").expanduser()
     try:

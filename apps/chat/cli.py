@@ -1,4 +1,4 @@
-"""`tinychat chat`: options -> a model, a conversation, a chat."""
+"""`tinychat chat`: load a model and a conversation from the options, and start the chat."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ if TYPE_CHECKING:
 
 @click.command()
 @model_options
-@click.option("-c", "--continue", "latest", is_flag=True, help="Go on with the latest saved chat.")
-@click.option("--session", metavar="NAME", help="Go on with a saved chat, by its id or title.")
+@click.option("-c", "--continue", "latest", is_flag=True, help="Resume the latest saved chat.")
+@click.option("--session", metavar="NAME", help="Resume a saved chat, by its id or title.")
 @chat_options
 @sampling_options
 @click.pass_context
 def chat(
     ctx: click.Context, /, plain: bool, no_save: bool, on_full: str, think: bool | None, **options: Any
 ) -> int:
-    """Chat with a model. /help inside lists the commands."""
+    """Chat with a model. Type /help in the chat for its commands."""
     terminal = detect(plain)
     if terminal.interactive and signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(
             signal.SIGINT, signal.default_int_handler
-        )  # a shell script's background job, in the foreground
+        )  # shells ignore SIGINT for background jobs; restore it
     with quiet_keys() if terminal.live else nullcontext():
         return open_chat(ctx, terminal, no_save, Settings(sampling(options), on_full, think), options)
 
@@ -57,7 +57,7 @@ def chat(
 def open_chat(
     ctx: click.Context, terminal: Terminal, no_save: bool, settings: Settings, options: dict[str, Any]
 ) -> int:
-    """Load the model, find the conversation, talk -> exit code."""
+    """Load the model, find the conversation, run the chat -> exit code."""
     system = text_or_file(options["system"])
     notice(f"loading {terminal.glyphs.ellipsis}", terminal)
     from tinychat_mlx.apps.chat.app import Chat
@@ -90,9 +90,9 @@ def open_chat(
 
 
 def load(options: dict[str, Any], view: View, freed: int = 0, save: bool = False) -> Model:
-    """Load a model, showing how far it has come; freed: bytes that the model it replaces gives back.
+    """Load a model with a progress line. freed: bytes that unloading the present model frees.
 
-    save: what it computes of a chat is kept on disk.
+    save: store computed keys and values on disk.
     """
     name, dots = options["model"], view.glyphs.ellipsis
     drawn = time.monotonic()
@@ -120,7 +120,7 @@ def load(options: dict[str, Any], view: View, freed: int = 0, save: bool = False
 
 def keep_prefixes(model: Model, exact: bool) -> None:
     """Keep what is computed of chats, in at most TINYCHAT_PREFIX_MB (1024; 0: not at all). Raises UsageError."""
-    from tinychat_mlx.apps.chat.session import cache_folder
+    from tinychat_mlx import disk_cache
     from tinychat_mlx.errors import UsageError
 
     text = os.environ.get("TINYCHAT_PREFIX_MB", "1024")
@@ -132,18 +132,18 @@ def keep_prefixes(model: Model, exact: bool) -> None:
         )
     if int(text):
         with suppress(OSError):  # a model whose files have gone is chatted with all the same
-            model.keep_in(cache_folder(), exact, int(text) << 20)
+            model.keep_in(disk_cache.place("prefixes"), exact, int(text) << 20)
 
 
 def notice(text: str, terminal: Terminal) -> None:
-    """A passing word in the current row."""
+    """Show a temporary status in the current row."""
     if terminal.live:
         sys.stdout.write(f"\r{text}\x1b[K\r")
         sys.stdout.flush()
 
 
 def open_data(view: View) -> Path | None:
-    """The folder for chats and history; a chat must work where nothing can be written."""
+    """Return the folder of chats and history, or None with a warning if it is not writable."""
     from tinychat_mlx.apps.chat.session import data_folder
 
     try:
@@ -154,14 +154,14 @@ def open_data(view: View) -> Path | None:
 
 
 def resume(data: Path | None, name: str | None, latest: bool, view: View) -> Session | None:
-    """The saved chat that --session or --continue asks for. Raises UsageError for a name nobody saved."""
+    """Return the saved chat for --session or --continue. Raises UsageError for an unknown name."""
     if not (name or latest):
         return None
     from tinychat_mlx.apps.chat.session import Session, find, saved
 
     if data is None:
-        raise click.UsageError("--continue and --session need the folder where chats are saved")
+        raise click.UsageError("--continue and --session need saved chats, which --no-save disables")
     if not name and not saved(data):
-        view.note("no saved chat yet: this is a new one")
+        view.note("no saved chat yet: starting a new one")
         return None
     return Session.load(find(data, name or "last"))

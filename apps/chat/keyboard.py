@@ -29,7 +29,7 @@ class Reading:
         self.session = session
 
     def prompt(self, prefill: str) -> str:
-        """Raises KeyboardInterrupt, EOFError."""
+        """Read a line. Raises KeyboardInterrupt, EOFError."""
         before = signal.signal(signal.SIGINT, self._press)
         try:
             # The library's own handler forgets a signal that comes while the editor closes.
@@ -59,7 +59,7 @@ class Reading:
             self.app.loop.call_soon_threadsafe(self._key)
 
     def _hand_on(self) -> None:
-        """The editor begins: a signal from before it is its first key."""
+        """Pass a signal that arrived before the editor started to it as its first key."""
         if self.waiting and self.app.loop is not None:
             self.app.loop.call_soon(self._key)
 

@@ -1,8 +1,8 @@
-"""What does a line of Markdown look like? Styled text; no cursor, no terminal.
+"""Style lines of Markdown. Independent of the terminal and the cursor.
 
-A chat's Markdown comes line by line and is shown line by line, so a line is the unit: its kind, its indent, its
-styled text. A line break in the source is one on the screen, as people expect of verse and addresses. Only code
-and tables span lines; `stream` keeps their state.
+A chat's Markdown arrives and is printed line by line, so this module parses single lines: kind, indent, styled text.
+A line break in the source is a line break on the screen, as expected for verse and addresses. Only code and tables
+span several lines; `stream` keeps their state.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FENCE = re.compile(r"(\s*)(`{3,}|~{3,})\s*([^\s`]*)[^`]*$")
 TABLE_ROW = re.compile(r"\s*\|")
 _DELIMITER = re.compile(r"\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$")
 
-_SPAN = re.compile(  # what is opened and closed; what then still looks like an opener is open
+_SPAN = re.compile(  # closed spans; an opener that remains after their removal is open
     r"(`+)[^`]+\1|\*\*\*?\S.*?\*\*\*?|\*[^*\s](?:[^*]*[^*\s])?\*|(?<!\w)__?[^_\s](?:[^_]*[^_\s])?__?(?!\w)"
     r"|~~\S.*?~~|!?\[[^\]]*\]\([^)]*\)|!?\[[^\]]*\](?=[^(]|$)|<[^>\s]+>"
 )
@@ -42,7 +42,7 @@ _STYLES = {"strong": "bold", "em": "italic", "s": "strike", "link": "underline"}
 
 @dataclass(frozen=True)
 class Line:
-    """A line's furniture and its words: `first` precedes its first row, `rest` the rows it wraps to."""
+    """A line's prefix and text: `first` precedes its first row, `rest` the rows that it wraps to."""
 
     source: str
     first: Text = field(default_factory=Text)
@@ -56,7 +56,7 @@ class Line:
 
 
 def parse(line: str, glyphs: Glyphs) -> Line:
-    """Which kind of line this is. An unfinished line may change its kind as it grows."""
+    """Return the kind of a line. An unfinished line may change its kind as it grows."""
     if _RULE.match(line):
         return Line("", rule=True)
     if m := _HEADING.match(line):
@@ -78,12 +78,12 @@ def parse(line: str, glyphs: Glyphs) -> Line:
 def _parser() -> MarkdownIt:
     from markdown_it import MarkdownIt
 
-    # Without `escape`, \( and \[ of formulas survive. Raw HTML is shown, not obeyed.
+    # Without `escape`, \( and \[ of formulas are kept. Raw HTML is printed as text.
     return MarkdownIt("commonmark").disable(["escape", "html_inline"]).enable("strikethrough")
 
 
 def inline(source: str, style: str = "") -> Text:
-    """Emphasis, code, links of one line -> styled text."""
+    """Style emphasis, code and links of one line."""
     text, styles, target = Text(style=style), [""], ""
     for token in _parser().parseInline(source)[0].children or []:
         name, _, side = token.type.rpartition("_")
@@ -107,12 +107,12 @@ def inline(source: str, style: str = "") -> Text:
 
 
 def is_closed(source: str) -> bool:
-    """Is no emphasis, code or link open at the end of source, so that what follows cannot restyle it?"""
+    """Whether no emphasis, code or link is open at the end of source, so that more text cannot restyle it."""
     return not _OPENER.search(_SPAN.sub("", source))
 
 
 def provisional(source: str) -> str:
-    """Source as it may turn out: dangling markers hidden, open spans closed. For the row still being written."""
+    """Guess the final form of an unfinished row: hide dangling markers, close open spans."""
     source = (
         source.rstrip("*_~`") if source.endswith(("*", "_", "~", "`")) and not is_closed(source) else source
     )
@@ -128,7 +128,7 @@ def is_delimiter(row: str) -> bool:
 
 
 def table(rows: list[str], unicode: bool) -> Table:
-    """Rows of a pipe table, the second its delimiter -> a rich table; ragged rows are filled up."""
+    """Convert the rows of a pipe table (the second is the delimiter) to a rich table; short rows are padded."""
     from rich import box
     from rich.table import Table
 
@@ -151,36 +151,36 @@ def _cells(row: str) -> list[str]:
 
 
 class Highlighter:
-    """Colours the lines of one code block as they come."""
+    """Highlights the lines of a code block as they arrive."""
 
-    FEW, MOST = 20, 100  # earlier lines the lexer sees again: all while they are few, never more than that
+    FEW, MOST = 20, 100  # earlier lines given to the lexer: all up to FEW, at most MOST
 
     def __init__(self, language: str) -> None:
         from rich.syntax import Syntax
 
-        lexer = Syntax("", language).lexer if language else None  # looked up once: it is slow
+        lexer = Syntax("", language).lexer if language else None  # once, because the lookup is slow
         self.syntax = Syntax("", lexer, theme="ansi_dark") if lexer is not None else None
         self.lines: list[str] = []
 
     def line(self, source: str) -> Text:
-        """The next line, finished."""
+        """Highlight the next complete line."""
         made = self._colour([*self.lines, source.expandtabs(4)])
         self.lines = self._context([*self.lines, source.expandtabs(4)])
         return made
 
     def unfinished(self, source: str) -> Text:
-        """The line being written, coloured for itself: thirty times a second is too often for its context."""
+        """Highlight the unfinished line without context, because this runs thirty times per second."""
         return self._colour([source.expandtabs(4)])
 
     def _context(self, lines: list[str]) -> list[str]:
-        """Lines the next one depends on: if they are many, from the last that begins something new."""
+        """Return the lines that the next one depends on; if there are many, from the last new definition."""
         if len(lines) <= self.FEW:
             return lines
         begins = [i for i in range(1, len(lines)) if not lines[i - 1].strip() and _BEGINS.match(lines[i])]
         return lines[begins[-1] if begins else 0 :][-self.MOST :]
 
     def _colour(self, lines: list[str]) -> Text:
-        """The last of the lines, styled."""
+        """Return the last of the lines, styled."""
         source = lines[-1]
         if self.syntax is None:
             return Text(source)
@@ -188,4 +188,4 @@ class Highlighter:
         at = len(lines) - 1
         if at < len(made) and made[at].plain.rstrip() == source.rstrip():
             return made[at]
-        return Text(source)  # the lexer changed the text: the text counts, not its colour
+        return Text(source)  # the lexer changed the text: print it unstyled

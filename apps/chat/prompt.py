@@ -1,7 +1,7 @@
-"""Reading what a person types: many lines, history, completion, an editor; or plain lines from a pipe.
+"""Read the user's input: multi-line editing, history, completion, an external editor; or plain lines from a pipe.
 
-A reader's `read` returns one message, raises EOFError when there are no more and KeyboardInterrupt for Ctrl-C
-on an empty line.
+A reader's `read` returns one message. It raises EOFError at the end of input, and KeyboardInterrupt for Ctrl-C on an
+empty line.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 Fragments = list[tuple[str, str]]
 Complete = Callable[
     [str], Iterable[tuple[str, int, str]]
-]  # text before cursor -> (insert, start, what it is)
+]  # text before cursor -> (insert, start, description)
 
 
-STYLE = {  # of the terminal's own colours, so that it can be read on dark and on light ones
+STYLE = {  # the terminal's own colours, readable on dark and light backgrounds
     "prompt": "bold ansicyan",
     "more": "ansibrightblack",
     "bottom-toolbar": "noreverse",
@@ -42,7 +42,7 @@ class Reader(Protocol):
 
 
 def unblock(text: str) -> str:
-    '''What stands between """ and """, if the text is such a block; else the text.'''
+    '''Return the text between """ and """ if the whole text is such a block, else the text.'''
     stripped = text.strip()
     if stripped.startswith('"""'):
         return stripped[3:].removesuffix('"""').strip("\n")
@@ -50,12 +50,12 @@ def unblock(text: str) -> str:
 
 
 def in_block(text: str) -> bool:
-    '''Is a """ open?'''
+    '''Whether a """ block is open.'''
     return text.lstrip().startswith('"""') and text.count('"""') < 2
 
 
 class LineReader:
-    """Lines from a pipe or a terminal that cannot redraw."""
+    """Reads lines from a pipe, or from a terminal that cannot redraw."""
 
     def __init__(self, terminal: Terminal) -> None:
         self.prompt, self.more = (
@@ -78,7 +78,7 @@ class LineReader:
 
 
 class RichReader:
-    """A line editor: Enter sends, Alt-Enter or Ctrl-J breaks the line, Ctrl-R searches, Ctrl-G opens $EDITOR."""
+    """A line editor: Enter sends, Alt-Enter or Ctrl-J inserts a line break, Ctrl-R searches, Ctrl-G opens $EDITOR."""
 
     def __init__(
         self, terminal: Terminal, history: Path | None, complete: Complete, toolbar: Callable[[], Fragments]
@@ -118,7 +118,7 @@ class RichReader:
             style=Style.from_dict(STYLE),
             reserve_space_for_menu=6,
         )
-        # A serial console does not answer the question for the cursor's place; it works all the same.
+        # Serial consoles do not report the cursor position. The editor works without it, so print no warning.
         session.app.renderer.cpr_not_supported_callback = None
         return session
 
@@ -138,7 +138,7 @@ def _keys() -> KeyBindings:
     def _send(event: KeyPressEvent) -> None:
         buffer = event.current_buffer
         if buffer.complete_state and buffer.complete_state.current_completion:
-            buffer.complete_state = None  # take what the menu offers; a second Enter sends
+            buffer.complete_state = None  # accept the completion; a second Enter sends
         elif in_block(buffer.text):
             buffer.insert_text("\n")
         else:
@@ -175,7 +175,7 @@ def _completer(complete: Complete) -> Completer:
 def make_reader(
     terminal: Terminal, history: Path | None, complete: Complete, toolbar: Callable[[], Fragments]
 ) -> Reader:
-    """The best reader for this terminal."""
+    """Return the best reader for this terminal."""
     if not terminal.live:
         return LineReader(terminal)
     if history is not None:

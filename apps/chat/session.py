@@ -1,13 +1,13 @@
-"""One conversation, on disk as it goes: a JSON object a line, appended, so that a kill loses nothing said.
+"""One conversation, saved continuously: one JSON object per line, appended, so that a kill loses no message.
 
-    {"session": 1, "id": "20260301-101500-3f", "created": …, "model": "demo"}      always the first line
-    {"role": "user", "content": "hi"}             a message; any further keys belong to it (an answer's tokens: "ids")
-    {"piece": "Hel"} {"piece": "lo"}              an answer in the making; the message that follows replaces it
-    {"keep": 3}                                   only the first 3 messages count from here on
-    {"system": "…"} {"title": "…"} {"model": "…"} the system prompt; the title; what answers from here on
-    {"summary": "…", "from": 8}                   the model sees this in place of the messages before the ninth
+    {"session": 1, "id": "20260301-101500-3f", "created": …, "model": "demo"}      the first line
+    {"role": "user", "content": "hi"}             a message; further keys belong to it (an answer's tokens: "ids")
+    {"piece": "Hel"} {"piece": "lo"}              parts of an unfinished answer; the next message replaces them
+    {"keep": 3}                                   only the first 3 messages are valid from here on
+    {"system": "…"} {"title": "…"} {"model": "…"} the system prompt; the title; the model from here on
+    {"summary": "…", "from": 8}                   replaces the messages before the ninth in the model's input
 
-Files are for their owner alone (0600 in a 0700 folder). A torn last line is what a kill leaves; it is skipped.
+Only the owner can read the files (0600 in a 0700 folder). A kill may leave an incomplete last line, which is skipped.
 """
 
 from __future__ import annotations
@@ -21,39 +21,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tinychat_mlx import places
 from tinychat_mlx.errors import FormatError, UsageError
 
 Message = dict[str, Any]
-PIECE_S = 0.3  # an answer in the making is on disk this soon
+PIECE_S = 0.3  # interval in seconds at which an unfinished answer is saved
 
 
 def data_folder() -> Path:
     """Where chats and the history of prompts live, made for its owner alone. Raises OSError."""
-    named = os.environ.get("TINYCHAT_DATA")
-    if named:
-        folder = Path(named)
-    else:
-        from platformdirs import user_data_path
-
-        folder = user_data_path("tinychat-mlx", appauthor=False)
+    folder = places.data()
     for each in (folder, folder / "sessions"):
         each.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
 
 
-def cache_folder() -> Path:
-    """Where what was computed of saved chats lies (tinychat_mlx/prefix.py); not made here."""
-    named = os.environ.get("TINYCHAT_CACHE")
-    if named:
-        return Path(named) / "prefixes"
-    from platformdirs import user_cache_path
-
-    return user_cache_path("tinychat-mlx", appauthor=False) / "prefixes"
-
-
 @dataclass
 class Session:
-    """Messages after the system prompt, and their file; `path` None keeps them in memory only."""
+    """Messages after the system prompt, and their file. path None: in memory only."""
 
     path: Path | None = None
     model: str = ""
@@ -61,20 +46,20 @@ class Session:
     title: str = ""
     created: float = field(default_factory=time.time)
     messages: list[Message] = field(default_factory=list)
-    summary: str = ""  # what the model sees in place of messages[:seen_from]
+    summary: str = ""  # replaces messages[:seen_from] in the model's input
     seen_from: int = 0
     _pieces: str = ""
     _flushed: float = 0.0
 
     @classmethod
     def new(cls, folder: Path | None, model: str = "", system: str = "") -> Session:
-        """A session whose file appears with its first message."""
+        """Create a session. Its file is written with the first message."""
         ident = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
         return cls(folder / "sessions" / f"{ident}.jsonl" if folder else None, model, system)
 
     @classmethod
     def load(cls, path: Path) -> Session:
-        """Replay a file. Raises FormatError naming the line that is not what `append` writes."""
+        """Load a file. Raises FormatError naming an invalid line."""
         made, pieces = cls(path), ""
         for number, record in _records(path):
             if "session" in record:
@@ -98,7 +83,7 @@ class Session:
                     where=f"{path}, line {number}",
                     remedy="remove the line or the file",
                 )
-        if pieces:  # killed in the middle of an answer: what was said counts
+        if pieces:  # killed during an answer: keep the partial one
             made.messages.append({"role": "assistant", "content": pieces, "finish_reason": "killed"})
         return made
 
@@ -108,20 +93,22 @@ class Session:
 
     @property
     def name(self) -> str:
-        """The title given, or how the first message begins."""
+        """The given title, or the beginning of the first message."""
         first = next((m["content"] for m in self.messages if m["role"] == "user"), "")
         return self.title or " ".join(first.split())[:60]
 
     def for_model(self) -> list[Message]:
-        """The messages as the chat template wants them.
+        """Return the messages for the chat template.
 
-        A summary goes into the first message that is still seen: not every template knows a system prompt.
+        A summary is prepended to the first message after it, because some templates do not accept a system prompt.
         """
         keys = ("role", "content", "reasoning_content", "ids")
         head = [{"role": "system", "content": self.system}] if self.system else []
         seen = [{k: m[k] for k in keys if k in m} for m in self.messages[self.seen_from :]]
         if self.summary and seen:
-            seen[0]["content"] = f"(What was said before, summed up: {self.summary})\n\n{seen[0]['content']}"
+            seen[0]["content"] = (
+                f"(Summary of the conversation so far: {self.summary})\n\n{seen[0]['content']}"
+            )
         return head + seen
 
     # changes ----------------------------------------------------------------------------------------
@@ -131,7 +118,7 @@ class Session:
         self._append(message)
 
     def piece(self, text: str) -> None:
-        """Part of an answer that `add` will replace by the whole."""
+        """Save a part of an answer. `add` replaces all parts by the whole answer."""
         self._pieces += text
         now = time.monotonic()
         if self._pieces and now - self._flushed >= PIECE_S:
@@ -139,18 +126,18 @@ class Session:
             self._pieces, self._flushed = "", now
 
     def keep(self, count: int) -> None:
-        """Forget all but the first `count` messages."""
+        """Discard all but the first `count` messages."""
         self._cut(count)
         self._pieces = ""
         self._append({"keep": count})
 
     def _cut(self, count: int) -> None:
         del self.messages[count:]
-        if count <= self.seen_from:  # what the summary tells is partly taken back
+        if count <= self.seen_from:  # the summary covers removed messages
             self.summary, self.seen_from = "", 0
 
     def sum_up(self, summary: str, seen_from: int) -> None:
-        """Let the model see a summary in place of messages[:seen_from], which stay on record."""
+        """Replace messages[:seen_from] by a summary in the model's input; the messages stay in the file."""
         self.summary, self.seen_from = summary, seen_from
         self._append({"summary": summary, "from": seen_from})
 
@@ -168,7 +155,7 @@ class Session:
         self._append({"title": text})
 
     def branch(self) -> Session:
-        """A new session with the same messages, in a file of its own."""
+        """Return a new session with the same messages, in a new file."""
         folder = self.path.parent.parent if self.path else None
         other = Session.new(folder, self.model, self.system)
         for message in self.messages:
@@ -181,7 +168,7 @@ class Session:
 
     # disk -------------------------------------------------------------------------------------------
     def _append(self, record: Message) -> None:
-        """One write to the end of the file; nothing is written before there is a message."""
+        """Append to the file in one write. Nothing is written before the first message."""
         if self.path is None or not (self.messages or self.path.exists()):
             return
         lines = [record]
@@ -197,7 +184,7 @@ class Session:
 
 
 def _records(path: Path) -> Iterator[tuple[int, Message]]:
-    """Numbered records of a file; the last line may be torn."""
+    """Yield the numbered records of a file. The last line may be incomplete."""
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as e:
@@ -222,12 +209,12 @@ def _records(path: Path) -> Iterator[tuple[int, Message]]:
 
 
 def saved(folder: Path) -> list[Path]:
-    """Session files, the one changed last first."""
+    """Return the session files, the most recent first."""
     return sorted((folder / "sessions").glob("*.jsonl"), key=lambda p: p.stat().st_mtime, reverse=True)
 
 
 def find(folder: Path, name: str) -> Path:
-    """The session whose id, title or beginning is `name`; "last" is the latest. Raises UsageError."""
+    """Return the session with this id, title or prefix; "last" is the latest. Raises UsageError."""
     paths = saved(folder)
     if name == "last" and paths:
         return paths[0]
@@ -241,5 +228,5 @@ def find(folder: Path, name: str) -> Path:
 def _title(path: Path) -> str:
     try:
         return Session.load(path).title
-    except FormatError:  # a damaged file does not keep the others from being found
+    except FormatError:  # a damaged file must not hide the others
         return ""

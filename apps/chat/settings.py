@@ -1,4 +1,4 @@
-"""What shapes the answers of a chat, as flags, config file and /set have it."""
+"""Settings of a chat that affect the answers, from flags, config file and /set."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 @dataclass
 class Settings:
-    """Changed by /set and /think while the chat goes on."""
+    """Settings that /set and /think can change during a chat."""
 
     sampling: dict[str, Any] = field(default_factory=dict)
     on_full: str = "stop"  # stop | slide | compact
-    think: bool | None = None  # None: as the model's template has it
+    think: bool | None = None  # None: the default of the model's template
     unfold: bool = False  # show thoughts
-    budget: int = 0  # tokens a thought may have; 0: no bound
+    budget: int = 0  # limit of a thought in tokens; 0: no limit
 
     @property
     def template(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Showing an answer while it is written: rows that are finished are printed once and never touched again.
+"""Print an answer while it is generated. Finished rows are printed once and never redrawn.
 
-Only the tail — the last few rows of the line being written — is redrawn, by overwriting, so nothing flickers and
-an answer of any length stays right in the terminal's own scrollback.
+Only the tail (the last few rows of the current line) is redrawn, by overwriting. So nothing flickers, and an answer
+of any length is correct in the terminal's scrollback.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from tinychat_mlx.apps.terminal import Terminal, safe
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-FRAME_S = 1 / 30  # redraw no oftener than an eye sees
-TAIL_ROWS = 4  # rows a line may keep open while its emphasis is unclosed
+FRAME_S = 1 / 30  # minimum interval between redraws in seconds
+TAIL_ROWS = 4  # number of rows that a line may keep open for unclosed emphasis
 
 
 class Tail:
-    """The rows at the bottom that may still change, under rows that will not."""
+    """The rows at the bottom that may still change."""
 
     def __init__(self, console: Console) -> None:
         self.console, self.rows = console, [""]
-        self.plain = [0]  # cells of each row on the screen
+        self.plain = [0]  # width of each row on the screen in cells
 
     def draw(self, done: Sequence[RenderableType], tail: Sequence[Text]) -> None:
-        """Print `done` for good in place of the old tail, then the new tail, the cursor at its end."""
+        """Print `done` permanently in place of the old tail, then the new tail, with the cursor at its end."""
         if not tail:
             tail = [Text()]
         rows = [self.ansi(row, end="") for row in tail]
@@ -41,7 +41,7 @@ class Tail:
         out = "\r" + (f"\x1b[{height - 1}A" if height > 1 else "")
         if done or len(rows) < height:
             out += "\x1b[J" + "".join(self.ansi(d, end="\n") for d in done) + "\n".join(rows)
-        else:  # overwrite in place; clearing the end of a full row would take its last character
+        else:  # overwrite in place; clearing the end of a full row would erase its last character
             out += "\n".join(
                 r if t.cell_len >= width else r + "\x1b[K" for r, t in zip(rows, tail, strict=True)
             )
@@ -55,13 +55,13 @@ class Tail:
         return capture.get()
 
     def _height(self) -> int:
-        """Rows the old tail takes up now: a terminal made narrower has wrapped them."""
+        """Return the rows of the old tail on the screen now: a narrower terminal has wrapped them."""
         width = max(1, self.console.width)
         return sum(max(1, -(-cells // width)) for cells in self.plain)
 
 
 class PlainAnswer:
-    """The answer as it is, appended: for pipes, dumb terminals and --plain."""
+    """Prints the answer unchanged: for pipes, dumb terminals and --plain."""
 
     def __init__(self, console: Console, terminal: Terminal) -> None:
         self.file, self.clean = console.file, safe if terminal.interactive else str
@@ -74,7 +74,7 @@ class PlainAnswer:
             self.file.flush()
 
     def status(self, text: str) -> None:
-        """A word on what is going on; plain terminals get none."""
+        """Show nothing: plain terminals have no status line."""
 
     def finish(self) -> None:
         if self.last != "\n":
@@ -82,23 +82,23 @@ class PlainAnswer:
 
 
 class MarkdownAnswer:
-    """The answer as Markdown, line by line."""
+    """Prints the answer as Markdown, line by line."""
 
     def __init__(self, console: Console, terminal: Terminal) -> None:
         self.console, self.terminal, self.glyphs = console, terminal, terminal.glyphs
         self.tail = Tail(console)
-        self.pending = ""  # source of the line being written, from where its rows are not printed yet
-        self.line: markdown.Line | None = None  # its furniture, once a row of it is printed
-        self.prefix = Text()  # its words on the open row that are styled for good
+        self.pending = ""  # source of the current line that is not yet printed permanently
+        self.line: markdown.Line | None = None  # the current line's prefix, set when its first row is printed
+        self.prefix = Text()  # the text of the open row whose style is final
         self.code: markdown.Highlighter | None = None
-        self.fence = ("", "")  # indent and marker that opened the code
-        self.rows: list[str] = []  # of a table, until it ends
-        self.blank = False  # a blank line waits for something to follow it
+        self.fence = ("", "")  # indent and marker of the opening fence
+        self.rows: list[str] = []  # rows of a table, until it ends
+        self.blank = False  # a blank line to print before the next text
         self.started = False
         self.drawn = 0.0
 
     def feed(self, text: str) -> None:
-        """Take the next piece of the answer."""
+        """Add the next piece of the answer."""
         done: list[RenderableType] = []
         *lines, self.pending = (self.pending + safe(text)).split("\n")
         for line in lines:
@@ -110,11 +110,11 @@ class MarkdownAnswer:
             self.drawn = now
 
     def status(self, text: str) -> None:
-        """Show a passing word until something else is drawn."""
+        """Show a temporary status until something else is drawn."""
         self.tail.draw([], [Text(text, "dim", no_wrap=True)[: self.console.width - 1]] if text else [])
 
     def finish(self) -> None:
-        """The answer is over: print what is open."""
+        """End the answer: print the open rows."""
         done = self._finished(self.pending) if self.pending or self.prefix else []
         self.pending = ""
         done += self._end_table() + self._end_code()
@@ -122,10 +122,10 @@ class MarkdownAnswer:
 
     # lines ------------------------------------------------------------------------------------------
     def _finished(self, line: str) -> list[RenderableType]:
-        """A whole line -> what to print for good."""
+        """Return the rows to print permanently for a complete line."""
         if self.code is not None:
             return self._code_line(line)
-        if self.line is not None:  # its first rows are printed already
+        if self.line is not None:  # its first rows are already printed
             rows = self._wrap(self.line, line)
             self.line, self.prefix = None, Text()
             return list(rows)
@@ -149,7 +149,7 @@ class MarkdownAnswer:
         return markdown.parse(line, self.glyphs)
 
     def _is_block(self, line: str) -> bool:
-        """Does this line open code, or belong to a table?"""
+        """Whether this line opens a code block or belongs to a table."""
         return bool(markdown.FENCE.match(line) or markdown.TABLE_ROW.match(line))
 
     def _code_line(self, line: str) -> list[RenderableType]:
@@ -176,10 +176,10 @@ class MarkdownAnswer:
 
     # rows -------------------------------------------------------------------------------------------
     def _wrap(self, line: markdown.Line, source: str, final: bool = True) -> list[Text]:
-        """The open row's prefix and source, wrapped; not final: as it may turn out."""
+        """Wrap the open row's prefix and source. final: False guesses the final form."""
         words = self.prefix.copy()
         words.append_text(markdown.inline(source if final else markdown.provisional(source), line.style))
-        # Terminals and tables disagree about the width of some emoji: two cells of slack.
+        # Terminals and width tables disagree about some emoji, so leave two cells of slack.
         width = max(8, self.console.width - line.indent - 2)
         rows = words.wrap(self.console, width, overflow="fold") if words else [Text()]
         again = self.line is not None
@@ -188,7 +188,7 @@ class MarkdownAnswer:
         ]
 
     def _overflow(self) -> list[RenderableType]:
-        """Rows of the unfinished line that nothing can change any more."""
+        """Return the rows of the unfinished line that can no longer change."""
         if self.code is not None or self.rows or not self.pending.strip():
             return []
         line = self.line or self._parse(self.pending)
@@ -206,7 +206,7 @@ class MarkdownAnswer:
         return [*gap, *rows[:-1]]
 
     def _open_rows(self) -> list[Text]:
-        """The line being written, its last rows."""
+        """Return the last rows of the current line."""
         if self.code is not None:
             row = self.code.unfinished(self.pending.removeprefix(self.fence[0]))
             row.truncate(self.console.width - 1, overflow="ellipsis")
@@ -225,7 +225,7 @@ class MarkdownAnswer:
 
 
 def _last_break(source: str) -> int:
-    """Where source can be cut so that its end may still grow: before its last word, or its last wide letters."""
+    """Return where source can be cut so that its end may still grow: before its last word or wide characters."""
     cut = len(source.rstrip())
     for back in range(1, min(40, cut)):
         c = source[cut - back]

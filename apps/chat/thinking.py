@@ -1,7 +1,7 @@
-"""Which part of an answer is thought, and how is it shown? Dimmed and folded into a line, or streamed dimmed.
+"""Separate a model's thought from its answer, and show it: folded into one line, or streamed dimmed.
 
-Models think between <think> and </think> at the beginning of an answer. Some templates open the thought
-themselves, so that only its end is in the answer.
+Models think between <think> and </think> at the beginning of an answer. Some templates write the opening tag, so
+that only the closing tag is in the answer.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ OPEN, CLOSE = "<think>", "</think>"
 
 
 class Splitter:
-    """Tells thought from answer as text comes in; a tag may come in pieces."""
+    """Separates thought from answer in streamed text; a tag may be split across pieces."""
 
     def __init__(self, inside: bool = False) -> None:
         self.state = "thought" if inside else "start"  # start | thought | gap (after it) | answer
-        self.held = ""  # may be the beginning of a tag
+        self.held = ""  # possible beginning of a tag
 
     def feed(self, text: str) -> list[tuple[bool, str]]:
-        """The next text -> pieces as (is it thought?, text), which may be less or more than came in."""
+        """Add text -> pieces (is_thought, text). The total may be shorter or longer than this text."""
         self.held += text
         pieces: list[tuple[bool, str]] = []
         if self.state == "start":
@@ -57,18 +57,18 @@ class Splitter:
         return [p for p in pieces if p[1]]
 
     def flush(self) -> list[tuple[bool, str]]:
-        """What was held back turns out to be text."""
+        """Return the text held back, which was not a tag."""
         held, self.held = self.held, ""
         return [(self.state == "thought", held)] if held and self.state != "gap" else []
 
 
 def _overlap(text: str, tag: str) -> int:
-    """Letters at the end of text that may begin the tag."""
+    """Return the number of characters at the end of text that may begin the tag."""
     return next((n for n in range(min(len(tag) - 1, len(text)), 0, -1) if text.endswith(tag[:n])), 0)
 
 
 class Thought:
-    """Shows a thought: its last words in one passing row, or all of it dimmed; then a line that sums it up."""
+    """Shows a thought: its last words in a temporary row, or all of it dimmed; then a summary line."""
 
     def __init__(self, view: View, unfold: bool) -> None:
         self.view, self.started = view, time.monotonic()
@@ -89,7 +89,7 @@ class Thought:
             self.view.notes.file.write(safe(text))
 
     def finish(self) -> None:
-        """Sum it up: how long, how many words."""
+        """Print the summary line: duration and number of words."""
         if self.rows is not None:
             self.rows.finish()
         if self.folded is not None:
@@ -107,7 +107,7 @@ class Thought:
 
 
 class Unfolded(MarkdownAnswer):
-    """A thought as it is, dimmed, behind a bar."""
+    """Prints a whole thought, dimmed, after a bar."""
 
     def _parse(self, line: str) -> markdown.Line:
         bar = Text(f"{self.glyphs.bar} ", "dim")

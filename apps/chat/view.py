@@ -1,4 +1,4 @@
-"""What the chat says about itself: the header, notes, errors, the line of numbers under an answer, the meter."""
+"""Output of the chat other than answers: header, notes, errors, statistics, and the context meter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tinychat_mlx.generate import Stats
     from tinychat_mlx.model import Model
 
-WARN, ALARM = 0.7, 0.9  # shares of the context at which the meter turns yellow, red
+WARN, ALARM = 0.7, 0.9  # shares of the context at which the meter turns yellow and red
 
 
 def colour_of(share: float) -> str:
@@ -25,7 +25,7 @@ def colour_of(share: float) -> str:
 
 
 class View:
-    """Two streams: answers go to stdout; all else too when a person sits there, to stderr when not."""
+    """Two streams: answers go to stdout; all else goes to stdout if it is interactive, otherwise to stderr."""
 
     def __init__(self, terminal: Terminal) -> None:
         self.terminal, self.glyphs = terminal, terminal.glyphs
@@ -49,14 +49,14 @@ class View:
         return (MarkdownAnswer if self.terminal.live else PlainAnswer)(self.out, self.terminal)
 
     def replay(self, text: str) -> None:
-        """Show an answer of the past."""
+        """Show an earlier answer."""
         shown = self.answer()
         shown.feed(text)
         shown.finish()
 
     # notes ------------------------------------------------------------------------------------------
     def say(self, text: str | Text = "", style: str = "") -> None:
-        """A line of the program's own."""
+        """Print a line that is not part of an answer."""
         self.notes.print(text if isinstance(text, Text) else Text(text), style=style or None)
 
     def note(self, text: str) -> None:
@@ -70,7 +70,7 @@ class View:
 
     # facts ------------------------------------------------------------------------------------------
     def header(self, model: Model) -> None:
-        """Which model runs, how big, where, and why there."""
+        """Print the model, its size, the device, and the reason for it."""
         g, device = self.glyphs, model.device
         facts = [f"{model.architecture} {size(model.nbytes)}", model.quantization]
         top = (
@@ -88,7 +88,7 @@ class View:
         self.say()
 
     def stats(self, stats: Stats) -> None:
-        """First token, speed, and how full the context is."""
+        """Print the time to the first token, the speed, and the use of the context."""
         g = self.glyphs
         wide = self.terminal.width >= 76
         facts = [f"first token {stats.ttft_s:.2f} s" if wide else f"{stats.ttft_s:.2f} s"]
@@ -99,7 +99,7 @@ class View:
         self.say()
 
     def meter(self, used: int, most: int, cells: int) -> Text:
-        """context 412 / 2,048 with a bar of so many cells."""
+        """Return "context 412 / 2,048" with a bar of this many cells."""
         g, share = self.glyphs, used / max(1, most)
         full = min(cells, round(share * cells))
         bar = g.full * full + g.empty * (cells - full) + (" " if cells else "")

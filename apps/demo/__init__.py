@@ -1,1 +1,1 @@
-"""How was the bundled demo model made? Corpus, tokenizer, trainer and scorer are here."""
+"""Training code of the bundled demo model: corpus, tokenizer, trainer and scorer."""

@@ -1,7 +1,7 @@
-"""What does the demo model say about itself, AWQ, int4 and the four devices?
+"""Answers of the demo model about itself, AWQ, int4 and the four devices.
 
-Each topic has the ways it is asked, true answers (the first sentence alone is the brief answer),
-and a pattern that a right answer matches.
+Each topic has the forms of the question, true answers (the first sentence is the brief answer), and a pattern that a
+correct answer matches.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tinychat_mlx.apps.demo.words import listed
 
 @dataclass(frozen=True)
 class Topic:
-    """One thing people ask about."""
+    """A topic of questions."""
 
     name: str
     asked: tuple[str, ...]
@@ -21,7 +21,7 @@ class Topic:
     pattern: str
 
 
-# Ways to ask for any topic that has a noun.
+# Question forms for every topic that has a noun.
 _GENERAL = (
     "Tell me about {n}.|Explain {n}.|Can you explain {n}?|What do you know about {n}?"
     "|Tell me more about {n}.|I want to know about {n}.|Describe {n}.|Say something about {n}."

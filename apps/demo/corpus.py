@@ -1,4 +1,4 @@
-"""Which conversations does the demo model see, and which are kept out for tests?
+"""Conversations of the demo model: training data, and combinations kept out for tests.
 
     python -m tinychat_mlx.apps.demo.corpus --out tests/data
 
@@ -21,7 +21,7 @@ from tinychat_mlx.apps.demo.words import invent
 Message = dict[str, str]
 Skill = Callable[[Chat, bool], Turn]
 
-# Odds of each skill per turn. Stories are five times as long as the rest, so they are rare.
+# Weight of each skill per turn. Stories are five times as long as the rest, so they are rare.
 SKILLS: tuple[tuple[Skill, float], ...] = (
     (talk.sums, 24),
     (talk.drill, 4),
@@ -50,7 +50,7 @@ _BRIEF_SYSTEM = (
 
 
 def opening(chat: Chat) -> list[Message]:
-    """Draw the system message, if any, and let it take effect."""
+    """Draw the system message, if any, and apply it to the chat."""
     rng = chat.rng
     roll = rng.random()
     if roll < 0.78:
@@ -78,7 +78,7 @@ def next_turn(chat: Chat) -> Turn:
 
 
 def conversation(rng: Random, typos: bool = True) -> Iterator[Message]:
-    """Yield the messages of one conversation, which never ends by itself."""
+    """Yield the messages of one conversation, without end."""
     chat = Chat(rng, typos=typos)
     yield from opening(chat)
     first = rng.random()
@@ -94,7 +94,7 @@ def conversation(rng: Random, typos: bool = True) -> Iterator[Message]:
 
 
 def some_turns(rng: Random, turns: int, typos: bool = False) -> list[Message]:
-    """Return a finished conversation of so many exchanges."""
+    """Return a conversation of this many exchanges."""
     messages: list[Message] = []
     for message in conversation(rng, typos):
         messages.append(message)
@@ -104,7 +104,7 @@ def some_turns(rng: Random, turns: int, typos: bool = False) -> list[Message]:
 
 
 def held_out_item(rng: Random, skill: str) -> dict[str, Any]:
-    """Make one scored prompt whose combination no training conversation contains."""
+    """Make one scored prompt whose combination is in no training conversation."""
     chat = Chat(rng, typos=False)
     turns: list[Turn] = []
     context = rng.choice((0, 0, 1, 2, 3))
@@ -176,7 +176,7 @@ def held_out_items(seed: int = 7) -> list[dict[str, Any]]:
 
 
 def text_of_size(seed: int, size: int) -> list[dict[str, Any]]:
-    """Make conversations of 3 to 20 exchanges, about so many characters in all."""
+    """Make conversations of 3 to 20 exchanges, with about this many characters in total."""
     rng, made, total = Random(seed), [], 0
     while total < size:
         messages = some_turns(rng, rng.randint(3, 20))

@@ -1,4 +1,4 @@
-"""How well does an exported demo model answer the held-out prompts? A greedy run in torch.
+"""Score an exported demo model on the held-out prompts, with a greedy run in torch.
 
     python -m tinychat_mlx.apps.demo.evaluate tests/data/demo-fp16 tests/data/demo_heldout.jsonl
 
@@ -27,7 +27,7 @@ Cache = list[tuple[Tensor, Tensor]]
 
 
 def load(folder: Path) -> tuple[DemoLlama, Tokenizer]:
-    """Read an exported folder; weights are computed with in float32."""
+    """Read an exported folder; compute in float32."""
     config = json.loads((folder / "config.json").read_text())
     model = DemoLlama(Shape(**{f.name: config[f.name] for f in fields(Shape)}))
     weights = {k: v.float() for k, v in load_file(folder / "model.safetensors").items()}
@@ -37,7 +37,7 @@ def load(folder: Path) -> tuple[DemoLlama, Tokenizer]:
 
 @torch.inference_mode()
 def extend(model: DemoLlama, ids: list[int], cache: Cache) -> Tensor:
-    """Run new tokens behind what the cache holds, extend it, return the last logits (V,)."""
+    """Run new tokens after those in the cache, extend it, return the last logits (V,)."""
     s = model.s
     start, T = cache[0][0].shape[1] if cache else 0, len(ids)
     cos, sin = model.cos[start : start + T], model.sin[start : start + T]  # type: ignore[index]
@@ -76,7 +76,7 @@ def greedy(model: DemoLlama, tok: Tokenizer, limit: int = 220) -> Callable[[list
 
 
 def main() -> None:
-    """Print the scores, and the wrong answers if asked."""
+    """Print the scores, and the wrong answers with --wrong."""
     parser = argparse.ArgumentParser(description="score an exported demo model")
     parser.add_argument("model", type=Path)
     parser.add_argument("items", type=Path)

@@ -1,7 +1,7 @@
-"""What is true about the world, as far as the demo model learns it? One table per relation.
+"""The facts that the demo model learns, one table per relation.
 
-A table holds the question forms, the answer sentence, then `subject=answer` pairs. `{s}` stands for
-the subject and `{a}` for the answer; bold marks the answer inside a sentence.
+A table has the question forms, the answer sentence, and `subject=answer` pairs. `{s}` is replaced by the subject and
+`{a}` by the answer; bold marks the answer in a sentence.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which plain facts can be asked for? Every pair of the tables, with the ways to ask for it."""
+"""The plain facts: every pair of the tables, with its question forms."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tinychat_mlx.apps.demo.words import listed
 
 @dataclass(frozen=True)
 class Fact:
-    """One fact: its id, the forms in which it is asked, the answer sentence and the answer alone."""
+    """One fact: its id, the question forms, the answer sentence, and the bare answer."""
 
     id: str
     forms: tuple[str, ...]
@@ -40,7 +40,7 @@ def _capital(text: str) -> str:
 
 FACTS: tuple[Fact, ...] = _make()
 
-# Real places that are in no table: the model is to say that it does not know them.
+# Real places that are in no table: the model must answer that it does not know them.
 UNTAUGHT_COUNTRIES = listed(
     "Tuvalu;Bhutan;Malta;Latvia;Paraguay;Senegal;Mongolia;Oman;Fiji;Serbia;Belize;Zambia;Laos;"
     "Estonia;Bolivia;Uganda;Jamaica;Albania;Qatar;Tunisia",

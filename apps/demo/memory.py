@@ -1,4 +1,4 @@
-"""What does the model remember about its user? Tell, ask and not-yet-told exchanges for each slot."""
+"""Exchanges about facts on the user: telling, asking, and asking before telling, for each slot."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _HOBBIES = listed(
 
 @dataclass(frozen=True)
 class Slot:
-    """One thing a user may tell: forms to tell, to acknowledge, to ask, to answer, and if untold."""
+    """A fact about the user: forms to tell, acknowledge, ask and answer it, and the answer if it is unknown."""
 
     values: tuple[str, ...]
     invented: float
@@ -156,7 +156,7 @@ def _value(rng: Random, slot: Slot) -> str:
 
 
 def tell(chat: Chat, held: bool, which: str = "") -> Turn:
-    """Let the user tell something about themselves."""
+    """Let the user state a fact about themselves."""
     kind = which or chat.rng.choice(_SLOT_ODDS)
     slot = SLOTS[kind]
 
@@ -175,13 +175,13 @@ def tell(chat: Chat, held: bool, which: str = "") -> Turn:
 
 
 def slot_text(chat: Chat, forms: str, v: str) -> str:
-    """Fill one of the forms with the value."""
+    """Fill a random form with the value."""
     text = chat.rng.choice(forms.split("|")).format(v=v, V=v[:1].upper() + v[1:])
     return text[:1].upper() + text[1:]
 
 
 def recall(chat: Chat, held: bool, which: str = "") -> Turn:
-    """Ask for something told before, or never told."""
+    """Ask for a fact that was stated before, or never."""
     told = list(chat.memory)
     kind = which or chat.rng.choice(_SLOT_ODDS)
     if told and not which and chat.rng.random() < 0.75:
@@ -196,6 +196,6 @@ def recall(chat: Chat, held: bool, which: str = "") -> Turn:
             slot.untold,
             {"kind": "contains", "all": ["don't know"]},
         )
-    # Not bold: a name after a space is the same token as where it was told, and copying is learned.
+    # Not bold: after a space, a name has the same tokens as in the user's message, so copying can be learned.
     reply = slot.answer.format(v=v)
     return Turn("memory", rough(chat, ask), reply, {"kind": "contains", "all": [v]})

@@ -1,6 +1,6 @@
-"""What does the demo model compute while it is trained? A plain Llama decoder in torch.
+"""The model that is trained: a plain Llama decoder in torch.
 
-Attribute names follow Hugging Face, so `state_dict()` is the checkpoint with no renaming.
+Attribute names follow Hugging Face, so `state_dict()` is the checkpoint without renaming.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Weigh values causally: q, k, v (B, H, T, D) -> (B, H, T, D).
 
-    Up to 512 tokens the plain form is compiled: its backward pass is twice as fast on a CPU.
+    Up to 512 tokens it uses the explicit form, whose compiled backward pass is twice as fast on a CPU.
     """
     T, D = q.shape[-2:]
     if T > 512:
@@ -148,7 +148,7 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Embedding, layers and last norm: what Hugging Face calls `model`."""
+    """Embedding, layers and last norm: `model` in Hugging Face's names."""
 
     def __init__(self, s: Shape) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ class DemoLlama(nn.Module):
         return F.linear(self.hidden(ids), self.model.embed_tokens.weight)
 
     def loss(self, ids: Tensor, keep: Tensor) -> Tensor:
-        """Return the mean loss of predicting those ids (B, T) that keep (B, T) marks, from the past."""
+        """Return the mean loss of predicting the ids (B, T) marked by keep (B, T) from the previous ones."""
         keep = keep[:, 1:].flatten()
         x = self.hidden(ids[:, :-1]).flatten(0, 1)[keep]
         target = ids[:, 1:].flatten()[keep]
@@ -197,10 +197,10 @@ class DemoLlama(nn.Module):
 
 
 class HeadLoss(torch.autograd.Function):
-    """Mean cross entropy behind a linear head, without ever holding all logits.
+    """Mean cross entropy after a linear head, without the whole logits in memory.
 
-    Rows go through in chunks whose logits stay in the cache, and the gradient is made in the same
-    pass; on a CPU this halves the time of head and loss (they are a third of the whole otherwise).
+    Rows are processed in chunks whose logits fit in the cache, and the gradient is computed in the same pass. On a CPU
+    this halves the time of head and loss, which would otherwise be a third of the total.
     """
 
     CHUNK = 512

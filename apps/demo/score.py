@@ -1,6 +1,6 @@
-"""How many held-out prompts does a model answer right? One scorer for every engine.
+"""Score the answers of a model to the held-out prompts, the same for every engine.
 
-`generate(messages) -> str` is to be greedy; items come from `demo_heldout.jsonl`.
+`generate(messages) -> str` must be greedy; items come from `demo_heldout.jsonl`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Item = dict[str, Any]
 
 @dataclass
 class Scores:
-    """Share of right answers, per skill and in all, and the wrong ones for reading."""
+    """Share of correct answers, per skill and in total, and the wrong ones."""
 
     skills: dict[str, float]
     total: float
@@ -32,7 +32,7 @@ def load_items(path: Path) -> list[Item]:
 
 
 def is_right(check: dict[str, Any], reply: str) -> bool:
-    """Say whether the reply passes the check."""
+    """Return whether the reply passes the check."""
     low = reply.lower()
     if check["kind"] == "number":
         numbers = re.findall(r"-?\d+", reply)

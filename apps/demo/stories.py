@@ -1,6 +1,6 @@
-"""How does the demo model tell a story? A small grammar: hero × trait × place × trouble × end.
+"""Stories of the demo model, from a small grammar: hero × trait × place × trouble × end.
 
-A story is written around what was asked for, so that every sentence can be traced to the request.
+A story is built from the request, so that every sentence can be traced to it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ NAMES = listed(
     ";",
 )
 
-# Trouble, attempt, rescue alone, rescue with a friend. {h} the hero, {N} its name, {f} the friend.
+# Trouble, attempt, rescue without a friend, rescue with a friend. {h} the hero, {N} its name, {f} the friend.
 _TROUBLES = (
     (
         "One day a storm came and blew the roof off {N}'s house.",
@@ -168,7 +168,7 @@ _FORMS = (
 
 @dataclass(frozen=True)
 class Request:
-    """What a story is asked to contain; empty strings were not asked for."""
+    """The elements requested in a story; an empty string means none."""
 
     hero: str
     trait: str
@@ -190,7 +190,7 @@ def article(noun: str) -> str:
 
 
 def request(rng: Random) -> Request:
-    """Draw what somebody might ask a story to be about."""
+    """Draw a request for a story."""
     hero, friend = rng.sample(HEROES, 2)
     name = rng.choice(NAMES) if rng.random() < 0.7 else invent(rng)
     return Request(
@@ -222,14 +222,14 @@ def question(rng: Random, r: Request) -> str:
 
 
 def _leaning(rng: Random, key: str, choices: Sequence[T]) -> T:
-    """Draw a choice, mostly the one that belongs to the key: so greedy stories differ by subject."""
+    """Draw a choice, mostly the one that is tied to the key, so that greedy stories differ by subject."""
     if rng.random() < 0.4:
         return rng.choice(choices)
     return choices[zlib.crc32(key.encode()) % len(choices)]
 
 
 def tell(rng: Random, r: Request) -> str:
-    """Write the story: five to eight sentences about exactly what was asked for."""
+    """Write the story: five to eight sentences about exactly the request."""
     r = r if r.hero else request(rng)
     name = r.name or _leaning(rng, r.trait + "/" + r.hero, NAMES)
     trait = r.trait or rng.choice(TRAITS)

@@ -1,6 +1,6 @@
-"""What can happen in one exchange? Each skill draws a question, its answer and how to check it.
+"""Single exchanges: each skill draws a question, its answer, and a check of replies.
 
-A skill takes the chat so far and `held`: whether to draw a combination that training never sees.
+A skill takes the chat so far and `held`: whether to draw a combination that training never contains.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Check = dict[str, Any]
 
 @dataclass
 class Turn:
-    """One exchange; `check` says what a right reply contains (None: not scored)."""
+    """One exchange. check: the condition that a correct reply meets (None: not scored)."""
 
     skill: str
     user: str
@@ -30,7 +30,7 @@ class Turn:
 
 @dataclass
 class Chat:
-    """What a conversation has established so far."""
+    """State of a conversation so far."""
 
     rng: Random
     brief: bool = False
@@ -45,12 +45,12 @@ class Chat:
 
 
 def kept_out(*key: object) -> bool:
-    """Say whether training never sees this combination (about one in ten, by hash)."""
+    """Return whether training never contains this combination (about one in ten, by hash)."""
     return zlib.crc32(repr(key).encode()) % 10 == 0
 
 
 def draw(make: Callable[[], tuple[Any, tuple[object, ...]]], held: bool) -> Any:
-    """Draw (value, key) pairs until the key is on the wanted side; return the value."""
+    """Draw (value, key) pairs until the key is on the requested side; return the value."""
     while True:
         value, key = make()
         if kept_out(*key) == held:
@@ -58,7 +58,7 @@ def draw(make: Callable[[], tuple[Any, tuple[object, ...]]], held: bool) -> Any:
 
 
 def rough(chat: Chat, text: str, keep: tuple[str, ...] = ()) -> str:
-    """Write text the way people type: lower case, no full stop, a typo; words in keep stay."""
+    """Write text as people type it: lower case, no full stop, a typo. Words in keep stay unchanged."""
     rng = chat.rng
     if rng.random() < 0.08:
         text = rng.choice(("Please: ", "Hey, ", "Ok, ", "So, ", "And ", "Now, ")) + text
@@ -136,7 +136,7 @@ def result(a: int, op: str, b: int) -> int:
 
 
 def sums(chat: Chat, held: bool) -> Turn:
-    """Add or subtract two numbers, asked in many ways; sometimes go on from the last result."""
+    """Add or subtract two numbers, in many question forms; sometimes continue from the last result."""
     rng = chat.rng
     chain = chat.last_sum is not None and 0 <= chat.last_sum <= 99 and rng.random() < 0.35
     a, op, b = pair(rng, held, chat.last_sum if chain else None)
@@ -207,7 +207,7 @@ def topic(chat: Chat, held: bool) -> Turn:
 
 
 def story(chat: Chat, held: bool) -> Turn:
-    """Tell a story about what is asked for."""
+    """Tell a story about the requested subject."""
 
     def make() -> tuple[Any, tuple[object, ...]]:
         r = stories.request(chat.rng)
@@ -318,7 +318,7 @@ def _fill(rng: Random, form: str) -> str:
 
 
 def unknown(chat: Chat, held: bool) -> Turn:
-    """Ask what the model cannot know; the right answer says so."""
+    """Ask for something that the model cannot know; the correct answer says so."""
     hard = chat.rng.random() < 0.2
     forms = _TOO_HARD if hard else _UNKNOWABLE if chat.rng.random() < 0.92 else _GIBBERISH
 

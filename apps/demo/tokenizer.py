@@ -1,7 +1,7 @@
-"""How does the demo model cut text into tokens? Byte-level BPE learned from its own corpus.
+"""Tokenizer of the demo model: byte-level BPE trained on its own corpus.
 
-Digits stand alone, so that arithmetic can be learned; any byte can be written, so that every text
-comes back unchanged.
+Every digit is a separate token, so that arithmetic can be learned. Every byte has a token, so that decoding returns any
+text unchanged.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BOS, USER, ASSISTANT, SYSTEM, END = SPECIAL = (
     "<|system|>",
     "<|end|>",
 )
-# An operator keeps its spaces; a digit stands alone; a word takes the space before it.
+# An operator keeps its spaces; a digit is a separate token; a word includes the space before it.
 _SPLIT = r" [+\-=] (?=[\d*\-])|\d|'(?:s|m|re|t|ve|ll|d)| ?\p{L}+| ?[^\s\p{L}\d]+|\s+(?!\S)|\s+"
 CHAT_TEMPLATE = (
     "{{ '<|bos|>' }}{% for message in messages %}"

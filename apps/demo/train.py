@@ -1,10 +1,10 @@
-"""How is the demo model trained? One pass over conversations that are made as they are needed.
+"""Train the demo model: one pass over conversations that are generated on the fly.
 
     python -m tinychat_mlx.apps.demo.train --out demo-fp16 --minutes 80
 
-Matrices learn with Muon (Jordan et al. 2024), embeddings and norms with AdamW. The learning rate is
-held, then falls to zero over the last part, so that a run limited by time still ends annealed. With
-`--steps` instead of `--minutes` the run depends on nothing but its seed.
+Muon (Jordan et al. 2024) optimises matrices, AdamW embeddings and norms. The learning rate is constant and then falls
+to zero over the last part, so that a run limited by time ends annealed, too. With `--steps` instead of `--minutes`, the
+run depends only on its seed.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from tinychat_mlx.apps.demo.model import DemoLlama, Shape
 
 SEED = 20
 BATCH_TOKENS = 6144
-MICRO_TOKENS = 2048  # activations of one layer then fit the cache
-USER_SHARE = 0.25  # user turns are learned too, more thinly, so that the model can write both sides
+MICRO_TOKENS = 2048  # activations of one layer then fit in the CPU's cache
+USER_SHARE = 0.25  # share of user turns in the loss, so that the model can write both sides
 SHORT = (128, 128, 256, 256, 256, 512)
 LONG = (256, 512, 2048, 4096)
 LONG_FROM, DECAY_FROM, WARMUP_STEPS = 0.87, 0.65, 60
@@ -41,7 +41,7 @@ MUON_LR, ADAM_LR = 6e-3, 4e-3
 
 @dataclass
 class Budget:
-    """How far the run is: by steps if they are given, else by minutes."""
+    """Progress of the run: by steps if given, else by minutes."""
 
     steps: int
     minutes: float
@@ -59,14 +59,14 @@ class Budget:
 
 
 class Rows:
-    """Encode conversations and cut them into rows of exactly the wanted length."""
+    """Encodes conversations and cuts them to rows of exactly the requested length."""
 
     def __init__(self, tok: Tokenizer) -> None:
         self.tok = tok
         self.end = tokenizer.token_id(tok, tokenizer.END)
 
     def row(self, rng: Random, length: int) -> tuple[list[int], list[bool]]:
-        """Return one conversation's first tokens, and which of them are to be learned."""
+        """Return the first tokens of a conversation, and which of them are in the loss."""
         ids, keep = [tokenizer.token_id(self.tok, tokenizer.BOS)], [False]
         for message in corpus.conversation(rng):
             body = self.tok.encode(message["content"]).ids
@@ -92,7 +92,7 @@ class Rows:
 
 
 def optimizers(model: DemoLlama) -> list[torch.optim.Optimizer]:
-    """Give the layers' matrices to Muon and the rest to AdamW."""
+    """Assign the layers' matrices to Muon and the rest to AdamW."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     taken = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in taken]
@@ -105,7 +105,7 @@ def optimizers(model: DemoLlama) -> list[torch.optim.Optimizer]:
 def train_step(
     model: DemoLlama, rows: Rows, opts: list[torch.optim.Optimizer], budget: Budget
 ) -> tuple[float, int]:
-    """Take one optimiser step; return the loss and the tokens seen."""
+    """Run one optimiser step; return the loss and the number of tokens."""
     lengths = LONG if budget.progress() > LONG_FROM else SHORT
     micro = list(rows.batches(SEED * 1_000_000 + budget.step, lengths))
     total = 0.0
@@ -130,7 +130,7 @@ def plain_state(model: DemoLlama) -> dict[str, Tensor]:
 
 
 def export(model: DemoLlama, tok: Tokenizer, folder: Path) -> None:
-    """Write a Hugging Face folder in float16, all at once, in place of an older one."""
+    """Write a Hugging Face folder in float16, replacing an older one atomically."""
     work = folder.with_name(folder.name + ".part")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -160,7 +160,7 @@ def export(model: DemoLlama, tok: Tokenizer, folder: Path) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train until the budget is spent, exporting now and then."""
+    """Train until the budget is used, exporting periodically."""
     torch.manual_seed(SEED)
     torch.set_num_threads(args.threads)
     model, budget = DemoLlama(Shape()), Budget(args.steps, args.minutes)

@@ -1,4 +1,4 @@
-"""Where do single words come from? Lists written in one string, and names that mean nothing."""
+"""Word lists written as one string, and invented names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from random import Random
 
 
 def listed(text: str, separator: str) -> list[str]:
-    """Cut a list that is written as one string."""
+    """Split a list that is written as one string."""
     return text.split(separator)
 
 
@@ -16,7 +16,7 @@ _CODAS = ("", ".", ".", ".", *listed("n r l s m k th nd x rt", " "))
 
 
 def invent(rng: Random, syllables: int = 0) -> str:
-    """Make up a name that means nothing."""
+    """Invent a name."""
     n = syllables or rng.choice((2, 2, 3))
     parts = [rng.choice(_ONSETS) + rng.choice(_VOWELS) for _ in range(n)]
     return ("".join(parts) + rng.choice(_CODAS).strip(".")).capitalize()

@@ -1,4 +1,4 @@
-"""Which backend is chosen and why; what each other one lacks, and how to get it."""
+"""The chosen backend and the reason; what each other backend needs, and how to install it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from typing import Any
 
 from tinychat_mlx.apps.doctor.finding import BROKEN, NOTE, OK, Finding, Section
 from tinychat_mlx.apps.doctor.probe import LIBRARY, Child, ask
+from tinychat_mlx.backend_names import BACKENDS
 from tinychat_mlx.errors import UsageError, pip_install
-from tinychat_mlx.loading import BACKENDS, choose, has_nvidia
+from tinychat_mlx.loading import choose, has_nvidia
 
 DRIVER = Path("/sys/module/nvidia/version")
 
 
 class Backends:
-    """Every backend of the package, asked whether it comes up: LIBRARY's in processes of their own.
+    """Tests whether each backend starts; those in LIBRARY run in a separate process.
 
-    wanted: as `--backend` would say. measure: the chosen one also measures memory reads, if it is one of those.
+    wanted: the value of --backend. measure: the chosen backend also measures memory reads, if it is in LIBRARY.
     """
 
     def __init__(self, wanted: str, measure: bool) -> None:
@@ -38,7 +39,7 @@ class Backends:
         self.answers: dict[str, dict[str, Any]] = {}
 
     def section(self) -> Section:
-        """Waits for the children."""
+        """Return the section. Waits for the processes."""
         if not self.answers:
             self.answers = {name: child.answer() for name, child in self._children.items()}
             self.answers |= {n: ask(n, False) for n in BACKENDS if n not in LIBRARY}
@@ -61,32 +62,32 @@ class Backends:
             words = [f"{name}: {device['name']}, {device['detail']}", *device["features"][: name == "mlx"]]
             words += [*answer.get("remarks", ()), *_remarks(name)]
             return Finding(name, answer | {"works": True} | _driver(name), "; ".join(words), OK)
-        what, do = lacks(name) or (answer.get("error", "it does not come up"), answer.get("do", ""))
+        what, do = lacks(name) or (answer.get("error", "it does not start"), answer.get("do", ""))
         what = what.removeprefix(f"{name} backend: ")
         value = {"works": False, "error": what, "do": do} | _driver(name)
         what = "; ".join([what, *_remarks(name)])
         if name == self.chosen:
-            return Finding(name, value, f"{name}: {what}", BROKEN, do or "take another: --backend cpu")
+            return Finding(name, value, f"{name}: {what}", BROKEN, do or "use another: --backend cpu")
         state = NOTE if answer.get("error") and not lacks(name) else ""
         return Finding(name, value, f"{name}: {what}", state, do)
 
 
 def lacks(name: str) -> tuple[str, str] | None:
-    """What a backend lacks before its library is even asked, and how to get it."""
+    """Return what a backend lacks and how to install it, without importing its library; None if nothing."""
     apple = sys.platform == "darwin" and platform.machine() == "arm64"
     if find_spec(BACKENDS[name][0]) is None:
         return (
             "not in this package",
-            f"install the whole of tinychat-mlx, or take another than --backend {name}",
+            "install the complete tinychat-mlx, or use another --backend",
         )
     if name == "mlx" and find_spec("mlx") is None:
-        return ("no MLX", "pip install 'mlx>=0.32.1'") if apple else ("for a Mac with Apple silicon", "")
+        return ("no MLX", "pip install 'mlx>=0.32.1'") if apple else ("needs a Mac with Apple silicon", "")
     if name == "cuda" and not has_nvidia() and os.environ.get("TINYCHAT_CUDA_DEVICE") != "cpu":
         torch = "" if find_spec("torch") is None else ", though torch is installed"
-        return f"for an NVIDIA GPU, and no driver of one is loaded{torch}", ""
+        return f"needs an NVIDIA GPU, but no NVIDIA driver is loaded{torch}", ""
     if name == "cuda" and find_spec("torch") is None:
         jetson = Path("/etc/nv_tegra_release").exists()
-        return "an NVIDIA GPU is here, torch is not", (
+        return "there is an NVIDIA GPU, but torch is not installed", (
             "install NVIDIA's torch for this JetPack" if jetson else pip_install("cuda")
         )
     return None
@@ -94,14 +95,14 @@ def lacks(name: str) -> tuple[str, str] | None:
 
 def _remarks(name: str) -> list[str]:
     if name == "reference":
-        return ["plain and slow: what the others are compared with"]
+        return ["slow reference implementation for tests"]
     asked = name == "cuda" and os.environ.get("TINYCHAT_CUDA_KERNELS") == "0"
-    found = ["TINYCHAT_CUDA_KERNELS=0 asks for pure torch"] if asked else []
+    found = ["TINYCHAT_CUDA_KERNELS=0 selects pure torch"] if asked else []
     return found + [f"NVIDIA driver {version}" for version in _driver(name).values()]
 
 
 def _driver(name: str) -> dict[str, str]:
-    """{driver: version} of NVIDIA's, as the kernel says it, or its own tool."""
+    """Return {"driver": version} of NVIDIA's driver, from the kernel or from nvidia-smi."""
     if name != "cuda" or not has_nvidia():
         return {}
     with suppress(OSError):

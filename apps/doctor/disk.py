@@ -1,61 +1,44 @@
-"""What lies on the disk for us, how large is it, and how is it deleted? Nothing here makes a folder."""
+"""Files of tinychat on the disk: location, size, and how to delete them. Creates no folders."""
 
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
 from pathlib import Path
 
-from tinychat_mlx import limits, places
+from tinychat_mlx import disk_cache, limits, places
 from tinychat_mlx.apps.doctor.finding import NOTE, OK, Finding, Section
 from tinychat_mlx.words import size
 
-LOW_DISK = 2_000_000_000  # bytes; a small model and its conversion
+LOW_DISK = 2_000_000_000  # bytes; the size of a small model and its conversion
 
 
 def disk() -> Section:
-    """Each cache with its folder, its bytes and the command that empties it; the room that is left."""
+    """Return the section: each cache with its folder, bytes and delete command, and the free space."""
     found = [_cache(*row) for row in caches()]
     free = limits.disk_free(places.hub_cache())
     if free < LOW_DISK:
-        text, do = f"{size(free)} free where models go", "make room, or point HF_HOME at another disk"
+        text, do = (
+            f"{size(free)} free on the disk of the models",
+            "make room, or set HF_HOME to a folder on another disk",
+        )
         found.append(Finding("free_bytes", free, text, NOTE, do))
     else:
-        found.append(Finding("free_bytes", free, f"{size(free)} free where models go", OK))
+        found.append(Finding("free_bytes", free, f"{size(free)} free on the disk of the models", OK))
     return Section("disk", "Disk", tuple(found))
 
 
 def caches() -> list[tuple[str, str, Path, str]]:
     """(key, what it is, folder or file, what deletes it; "": the system's own way)."""
-    from platformdirs import user_cache_path, user_data_path
-
-    from tinychat_mlx.apps.chat.session import cache_folder
-
-    data = Path(os.environ.get("TINYCHAT_DATA") or user_data_path("tinychat-mlx", appauthor=False))
-    ours = user_cache_path("tinychat-mlx")
     return [
         ("models", "models (Hugging Face cache)", places.hub_cache(), "tinychat models rm MODEL"),
         ("conversions", "conversions to int4", places.conversions(), "tinychat models rm MODEL"),
-        ("weights", "packed weights", packed_weights(), ""),
-        ("prefixes", "what was computed of chats", cache_folder(), ""),
-        ("cubins", "compiled CUDA kernels", ours / "cuda", ""),
-        ("winners", "measurements of Metal kernels", ours / "metal-kernels.json", ""),
-        ("sessions", "saved chats", data / "sessions", ""),
-        ("history", "what was typed", data / "history", ""),
+        ("weights", "packed weights", disk_cache.place("weights"), ""),
+        ("prefixes", "what was computed of chats", disk_cache.place("prefixes"), ""),
+        ("cubins", "compiled CUDA kernels", disk_cache.place("cubins"), ""),
+        ("winners", "measurements of Metal kernels", disk_cache.place("winners"), ""),
+        ("sessions", "saved chats", places.data() / "sessions", ""),
+        ("history", "what was typed", places.data() / "history", ""),
     ]
-
-
-def packed_weights() -> Path:
-    """Where the cpu backend keeps weights in its own layout."""
-    from platformdirs import user_cache_path
-
-    usual = Path(os.environ.get("TINYCHAT_CACHE") or user_cache_path("tinychat-mlx")) / "weights"
-    if find_spec("tinychat_mlx.backends.cpu.store") is None:
-        return usual
-    from importlib import import_module
-
-    home = import_module("tinychat_mlx.backends.cpu.store").home()
-    return Path(home or usual)
 
 
 def _cache(key: str, what: str, path: Path, command: str) -> Finding:

@@ -1,4 +1,4 @@
-"""All sections in order. The slow ones, other backends coming up, run beside the rest."""
+"""Run all checks in order. The slow ones (starting other backends) run in parallel to the rest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tinychat_mlx.apps.terminal import detect
 
 
 def examine(backend: str | None, measure: bool) -> tuple[list[Section], bool]:
-    """-> all sections, and whether the chosen backend runs. Where a library is missing, that section alone."""
+    """Return all sections, and whether the chosen backend runs. If a library is missing, only that section."""
     libraries = software.software()
     if any(f.state == BROKEN and f.value is None for f in libraries.findings):
         return [libraries], False
@@ -21,7 +21,7 @@ def examine(backend: str | None, measure: bool) -> tuple[list[Section], bool]:
     from tinychat_mlx.apps.doctor.devices import Backends
 
     options = settings.defaults()
-    with saying("looking at the backends"):
+    with saying("checking the backends"):
         backends = Backends(backend or options["backend"], measure)
         before = [machine.machine(), machine.memory(), machine.threads(), software.native(), libraries]
         found = backends.section()
@@ -41,7 +41,7 @@ def examine(backend: str | None, measure: bool) -> tuple[list[Section], bool]:
 
 
 def _needed(sections: list[Section]) -> Iterator[Finding]:
-    """What every backend needs: libraries, and settings that can be read."""
+    """Yield the findings that every backend depends on: libraries and a readable configuration."""
     for section in sections:
         if section.key in ("software", "configuration"):
             yield from section.findings
@@ -49,7 +49,7 @@ def _needed(sections: list[Section]) -> Iterator[Finding]:
 
 @contextmanager
 def saying(what: str) -> Iterator[None]:
-    """A passing word on stderr, where a person looks."""
+    """Show a temporary status line on stderr if it is a terminal."""
     live = sys.stderr.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
     if live:
         sys.stderr.write(f"\r{what} {detect().glyphs.ellipsis}\x1b[K")

@@ -1,4 +1,4 @@
-"""What does doctor say? Findings in sections: each a key and a value for programs, a line for people."""
+"""Findings of `tinychat doctor`, in sections: each has a key and value for programs and a line for people."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ OK, NOTE, BROKEN = "ok", "note", "broken"
 
 @dataclass(frozen=True)
 class Finding:
-    """One line. text: for people ("": the value; None: for programs alone). state: "" is mere information.
+    """One line. text: for people ("": print the value; None: only in --json). state: "" is information only.
 
-    do: what to do about it. shared: the text for a bug report, where `text` holds what is private.
+    do: how to fix it. shared: the text for a bug report, if `text` has private data.
     """
 
     key: str
@@ -30,7 +30,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Section:
-    """Findings that answer one question. key: under which `--json` has them."""
+    """Findings on one topic. key: its name in --json."""
 
     key: str
     title: str
@@ -41,7 +41,7 @@ class Section:
 
 
 def problems(sections: list[Section]) -> Iterator[dict[str, str]]:
-    """Every finding that asks for something, the broken ones first."""
+    """Yield every finding that needs attention, broken ones first."""
     for state in (BROKEN, NOTE):
         for section in sections:
             for f in section.findings:

@@ -1,4 +1,4 @@
-"""What is this machine: its processor, its memory, and how much of both may this process use?"""
+"""Processor, memory and threads of this machine, and the limits of this process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tinychat_mlx.words import size
 
 
 def machine() -> Section:
-    """Processor, system, Python."""
+    """Return the section on processor, system and Python."""
     system = f"{platform.system()} {platform.release()} ({platform.machine()})"
     python = f"{platform.python_implementation()} {platform.python_version()}"
     found = [
@@ -23,7 +23,7 @@ def machine() -> Section:
         Finding("python", python, f"{python}, {64 if sys.maxsize > 1 << 32 else 32} bits"),
     ]
     if _rosetta():
-        do = "install Python for arm64: MLX, and with it the GPU, needs it"
+        do = "install Python for arm64: MLX (and so the GPU) requires it"
         found.append(Finding("translated", True, "this Python is translated by Rosetta", NOTE, do))
     return Section("machine", "Machine", tuple(found))
 
@@ -31,8 +31,8 @@ def machine() -> Section:
 def _processor() -> Finding:
     name = processor_name()
     if " emulated on " in name:
-        text = f"{name}: which one is emulated it does not tell; memory and cores are the host's too"
-        return Finding("processor", name, text, NOTE, "on the device itself the model stands here")
+        text = f"{name}: the emulated model is unknown; memory and cores are those of the host"
+        return Finding("processor", name, text, NOTE, "run this on the device to see its model")
     return Finding("processor", name)
 
 
@@ -46,24 +46,24 @@ def _distribution() -> str:
 
 
 def _rosetta() -> bool:
-    """An x86 Python on Apple silicon."""
+    """Whether this is an x86 Python on Apple silicon."""
     return sys.platform == "darwin" and platform.machine() == "x86_64" and "Apple" in processor_name()
 
 
 # memory ------------------------------------------------------------------------------------------------
 def memory() -> Section:
-    """Total, free, swap, and the limits set for this process."""
+    """Return the section on memory: total, free, swap, and the limits of this process."""
     import psutil
 
     seen = psutil.virtual_memory()
     free = limits.memory_free()
     found = [
-        Finding("total_bytes", int(seen.total), f"{size(seen.total)} in all", OK),
-        Finding("free_bytes", free, f"{size(free)} free for programs"),
+        Finding("total_bytes", int(seen.total), f"{size(seen.total)} total", OK),
+        Finding("free_bytes", free, f"{size(free)} available"),
         Finding("swap_bytes", (swap := int(psutil.swap_memory().total)), f"swap: {size(swap)}"),
     ]
     if bound := next((b for b in limits.bounds() if b.limit < seen.total), None):
-        text = f"{size(bound.limit)} is all that {bound.name} allows, {size(bound.used)} of it are used"
+        text = f"{bound.name} allows {size(bound.limit)}, of which {size(bound.used)} is used"
         do = "the machine has more: raise the limit (docker run --memory, ulimit -v) for larger models"
         found.append(Finding("limit_bytes", bound.limit, text, NOTE, do))
     else:
@@ -73,7 +73,7 @@ def memory() -> Section:
 
 # threads -----------------------------------------------------------------------------------------------
 def threads() -> Section:
-    """How many threads the cpu backend takes, and why."""
+    """Return the section on the threads of the cpu backend, with the reason for their number."""
     import psutil
 
     logical = os.cpu_count() or 1
@@ -93,15 +93,15 @@ def threads() -> Section:
     ]
     if asked and not asked.isdecimal():
         do = "set it to 1, 2, … or unset it"
-        found[0] = Finding("threads", None, f"TINYCHAT_THREADS={asked!r} is no number", "broken", do)
+        found[0] = Finding("threads", None, f"TINYCHAT_THREADS={asked!r} is not a number", "broken", do)
     elif n > usable:
         text, do = (
-            f"{n} threads for {usable} usable CPUs: they wait for each other",
+            f"{n} threads for {usable} usable CPUs: this slows them down",
             f"unset {why.partition(' ')[0]}",
         )
         found[0] = Finding("threads", n, text, NOTE, do)
     elif allowed is not None and n > max(1, allowed):
-        text = f"{n} threads, but the container gives them {_cpus(allowed)}: they wait for each other"
+        text = f"{n} threads, but the container allows {_cpus(allowed)}: this slows them down"
         do = f"set TINYCHAT_THREADS={max(1, int(allowed))}"
         found[0] = Finding("threads", n, text, NOTE, do)
     return Section("threads", "Threads", tuple(found))
@@ -109,18 +109,18 @@ def threads() -> Section:
 
 def _why(n: int, asked: str, logical: int, usable: int, physical: int | None, allowed: float | None) -> str:
     if asked:
-        return "TINYCHAT_THREADS asks for it"
+        return "set by TINYCHAT_THREADS"
     if limits.threads_asked():
-        return "OMP_NUM_THREADS asks for it"
+        return "set by OMP_NUM_THREADS"
     if allowed is not None and n == max(1, int(allowed)):
-        return f"the container gives it {_cpus(allowed)}"
+        return f"the container allows {_cpus(allowed)}"
     if usable < logical:
         return f"this process may use {usable} of {logical} CPUs"
     if physical and n < physical:
-        return "one a fast core; the small cores would make the fast ones wait"
+        return "one per fast core; slower cores would delay the fast ones"
     if physical and physical < logical:
-        return "one a physical core; two threads on a core share its arithmetic"
-    return "one a core"
+        return "one per physical core; two threads on a core share its arithmetic units"
+    return "one per core"
 
 
 def _cpus(n: float) -> str:

@@ -1,4 +1,4 @@
-"""Does a backend come up? Asked in a process of its own: a library that crashes must not take doctor along.
+"""Test whether a backend starts, in a separate process: a crash of its library must not end doctor.
 
 python -m tinychat_mlx.apps.doctor.probe mlx --measure       one JSON object on stdout
 """
@@ -11,12 +11,12 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-LIBRARY = {"mlx": "mlx", "cuda": "torch"}  # not ours, and may crash
-PATIENCE_S = 60.0  # a first import of torch from a slow disk
+LIBRARY = {"mlx": "mlx", "cuda": "torch"}  # third-party libraries that may crash
+PATIENCE_S = 60.0  # seconds; a first import of torch from a slow disk is slow
 
 
 class Child:
-    """A backend coming up beside us."""
+    """A process that starts a backend."""
 
     def __init__(self, backend: str, measure: bool) -> None:
         command = [sys.executable, "-m", "tinychat_mlx.apps.doctor.probe", backend]
@@ -27,13 +27,13 @@ class Child:
         )  # fmt: skip
 
     def answer(self) -> dict[str, Any]:
-        """What `main` printed, or {"error": how it ended}."""
+        """Return the output of `main`, or {"error": how the process ended}."""
         try:
             out, err = self._process.communicate(timeout=PATIENCE_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.communicate()
-            return {"error": f"it did not come up within {PATIENCE_S:.0f} s"}
+            return {"error": f"it did not start within {PATIENCE_S:.0f} s"}
         try:
             found: dict[str, Any] = json.loads(out.splitlines()[-1])
             return found
@@ -41,12 +41,15 @@ class Child:
             code = self._process.returncode
             how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
             last = (err.strip().splitlines() or [""])[-1]
-            do = f"install it anew: pip install --force-reinstall {LIBRARY[self.backend]}"
-            return {"error": f"its library ends the process {how}" + (f" ({last})" if last else ""), "do": do}
+            do = f"reinstall it: pip install --force-reinstall {LIBRARY[self.backend]}"
+            return {
+                "error": f"its library crashed the process {how}" + (f" ({last})" if last else ""),
+                "do": do,
+            }
 
 
 def ask(backend: str, measure: bool) -> dict[str, Any]:
-    """-> {device: as `describe` has it, remarks: what it does without[, bandwidth: bytes/s]} or {error: why it refuses}."""
+    """Return {device: of `describe`, remarks: missing features[, bandwidth: bytes/s]} or {error, do}."""
     import warnings
 
     from tinychat_mlx.errors import TinychatError

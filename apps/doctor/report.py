@@ -1,8 +1,8 @@
-"""A bug report in Markdown with nothing private in it: no names of people, machines, folders, models or prompts.
+"""Bug report in Markdown without private data: no names of people, machines, folders, models or prompts.
 
-Each finding says for itself what may be shared (`Finding.shared`). What is left is scrubbed once more, since an
-error's text may name any path: a path keeps its last part, or, below the folders where our things lie, all but the
-home. Names of the user and of the machine are replaced wherever they stand as a word.
+Each finding has a text that may be shared (`Finding.shared`). The result is scrubbed again, because an error message may
+contain any path: a path keeps only its last part, or, below the folders of caches and settings, everything but the
+home. Names of the user and of the machine are replaced wherever they occur as a word.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PATH = re.compile(r"(?<![\w…])(?:~|[A-Za-z]:)?[/\\](?:[^\s'\"`:;,()]+[/\\])*[^
 
 
 def markdown(sections: list[Section], ok: bool) -> str:
-    """The report as text."""
+    """Return the report as text."""
     lines = ["### tinychat doctor", "", summary(sections, ok)]
     for section in sections:
         lines += ["", f"**{section.title}**", ""]
@@ -45,7 +45,7 @@ def _lines(finding: Finding) -> Iterable[str]:
 
 
 def scrub(text: str, home: Path | None = None, names: Iterable[str] | None = None) -> str:
-    """Text without the home, other folders, the user's and the machine's name."""
+    """Remove the home, other folders, and the names of the user and of the machine from a text."""
     home = home or Path.home()
     text = " ".join(text.split())
     for spelling in dict.fromkeys((str(home.resolve()), str(home))):
@@ -58,7 +58,7 @@ def scrub(text: str, home: Path | None = None, names: Iterable[str] | None = Non
 
 
 def _path(path: str) -> str:
-    """What may be told of a path."""
+    """Shorten a path to the part that may be shared."""
     plain = path.replace("\\", "/")
     if (
         plain.startswith(PUBLIC)
@@ -71,7 +71,7 @@ def _path(path: str) -> str:
 
 
 def people() -> list[str]:
-    """Names of the user and of the machine, longest first; those that say nothing stay."""
+    """Return the names of the user and of the machine, longest first, without generic ones."""
     try:
         user = getpass.getuser()
     except (OSError, KeyError, ImportError):  # no such user, as in some containers
@@ -82,7 +82,7 @@ def people() -> list[str]:
 
 
 def check(target: str) -> None:
-    """Raises UsageError, before anything is measured, if a report cannot be written there."""
+    """Raise UsageError, before any measurement, if a report cannot be written there."""
     path = Path(target).expanduser()
     if os.path.lexists(path):
         raise UsageError("it exists already", where=f"--report {target}", remedy="give another name")
@@ -96,7 +96,7 @@ def check(target: str) -> None:
 
 
 def write(target: str, text: str) -> None:
-    """To a file that is not there yet, or to stdout."""
+    """Write to a new file, or to stdout."""
     if target == "-":
         click.echo(text, nl=False)
         return

@@ -1,4 +1,4 @@
-"""Which settings count, where do they come from, and does the default model fit?"""
+"""Settings in effect and their sources, and whether the default model fits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def configuration() -> Section:
-    """The config file, and the environment's variables that count."""
+    """Return the section on the config file and the environment variables."""
     found = [_config_file(), *_variables()]
     return Section("configuration", "Configuration", tuple(found))
 
@@ -27,7 +27,7 @@ def _config_file() -> Finding:
     from tinychat_mlx.apps.config import config_path, settings
 
     path = config_path()
-    origin = "TINYCHAT_CONFIG" if os.environ.get("TINYCHAT_CONFIG") else "the platform's folder for settings"
+    origin = "TINYCHAT_CONFIG" if os.environ.get("TINYCHAT_CONFIG") else "the platform's config folder"
     value = {"path": str(path), "origin": origin, "exists": path.is_file(), "settings": None}
     if not path.is_file():
         return Finding("file", value, f"no config file at {path} ({origin})", shared="no config file")
@@ -42,7 +42,7 @@ def _config_file() -> Finding:
 
 
 def _variables() -> list[Finding]:
-    """Values only of variables known to hold nothing private."""
+    """Report environment variables, with values only of those that have no private data."""
     shown = environment.shown()
     known = {*shown, *environment.ours(), *environment.ELSEWHERE}
     here = sorted(v for v in os.environ if v in known or v.startswith("TINYCHAT_"))
@@ -50,24 +50,24 @@ def _variables() -> list[Finding]:
     words = {v: v if value is None else f"{v}={value}" for v, value in found.items()}
     strange = [v for v in here if v not in known]
     everything, public = (", ".join(w for v, w in words.items() if v not in out) for out in ((), strange))
-    rows = [Finding("environment", found, f"environment: {everything or 'nothing of ours'}",
-                    shared=f"environment: {public or 'nothing of ours'}")]  # fmt: skip
+    rows = [Finding("environment", found, f"environment: {everything or 'no variable of tinychat'}",
+                    shared=f"environment: {public or 'no variable of tinychat'}")]  # fmt: skip
     if strange:
         near = difflib.get_close_matches(strange[0], known, 1)
-        do = f"did you mean {near[0]}? Unset it, or spell it so" if near else "unset it"
-        text = f"{', '.join(strange)}: no such setting, so it does nothing"
-        rows.append(Finding("unknown_variables", strange, text, NOTE, do, shared="a variable unknown to us"))
+        do = f"unset it, or use {near[0]}" if near else "unset it"
+        text = f"{', '.join(strange)}: unknown setting, ignored"
+        rows.append(Finding("unknown_variables", strange, text, NOTE, do, shared="an unknown variable"))
     return rows
 
 
 def defaults() -> dict[str, str]:
-    """The model and the backend that `tinychat` would take, and `origin`: where the model comes from."""
+    """Return the default model and backend of `tinychat`, and `origin`: the source of the model."""
     from tinychat_mlx.apps.config import settings
     from tinychat_mlx.apps.options import DEFAULTS
 
     try:
         file = settings(os.environ.get("TINYCHAT_PRESET"))
-    except (TinychatError, OSError):  # shown under configuration
+    except (TinychatError, OSError):  # reported under configuration
         file = {}
 
     def look(name: str) -> tuple[str, str]:
@@ -80,7 +80,7 @@ def defaults() -> dict[str, str]:
 
 
 def default_model(options: dict[str, str], backend: str) -> Section:
-    """What `tinychat` alone would chat with, and whether it fits. backend: "" where none comes up."""
+    """Return the section on the default model, and whether it fits. backend: "" if none runs."""
     return Section("model", "Default model", (_model(options["model"], options["origin"], backend),))
 
 
@@ -97,7 +97,7 @@ def _model(name: str, origin: str, backend: str) -> Finding:
     if folder is None:
         do = f"tinychat models pull {name}"
         return Finding(
-            "model", value, f"{name} ({origin}) is not on this machine", NOTE, do, f"{kind}, not here"
+            "model", value, f"{name} ({origin}) is not installed", NOTE, do, f"{kind}, not installed"
         )
     try:
         found = local(name, folder)
@@ -116,13 +116,13 @@ def _model(name: str, origin: str, backend: str) -> Finding:
         return Finding(
             "model", value, f"{name} ({about}; {origin}) {why}", NOTE, do, f"{kind} ({about}) {why}"
         )
-    whole = ", all it has" if fits == found.context else ""
+    whole = " (its maximum)" if fits == found.context else ""
     why = f"fits, with a context of {fits:,} tokens{whole}"
     return Finding("model", value, f"{name} ({about}; {origin}) {why}", OK, "", f"{kind} ({about}) {why}")
 
 
 def _context(found: facts.Facts, backend: str) -> int:
-    """Tokens of context that fit."""
+    """Return the tokens of context that fit."""
     from tinychat_mlx.apps import fit
 
     return fit.room(found, fit.chosen({"backend": backend})).context if backend else 0

@@ -1,4 +1,4 @@
-"""Which libraries are installed, are they new enough, and does anything else claim our files?"""
+"""Installed libraries, their versions, and conflicts with other distributions."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from tinychat_mlx.apps.doctor.finding import BROKEN, NOTE, OK, Finding, Section
 from tinychat_mlx.errors import TinychatError, pip_install
 
 US = "tinychat-mlx"
-OPTIONAL = {"mlx": "mlx", "torch": "cuda", "pyarrow": "parquet"}  # library -> our extra that brings it
-SHARED_NAMES = ("awq", "backends", "apps")  # our folders' names, which must not lie bare in site-packages
+OPTIONAL = {"mlx": "mlx", "torch": "cuda", "pyarrow": "parquet"}  # library -> the extra that installs it
+SHARED_NAMES = ("awq", "backends", "apps")  # must not be at the top of site-packages
 
 
 def software() -> Section:
-    """Our version and kind of installation, the libraries, and who is in whose way."""
+    """Return the section on the version and kind of installation, libraries and conflicts."""
     dists = list(metadata.distributions())
     clashes = [*_conflicts(dists)]
     about = [f.value for f in clashes if f.state]
-    none = None if about else "no conflicts: nobody else owns our files"
+    none = None if about else "no conflicts with other packages"
     here = [*libraries()]
     fine = ", ".join(str(f.text) for f in here if f.state == OK)
     versions = {f.key: f.value for f in here}
@@ -47,8 +47,8 @@ def _ourselves() -> Finding:
 
 
 def _commit(root: Path) -> str | None:
-    """ "73d0ceab6a94", with "-dirty" behind it where files were changed; None where git does not say."""
-    if not (root / ".git").exists():  # of another repository, it may be
+    """Return "73d0ceab6a94", with "-dirty" if files changed; None if git fails."""
+    if not (root / ".git").exists():  # a parent folder may be another repository
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
     try:
@@ -60,7 +60,7 @@ def _commit(root: Path) -> str | None:
 
 # libraries ---------------------------------------------------------------------------------------------
 def requirements() -> list[str]:
-    """What we ask for, as pyproject.toml says: from it in a checkout, else from the installed metadata."""
+    """Return the requirements: from pyproject.toml in a checkout, else from the installed metadata."""
     project = Path(tinychat_mlx.__file__).resolve().parent.parent / "pyproject.toml"
     if project.exists():
         text = project.read_text(encoding="utf-8")
@@ -73,11 +73,11 @@ def requirements() -> list[str]:
 
 
 def libraries() -> Iterable[Finding]:
-    """Each library that is asked for: is it there, is it new enough?"""
+    """Yield a finding per required library: whether it is installed and new enough."""
     try:
         from packaging.requirements import Requirement
     except ImportError:
-        yield Finding("packaging", None, "packaging is not installed, which huggingface-hub brings", BROKEN,
+        yield Finding("packaging", None, "packaging (a dependency of huggingface-hub) is not installed", BROKEN,
                       "pip install -U huggingface-hub")  # fmt: skip
         return
 
@@ -112,7 +112,7 @@ def _library(name: str, asked: str, is_enough: object) -> Finding:
 
 
 def version_of(name: str) -> str | None:
-    """The version that an import would find, asked without importing."""
+    """Return the version that an import would find, without importing."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -131,7 +131,7 @@ def _conflicts(dists: list[metadata.Distribution]) -> Iterable[Finding]:
 
 
 def _twice(name: str, dists: list[metadata.Distribution]) -> Iterable[Finding]:
-    """In two folders, or in one: there a second installation went over the first and left its record."""
+    """Report two versions, in two folders or in one (where a second installation left the first one's record)."""
     found = dict.fromkeys((d.version, str(d.locate_file("").resolve())) for d in dists)  # type: ignore[attr-defined]
     if len(found) > 1:
         times = f"{name} is installed {len(found)} times"
@@ -142,7 +142,7 @@ def _twice(name: str, dists: list[metadata.Distribution]) -> Iterable[Finding]:
 
 
 def _claims(dist: metadata.Distribution) -> Iterable[Finding]:
-    """Files of this distribution that lie where ours do, or where ours must not."""
+    """Report files of this distribution inside tinychat_mlx, or with its generic names in site-packages."""
     name = _normal(dist.metadata["Name"] or "")
     record = dist.read_text("RECORD") or ""
     tops = {line.partition("/")[0] for line in record.splitlines() if "/" in line}
@@ -152,9 +152,13 @@ def _claims(dist: metadata.Distribution) -> Iterable[Finding]:
     bare = [top for top in SHARED_NAMES if top in tops]
     if bare and name == US:
         do = pip_install("", "--force-reinstall")
-        yield Finding("bare_names", name, f"an old {US} left bare {', '.join(bare)} behind", NOTE, do)
-    elif "awq" in bare:  # transformers takes a module of that name for AutoAWQ; ours is tinychat_mlx.awq
-        yield Finding("awq_owner", name, f"`import awq` is {name}'s; ours is tinychat_mlx.awq: no conflict")
+        yield Finding("bare_names", name, f"an old {US} left {', '.join(bare)} in site-packages", NOTE, do)
+    elif (
+        "awq" in bare
+    ):  # transformers takes a module of that name for AutoAWQ; tinychat's is tinychat_mlx.awq
+        yield Finding(
+            "awq_owner", name, f"`import awq` belongs to {name}; tinychat uses tinychat_mlx.awq: no conflict"
+        )
 
 
 def _normal(name: str) -> str:
@@ -163,7 +167,7 @@ def _normal(name: str) -> str:
 
 # native library ----------------------------------------------------------------------------------------
 def native() -> Section:
-    """The kernels: are they there, of this version, and what do they offer on this processor?"""
+    """Return the section on the native kernels: presence, version, and the instruction sets of this processor."""
     from tinychat_mlx.backends.cpu import library
 
     try:
@@ -175,9 +179,9 @@ def native() -> Section:
     used = asked or sets[0]
     bad = used not in sets
     return Section("native", "Native library", (
-        Finding("library", str(path), f"{path}, of this version", OK, shared=f"{path.name}, of this version"),
+        Finding("library", str(path), f"{path}, matching version", OK, shared=f"{path.name}, matching version"),
         Finding("instruction_sets", sets, f"for this processor: {', '.join(sets)}"),
         Finding("used", used, f"{used} is not for this processor" if bad else
-                f"{used} is used{': TINYCHAT_CPU_ISA asks for it' if asked else ', the best here'}",
+                f"{used} is used{': set by TINYCHAT_CPU_ISA' if asked else ', the best here'}",
                 BROKEN if bad else OK, "unset TINYCHAT_CPU_ISA" if bad else ""),
     ))  # fmt: skip

@@ -1,4 +1,4 @@
-"""What could this machine do at best: measured memory reads and int8 arithmetic, and the tokens/s they allow?"""
+"""Upper bounds of speed: measured memory reads and int8 arithmetic, and the tokens/s that they allow."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ from typing import Any
 from tinychat_mlx.apps.doctor.finding import NOTE, OK, Finding, Section
 from tinychat_mlx.words import size
 
-ROOM = 1 << 30  # bytes that must be free: the probe reads half of it
+ROOM = 1 << 30  # bytes that must be free: the measurement reads half of it
 SIZES = ("qwen2.5-0.5b", "llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b")
 CPU_SAVES = (
-    16  # bits a group of int4 weights: its scale and zero point share 16 in tiles (backends/cpu/pack.py)
+    16  # bits per group of int4 weights: scale and zero point share 16 bits in tiles (backends/cpu/pack.py)
 )
 COMPUTED = (
-    "computed from these, not measured: weights as `tinychat convert` makes them, read once a token; "
-    "two operations a weight and prompt token"
+    "computed from these, not measured: weights as `tinychat convert` writes them, read once per token; "
+    "two operations per weight and prompt token"
 )
 
 
 def speed(backend: str, elsewhere: float | None, free: int) -> Section:
-    """elsewhere: bytes/s that the chosen backend's own process measured; None: the CPU is measured here."""
+    """Return the section. elsewhere: bytes/s measured in the chosen backend's process; None: measure the CPU here."""
     if elsewhere is not None:
         bandwidth, peak = elsewhere, None
     elif backend not in ("cpu", "reference"):
-        text, do = f"not measured: the {backend or 'chosen'} backend does not come up", "mend that first"
+        text, do = f"not measured: the {backend or 'chosen'} backend does not start", "fix that first"
         return Section("speed", "Speed", (Finding("read_bytes_s", None, text, NOTE, do),))
     elif free < ROOM:
-        text, do = f"not measured: that takes {size(ROOM)} of free memory", "close other programs"
+        text, do = f"not measured: it needs {size(ROOM)} of free memory", "close other programs"
         return Section("speed", "Speed", (Finding("read_bytes_s", None, text, NOTE, do),))
     else:
         bandwidth, peak = _measure()
     found = [Finding("read_bytes_s", bandwidth, f"{bandwidth / 1e9:.1f} GB/s read from memory", OK)]
     if peak is not None:
-        found.append(Finding("int8_ops_s", peak, f"{peak / 1e9:.0f} billion int8 operations a second", OK))
+        found.append(Finding("int8_ops_s", peak, f"{peak / 1e9:.0f} billion int8 operations per second", OK))
     found.append(_expected(backend, bandwidth, peak, free))
     return Section("speed", "Speed", tuple(found))
 
 
 def _measure() -> tuple[float, float]:
-    """-> bytes/s, int8 operations/s of all threads: below two seconds on anything with 2 GB/s."""
+    """Return bytes/s and int8 operations/s of all threads. Takes less than two seconds at 2 GB/s or more."""
     from tinychat_mlx.backends.cpu import CpuBackend, probe
 
     engine = CpuBackend().engine
@@ -47,12 +47,10 @@ def _measure() -> tuple[float, float]:
 
 
 def _expected(backend: str, bandwidth: float, peak: float | None, free: int) -> Finding:
-    """tokens/s at most, of int4 models with an int8 head that `tinychat convert` made."""
-    from tinychat_mlx.backends.mlx import cost  # computes on paper; imports no MLX
+    """Return the maximum tokens/s of int4 models with an int8 head, as `tinychat convert` writes them."""
+    from tinychat_mlx.backends.mlx import cost  # a cost model; imports no MLX
 
-    form = replace(
-        cost.OURS[8], shortlist=None
-    )  # every weight, as they must fit, and all of them may be read
+    form = replace(cost.OURS[8], shortlist=None)  # every weight: all must fit, and all may be read
     rows: list[dict[str, Any]] = []
     for name in SIZES:
         shape = cost.SHAPES[name]
@@ -65,7 +63,7 @@ def _expected(backend: str, bandwidth: float, peak: float | None, free: int) -> 
     words = [
         f"{r['model']} {_number(r['tok_s'])}"
         + (f" (prompt {_number(r['prompt_tok_s'])})" if r["prompt_tok_s"] else "")
-        + ("" if r["fits"] else " if it fitted")
+        + ("" if r["fits"] else " (does not fit)")
         for r in rows
     ]
     return Finding("expected", rows, f"tokens/s at most: {', '.join(words)}; {COMPUTED}")

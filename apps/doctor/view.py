@@ -1,4 +1,4 @@
-"""How do findings look on a terminal: a mark, a line, and below it what to do."""
+"""Print findings on a terminal: a mark, a line, and the fix below it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COLOURS = {OK: "green", NOTE: "yellow", BROKEN: "red"}
 
 
 def show(sections: list[Section], ok: bool) -> None:
-    """Print all sections and a last line that sums up."""
+    """Print all sections and a summary line."""
     terminal = detect()
     simple = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb" or not terminal.unicode
     marks, colour = ASCII if simple else MARKS, terminal.colour
@@ -42,6 +42,6 @@ def _line(finding: Finding, marks: dict[str, str], colour: bool, arrow: str) -> 
 def summary(sections: list[Section], ok: bool) -> str:
     found = [p["state"] for p in problems(sections)]
     broken, notes = found.count(BROKEN), found.count(NOTE)
-    words = [f"{n} {name}{'s' * (n != 1)}" for n, name in ((broken, "problem"), (notes, "remark")) if n]
-    state = "the chosen backend runs" if ok else "the chosen backend cannot run as things are"
+    words = [f"{n} {name}{'s' * (n != 1)}" for n, name in ((broken, "problem"), (notes, "note")) if n]
+    state = "the chosen backend runs" if ok else "the chosen backend cannot run"
     return f"{', '.join(words) or 'no problems'}: {state}"

@@ -1,9 +1,9 @@
-"""`tinychat models`: what is here, what is on the hub, what fits; fetch it, look at it, remove it.
+"""`tinychat models`: list, download, show and remove models.
 
     tinychat models list [--recommended]      tinychat models show MODEL
     tinychat models pull ORG/NAME[@REVISION]  tinychat models rm MODEL
 
-Models lie in the Hugging Face cache, which other programs share. stdout is what was asked for, stderr the rest.
+Models are stored in the Hugging Face cache, shared with other programs. Results go to stdout, notes to stderr.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ as_json = click.option("--json", "as_json", is_flag=True, help="One JSON value o
 
 @click.group()
 def models() -> None:
-    """List, fetch, show and remove models."""
+    """List, download, show and remove models."""
 
 
 @models.command("list")
-@click.option("--recommended", is_flag=True, help="Models worth having, and which of them fit this machine.")
-@click.option("--all", "everything", is_flag=True, help="With --recommended: also what does not fit.")
+@click.option("--recommended", is_flag=True, help="Recommended models that fit this machine.")
+@click.option("--all", "everything", is_flag=True, help="With --recommended: also models that do not fit.")
 @as_json
 def list_(recommended: bool, everything: bool, as_json: bool) -> None:
-    """List the models that are here."""
+    """List the installed models."""
     if recommended:
         from tinychat_mlx.apps.models.recommended import show_recommended
 
@@ -33,26 +33,26 @@ def list_(recommended: bool, everything: bool, as_json: bool) -> None:
     show_shelf(as_json)
 
 
-@models.command(short_help="Fetch a model from the hub, or update it.")
+@models.command(short_help="Download a model from the hub, or update it.")
 @click.argument("name", metavar="ORG/NAME[@REVISION]")
-@click.option("--verify", is_flag=True, help="Also read what is here already, and check its hashes.")
-@click.option("-q", "--quiet", is_flag=True, help="Print the folder alone.")
+@click.option("--verify", is_flag=True, help="Also check the hashes of files already downloaded.")
+@click.option("-q", "--quiet", is_flag=True, help="Print only the folder.")
 def pull(name: str, verify: bool, quiet: bool) -> None:
-    """Fetch a model from the hub, or bring it up to date; print its folder.
+    """Download a model from the hub, or update it; print its folder.
 
-    Only what a model needs is fetched, and no code. An interrupted pull goes on where it stopped.
+    Only the files that a model needs are downloaded, and no code. An interrupted download is resumed.
     """
     from tinychat_mlx.apps.models.pull import pull as run
 
     click.echo(run(name, verify, quiet))
 
 
-@models.command(short_help="Say what a model is, and whether it fits this machine.")
+@models.command(short_help="Show a model's details, and whether it fits this machine.")
 @click.argument("name", metavar="MODEL")
-@click.option("--modules", is_flag=True, help="Also every module with its form.")
+@click.option("--modules", is_flag=True, help="Also list every module with its form.")
 @as_json
 def show(name: str, modules: bool, as_json: bool) -> None:
-    """Say what a model is and whether it fits; of one on the hub only headers are read."""
+    """Show a model's details and whether it fits. For a model on the hub, only headers are read."""
     from tinychat_mlx.apps.models.show import show as run
 
     run(name, as_json, modules)
@@ -60,7 +60,7 @@ def show(name: str, modules: bool, as_json: bool) -> None:
 
 @models.command(short_help="Remove a model, or a conversion.")
 @click.argument("name", metavar="MODEL[@REVISION]")
-@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask for confirmation.")
 def rm(name: str, yes: bool) -> None:
     """Remove a model from the cache, or a conversion that `tinychat chat` made."""
     from tinychat_mlx.apps.models.remove import remove

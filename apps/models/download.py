@@ -1,4 +1,4 @@
-"""How a download is shown: its size before it starts, one bar while it runs, how to go on after Ctrl-C."""
+"""Download with user interface: the size first, a progress bar, and a note on resuming after Ctrl-C."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 import click
 
 from tinychat_mlx import hub
-from tinychat_mlx.words import size
+from tinychat_mlx.words import lasting, size
 
 
 def note(text: str) -> None:
-    """A line on stderr, wrapped between words on a terminal; stdout is for what was asked for."""
+    """Print a line to stderr, wrapped on a terminal. stdout is for results."""
     if sys.stderr.isatty():
         columns = shutil.get_terminal_size().columns
         text = "\n".join(textwrap.wrap(text, columns, break_long_words=False, break_on_hyphens=False))
@@ -25,7 +25,7 @@ def note(text: str) -> None:
 
 
 def folder_of(name: str) -> Path:
-    """The folder of a model by its name, downloaded with a bar if need be."""
+    """Return the folder of a model by its name, downloaded with a progress bar if needed."""
     from tinychat_mlx.loading import at_hand, find_folder
 
     ref = hub.parse(name)
@@ -35,7 +35,7 @@ def folder_of(name: str) -> Path:
 
 
 def download(remote: hub.Remote, verify: bool = False, quiet: bool = False) -> Path:
-    """Fetch what is missing with a bar on stderr -> the snapshot. Raises a TinychatError saying what to do."""
+    """Download the missing files with a progress bar on stderr -> the snapshot. Raises TinychatError."""
     start, before = time.monotonic(), remote.missing
     try:
         with bar(str(remote.ref), quiet) as (watch, say):
@@ -43,19 +43,19 @@ def download(remote: hub.Remote, verify: bool = False, quiet: bool = False) -> P
     except KeyboardInterrupt:
         kept = remote.nbytes - remote.missing
         note(
-            f"stopped: {size(kept)} of {size(remote.nbytes)} are kept; `tinychat models pull {remote.ref}` goes on "
-            "from there"
+            f"stopped: {size(kept)} of {size(remote.nbytes)} is kept; `tinychat models pull {remote.ref}` resumes "
+            "the download"
         )
         raise
     seconds = time.monotonic() - start
     if before and not quiet:
-        note(f"{remote.ref}: {size(before)} in {lasting(seconds)}, all checksums right")
+        note(f"{remote.ref}: {size(before)} in {lasting(seconds)}, all checksums correct")
     return folder
 
 
 @contextmanager
 def bar(label: str, quiet: bool = False) -> Iterator[tuple[hub.Watch, hub.Say]]:
-    """A progress bar with rate and time left -> what moves it, and what prints a line above it."""
+    """Show a progress bar with rate and time left -> (function to update it, function to print a line above it)."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -68,7 +68,7 @@ def bar(label: str, quiet: bool = False) -> Iterator[tuple[hub.Watch, hub.Say]]:
     from rich.table import Column
 
     console = Console(stderr=True, quiet=quiet)
-    # A terminal adds ^C to the bar: where that made a row more, one would stay.
+    # A terminal prints ^C after the bar. If that wraps, the extra row would stay on the screen.
     console.width -= len("^C")
     name = TextColumn("{task.description}", table_column=Column(ratio=2, no_wrap=True, overflow="ellipsis"))
     columns = [name, BarColumn(None, table_column=Column(ratio=3, min_width=6))]
@@ -85,10 +85,3 @@ def bar(label: str, quiet: bool = False) -> Iterator[tuple[hub.Watch, hub.Say]]:
 
     with progress:
         yield lambda done, total: progress.update(task, completed=done, total=total), say
-
-
-def lasting(seconds: float) -> str:
-    """A time as people say it: 40 s, 3 min, 2.5 h."""
-    if seconds < 90:
-        return f"{max(1, seconds):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,4 +1,4 @@
-"""What is a model: its weights part by part, its sizes, its defaults? From the headers alone, here or on the hub."""
+"""Facts about a model (parts, sizes, defaults) from file headers only, of a local model or one on the hub."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from tinychat_mlx import hub
 from tinychat_mlx.apps.models.parts import FLOATS, Listing, Module, Part, modules_of, parts_of, sketch
 from tinychat_mlx.backend import CacheShape
-from tinychat_mlx.checkpoint import INDEX, SINGLE, Checkpoint, read_json
+from tinychat_mlx.checkpoint import INDEX, SINGLE, Checkpoint
 from tinychat_mlx.config import ModelConfig, parse_config
 from tinychat_mlx.errors import FormatError, TinychatError
 from tinychat_mlx.formats import detect
 from tinychat_mlx.formats.stored import Shape
+from tinychat_mlx.json_file import read_json, read_optional
 from tinychat_mlx.sampler import from_generation_config
 from tinychat_mlx.tensorfile import TensorFile
 
@@ -27,14 +28,14 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 @dataclass(frozen=True)
 class Facts:
-    """What can be said of a model without computing; trouble: why it does not run here."""
+    """Properties of a model that need no computation. trouble: the reason why it does not run here."""
 
     name: str
     folder: Path | None
     architecture: str
     parts: tuple[Part, ...]
     modules: tuple[Module, ...]
-    nbytes: int  # of the weight files' tensors
+    nbytes: int  # of the tensors in the weight files
     config: ModelConfig | None
     generation: Mapping[str, Any]
     template: bool
@@ -59,14 +60,14 @@ class Facts:
         return self.config.max_position_embeddings if self.config else 0
 
     def kv_bytes(self, itemsize: int = 2) -> int:
-        """Bytes of keys and values a token."""
+        """Bytes of keys and values per token."""
         c = self.config
         if c is None:
             return 0
         return CacheShape(c.num_hidden_layers, c.num_key_value_heads, c.head_dim).bytes_per_token(itemsize)
 
     def sampling(self) -> dict[str, tuple[Any, str]]:
-        """Sampling defaults, each with its origin. Raises ConfigError for nonsense in generation_config.json."""
+        """Return the sampling defaults, each with its origin. Raises ConfigError for invalid values."""
         found = from_generation_config(self.generation)
         return {
             name: (getattr(found, name), "generation_config.json" if name in self.generation else "built in")
@@ -75,12 +76,12 @@ class Facts:
 
 
 def local(name: str, folder: Path) -> Facts:
-    """Of a folder. Raises a TinychatError if its files are damaged or do not belong together."""
+    """Return the facts of a folder. Raises a TinychatError if its files are damaged or inconsistent."""
     checkpoint = Checkpoint.open(folder)
     files = sorted(hub.shards_of(read_json(folder / INDEX))) if (folder / INDEX).exists() else [SINGLE]
     opened = [TensorFile(folder / file) for file in files]
     listing = Listing({n: f.info(n) for f in opened for n in f.names})
-    template = (folder / "chat_template.jinja").exists() or "chat_template" in _optional(
+    template = (folder / "chat_template.jinja").exists() or "chat_template" in read_optional(
         folder / "tokenizer_config.json"
     )
     about = checkpoint.config, checkpoint.generation_config, listing, template, _licence(folder)
@@ -88,9 +89,9 @@ def local(name: str, folder: Path) -> Facts:
 
 
 def remote(found: hub.Remote, say: hub.Say = lambda text: None) -> Facts:
-    """Of a model on the hub: its small files and the headers of its large ones are read, nothing is kept.
+    """Return the facts of a model on the hub. Reads its small files and headers, and stores nothing.
 
-    Raises FormatError where they are damaged, DownloadError.
+    Raises FormatError for damaged files, and DownloadError.
     """
     files = {f.path: f for f in found.files}
 
@@ -106,7 +107,7 @@ def remote(found: hub.Remote, say: hub.Say = lambda text: None) -> Facts:
     except FormatError:
         if not _refused(config):
             raise
-        tensors = {}  # of a kind that config.json names, and that is not read
+        tensors = {}  # a format named in config.json that is not supported
     template = "chat_template.jinja" in files or "chat_template" in table("tokenizer_config.json")
     generation = table("generation_config.json")
     about = _facts(str(found.ref), None, config, generation, Listing(tensors), template, found.licence)
@@ -114,7 +115,7 @@ def remote(found: hub.Remote, say: hub.Say = lambda text: None) -> Facts:
 
 
 def _refused(config: dict[str, Any]) -> bool:
-    """Whether config.json alone tells that a model does not run here."""
+    """Whether config.json shows that a model does not run here."""
     try:
         parse_config(config)
         detect.declared(config)
@@ -149,7 +150,7 @@ def _facts(
 
 
 def as_int4(found: Facts, settings: Settings) -> Facts:
-    """What `tinychat convert` would make of a dense model."""
+    """Return the facts of the model that `tinychat convert` would write for a dense model."""
     from tinychat_mlx.awq.settings import quantised_shapes
 
     assert found.config is not None
@@ -170,7 +171,7 @@ def as_int4(found: Facts, settings: Settings) -> Facts:
 
 
 def of_shape(name: str, config: ModelConfig, tied: bool, head: str) -> Facts:
-    """Of a model that is but sizes, as if it had been converted. tied: embedding and head are one."""
+    """Return the facts of a model of these sizes, as if converted. tied: embedding and head are one tensor."""
     from tinychat_mlx.awq.settings import Settings, quantised_shapes
 
     body, rim = sum(n * k for _, n, k in quantised_shapes(config)), config.vocab_size * config.hidden_size
@@ -182,18 +183,14 @@ def of_shape(name: str, config: ModelConfig, tied: bool, head: str) -> Facts:
 
 
 def _stated(part: Part, form: str, parameters: int) -> Part:
-    """So many weights of a part in another form, as this program writes it."""
+    """Return this number of a part's weights in another form, as tinychat writes it."""
     sample = None if part.sample is None else sketch(form, zeros=True)
     bits = 16.0 if form == "fp16" else int(form[3]) + 32 / int(form.partition(" g")[2])
     return replace(part, form=form, parameters=parameters, nbytes=round(parameters * bits / 8), sample=sample)
 
 
-def _optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
-
-
 def _licence(folder: Path) -> str:
-    """What the model card's head says."""
+    """Return the licence in the model card's metadata."""
     try:
         head = (folder / "README.md").read_text(encoding="utf-8", errors="replace")[:4000]
     except OSError:

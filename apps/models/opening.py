@@ -1,7 +1,7 @@
-"""From a hub id to a folder to chat with: what is at hand, a download, a conversion if the user wants one.
+"""Resolve a hub id to a model folder: installed, downloaded, or converted if the user agrees.
 
-A model in 16 bits is converted to int4 on request; the result stays in `places.conversions()` and answers to the same id from
-then on. ORG/NAME@main, or any other revision, means the upload as it is.
+A 16-bit model is converted to int4 on request. The result is stored in `places.conversions()`, and the id refers to it
+from then on. ORG/NAME@main, or any other revision, refers to the original upload.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import click
 
 from tinychat_mlx import hub, places
 from tinychat_mlx.apps import fit
-from tinychat_mlx.apps.models.download import download, lasting
+from tinychat_mlx.apps.models.download import download
 from tinychat_mlx.apps.terminal import detect
 from tinychat_mlx.errors import BackendError, ConfigError, FormatError, TinychatError, UsageError
-from tinychat_mlx.words import size
+from tinychat_mlx.words import lasting, size
 
 if TYPE_CHECKING:
     from tinychat_mlx.apps.models.facts import Facts
@@ -26,32 +26,32 @@ if TYPE_CHECKING:
 
 Options = dict[str, Any]
 Say = Callable[[str], None]
-ASK_FROM = 1e9  # bytes; smaller downloads start unasked
-_left_dense: set[str] = set()  # those this process was told to run as they are
+ASK_FROM = 1e9  # bytes; smaller downloads start without a question
+_left_dense: set[str] = set()  # models that the user chose not to convert, in this process
 
 
 def conversion(ref: hub.Ref) -> Path:
-    """Where the int4 form of a hub model is, or would be."""
+    """Return the path of the int4 form of a hub model, which may not exist."""
     return places.conversions() / f"{ref.repo.replace('/', '--')}-int4"
 
 
 def converted(name: str) -> Path | None:
-    """The int4 form that a name stands for, if there is one. Asks nobody."""
+    """Return the int4 form of a hub id if it exists. Never uses the network."""
     ref = _plain_ref(name)
     folder = conversion(ref) if ref else None
     return folder if folder and (folder / "config.json").exists() else None
 
 
 def _plain_ref(name: str) -> hub.Ref | None:
-    """A hub id without a revision, of no folder that is here."""
+    """Parse a hub id without a revision. Return None for others and for local folders."""
     return None if "@" in name or Path(name).expanduser().is_dir() else hub.parse(name)
 
 
 def settle(options: Options, say: Say, freed: int = 0) -> str:
-    """What to load for options["model"]: its own name, or the folder of its conversion.
+    """Return what to load for options["model"]: its own name, or the folder of its conversion.
 
-    Downloads, asks and converts as the user wants (options["convert"]: ask, always, never). freed: bytes that a
-    model about to go gives back. Raises a TinychatError: what is missing, or does not fit.
+    Downloads, asks and converts by options["convert"] (ask, always, never). freed: bytes of a model that will be unloaded.
+    Raises a TinychatError if something is missing or does not fit.
     """
     name = str(options["model"])
     ref = None if name == "demo" or Path(name).expanduser().is_dir() else hub.parse(name)
@@ -61,14 +61,14 @@ def settle(options: Options, say: Say, freed: int = 0) -> str:
         return str(folder)
     if hub.cached(ref) is None:
         _fetch(ref, options, say, freed)
-    foreign = options.get("engine") == "mlx-lm"  # its architectures are not ours to convert
+    foreign = options.get("engine") == "mlx-lm"  # tinychat cannot convert its architectures
     if foreign or "@" in name or options.get("convert") == "never" or name in _left_dense:
         return name
     return _offer(ref, options, say, freed)
 
 
 def facts_of(name: str, options: Options) -> Facts | None:
-    """What is known of a model that is here; None: it is not, or only mlx-lm can read it. Raises a TinychatError."""
+    """Return the facts of an installed model. None: not installed, or only mlx-lm can read it. Raises TinychatError."""
     from tinychat_mlx.apps.models import facts
     from tinychat_mlx.loading import at_hand
 
@@ -84,7 +84,7 @@ def facts_of(name: str, options: Options) -> Facts | None:
 
 
 def _fetch(ref: hub.Ref, options: Options, say: Say, freed: int) -> None:
-    """Look before the download: is it a model that runs here, does it fit, is there disk for it?"""
+    """Download a model, after checking that it runs here, fits in memory and fits on the disk."""
     from tinychat_mlx.apps.models import facts
 
     remote = hub.look(ref, say)
@@ -100,18 +100,18 @@ def _fetch(ref: hub.Ref, options: Options, say: Say, freed: int) -> None:
     if not may_convert(ref, found, options):
         fit.context_for(found, backend, asked, lambda text: None, freed)
     if remote.missing > ASK_FROM and detect().interactive and _key("download it?", "Yn") == "n":
-        raise UsageError("it was not downloaded", where=ref, remedy="answer yes, or choose another model")
+        raise UsageError("the download was declined", where=ref, remedy="answer yes, or choose another model")
     download(remote)
 
 
 def may_convert(ref: hub.Ref, found: Facts, options: Options) -> bool:
-    """Whether an int4 form could be made and is not ruled out; then a model too large as it is may be fetched."""
+    """Whether an int4 form is possible and allowed. Then a model that is too large as uploaded may be downloaded."""
     wanted = options.get("convert") == "always" or (options.get("convert") == "ask" and detect().interactive)
     return wanted and ref.revision == "main" and found.dense and int4_settings(found) is not None
 
 
 def int4_settings(found: Facts) -> Settings | None:
-    """The conversion that suits a model, None where there is none."""
+    """Return the settings of a conversion, None if it is not possible."""
     from tinychat_mlx.awq.settings import Settings
 
     if found.config is None or not found.dense:
@@ -123,7 +123,7 @@ def int4_settings(found: Facts) -> Settings | None:
 
 
 def _offer(ref: hub.Ref, options: Options, say: Say, freed: int) -> str:
-    """Convert a dense model if the user wants it -> what to load."""
+    """Convert a dense model if the user agrees -> what to load."""
     from tinychat_mlx.apps.models import facts
 
     folder = hub.cached(ref)
@@ -135,9 +135,7 @@ def _offer(ref: hub.Ref, options: Options, say: Say, freed: int) -> str:
     if options["convert"] == "always":
         return _convert(ref, folder, settings, options, say)
     if not detect().interactive:
-        how = (
-            f"to make it int4 once and for all, repeat the command with --convert always ({conversion(ref)})"
-        )
+        how = f"to convert it to int4 once, repeat the command with --convert always ({conversion(ref)})"
         backend, asked = fit.chosen(options), options.get("context")
         if not fit.fits(found, backend, asked, freed):
             raise BackendError(fit.describe(found, backend, asked, freed), remedy=how)
@@ -152,20 +150,20 @@ def _ask(
     from tinychat_mlx.apps.models.facts import as_int4
     from tinychat_mlx.awq.needs import shortage
 
-    say(f"{ref} is in {found.quantization}: measuring what a conversion to int4 would take")
+    say(f"{ref} is in {found.quantization}: estimating a conversion to int4")
     plan = _estimate(folder, settings, options)
     backend, asked = fit.chosen(options), options.get("context")
-    fits = "it fits as it is" if fit.fits(found, backend, asked, freed) else "as it is, it does not fit"
+    fits = "the original fits, too" if fit.fits(found, backend, asked, freed) else "the original does not fit"
     tokens = fit.usual(found, asked)
     small, large = (fit.cost(f, backend).peak(tokens) for f in (as_int4(found, settings), found))
     say(
         f"as int4: {size(small)} instead of {size(large)} of memory with a context of {tokens:,} tokens ({fits}), and "
-        f"{size(plan.result_bytes)} instead of {size(found.nbytes)} to read for every token. Converting takes about "
+        f"{size(plan.result_bytes)} instead of {size(found.nbytes)} to read per token. Converting takes about "
         f"{lasting(plan.seconds)}, {size(plan.peak_bytes)} of memory, {size(plan.disk_bytes)} of disk; the result goes to "
         f"{conversion(ref)}"
     )
     if trouble := shortage(plan, conversion(ref)):
-        say(f"{trouble}: it runs as it is")
+        say(f"{trouble}: using the original")
         return str(ref)
     answer = _key("convert it? yes, no, always", "Yna")
     if answer == "n":
@@ -191,7 +189,7 @@ def _backend(options: Options, exact: bool) -> Any:
 
 
 def _convert(ref: hub.Ref, folder: Path, settings: Settings, options: Options, say: Say) -> str:
-    """Quantise into `places.conversions()`, going on with what an interrupted attempt left -> the folder."""
+    """Quantise into `places.conversions()`, resuming an interrupted attempt -> the folder."""
     from dataclasses import replace
 
     from tinychat_mlx.apps.convert import Screen
@@ -209,7 +207,7 @@ def _convert(ref: hub.Ref, folder: Path, settings: Settings, options: Options, s
                 lambda p: screen.show(replace(p, layer=None, note="")), resume=True,
             )  # fmt: skip
     except KeyboardInterrupt:
-        say("stopped: what is done is kept; the same command, and a yes, go on from there")
+        say("stopped: finished layers are kept; repeat the command and answer yes to resume")
         raise
     say(
         f"{ref} as int4: {size(made.nbytes)} in {target}; the download stays (`tinychat models rm {ref}` frees it)"
@@ -218,7 +216,7 @@ def _convert(ref: hub.Ref, folder: Path, settings: Settings, options: Options, s
 
 
 def remember(say: Say) -> None:
-    """Write the answer "always" into the config file, as its first line."""
+    """Write convert = "always" as the first line of the config file."""
     from tinychat_mlx.apps.config import config_path
 
     path = config_path()
@@ -227,17 +225,17 @@ def remember(say: Say) -> None:
         old = path.read_text(encoding="utf-8") if path.exists() else ""
         fresh = path.with_name(path.name + ".partial")
         fresh.write_text(
-            'convert = "always"  # models in 16 bits are made int4 without asking\n' + old, encoding="utf-8"
+            'convert = "always"  # convert 16-bit models to int4 without asking\n' + old, encoding="utf-8"
         )
         fresh.replace(path)
     except OSError as error:
-        say(f"note: this answer could not be kept in {path}: {error.strerror}")
+        say(f"note: this answer could not be saved in {path}: {error.strerror}")
         return
     say(f'convert = "always" is now in {path}')
 
 
 def _key(question: str, keys: str) -> str:
-    """Ask on the terminal, answered by one key; Enter takes the capital one. Raises KeyboardInterrupt."""
+    """Ask on the terminal for one key; Enter selects the capital one. Raises KeyboardInterrupt."""
     click.echo(f"{question} [{'/'.join(keys)}] ", err=True, nl=False)
     default = next(k for k in keys if k.isupper()).lower()
     while True:

@@ -1,4 +1,4 @@
-"""Which parts has a model, and in which form is each stored? Told from its tensors' names, types and shapes."""
+"""The parts of a model and the form of each, from the names, dtypes and shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ SKETCH_ROWS = 64
 
 @dataclass(frozen=True)
 class Part:
-    """Weights of one kind stored in one form: the layers' matrices in int4 g128, the head in int8 g64 …
+    """Weights of one kind stored in one form: the layers' matrices in int4 g128, the head in int8 g64, …
 
-    sample: a small matrix of that form, for a backend to say what it makes of it; None: vectors.
+    sample: a small matrix of that form, for the costs of a backend; None for vectors.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Part:
 
 
 class Module(NamedTuple):
-    """A matrix, or a tensor that is none (flat)."""
+    """A matrix, or another tensor (flat)."""
 
     name: str
     form: str
@@ -49,7 +49,7 @@ class Module(NamedTuple):
 
 
 class Listing:
-    """The tensors of a model by name, as their headers list them: enough to tell how they are stored."""
+    """The tensors of a model by name, from their headers."""
 
     def __init__(self, tensors: Mapping[str, tuple[str, Shape]]) -> None:
         self.tensors = tensors
@@ -67,13 +67,13 @@ class Listing:
         return "the model"
 
     def size(self, name: str) -> tuple[int, int]:
-        """-> numbers in a tensor, bytes of it."""
+        """Return the number of values in a tensor, and its bytes."""
         dtype, shape = self.tensors[name]
         return math.prod(shape), math.prod(shape) * ITEM.get(dtype, 1)
 
 
 def modules_of(listing: Listing, layout: Layout | None) -> Iterator[Module]:
-    """Each quantised module, then each plain tensor."""
+    """Yield each quantised module, then each plain tensor."""
     packed: set[str] = set()
     if layout is not None:
         for module in [n[: -len(layout.key) - 1] for n in listing.tensors if n.endswith(f".{layout.key}")]:
@@ -104,7 +104,7 @@ def parts_of(
     config: ModelConfig | None,
     checkpoint: Checkpoint | None,
 ) -> tuple[Part, ...]:
-    """Modules of one role and one form together, the largest first."""
+    """Group modules by role and form, the largest group first."""
     rows: dict[tuple[str, str], list[Module]] = {}
     odd = _odd(modules, config)
     for module in modules:
@@ -120,7 +120,7 @@ def parts_of(
 
 
 def _odd(modules: Sequence[Module], config: ModelConfig | None) -> dict[str, str]:
-    """Modules of the projections that are not, in every layer, in the form of most: name -> projection."""
+    """Return name -> projection for projections whose form, in some layer, differs from that of most."""
     if config is None:
         return {}
     layer = re.compile(rf"{re.escape(config.spec.name('layers'))}\.\d+\.(.+)")
@@ -136,7 +136,7 @@ def _odd(modules: Sequence[Module], config: ModelConfig | None) -> dict[str, str
 
 
 def _role(module: Module, listing: Listing, config: ModelConfig | None) -> str:
-    """The part of a model that a module belongs to, in words."""
+    """Return the name of the part that a module belongs to."""
     if config is None:
         return "weights"
     if module.name == config.spec.name("embed"):
@@ -151,7 +151,7 @@ def _role(module: Module, listing: Listing, config: ModelConfig | None) -> str:
 
 
 def _sample(modules: Sequence[Module], layout: Layout | None, checkpoint: Checkpoint | None) -> Weight:
-    """The smallest of these modules, where its scales can tell how it may be kept; else a sketch of the form."""
+    """Return the smallest of these modules if its scales affect the stored form, else a sketch of the form."""
     form = modules[0].form
     here = [m for m in modules if checkpoint and m.name in checkpoint.modules]
     if checkpoint and here and isinstance(layout, Mlx) and not form.startswith("int8"):
@@ -160,7 +160,7 @@ def _sample(modules: Sequence[Module], layout: Layout | None, checkpoint: Checkp
 
 
 def sketch(form: str, half: bool = True, zeros: bool = False) -> Weight:
-    """A small weight of a form. half: its offsets are float16; zeros: they are whole multiples of the scales."""
+    """Return a small weight of a form. half: the offsets are float16. zeros: they are multiples of the scales."""
     if not (found := re.fullmatch(r"int(\d) (?:g(\d+)|per channel)", form)):
         dtype = {"fp64": np.float32, "fp32": np.float32, "bf16": np.uint16}.get(form, np.float16)
         return Dense("sketch", np.zeros((SKETCH_ROWS, 1024), dtype))

@@ -1,4 +1,4 @@
-"""`tinychat models pull`: ask, compare with what is here and with the disk, fetch, check."""
+"""`tinychat models pull`: query the hub, compare with the local files and the disk, download, verify."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from tinychat_mlx.words import size
 
 
 def pull(name: str, verify: bool, quiet: bool) -> Path:
-    """-> the folder of a model that is complete and checked. Raises a TinychatError saying what to do."""
+    """Return the folder of a complete and verified model. Raises a TinychatError."""
     ref = hub.parse(name)
     if ref is None:
         raise UsageError("not a Hugging Face id", where=name, remedy="give ORG/NAME, or ORG/NAME@REVISION")
     say = (lambda text: None) if quiet else note
     if hub.is_offline() and (folder := hub.cached(ref)):
-        say(f"{ref} is here; whether the hub has a newer one is not known, HF_HUB_OFFLINE is set")
+        say(f"{ref} is installed; updates were not checked, because HF_HUB_OFFLINE is set")
     else:
         remote = hub.look(ref, note)
         say(_plan(remote))
         folder = download(remote, verify, quiet)
     try:
         parse_config(Checkpoint.open(folder).config)
-    except ConfigError as error:  # whole, but not for us
+    except ConfigError as error:  # complete, but not supported
         note(f"note: this model does not run here: {error}")
     except TinychatError as error:
         raise type(error)(
@@ -39,9 +39,9 @@ def pull(name: str, verify: bool, quiet: bool) -> Path:
 
 def _plan(remote: hub.Remote) -> str:
     if not remote.missing:
-        return f"{remote.ref} is here and up to date (commit {remote.commit[:8]}, {size(remote.nbytes)})"
+        return f"{remote.ref} is installed and up to date (commit {remote.commit[:8]}, {size(remote.nbytes)})"
     begun = remote.nbytes - remote.missing
-    here = f", {size(begun)} of them are here" if begun else ""
+    here = f", {size(begun)} already downloaded" if begun else ""
     return (
         f"{remote.ref}: {len(remote.files)} files, {size(remote.nbytes)}{here}; commit {remote.commit[:8]} -> "
         f"{hub.repo_folder(remote.ref.repo)}"

@@ -1,4 +1,4 @@
-"""`tinychat models list --recommended`: models worth having (recommended.json), and what fits this machine."""
+"""`tinychat models list --recommended`: the curated models (recommended.json) that fit this machine."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tinychat_mlx.words import size
 
 
 def recommended() -> list[dict[str, Any]]:
-    """The curated models, smallest first."""
+    """Return the curated models, smallest first."""
     text = (files("tinychat_mlx.apps.models") / "recommended.json").read_text(encoding="utf-8")
     found: list[dict[str, Any]] = json.loads(text)["models"]
     return found
 
 
 def with_fit(model: dict[str, Any], free: int) -> dict[str, Any]:
-    """A model with the context that fits into `free` bytes (0: none), and whether it is here."""
+    """Return a model with the context that fits into `free` bytes (0: none), and whether it is installed."""
     room = free - model["memory_bytes"] - fit.BASE
     context = min(model["context"], max(0, room) // model["kv_bytes_per_token"])
     here = hub.cached(hub.Ref(model["id"])) is not None or converted(model["id"]) is not None
@@ -42,7 +42,7 @@ def show_recommended(everything: bool, as_json: bool) -> None:
         ["model", "download", "memory", "context that fits", "licence", "good for"],
         [
             [
-                r["id"] + (" (here)" if r["here"] else ""),
+                r["id"] + (" (installed)" if r["here"] else ""),
                 size(r["download_bytes"]),
                 size(r["memory_bytes"]),
                 _context(r),
@@ -56,8 +56,8 @@ def show_recommended(everything: bool, as_json: bool) -> None:
     hidden = len(rows) - len(shown)
     note(
         f"{backend.name}: {size(free)} of memory free"
-        + (f"; {hidden} larger models do not fit (--all shows them)" if hidden else "")
-        + "; what is larger to download than to hold is in 16 bits: `tinychat chat -m MODEL` offers to convert it"
+        + (f"; {hidden} larger models do not fit (list them with --all)" if hidden else "")
+        + "; models with a download larger than their memory are in 16 bits: `tinychat chat -m MODEL` offers to convert them"
     )
 
 

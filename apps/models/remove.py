@@ -1,4 +1,4 @@
-"""`tinychat models rm`: what a removal frees, and a removal that reaches nothing but the cache."""
+"""`tinychat models rm`: print what a removal frees, and remove files from the cache only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tinychat_mlx.words import size
 
 
 def remove(name: str, yes: bool) -> None:
-    """Remove a repository of the cache, one revision of it, or a conversion. Asks unless told not to."""
+    """Remove a repository of the cache, one revision of it, or a conversion. Asks for confirmation unless `yes`."""
     if name == "demo":
         raise UsageError(
             "the demo model is part of the program",
@@ -33,7 +33,7 @@ def remove(name: str, yes: bool) -> None:
 
 
 def _folder(name: str, ref: hub.Ref | None) -> Path:
-    """The folder to go: right in the cache or among our conversions, and no link."""
+    """Return the folder to remove: directly in the cache or the conversions, and not a link."""
     candidates = [hub.repo_folder(ref.repo)] if ref else [places.conversions() / name]
     if ref is None and (Path(name).name != name or "--" not in name):
         raise UsageError(
@@ -62,7 +62,7 @@ def _delete(folder: Path) -> None:
 
 
 def _remove_revision(ref: hub.Ref, yes: bool) -> None:
-    """One revision; files that others share stay. huggingface_hub knows which."""
+    """Remove one revision. Files that other revisions share stay (by huggingface_hub's scan)."""
     from huggingface_hub import scan_cache_dir
 
     found: list[Any] = []

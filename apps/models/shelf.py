@@ -1,4 +1,4 @@
-"""`tinychat models list`: the models on this machine, in the hub's cache and among our conversions."""
+"""`tinychat models list`: the installed models, in the hub's cache and in the conversions folder."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """A model on this machine by a name that `chat -m` takes. kind: demo, hub, or converted (by us)."""
+    """An installed model by a name for `chat -m`. kind: demo, hub or converted."""
 
     name: str
     kind: str
-    folder: Path | None  # None: a download that is not complete
-    place: Path  # of all its files
+    folder: Path | None  # None: an incomplete download
+    place: Path  # the folder of all its files
 
     @property
     def used(self) -> float:
-        """When a file of it was last touched: seconds since 1970."""
+        """Time of the last access to a file of it, in seconds since 1970."""
         files = [f for f in (*self.place.glob("*"), *self.place.glob("blobs/*")) if f.is_file()]
         return max((max(f.stat().st_atime, f.stat().st_mtime) for f in files), default=0.0)
 
 
 def entries() -> Iterator[Entry]:
-    """The demo, then our conversions, then what the hub's cache holds, complete or not."""
+    """Yield the demo, then the conversions, then the models in the hub's cache, complete or not."""
     if DEMO.is_dir():
         yield Entry("demo", "demo", DEMO, DEMO)
     for folder in sorted(places.conversions().glob("*--*")):
@@ -52,12 +52,12 @@ def entries() -> Iterator[Entry]:
 
 
 def names() -> list[str]:
-    """Of the models that are here as a whole."""
+    """Return the names of the completely installed models."""
     return [entry.name for entry in entries() if entry.folder is not None]
 
 
 def _of_repo(folder: Path) -> Iterator[Entry]:
-    """A repository of the cache: its newest complete snapshot; others that a branch, tag or commit pins."""
+    """Yield the newest complete snapshot of a repository in the cache."""
     repo = "/".join(folder.name.split("--")[1:])
     whole = [s for s in folder.glob("snapshots/*") if hub.is_whole(s)]
     if not whole:
@@ -70,21 +70,21 @@ def _of_repo(folder: Path) -> Iterator[Entry]:
 
 
 def describe(entry: Entry, backend: Backend | None) -> dict[str, Any]:
-    """An entry with what its files say and whether it runs here; backend: the one of this machine."""
+    """Return an entry with its facts and whether it runs here. backend: the default one of this machine."""
     made: dict[str, Any] = {"name": entry.name, "kind": entry.kind, "bytes": places.disk_bytes(entry.place),
                             "last_used": entry.used, "folder": str(entry.folder or ""), "architecture": None,
                             "quantization": None, "parameters": None, "runs": False, "why": ""}  # fmt: skip
     if entry.folder is None:
-        return made | {"why": f"incomplete: `tinychat models pull {entry.name}` goes on"}
+        return made | {"why": f"incomplete: `tinychat models pull {entry.name}` resumes it"}
     try:
         found = facts.local(entry.name, entry.folder)
     except TinychatError as error:
         return made | {"why": str(error)}
     why = str(found.trouble or "")
     if not why and backend is None:
-        why = "no backend comes up (`tinychat doctor`)"
+        why = "no backend runs (`tinychat doctor`)"
     elif not why and backend is not None and not fit.room(found, backend).context:
-        why = "too large for the memory that is free"
+        why = "too large for the free memory"
     return made | {
         "architecture": found.architecture,
         "quantization": found.quantization,
@@ -120,11 +120,11 @@ def show_shelf(as_json: bool) -> None:
     total = sum(r["bytes"] for r in rows if r["kind"] == "hub")
     click.echo(f"{size(total)} in {hub.hub_cache()}", err=True)
     if len(rows) < 2:
-        click.echo("`tinychat models list --recommended` says what is worth having", err=True)
+        click.echo("`tinychat models list --recommended` prints models to try", err=True)
 
 
 def ago(then: float) -> str:
-    """How long ago, in one unit."""
+    """Format the time since then in one unit."""
     seconds = time.time() - then
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length:

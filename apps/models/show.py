@@ -1,4 +1,4 @@
-"""`tinychat models show`: everything that can be said of a model before it is loaded."""
+"""`tinychat models show`: the properties of a model, without loading it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tinychat_mlx.words import size
 
 
 def find(name: str) -> facts.Facts:
-    """Facts of whatever `chat -m` takes: what is here as it is, or one on the hub. Raises a TinychatError."""
+    """Return the facts of an installed model, or of one on the hub, by a name for `chat -m`. Raises TinychatError."""
     ref = hub.parse(name)
     if folder := at_hand(name) or converted(name):
         return facts.local(name, folder)
@@ -33,7 +33,7 @@ def find(name: str) -> facts.Facts:
 def as_table(
     found: facts.Facts, rooms: list[fit.Room], int4: facts.Facts | None, small: list[fit.Room]
 ) -> dict[str, Any]:
-    """What --json prints."""
+    """Return the object that --json prints."""
     return {
         "name": found.name,
         "folder": str(found.folder) if found.folder else None,
@@ -60,7 +60,7 @@ def _row(part: Part) -> dict[str, Any]:
 
 
 def show(name: str, as_json: bool, modules: bool = False) -> None:
-    """Print what is known; modules: of each of them, too."""
+    """Print a model's properties. modules: also those of each module."""
     found = find(name)
     settings = None if found.trouble else int4_settings(found)
     int4 = facts.as_int4(found, settings) if settings else None
@@ -71,7 +71,7 @@ def show(name: str, as_json: bool, modules: bool = False) -> None:
         return click.echo(json.dumps(as_table(found, rooms, int4, small) | each))
     about = _about(found, int4)
     if (kept := converted(name)) is not None:
-        about["int4"] = f"{kept} answers to this name in `tinychat chat`"
+        about["int4"] = f"`tinychat chat` uses {kept} for this name"
     _print_pairs({k: safe(v) for k, v in about.items()})
     click.echo()
     print_table(
@@ -112,7 +112,7 @@ def _about(found: facts.Facts, int4: facts.Facts | None) -> dict[str, str]:
         about["runs here"] = f"no: {found.trouble}"
     else:
         kv = size(found.kv_bytes())
-        about["context"] = f"{found.context:,} tokens, {kv} of keys and values each (fp16)"
+        about["context"] = f"{found.context:,} tokens, {kv} of keys and values per token (fp16)"
     return about | {
         "chat template": "yes" if found.template else "no: it continues text",
         "licence": found.licence or "not stated",
@@ -121,14 +121,14 @@ def _about(found: facts.Facts, int4: facts.Facts | None) -> dict[str, str]:
 
 
 def _convert_command(folder: Path) -> str:
-    """What makes an int4 model of a folder, next to it."""
-    if folder.name in ("", ".."):  # of "." and the like: the name is the real folder's
+    """Return the command that converts a folder to int4, next to it."""
+    if folder.name in ("", ".."):  # for "." and similar, use the real folder's name
         folder = folder.resolve()
     return shlex.join(["tinychat", "convert", str(folder), "-o", f"{folder}-int4"])
 
 
 def _sampling(found: facts.Facts) -> str:
-    """The defaults by origin: "temperature 0.7, top_p 0.8 (generation_config.json); min_p 0 (built in)"."""
+    """Format the defaults by origin: "temperature 0.7, top_p 0.8 (generation_config.json); min_p 0 (built in)"."""
     groups: dict[str, list[str]] = {}
     for name, (value, origin) in found.sampling().items():
         groups.setdefault(origin, []).append(f"{name} {value:g}")
@@ -136,7 +136,7 @@ def _sampling(found: facts.Facts) -> str:
 
 
 def _print_pairs(pairs: dict[str, str]) -> None:
-    """A name and its value on each line, long values wrapped beside the name."""
+    """Print a name and its value per line; long values are wrapped with an indent."""
     width = max(map(len, pairs)) + 2
     for name, value in pairs.items():
         click.echo(hanging(f"{name:<{width}}{value}", width))

@@ -1,4 +1,4 @@
-"""How is a table printed: aligned for a terminal of any width, as plain lines into a pipe?"""
+"""Print tables: aligned to the terminal's width, or as plain lines to a pipe."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import click
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> None:
-    """Print rows below a head. Where the terminal ends, the last column wraps; right: the columns of numbers.
+    """Print rows below a head. The last column wraps at the terminal's width. right: right-aligned columns.
 
-    Where the terminal is too narrow for the columns, each row becomes a block of lines.
+    If the terminal is too narrow for the columns, each row is printed as a block of lines.
     """
     wide = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
     start = sum(wide[:-1]) + 2 * (len(wide) - 1)
@@ -31,7 +31,7 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Colle
 
 
 def hanging(text: str, indent: int) -> str:
-    """Wrap a line where the terminal ends, the rest of it indented."""
+    """Wrap a line at the terminal's width and indent the rest."""
     if len(text) <= width():
         return text
     lines = textwrap.wrap(text[indent:], max(10, width() - indent), break_on_hyphens=False)
@@ -39,5 +39,5 @@ def hanging(text: str, indent: int) -> str:
 
 
 def width() -> int:
-    """Columns of the terminal; a pipe takes lines of any length."""
+    """Return the columns of the terminal; for a pipe there is no limit."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else 1 << 30

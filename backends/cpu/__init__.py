@@ -1,18 +1,18 @@
-"""CPU backend: NumPy arrays and native kernels (kernels/), opened by ctypes.
+"""CPU backend: NumPy arrays and native kernels (kernels/), loaded with ctypes.
 
-To build the library in a checkout, without installing anything (it lands in tinychat_mlx/, ignored by git):
+To build the library in a checkout without installing it (the result is in tinychat_mlx/, ignored by git):
 
     cmake -S backends/cpu -B build/dev && cmake --build build/dev
 
-TINYCHAT_CPU_ISA=avx2 (neon, scalar, ...) takes a lower instruction set; TINYCHAT_THREADS=2, or else OMP_NUM_THREADS, a
-number of threads; TINYCHAT_KV=int8 halves the cache.
+TINYCHAT_CPU_ISA=avx2 (neon, scalar, ...) selects a lower instruction set. TINYCHAT_THREADS=2, else
+OMP_NUM_THREADS, sets the number of threads. TINYCHAT_KV=int8 halves the cache.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from ctypes import pointer
 from typing import Any
 
@@ -47,40 +47,46 @@ from tinychat_mlx.backends.cpu.rope import RopeTable
 from tinychat_mlx.backends.cpu.store import Shelf
 from tinychat_mlx.backends.cpu.tape import Captured, Tape
 from tinychat_mlx.errors import BackendError
-from tinychat_mlx.limits import memory_total
+from tinychat_mlx.limits import memory_peak, memory_total
 from tinychat_mlx.weight import Weight
 
 __all__ = ["CpuBackend"]
 
-FEW = 8  # rows, as in kernels/linear_int.h: more are multiplied tile after tile, each for all of them
+# rows, as in kernels/linear_int.h; more rows use the many-row kernel, which processes all of them per tile
+FEW = 8
 
 
 class CpuBackend(Backend):
-    """int4 and int8 weights meet activations rounded to int8 a group; exact keeps those, and the cache, in float32.
+    """Multiplies int4 and int8 weights with activations rounded to int8 per group.
 
-    Tensors are float32 arrays whose last axis is contiguous.
+    In exact mode activations and the cache are float32. Tensors are float32 arrays whose last axis is
+    contiguous.
     """
 
     name = "cpu"
 
     def __init__(self, exact: bool = False, threads: int | None = None, kv: str | None = None) -> None:
-        """threads None: TINYCHAT_THREADS, OMP_NUM_THREADS, or one a fast core. kv: fp16, int8 or fp32; None:
-        TINYCHAT_KV, or fp16 (exact: fp32). Raises BackendError without the native library.
+        """Open the native library and create its threads.
+
+        threads: None means TINYCHAT_THREADS, else OMP_NUM_THREADS, else one per fast core. kv: fp16, int8 or
+        fp32; None means TINYCHAT_KV, else fp16 (fp32 in exact mode). Raises BackendError without the native
+        library.
         """
         self.exact = exact
         self._kv = _cache_kind(kv or os.environ.get("TINYCHAT_KV") or ("fp32" if exact else "fp16"))
         isa = os.environ.get("TINYCHAT_CPU_ISA")
         self.engine = Engine(isa or None, _threads(threads))
+        self.threads = self.engine.threads
         self.tape: Tape | None = None  # of the step being recorded
-        self.choice = c.CChoice()  # of the step at hand; counts tiles of heads read whole
+        self.choice = c.CChoice()  # of the current step; counts the head tiles that are read at full width
         self._forced = bool(isa)
         self._arena, self._scratch = Arena(), Scratch()
-        self._routes_on_host = False  # experts that no op knows: such a step cannot be replayed
+        self._routes_on_host = False  # experts that no op supports; such a step cannot be replayed
         self._shelf: Shelf | None = None  # while a model is loaded
         self._norms: dict[int, tuple[Norm, c.CNorm]] = {}
         self._ropes: dict[int, RopeTable] = {}
 
-    # what it will take ----------------------------------------------------------------------------
+    # memory estimates ----------------------------------------------------------------------------
     def weight_bytes(self, weight: Weight) -> int:
         return packed_bytes(weight, self.exact)
 
@@ -110,6 +116,9 @@ class CpuBackend(Backend):
         finally:
             self._shelf = None
 
+    def held_bytes(self, handle: Handle) -> int | None:
+        return int(_weight(handle).data.nbytes)
+
     def stored(self, name: str, shape: tuple[int, int]) -> Handle | None:
         return None if self._shelf is None else self._shelf.find(name, shape)
 
@@ -117,7 +126,7 @@ class CpuBackend(Backend):
         pairs = [(_weight(self.pack(up)), _weight(self.pack(down))) for up, down in experts]
         if all(up.shape[0] % 32 == 0 for up, _ in pairs):
             return Experts(act, pairs)
-        self._routes_on_host = True  # gate and up share a tile: the contract's way
+        self._routes_on_host = True  # gate and up share a tile: use the contract's default
         return tuple(Mlp(act, down, gate_up=up) for up, down in pairs)
 
     def new_cache(self, shape: CacheShape, capacity: int) -> Cache:
@@ -217,7 +226,7 @@ class CpuBackend(Backend):
         experts = moe.experts
         if not isinstance(experts, Experts):
             return super().moe(x, moe, norm, residual)
-        if norm is not None and x.shape[0] > 1:  # once, not again for each expert of a row
+        if norm is not None and x.shape[0] > 1:  # normalise once, not again for each expert of a row
             x, norm = self.norm(x, norm), None
         logits = self._linear(x, moe.router, norm)
         places = Places(x.shape[0], moe, self._new)
@@ -246,11 +255,11 @@ class CpuBackend(Backend):
 
     def memory(self) -> Memory:
         used = self._arena.used + self._scratch.held
-        return Memory(used, _peak_bytes(), memory_total())
+        return Memory(used, memory_peak(), memory_total())
 
     def describe(self) -> Device:
         e = self.engine
-        why = "TINYCHAT_CPU_ISA asks for it" if self._forced else ""
+        why = "set by TINYCHAT_CPU_ISA" if self._forced else ""
         plural = "" if e.threads == 1 else "s"
         mode = ", exact" if self.exact else ""
         return Device(
@@ -266,12 +275,19 @@ class CpuBackend(Backend):
         return (self._scratch if self.tape is None else self.tape.scratch).new(*shape)
 
     def _rows(self, rows: int, n: int) -> F32:
-        """Many rows a round number of bytes apart would share a few lines of each cache: these stand a line further."""
+        """Allocate the result of a product (rows, n).
+
+        With many rows, a row stride of a round number of bytes maps all rows to a few lines of each cache.
+        The stride is then one line longer.
+        """
         apart = n + 16 if rows > FEW and n % 256 == 0 else n
         return self._new(rows, apart)[:, :n]
 
     def _run(self, op: c.Op, tensors: Sequence[Tensor], y: Tensor, keep: object) -> Tensor:
-        """Run an op that reads `tensors` and writes y; `keep` lives as long as the op may be replayed."""
+        """Run an op that reads `tensors` and writes y.
+
+        `keep` is kept alive as long as the op can be replayed.
+        """
         self.engine.run_one(op)
         if self.tape is not None:
             self.tape.add(op, tensors, y, keep)
@@ -287,7 +303,7 @@ class CpuBackend(Backend):
         gated: bool = False,
         choice: c.CChoice | None = None,
     ) -> Tensor:
-        """[residual +] act(w · norm(x) + bias), or with the gate and up rows of w: act(gate) · up."""
+        """Compute [residual +] act(w · norm(x) + bias), or with the gate and up rows of w: act(gate) · up."""
         w = _weight(handle)
         assert x.shape[1] == w.shape[1], f"{w.name}: {x.shape[1]} inputs for {w.shape[1]}"
         n = w.shape[0] // 2 if gated else w.shape[0]
@@ -306,7 +322,7 @@ class CpuBackend(Backend):
     def _map(
         self, kind: int, y: Tensor, a: Tensor, b: Tensor | None = None, factor: float = 1.0, act: str = ""
     ) -> Tensor:
-        """Elementwise, on the rows of two-dimensional tensors."""
+        """Run an elementwise op on the rows of two-dimensional tensors."""
         op = c.MapOp(c.MAP, a.shape[0], a.shape[1], kind, c.ACTS[act], factor)
         op.a, op.a_stride, op.y, op.y_stride = _at(a), _stride(a, 0), _at(y), _stride(y, 0)
         if b is not None:
@@ -314,7 +330,7 @@ class CpuBackend(Backend):
         return self._run(op, (a,) if b is None else (a, b), y, None)
 
     def _segments(self, layer: int, step: Step) -> tuple[Any, npt.NDArray[np.int64]]:
-        """The segments' native form for one layer, and the lengths it points to."""
+        """Return the segments in native form for one layer, and the lengths that they point to."""
         if self.tape is not None:
             lengths = self.tape.length
         else:
@@ -362,7 +378,7 @@ def _cache_kind(name: str) -> int:
     kinds = {"fp16": c.F16, "int8": c.INT8, "fp32": c.F32}
     if name not in kinds:
         raise BackendError(
-            f"there is no KV cache in {name!r}", where="cpu backend", remedy="choose fp16, int8 or fp32"
+            f"unknown KV cache type {name!r}", where="cpu backend", remedy="choose fp16, int8 or fp32"
         )
     return kinds[name]
 
@@ -376,28 +392,10 @@ def _weight(handle: Handle) -> CpuWeight:
 
 
 def _at(x: Tensor) -> int:
-    """Address of a tensor whose last axis is contiguous."""
+    """Return the address of a tensor whose last axis is contiguous."""
     assert x.dtype == np.float32 and (x.strides[-1] == 4 or x.shape[-1] <= 1), "not a tensor of this backend"
     return address(x)
 
 
 def _stride(x: Tensor, axis: int) -> int:
     return int(x.strides[axis]) // 4
-
-
-def _peak_bytes() -> int:
-    """The most memory this process ever held. On Linux ru_maxrss will not do: it begins with the parent's."""
-    try:
-        import resource
-        import sys
-        from pathlib import Path
-    except ImportError:  # Windows
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text(errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak) if sys.platform == "darwin" else int(peak) * 1024

@@ -1,4 +1,4 @@
-"""Which processor is this, and how many threads suit it?"""
+"""Detect the processor's name and the default number of threads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tinychat_mlx.limits import cpu_quota, threads_asked
 
 _CPU = Path("/sys/devices/system/cpu")
 _CPUINFO, _BOARD = Path("/proc/cpuinfo"), Path("/proc/device-tree/model")
-# "implementer part" of the Main ID Register -> the core's name, as its maker's manuals have it.
+# "implementer part" of the Main ID Register -> the core's name in its vendor's manuals
 ARM_CORES = {
     "0x41 0xd03": "Cortex-A53", "0x41 0xd04": "Cortex-A35", "0x41 0xd05": "Cortex-A55", "0x41 0xd07": "Cortex-A57",
     "0x41 0xd08": "Cortex-A72", "0x41 0xd09": "Cortex-A73", "0x41 0xd0a": "Cortex-A75", "0x41 0xd0b": "Cortex-A76",
@@ -30,7 +30,7 @@ ARM_CORES = {
 
 @functools.cache
 def processor_name() -> str:
-    """What people call this processor: "Raspberry Pi 5 Model B Rev 1.0", "AMD Ryzen 7 7840U"."""
+    """Return the processor's common name: "Raspberry Pi 5 Model B Rev 1.0", "AMD Ryzen 7 7840U"."""
     if sys.platform == "darwin":
         return _sysctl("machdep.cpu.brand_string") or platform.processor()
     if _BOARD.exists():
@@ -42,26 +42,26 @@ def processor_name() -> str:
     name = next(iter(_column(cpuinfo, "model name")), "")
     if (
         platform.machine() in ("aarch64", "arm64") and "vendor_id" in cpuinfo
-    ):  # an x86's: qemu-user shows its host's
+    ):  # an x86 cpuinfo: qemu-user shows its host's
         return f"an Arm processor, emulated on {name}"
     return name or _arm_cores(cpuinfo) or platform.processor() or platform.machine()
 
 
 def _arm_cores(cpuinfo: str) -> str:
-    """ "Cortex-A76 and Cortex-A55": what Linux tells of an Arm without a device tree are numbers."""
+    """Return "Cortex-A76 and Cortex-A55" from the numbers that Linux gives for an Arm without a device tree."""
     cores = zip(_column(cpuinfo, "CPU implementer"), _column(cpuinfo, "CPU part"), strict=False)
     found = dict.fromkeys(f"{maker} {part}" for maker, part in cores)
     return " and ".join(ARM_CORES.get(core, f"Arm processor (implementer, part: {core})") for core in found)
 
 
 def _column(cpuinfo: str, key: str) -> list[str]:
-    """A key's value for each processor."""
+    """Return a key's value for each processor."""
     rows = (line.partition(":") for line in cpuinfo.splitlines())
     return [value.strip() for name, _, value in rows if name.strip() == key]
 
 
 def default_threads() -> int:
-    """As OMP_NUM_THREADS asks; else one thread a physical core of the fast kind, within what this process may use."""
+    """Return OMP_NUM_THREADS, else one thread per fast physical core within the limits of this process."""
     cores = _cores()
     return threads_asked() or max(1, min(cores, int(cpu_quota() or cores)))
 
@@ -86,10 +86,11 @@ def _sysctl(key: str) -> str:
 
 
 def _fast_cores() -> set[str]:
-    """One logical CPU of each physical core, without the small cores of a mixed processor."""
+    """Return one logical CPU per physical core, without the small cores of a hybrid processor."""
     cpus = sorted(os.sched_getaffinity(0))
     cores = {_read(cpu, "topology/thread_siblings_list") or str(cpu): cpu for cpu in reversed(cpus)}
-    # Arm says how strong a core is; Intel's small cores have a lower top frequency, the big ones differ a little.
+    # Arm reports the capacity of a core. Intel's small cores have a lower maximum frequency; big ones differ
+    # slightly.
     for file, share in (("cpu_capacity", 0.8), ("cpufreq/cpuinfo_max_freq", 0.8)):
         strength = {core: int(_read(cpu, file) or 0) for core, cpu in cores.items()}
         if top := max(strength.values(), default=0):

@@ -1,4 +1,4 @@
-"""Who runs the ops? The native thread pool, called here, one list at a time."""
+"""Runs lists of ops on the native thread pool, one list at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NO_MEMORY, _BAD_ID = 1, 2
 
 
 class OpList:
-    """Ops in the order in which they run, and whatever their pointers point to."""
+    """Ops in execution order, and the objects that their pointers refer to."""
 
     def __init__(self, ops: Sequence[Op], keep: object = None) -> None:
         self.ops, self.keep = list(ops), keep
@@ -24,7 +24,7 @@ class Engine:
     """A native thread pool and the kernels of one instruction set."""
 
     def __init__(self, isa: str | None, threads: int) -> None:
-        """isa None: the best here. Raises BackendError if the processor lacks it, or for threads < 1."""
+        """isa None selects the best one. Raises BackendError if the processor lacks it, or for threads < 1."""
         self._lib = open_library()
         here = instruction_sets()
         if isa and isa not in here:
@@ -34,9 +34,7 @@ class Engine:
                 remedy=f"set it to one of {', '.join(here)}, or unset it",
             )
         if threads < 1:
-            raise BackendError(
-                f"{threads} threads are too few", where="cpu backend", remedy="ask for at least 1"
-            )
+            raise BackendError(f"{threads} threads are too few", where="cpu backend", remedy="use at least 1")
         self.isa, self.threads = isa or here[0], threads
         self._handle = self._lib.tc_new(self.isa.encode(), threads)
         if not self._handle:
@@ -45,7 +43,10 @@ class Engine:
 
     @property
     def team(self) -> int:
-        """Threads that run the next ops: fewer than `threads` while other programs take the processors."""
+        """Number of threads that run the next ops.
+
+        It is less than `threads` while other programs use the processors.
+        """
         return int(self._lib.tc_team(ctypes.c_void_p(self._handle)))
 
     def run_one(self, op: Op) -> None:

@@ -1,4 +1,4 @@
-"""Where do the keys and values of a conversation lie? (kernels/op.h: SegmentArg.)"""
+"""KV cache of a conversation (kernels/op.h: SegmentArg)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tinychat_mlx.backends.cpu import library as c
 from tinychat_mlx.backends.cpu.memory import address, raw
 
 _CHUNK, _SPLIT = 256, 32  # as in kernels/attention.h
-_TILE = 16  # keys side by side, as in kernels/op.h
+_TILE = 16  # keys per tile, interleaved as in kernels/op.h
 _TYPES: dict[int, type[np.generic]] = {c.F16: np.float16, c.F32: np.float32, c.INT8: np.int8}
 
 
 def row_bytes(shape: CacheShape, kind: int) -> tuple[int, int, int]:
-    """Bytes a layer and token of keys, of values, and of the scales of both."""
+    """Return bytes per layer and token of keys, of values, and of the scales of both."""
     heads, item = shape.num_key_value_heads, np.dtype(_TYPES[kind]).itemsize
     return heads * shape.head_dim * item, heads * _padded(shape) * item, heads * 8 if kind == c.INT8 else 0
 
@@ -28,9 +28,9 @@ def _padded(shape: CacheShape) -> int:
 
 
 class CpuCache(Cache):
-    """Keys and values of every layer, in float16; in float32 where exactness is asked for; or in int8.
+    """Keys and values of every layer in float16, float32 (exact mode) or int8.
 
-    Memory is claimed for the whole capacity, but the system gives only the pages that were written.
+    Memory is reserved for the whole capacity, but the system commits only the pages that are written.
     """
 
     def __init__(self, shape: CacheShape, capacity: int, kind: int) -> None:
@@ -47,8 +47,11 @@ class CpuCache(Cache):
         self.done = np.zeros(shape.num_key_value_heads, np.int32)
 
     def read(self, start: int, end: int) -> dict[str, npt.NDArray[Any]]:
-        """As Backend.read_cache: "k", "v" (layers, Hkv, tokens, D), and with int8 "k_scale", "v_scale"."""
-        first = start // _TILE  # keys of a tile lie side by side: whole tiles are turned
+        """Implement Backend.read_cache.
+
+        Returns "k" and "v" (layers, Hkv, tokens, D), and with int8 also "k_scale" and "v_scale".
+        """
+        first = start // _TILE  # keys of a tile are interleaved, so whole tiles are transposed
         tiles = self._keys_of()[:, :, first : -(-end // _TILE)].swapaxes(3, 4)
         layers, heads, count = tiles.shape[:3]
         keys = tiles.reshape(layers, heads, count * _TILE, self.shape.head_dim)
@@ -57,11 +60,11 @@ class CpuCache(Cache):
         return {name: np.array(part, order="C") for name, part in rows.items()}
 
     def write(self, rows: Mapping[str, npt.NDArray[Any]]) -> None:
-        """As Backend.write_cache."""
+        """Implement Backend.write_cache."""
         start, end = self.length, self.length + rows["k"].shape[2]
         first = start - start % _TILE
         keys = np.concatenate([self.read(first, start)["k"], rows["k"]], 2)
-        surplus = -keys.shape[2] % _TILE  # beyond `length` anything may stand
+        surplus = -keys.shape[2] % _TILE  # values beyond `length` are undefined
         keys = np.pad(keys, ((0, 0), (0, 0), (0, surplus), (0, 0)))
         tiles = keys.reshape(*keys.shape[:2], -1, _TILE, self.shape.head_dim).swapaxes(3, 4)
         self._keys_of()[:, :, first // _TILE : first // _TILE + tiles.shape[2]] = tiles
@@ -70,7 +73,7 @@ class CpuCache(Cache):
         self.length = end
 
     def _view(self, offset: int, dtype: type[np.generic], *sizes: int) -> npt.NDArray[Any]:
-        """(layers, Hkv, *sizes): one part of every layer."""
+        """Return a view (layers, Hkv, *sizes) of one part of every layer."""
         item = np.dtype(dtype).itemsize
         shape = (self.shape.num_hidden_layers, self.shape.num_key_value_heads, *sizes)
         inner = [item * int(np.prod(shape[i + 1 :])) for i in range(1, len(shape))]
@@ -78,11 +81,11 @@ class CpuCache(Cache):
         return view
 
     def _keys_of(self) -> npt.NDArray[Any]:
-        """(layers, Hkv, tiles, D, 16)"""
+        """Return the keys (layers, Hkv, tiles, D, 16)."""
         return self._view(0, _TYPES[self.kind], self.rows // _TILE, self.shape.head_dim, _TILE)
 
     def _others(self) -> dict[str, npt.NDArray[Any]]:
-        """Everything whose rows lie one after the other: (layers, Hkv, rows, …)."""
+        """Return the parts that are stored row by row: (layers, Hkv, rows, …)."""
         values = self._view(self._keys, _TYPES[self.kind], self.rows, self.dim_pad)
         parts = {"v": values[..., : self.shape.head_dim]}
         if self._scales:
@@ -91,7 +94,10 @@ class CpuCache(Cache):
         return parts
 
     def segment(self, layer: int, rows: int, length: int) -> c.CSegment:
-        """One layer's part of a step; `length` is the address of an int64, the tokens held before it."""
+        """Return one layer's part of a step.
+
+        `length` is the address of an int64, the tokens held before the step.
+        """
         keys = address(self.data) + layer * self._layer
         values = keys + self._keys
         key_scales = values + self._values

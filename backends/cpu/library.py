@@ -1,6 +1,6 @@
-"""Where is the native library, and what does its C interface look like?
+"""Locate the native library and declare its C interface.
 
-The structs mirror kernels/op.h field by field; `open_library` compares their sizes with the library's own.
+The structs mirror kernels/op.h field by field. `open_library` compares their sizes with those of the library.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import tinychat_mlx
+from tinychat_mlx import backend
 from tinychat_mlx.backend import Choice
 from tinychat_mlx.errors import BackendError
 
@@ -22,7 +23,7 @@ EMBED, LINEAR, NORM, ROPE, ATTENTION, MAP, PACK, PROBE, ROUTE, EXPERTS = range(1
 INT4, INT8, F16, BF16, F32 = range(5)
 HALVES, FLOATS, ZEROS = range(3)
 NORMS = {"rms": 1, "layer": 2}
-ACTS = {"": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "relu2": 5}
+ACTS = {name: number for number, name in enumerate(("", *backend.ACTS))}  # as op.h's Act
 MAP_ACT, MAP_GLU, MAP_ADD, MAP_SCALE, MAP_SOFTCAP = range(5)
 
 
@@ -259,7 +260,7 @@ _SIZES: dict[int, type[Structure]] = {
 
 
 def find_library() -> Path:
-    """The library's path; BackendError if it was never built."""
+    """Return the library's path. Raises BackendError if it was not built."""
     # In an editable install __path__ has two entries: site-packages/tinychat_mlx and the checkout.
     for folder in tinychat_mlx.__path__:
         for name in _FILES:
@@ -272,7 +273,7 @@ def find_library() -> Path:
 
 @functools.cache
 def open_library() -> Any:
-    """The library with argument types declared. Raises BackendError if it is absent or another version's."""
+    """Open the library and declare argument types. Raises BackendError if it is absent or of another version."""
     path = find_library()
     try:
         lib: Any = ctypes.CDLL(str(path))
@@ -288,7 +289,7 @@ def open_library() -> Any:
     lib.tc_sizeof.argtypes, lib.tc_sizeof.restype = [c_int32], c_int32
     if any(lib.tc_sizeof(code) != ctypes.sizeof(struct) for code, struct in _SIZES.items()):
         raise BackendError(
-            f"{path} is of another version of tinychat-mlx",
+            f"{path} belongs to another version of tinychat-mlx",
             where="cpu backend",
             remedy=f"rebuild it: {_BUILD}",
         )
@@ -296,7 +297,7 @@ def open_library() -> Any:
 
 
 def instruction_sets() -> list[str]:
-    """What the library offers on this processor, the best first: ["avx512vnni", "avx2", "scalar"]."""
+    """Return this processor's instruction sets in the library, best first: ["avx512vnni", "avx2", "scalar"]."""
     lib = open_library()
     found: list[str] = []
     while (name := lib.tc_isa(len(found))) is not None:

@@ -1,6 +1,7 @@
-"""How does a canonical weight become tiles? (kernels/op.h draws them.)
+"""Convert canonical weights to tiles (layout in kernels/op.h).
 
-A handle is a small header and one buffer of position-independent bytes, so it can be written to disk and mapped.
+A handle is a small header and one buffer of position-independent bytes, which can be written to disk and
+mapped.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from tinychat_mlx.weight import Dense, Packed, Weight, pack_codes, to_float32
 Run = Callable[[c.Op], None]
 Zeros = npt.NDArray[np.uint16]
 
-LAYOUT = 3  # of the tiles: to be raised when files with tiles written before must not be read any more
+LAYOUT = 3  # version of the tile layout; increment it when older files must no longer be read
 STRIPE = 16 << 20  # bytes of float32 weights converted at a time
 KINDS = {c.INT4: "int4", c.INT8: "int8", c.F16: "float16", c.BF16: "bfloat16", c.F32: "float32"}
 
 
 class CpuWeight:
-    """A weight in tiles: what `CpuBackend.pack` returns."""
+    """A weight in tiles. `CpuBackend.pack` returns it."""
 
     def __init__(
         self, name: str, header: c.CWeight, data: Bytes, wait: Callable[[], None] | None = None
     ) -> None:
-        """wait: returns when the bytes are there, if they are not yet."""
+        """wait: blocks until the bytes are loaded, if they are loaded in the background."""
         self.name, self.wait = name, wait
         self.header = header
         self.data = data
@@ -45,9 +46,9 @@ class CpuWeight:
 
 
 def pack(weight: Weight, arena: Arena, run: Run, exact: bool) -> CpuWeight:
-    """Lay `weight` out in tiles, natively and on all threads, straight from where it lies.
+    """Convert `weight` to tiles natively on all threads, without an intermediate copy.
 
-    exact keeps float32 matrices in float32; otherwise they are rounded to float16.
+    exact keeps float32 matrices in float32. Otherwise they are rounded to float16.
     """
     zeros = zeros_of(weight) if isinstance(weight, Packed) else None
     header = _header(weight, zeros, exact)
@@ -64,7 +65,7 @@ def pack(weight: Weight, arena: Arena, run: Run, exact: bool) -> CpuWeight:
 
 
 def packed_bytes(weight: Weight, exact: bool) -> int:
-    """Bytes of the tiles that `pack` makes of a weight."""
+    """Return the number of bytes of the tiles that `pack` creates."""
     return _bytes_of(_header(weight, zeros_of(weight) if isinstance(weight, Packed) else None, exact))
 
 
@@ -97,9 +98,10 @@ def _packed_header(w: Packed, zeros: Zeros | None = None) -> c.CWeight:
 
 
 def zeros_of(w: Packed) -> Zeros | None:
-    """The zero points (N, K/G) of an int4 weight whose scales leave room for them; None where that is not so.
+    """Return the zero points (N, K/G) of an int4 weight if its scales have room for them, else None.
 
-    So it is with what this program quantises (awq/quantizer.py): 3 % fewer bytes a token, of the same weights.
+    This is the case for weights quantised by awq/quantizer.py. It saves 3 % of the bytes per token without
+    loss.
     """
     scales, biases = w.scales, w.biases
     if (
@@ -111,14 +113,14 @@ def zeros_of(w: Packed) -> Zeros | None:
         return None
     with np.errstate(all="ignore"):
         zeros = np.rint(-biases.astype(np.float32) / scales.astype(np.float32))
-        if not (zeros >= 0).all() or (zeros > 15).any():  # not a number: neither
+        if not (zeros >= 0).all() or (zeros > 15).any():  # also true for NaN
             return None
         exact = np.array_equal(zeros * scales.astype(np.float32), -biases.astype(np.float32))
     return zeros.astype(np.uint16) if exact else None
 
 
 def _fits_half(a: npt.NDArray[Any]) -> bool:
-    """Whether float16 holds every number of `a` exactly."""
+    """Return whether every value of `a` is exact in float16."""
     if a.dtype == np.float16:
         return True
     with np.errstate(over="ignore"):
@@ -127,7 +129,7 @@ def _fits_half(a: npt.NDArray[Any]) -> bool:
 
 def _pack_codes(w: Packed, header: c.CWeight, zeros: Zeros | None, run: Run) -> None:
     words = w.qweight
-    if w.w_bit == 3:  # the three bits of a code take four here: speed, not size, is what tiles are for
+    if w.w_bit == 3:  # 3-bit codes use four bits here: tiles are optimised for speed, not for size
         words = pack_codes(w.codes(), 4)
     words = np.ascontiguousarray(words, "<u4")
     form = np.float32 if header.ends == c.FLOATS else np.float16

@@ -1,4 +1,4 @@
-"""What could this machine do at best? Benchmarks compare with it: memory reads, int8 arithmetic."""
+"""Measure the machine's limits for benchmarks: memory bandwidth and int8 arithmetic."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from tinychat_mlx.backends.cpu import library as c
 from tinychat_mlx.backends.cpu.engine import Engine
 from tinychat_mlx.backends.cpu.memory import address, raw
 
-_READ = 512 << 20  # bytes: far beyond any cache
+_READ = 512 << 20  # bytes; much larger than any cache
 
 
 def read_bandwidth(engine: Engine, repeats: int = 7) -> float:
-    """Bytes a second that all threads of `engine` read from memory together: the best of some runs."""
+    """Return the bytes per second that all threads read from memory together, best of several runs."""
     data, sink = raw(_READ, huge=True), np.zeros(1, np.float32)
     data[:] = 1
     return max(
@@ -24,7 +24,7 @@ def read_bandwidth(engine: Engine, repeats: int = 7) -> float:
 
 
 def int8_peak(engine: Engine, repeats: int = 5) -> float:
-    """Multiplications and additions a second of all threads in a loop of nothing but int8 dot products."""
+    """Return the multiplications and additions per second of all threads in a loop of int8 dot products."""
     dots, sink = np.zeros(1, np.int64), np.zeros(1, np.float32)
     op = c.ProbeOp(c.PROBE, 1, None, 0, 1, address(dots), address(sink))
     while _seconds(engine, op) < 0.05:

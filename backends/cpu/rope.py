@@ -1,4 +1,4 @@
-"""What are the cosines and sines of a position?"""
+"""Tables of cosines and sines for RoPE."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _AHEAD = 256  # positions computed at a time while decoding
 
 
 class RopeTable:
-    """For each position up to a capacity: R/2 cosines, then R/2 sines; computed when first reached."""
+    """R/2 cosines and R/2 sines per position up to a capacity, computed when first needed."""
 
     def __init__(self, rope: Rope, capacity: int) -> None:
         self.rope, self.capacity, self._filled = rope, capacity, 0
@@ -19,7 +19,10 @@ class RopeTable:
         self.data = raw(capacity * 2 * self.half * 4).view(np.float32).reshape(capacity, 2, self.half)
 
     def reach(self, count: int) -> None:
-        """Have positions 0..count - 1 ready. The angle is the product in float32, as elsewhere; its cosine is exact."""
+        """Compute positions 0..count - 1.
+
+        The angle is a float32 product, as in other backends; its cosine is float64.
+        """
         if count <= self._filled:
             return
         start, end = self._filled, min(self.capacity, max(count, self._filled + _AHEAD))

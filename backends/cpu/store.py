@@ -1,16 +1,16 @@
-"""Where do packed weights stay between runs? In the user's cache folder, one file a model, safe to delete at any time.
+"""Cache of packed weights in the user's cache folder, one file per model. It can be deleted at any time.
 
     weights in tiles, each at a multiple of 64 bytes | index (JSON) | trailer
 
-The index holds the model's fingerprint and, by name, a weight's header and where it begins. A first start packs into
-its own memory as ever and a thread writes the file afterwards: so a full disk costs the file and nothing else, and
-nobody waits. The next start reads the file into huge pages while the rest of the program gets ready: a tenth to a
-fifth of a second per GB. Mapped, it would be there at once and its pages shared between processes, but decoding is
-then 8 % slower (medians 35.3 and 33.7 -> 31.7 and 31.7 tok/s, llama-3.2-1b shape, 2 threads, ext4 with large folios;
-15 % slower with 4 KiB pages). So it is mapped only where the system has no huge pages to give.
+The index contains the model's fingerprint and, by name, each weight's header and offset. A first start packs
+into memory, and a thread writes the file afterwards, so the user does not wait and a full disk has no other
+effect. The next start reads the file into huge pages while the rest of the program starts: 0.1 to 0.2 seconds
+per GB. A mapped file would be available at once and shared between processes, but decoding is then 8 % slower
+(medians 35.3 and 33.7 -> 31.7 and 31.7 tok/s, llama-3.2-1b shape, 2 threads, ext4 with large folios; 15 %
+slower with 4 KiB pages). The file is therefore mapped only if the system has no huge pages.
 
-TINYCHAT_WEIGHT_CACHE=0 switches it off; a number is the bytes that all models together may take. Windows, where a
-mapped file can be neither replaced nor deleted, has no such cache.
+TINYCHAT_WEIGHT_CACHE=0 disables the cache; a number limits the bytes of all models together. Windows has no
+such cache, because a mapped file can be neither replaced nor deleted there.
 """
 
 from __future__ import annotations
@@ -19,44 +19,46 @@ import atexit
 import json
 import mmap
 import os
+import re
 import stat
 import struct
 import threading
-import time
 import zlib
 from collections.abc import Iterable
-from contextlib import suppress
 from ctypes import byref
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from tinychat_mlx import disk_cache
 from tinychat_mlx.backends.cpu import library as c
 from tinychat_mlx.backends.cpu.memory import ALIGN, HUGE, Arena, Bytes, raw
 from tinychat_mlx.backends.cpu.pack import KINDS, LAYOUT, CpuWeight
 from tinychat_mlx.errors import BackendError
 
-MINIMUM = 64 << 20  # bytes: less is packed in a fifth of a second
+MINIMUM = 64 << 20  # bytes; packing less takes under a fifth of a second
 GIB = 1 << 30
 READERS = 2  # threads; one reads 3 GB/s of what the system holds in memory, two nearly twice that
 EXIT_S = 5.0  # what the end of the process waits for a file that is being written
+NAME = re.compile(r".*\.tiles")
 MAGIC = b"tc-tiles"
 MAX_INDEX = 64 << 20
-TRAILER = struct.Struct("<8sIIQQII")  # magic, layout, CRC of the index, its begin, its length, on disk, 0
+# magic, layout, CRC of the index, its offset, its length, durable flag, 0
+TRAILER = struct.Struct("<8sIIQQII")
 
 _saving: list[threading.Thread] = []
 
 
 class Damaged(ValueError):
-    """A file that is not what `save` wrote."""
+    """A file that `save` did not write, or that changed since."""
 
 
 class Shelf:
-    """One model's packed weights: found on disk, or taken down to be written there."""
+    """One model's packed weights, read from disk or collected to be written there."""
 
     def __init__(self, model: str, digest: str, arena: Arena) -> None:
-        """model: its name among others; digest: what exactly it is. Raises BackendError for a bad setting."""
+        """model: file name. digest: fingerprint of the model. Raises BackendError for an invalid setting."""
         self._digest, self._arena = digest, arena
         self._made: dict[str, CpuWeight] = {}
         self._found: dict[str, CpuWeight] = {}
@@ -67,7 +69,7 @@ class Shelf:
             self._open(self.path)
 
     def find(self, name: str, shape: tuple[int, int]) -> CpuWeight | None:
-        """The weight of this name and shape (N, K) as it was packed before, or None."""
+        """Return the packed weight of this name and shape (N, K), or None if it is not on disk."""
         entry = self._index.get(name)
         if entry is None or (entry[1], entry[2]) != shape:
             return None
@@ -80,11 +82,11 @@ class Shelf:
         return self._found[name]
 
     def add(self, weight: CpuWeight) -> None:
-        """A weight that had to be packed."""
+        """Add a weight that had to be packed."""
         self._made[weight.name] = weight
 
     def save(self) -> None:
-        """The model is whole: have it written, unless it came from there."""
+        """Write the complete model in the background, unless it was read from the file."""
         weights = list((self._found | self._made).values())
         if self.path is not None and self._made and sum(w.data.size for w in weights) >= MINIMUM:
             _later(save, self.path, self._digest, weights, bound())
@@ -98,23 +100,24 @@ class Shelf:
             try:
                 index, durable = read_index(file)
                 if index["digest"] != self._digest:
-                    raise Damaged("made from another model, or from an earlier state of this one")
+                    raise Damaged("made from another model, or from an earlier version of it")
                 if not durable and (index["boot"] != _boot() or not index["boot"]):
-                    raise Damaged("the machine went down before it was on disk")
+                    raise Damaged("the machine stopped before the file was on disk")
                 self._image = Image(file)
             except (Damaged, OSError) as e:
                 _log(f"{path}: discarded: {e}")
                 return
         self._index = index["weights"]
-        with suppress(OSError):
-            now = time.time_ns()  # the system's own stamp is a few milliseconds behind
-            os.utime(path, ns=(now, now))  # when it was used last
+        disk_cache.touch([path])
         if not durable:
             _later(settle, path, wait=False)
 
 
 class Image:
-    """All of a file in memory: `data` is there at once, what is in it after `wait`."""
+    """Loads a file in the background.
+
+    `data` has its full size at once; its contents are valid after `wait()`.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self._path, size = file.name, os.fstat(file.fileno()).st_size
@@ -131,16 +134,17 @@ class Image:
             self._readers[-1].start()
 
     def wait(self) -> None:
-        """Until every weight is there. Raises BackendError if the file was cut meanwhile, or the disk fails."""
+        """Block until every weight is loaded.
+
+        Raises BackendError if the file was truncated, or on a disk error.
+        """
         for reader in self._readers:
             reader.join()
         if self._short:
-            raise BackendError(
-                "the file ends too early", where=self._path, remedy="delete it, and start again"
-            )
+            raise BackendError("the file is truncated", where=self._path, remedy="delete it, and start again")
 
     def _read(self, at: int, end: int, fd: int) -> None:
-        """Few and large reads: other threads hold Python's lock for long, a tokenizer's loading for half a second."""
+        """Read in few large calls. Other threads hold the GIL for up to half a second (loading a tokenizer)."""
         with os.fdopen(fd, "rb") as file:
             try:
                 while at < end:
@@ -154,7 +158,7 @@ class Image:
 
 
 def huge_pages() -> bool:
-    """Whether this system gives huge pages to memory that asks for them."""
+    """Return whether the system gives huge pages to memory that requests them."""
     try:
         return "[never]" not in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
     except OSError:
@@ -162,16 +166,12 @@ def huge_pages() -> bool:
 
 
 def home() -> Path | None:
-    """The folder of all files, which TINYCHAT_CACHE may move, or None where there are to be none."""
-    if os.name == "nt" or bound() == 0:
-        return None
-    from platformdirs import user_cache_path
-
-    return Path(os.environ.get("TINYCHAT_CACHE") or user_cache_path("tinychat-mlx")) / "weights"
+    """The folder of all files, or None where there are to be none."""
+    return None if os.name == "nt" or bound() == 0 else disk_cache.place("weights")
 
 
 def bound() -> int | None:
-    """Bytes that all files together may have, as TINYCHAT_WEIGHT_CACHE says. Raises BackendError."""
+    """Return the maximum bytes of all files from TINYCHAT_WEIGHT_CACHE, or None. Raises BackendError."""
     text = os.environ.get("TINYCHAT_WEIGHT_CACHE", "")
     if text and not text.isdecimal():
         raise BackendError(
@@ -184,7 +184,7 @@ def bound() -> int | None:
 
 # reading --------------------------------------------------------------------------------------------
 def _open_own(path: Path) -> BinaryIO:
-    """A regular file that is this user's own. Raises OSError."""
+    """Open a regular file that belongs to this user. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     info = os.fstat(fd)
     if not stat.S_ISREG(info.st_mode) or info.st_uid != os.getuid():
@@ -194,20 +194,20 @@ def _open_own(path: Path) -> BinaryIO:
 
 
 def read_index(file: BinaryIO) -> tuple[dict[str, Any], bool]:
-    """-> the checked index, and whether all of the file is known to be on disk. Raises Damaged."""
+    """Return the checked index, and whether the whole file is known to be on disk. Raises Damaged."""
     size = os.fstat(file.fileno()).st_size
     if size < TRAILER.size:
         raise Damaged(f"{size} bytes long")
     file.seek(size - TRAILER.size)
     magic, layout, crc, begin, length, durable, _ = TRAILER.unpack(file.read(TRAILER.size))
     if magic != MAGIC or layout != LAYOUT:
-        raise Damaged("no trailer of this version at its end")
+        raise Damaged("it has no trailer of this version")
     if length > MAX_INDEX or begin + length + TRAILER.size != size:
         raise Damaged("its parts do not add up to its length")
     file.seek(begin)
     text = file.read(length)
     if zlib.crc32(text) != crc:
-        raise Damaged("its index is not what was written")
+        raise Damaged("the checksum of its index is wrong")
     try:
         index = json.loads(text)
         digest, boot, weights = index["digest"], index["boot"], index["weights"]
@@ -221,7 +221,7 @@ def read_index(file: BinaryIO) -> tuple[dict[str, Any], bool]:
 
 
 def _check(name: str, entry: Any, end: int) -> None:
-    """A weight's entry: kind, n, k, group, ends, has_bias, offset. Raises Damaged."""
+    """Check a weight's entry: kind, n, k, group, ends, has_bias, offset. Raises Damaged."""
     if type(entry) is not list or len(entry) != 7 or not all(type(v) is int and v >= 0 for v in entry):
         raise Damaged(f"{name[:80]!r} is not described by seven numbers")
     kind, n, k, group, ends, biased, offset = entry
@@ -229,7 +229,7 @@ def _check(name: str, entry: Any, end: int) -> None:
     ok = kind in KINDS and 0 < n < 1 << 31 and 0 < k < 1 << 31 and ends <= c.ZEROS and biased < 2
     ok = ok and (0 < group <= k and group % 32 == 0 and k % group == 0 if grouped else group == ends == 0)
     if not ok or offset % ALIGN or offset + _size(c.CWeight(*entry[:6])) > end:
-        raise Damaged(f"{name[:80]!r} cannot lie in it as it is described")
+        raise Damaged(f"{name[:80]!r} has an entry that does not fit the file")
 
 
 def _size(header: c.CWeight) -> int:
@@ -239,9 +239,6 @@ def _size(header: c.CWeight) -> int:
 # writing --------------------------------------------------------------------------------------------
 def save(path: Path, digest: str, weights: Iterable[CpuWeight], most: int | None) -> None:
     """Write a file beside `path` and put it in its place. Whatever the disk refuses leaves nothing behind."""
-    import fcntl
-    import tempfile
-
     offsets, end = {}, 0
     weights = list(weights)
     for w in weights:
@@ -252,28 +249,21 @@ def save(path: Path, digest: str, weights: Iterable[CpuWeight], most: int | None
         end += -(-w.data.size // ALIGN) * ALIGN
     boot = _boot()
     text = json.dumps({"digest": digest, "boot": boot, "weights": offsets}).encode()
-    path.parent.mkdir(0o700, parents=True, exist_ok=True)
-    _tidy(path.parent)
+    disk_cache.make_folder(path.parent)
+    disk_cache.remove_abandoned(path.parent)
     if not make_room(path, end + len(text) + TRAILER.size, most):
-        _log(f"{path}: not written: too little room")
+        _log(f"{path}: not written: too little disk space")
         return
-    fd, temporary = tempfile.mkstemp(".partial", path.stem, path.parent)
-    try:
-        with os.fdopen(fd, "wb", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # gone with this process: then it is a leftover
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, end)  # a full disk says so before the work
-            for w in weights:
-                _write(file, w.data, offsets[w.name][6])
-            _write(file, np.frombuffer(text, np.uint8), end)
-            rest = zlib.crc32(text), end, len(text), 0, 0
-            _write(file, np.frombuffer(TRAILER.pack(MAGIC, LAYOUT, *rest), np.uint8), end + len(text))
-            if not boot:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with suppress(OSError):
-            os.unlink(temporary)
+    with disk_cache.replacing(path) as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, end)  # a full disk says so before the work
+        for w in weights:
+            _write(file, w.data, offsets[w.name][6])
+        _write(file, np.frombuffer(text, np.uint8), end)
+        rest = zlib.crc32(text), end, len(text), 0, 0
+        _write(file, np.frombuffer(TRAILER.pack(MAGIC, LAYOUT, *rest), np.uint8), end + len(text))
+        if not boot:
+            os.fsync(file.fileno())
     settle(path)
 
 
@@ -284,7 +274,7 @@ def _write(file: Any, data: Bytes, offset: int) -> None:
 
 
 def settle(path: Path) -> None:
-    """Wait until a file is on disk, and note it there: from then on it outlives a power cut."""
+    """Wait until a file is on disk and mark it as durable, so that it survives a power failure."""
     with open(path, "r+b", buffering=0) as file:
         os.fsync(file.fileno())
         file.seek(-8, os.SEEK_END)
@@ -292,48 +282,27 @@ def settle(path: Path) -> None:
 
 
 def make_room(path: Path, size: int, most: int | None) -> bool:
-    """Delete the files that were used longest ago until `size` bytes more are allowed; whether they are.
+    """Delete the least recently used files until `size` more bytes are allowed. Returns whether they are.
 
-    Without a bound given: a fifth of the disk, at most 32 GiB. A tenth of the disk, at least 2 and at most 20 GiB, is
-    left free.
+    The default limit is a fifth of the disk, at most 32 GiB. A tenth of the disk, at least 2 and at most 20
+    GiB, stays free.
     """
     import shutil
 
     disk = shutil.disk_usage(path.parent)
     limit = min(32 * GIB, disk.total // 5) if most is None else most
     spare = max(2 * GIB, min(20 * GIB, disk.total // 10))
-    others = {}
-    for other in path.parent.glob("*.tiles"):
-        with suppress(OSError):
-            info = other.stat()
-            others[other] = info.st_mtime_ns, info.st_size
-    held, free = sum(s for _, s in others.values()), disk.free
-    if size > limit or free + held - size < spare:
+    files = disk_cache.files(path.parent, NAME)
+    others = [file for file in files if file.path != path]  # path goes when the new one is there, not before
+    held, free = sum(file.size for file in others), disk.free
+    if size > limit or free + sum(file.size for file in files) - size < spare:
         return False
-    replaced = others.pop(path, (0, 0))[1]  # gone when the new one is there, not before
-    held -= replaced
-    for other, (_, bytes_) in sorted(others.items(), key=lambda item: item[1]):
-        if held + size <= limit and free - size >= spare:
-            break
-        with suppress(OSError):
-            other.unlink()
-        held, free = held - bytes_, free + bytes_
+    free += disk_cache.evict(others, max(held + size - limit, size + spare - free))
     return free - size >= spare
 
 
-def _tidy(folder: Path) -> None:
-    """Remove what killed processes were writing."""
-    import fcntl
-
-    for path in folder.glob("*.partial"):
-        with suppress(OSError), open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if time.time() - path.stat().st_mtime > 60:  # not one that is just about to be locked
-                path.unlink()
-
-
 def _boot() -> str:
-    """Names this run of the machine; "" where it has no name."""
+    """Return an id of this boot of the machine, or "" if there is none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -342,7 +311,7 @@ def _boot() -> str:
 
 # later ----------------------------------------------------------------------------------------------
 def _later(job: Any, *arguments: Any, wait: bool = True) -> None:
-    """Do it in a thread; a disk that refuses is no news for the user."""
+    """Run a job in a thread. Disk errors are logged only, because the cache is optional."""
 
     def run() -> None:
         try:

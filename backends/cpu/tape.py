@@ -1,8 +1,8 @@
-"""How is a decode step recorded once and replayed without Python between its ops?
+"""Record a decode step once and replay it without Python between its ops.
 
-The first one-row call on a cache runs eagerly, with its token id, position and cache length in a small
-buffer that the ops point to; the ops and all memory they use are kept. Later calls write the three numbers
-and run the whole list natively: the same ops on the same kernels, so the same bits.
+The first one-row call on a cache runs eagerly. Its token id, position and cache length are in a small buffer
+that the ops point to. The ops and all memory they use are kept. Later calls write the three numbers and run
+the whole list natively. They run the same ops on the same kernels, so the results are bit-identical.
 """
 
 from __future__ import annotations
@@ -45,10 +45,11 @@ class Tape:
         self._known[id(root)] = weakref.ref(root)
 
     def add(self, op: Op, tensors: Sequence[Tensor], y: Tensor, keep: object) -> None:
-        """Note an op that has just run. Raises AssertionError if it read what no recorded op wrote.
+        """Record an op that has just run.
 
-        Results need no keeping: their memory belongs to `scratch`, and one that is dropped while recording
-        serves a later op, as it will in every replay.
+        Results need not be kept: their memory belongs to `scratch`. One that is dropped while recording is
+        reused by a later op, in the recording and in every replay. Raises AssertionError if the op reads a
+        tensor that no recorded op wrote.
         """
         for x in tensors:
             known = self._known.get(id(_root(x)))
@@ -68,7 +69,7 @@ def _root(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 class Captured:
-    """A step function that is recorded per cache. Its result is overwritten by the next call on the cache."""
+    """A step function that is recorded per cache. The next call on the cache overwrites its result."""
 
     def __init__(self, fn: StepFn, backend: CpuBackend) -> None:
         self._fn, self._backend = fn, backend

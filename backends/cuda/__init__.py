@@ -1,4 +1,4 @@
-"""NVIDIA GPUs through torch: a PC's card or a Jetson. The only package that imports torch."""
+"""CUDA backend: NVIDIA GPUs (PC cards and Jetsons) through torch. Only this package imports torch."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from tinychat_mlx.backends.cuda.weights import TiledHandle
 from tinychat_mlx.errors import BackendError
 from tinychat_mlx.weight import F32
 
-KV = "TINYCHAT_CUDA_KV"  # fp16 (default) or int8: what the KV cache is stored in
-PURE = "TINYCHAT_CUDA_KERNELS"  # 0: torch alone
-# Rows from which a weight is made dense for cuBLAS. Writing and reading it costs 4.5 bytes a weight, our gemm
-# loses perhaps half of cuBLAS's rate: 0.94 ps against 3.6 fs a row on an H200, 44 ps against 0.15 ps on an
-# Orin: about 260 to 290 rows. Computed, not measured.
+KV = "TINYCHAT_CUDA_KV"  # fp16 (default) or int8: storage type of the KV cache
+PURE = "TINYCHAT_CUDA_KERNELS"  # 0: use only torch
+# Above this number of rows a weight is dequantised for cuBLAS. Writing and reading it costs 4.5 bytes per
+# weight; our gemm reaches perhaps half of cuBLAS's rate. This gives 0.94 ps against 3.6 fs per row on an H200
+# and 44 ps against 0.15 ps on an Orin: about 260 to 290 rows. Computed, not measured.
 MANY = 256
 
 
 class CudaBackend(TorchBackend):
-    """fp16 on a GPU. TINYCHAT_CUDA_DEVICE=cpu: float32 on CPU tensors, for tests."""
+    """fp16 on a GPU. With TINYCHAT_CUDA_DEVICE=cpu: float32 on CPU tensors, for tests."""
 
     name = "cuda"
 
@@ -52,7 +52,7 @@ class CudaBackend(TorchBackend):
     ) -> None:
         """exact: float32 in plain torch. threads: torch's on CPU tensors. dtype, kernels: for tests.
 
-        Raises BackendError when there is no usable device.
+        Raises BackendError if there is no usable device.
         """
         device = devices.find()
         kv = os.environ.get(KV, "fp16")
@@ -65,12 +65,12 @@ class CudaBackend(TorchBackend):
         if device.type == "cuda":
             devices.fence(device)
         self.kernels = kernels
-        self._recordable = True  # until a one-row step has read a cache's length, or a choice, on the host
+        self._recordable = True  # until a one-row step reads a cache's length or a choice on the host
         if kernels is None and device.type == "cuda" and not exact and os.environ.get(PURE) != "0":
             self.kernels = self._own_kernels()
 
     def _own_kernels(self) -> Kernels | None:
-        """Compile one kernel as a trial; where that fails, say so and go on with torch alone."""
+        """Compile one kernel as a trial. If that fails, print a warning and use only torch."""
         from tinychat_mlx.backends.cuda.nvrtc import Compiler, Driver, find_nvrtc
 
         major, minor = torch.cuda.get_device_capability(self.device)
@@ -92,7 +92,7 @@ class CudaBackend(TorchBackend):
         processors = torch.cuda.get_device_properties(self.device).multi_processor_count
         return Kernels(driver, self.device, processors)
 
-    # step primitives, with a kernel where there is one --------------------------------------------------
+    # step primitives, with a kernel if there is one -----------------------------------------------------
     def ids(self, ids: Sequence[int]) -> torch.Tensor:
         return self._send(torch.tensor(ids, dtype=torch.int32))
 
@@ -101,7 +101,7 @@ class CudaBackend(TorchBackend):
         return Step(tuple(segments), self._send(torch.from_numpy(np.concatenate(spans))))
 
     def _send(self, host: torch.Tensor) -> torch.Tensor:
-        """To the device without waiting for it: only a copy from pinned memory is asynchronous."""
+        """Copy to the device without waiting. Only a copy from pinned memory is asynchronous."""
         if self.device.type != "cuda":
             return host
         return host.pin_memory().to(self.device, non_blocking=True)
@@ -121,12 +121,12 @@ class CudaBackend(TorchBackend):
         return self.kernels.matvec(x, w, None) if few else self.kernels.gemm(x, w, None)
 
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
-        """What a kernel reads: half, rows next to each other, 16-byte aligned (K % 32 == 0)."""
+        """Convert x for a kernel: half, contiguous rows, 16-byte aligned (K % 32 == 0)."""
         x = x.to(self.dtype).contiguous()
         return x if x.data_ptr() % 16 == 0 else x.clone()
 
     def tiled_linear(self, x: torch.Tensor, w: TiledHandle) -> torch.Tensor:
-        """Many rows: made dense a slab at a time, multiplied by cuBLAS."""
+        """Multiply many rows: dequantise the weight slab by slab and multiply with cuBLAS."""
         if self.kernels is None:
             return super().tiled_linear(x, w)
         n, k = w.shape
@@ -155,7 +155,7 @@ class CudaBackend(TorchBackend):
 
     @guarded
     def rope(self, x: torch.Tensor, rope: Rope, step: Step) -> Any:
-        """A few rows are only marked as to be turned: the attention kernel does it as it reads them."""
+        """Mark few rows as to be rotated; the attention kernel rotates them when it reads them."""
         if self.kernels is None or x.shape[0] > FEW or not _rows_only(x):
             return super().rope(x, rope, step)
         return Turned(x.float(), rope, step.positions)
@@ -206,7 +206,7 @@ class CudaBackend(TorchBackend):
     def moe(self, x: Any, moe: Moe, norm: Norm | None = None, residual: Any | None = None) -> torch.Tensor:
         experts: Experts = moe.experts
         if self.kernels is None or not experts.on_kernels(moe):
-            self._recordable = False  # who goes where is read on the host
+            self._recordable = False  # the host reads which rows go to which expert
             return super().moe(x, moe, norm, residual)
         h = self._rows(x if norm is None else self.norm(x, norm))
         choice, share = route_rows(self.kernels, self.linear(h, moe.router).float().contiguous(), moe)
@@ -218,7 +218,10 @@ class CudaBackend(TorchBackend):
 
     # whole steps ----------------------------------------------------------------------------------------
     def capture(self, fn: StepFn) -> StepFn:
-        """A CUDA graph, if kernels read the position from the device: not in pure torch."""
+        """Record a CUDA graph.
+
+        This needs kernels that read the position from the device, so not in pure torch.
+        """
         if self.kernels is None or self.device.type != "cuda":
             return fn
         return Replay(fn, lambda: self._recordable)
@@ -227,9 +230,11 @@ class CudaBackend(TorchBackend):
         self, temperature: float, top_k: int, top_p: float, min_p: float, seed: int | None,
         penalty: float = 1.0, seen: Sequence[int] = (),
     ) -> Callable[[torch.Tensor], torch.Tensor] | None:  # fmt: skip
-        """Draws with the host sampler's random numbers: the same seed, the same tokens, but for rounding.
+        """Sample with the host sampler's random numbers.
 
-        None without kernels, and with a penalty: then the host draws, and no step runs ahead.
+        The same seed gives the same tokens, except for rounding.
+
+        Returns None without kernels and with a penalty. Then the host samples, and no step runs ahead.
         """
         if self.kernels is None or penalty != 1:
             return None
@@ -250,7 +255,7 @@ class CudaBackend(TorchBackend):
         return draw
 
     def to_host(self, x: torch.Tensor | Turned) -> F32:
-        """A drawn token is waited for alone: the step that follows it goes on."""
+        """Copy to the host. For a sampled token only its event is waited for; the next step keeps running."""
         x = self._turn(x)
         arrived = getattr(x, "arrived", None)
         if arrived is None:
@@ -274,5 +279,5 @@ class CudaBackend(TorchBackend):
 
 
 def _rows_only(x: torch.Tensor) -> bool:
-    """Whether x (T, C) or (T, H, D) is contiguous within a row; the rows may lie apart."""
+    """Return whether x (T, C) or (T, H, D) is contiguous within a row. Rows may have any stride."""
     return x.stride(-1) == 1 and (x.dim() == 2 or x.stride(1) == x.shape[2])

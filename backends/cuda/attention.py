@@ -1,4 +1,4 @@
-"""Causal attention of some rows over a cache's keys and values, in torch."""
+"""Causal attention of rows over a cache's keys and values, in torch."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import torch.nn.functional as F
 
 from tinychat_mlx.backend import Attention
 
-SCORES = 1 << 26  # float32 scores held at a time where SDPA cannot be used (softcap)
+SCORES = 1 << 26  # float32 scores in memory at a time if SDPA cannot be used (softcap)
 
 
 def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: Attention) -> torch.Tensor:
-    """q (T, H, D) are the last T of S positions; keys, values (Hkv, S, D) -> (T, H·D) in q's dtype.
+    """Compute attention of q (T, H, D), the last T of S positions, over keys, values (Hkv, S, D).
 
-    Query head h reads key/value head h // (H / Hkv): the key/value heads are SDPA's batch, so that keys
-    are broadcast over their query heads and never copied.
+    Returns (T, H·D) in q's dtype. Query head h reads key/value head h // (H / Hkv). The key/value heads are
+    SDPA's batch axis, so keys are broadcast over their query heads and not copied.
     """
     rows, heads, size = q.shape
     kv_heads, length, _ = keys.shape
@@ -23,7 +23,7 @@ def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: Atte
     if spec.softcap:
         y = softcapped(grouped, keys, values, spec)
     else:
-        plain = not spec.window and spec.alibi is None  # nothing but causality
+        plain = not spec.window and spec.alibi is None  # only the causal mask
         causal = plain and rows == length and rows > 1
         mask = None if plain and (causal or rows == 1) else bias(spec, rows, keys).to(q.dtype)
         if mask is not None and mask.dim() == 3:
@@ -40,7 +40,7 @@ def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: Atte
 
 
 def bias(spec: Attention, rows: int, keys: torch.Tensor) -> torch.Tensor:
-    """What is added to scores, float32: (T, S), or with ALiBi (H, T, S). -inf where nothing is seen."""
+    """Return the float32 bias of scores: (T, S), or with ALiBi (H, T, S). Masked positions are -inf."""
     length = keys.shape[1]
     k_at = torch.arange(length, device=keys.device)
     distance = k_at - k_at[length - rows :, None]
@@ -54,7 +54,10 @@ def bias(spec: Attention, rows: int, keys: torch.Tensor) -> torch.Tensor:
 
 
 def softcapped(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: Attention) -> torch.Tensor:
-    """cap · tanh(score / cap) is not in SDPA: written out, a few rows at a time. q (Hkv, H/Hkv, T, D)."""
+    """Compute attention with softcap, cap · tanh(score / cap), which SDPA lacks. q (Hkv, H/Hkv, T, D).
+
+    Scores are computed for a few rows at a time.
+    """
     kv_heads, group, rows, _ = q.shape
     added = bias(spec, rows, keys)
     if added.dim() == 3:

@@ -1,4 +1,4 @@
-"""Keys and values on the device: one allocation of the whole capacity, in the backend's dtype or in int8."""
+"""KV cache on the device: one allocation for the whole capacity, in the backend's dtype or in int8."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from tinychat_mlx.backend import Cache, CacheShape
 
 
 class CudaCache(Cache):
-    """k, v (layer, Hkv, capacity, D): one head's positions are contiguous, as attention reads them.
+    """k, v (layers, Hkv, capacity, D).
 
-    int8: codes with one float16 scale (layer, Hkv, capacity) a head and position, x ≈ code * scale.
+    The positions of a head are contiguous, in the order of attention's reads.
+
+    int8: codes with one float16 scale (layers, Hkv, capacity) per head and position, x ≈ code * scale.
     """
 
     def __init__(
@@ -40,12 +42,12 @@ class CudaCache(Cache):
                 codes[layer, :, at] = x
 
     def parts(self) -> dict[str, torch.Tensor]:
-        """Everything that is held of a token, by name: (layer, Hkv, capacity, …)."""
+        """Return all stored arrays by name: (layers, Hkv, capacity, …)."""
         scales = {"k_scale": self.k_scale, "v_scale": self.v_scale} if self.int8 else {}
         return {"k": self.k, "v": self.v, **scales}
 
     def read(self, layer: int, end: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """-> keys, values (Hkv, end, D) in dtype: views where nothing has to be converted."""
+        """Return keys, values (Hkv, end, D) in dtype. They are views if no conversion is needed."""
         k, v = self.k[layer, :, :end], self.v[layer, :, :end]
         if not self.int8:
             return k, v
@@ -54,9 +56,9 @@ class CudaCache(Cache):
 
 
 def quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (…, D) -> int8 codes and float16 scales (…): symmetric, the largest magnitude is 127.
+    """Quantise x (…, D) to int8 codes and float16 scales (…), symmetric with a largest magnitude of 127.
 
-    The scale is rounded before it is used; 2⁻²⁴, float16's least, stands for a row of zeros.
+    The scale is rounded before it is used. A row of zeros gets 2⁻²⁴, the smallest float16.
     """
     x = x.float()
     scale = (x.abs().amax(-1) / 127).clamp(2.0**-24, 65504).half()
@@ -64,6 +66,6 @@ def quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def token_nbytes(shape: CacheShape, itemsize: int, int8: bool) -> int:
-    """Bytes a cache takes a token."""
+    """Return the cache's bytes per token."""
     scales = 4 * shape.num_hidden_layers * shape.num_key_value_heads if int8 else 0
     return shape.bytes_per_token(1 if int8 else itemsize) + scales

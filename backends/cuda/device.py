@@ -1,4 +1,4 @@
-"""Which device the cuda backend runs on, how much memory it may use, and what to say when there is none."""
+"""Choose the cuda backend's device and its memory limit, and explain why no device is usable."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 from tinychat_mlx.errors import BackendError
 
 ENVIRONMENT = "TINYCHAT_CUDA_DEVICE"  # "cpu": the pure-torch path on CPU tensors, for tests; or "0", "1", …
-RESERVE = 256 << 20  # bytes left alone on a card of its own: context, cuBLAS workspace
-RESERVE_SHARED = 768 << 20  # and where CPU and GPU share their memory: the system must live on
+RESERVE = 256 << 20  # bytes left free on a discrete GPU: context, cuBLAS workspace
+RESERVE_SHARED = 768 << 20  # bytes left free if CPU and GPU share their memory: the system needs some
 OLDEST = (7, 5)  # the kernels need tensor cores of Turing or newer
 
 
 def find() -> torch.device:
-    """-> the device to use. Raises BackendError in one line when there is none."""
+    """Return the device to use. Raises BackendError with a one-line message if there is none."""
     asked = os.environ.get(ENVIRONMENT, "").strip().removeprefix("cuda:")
     if asked == "cpu":
         return torch.device("cpu")
@@ -33,7 +33,7 @@ def find() -> torch.device:
         )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exception says the same
+            warnings.simplefilter("ignore")  # the exception has the same information
             torch.cuda.init()  # type: ignore[no-untyped-call]
             device = torch.device("cuda", int(asked or 0))
             if device.index >= torch.cuda.device_count():
@@ -43,14 +43,14 @@ def find() -> torch.device:
                     remedy="set a lower number, or unset it",
                 )
             torch.cuda.set_device(device)
-            torch.ones(1, device=device).add_(1).item()  # finds a torch without code for this GPU
+            torch.ones(1, device=device).add_(1).item()  # fails if torch has no code for this GPU
     except (RuntimeError, AssertionError) as e:
         raise explain(str(e)) from None
     return device
 
 
 def explain(text: str) -> BackendError:
-    """torch's many lines about a GPU it cannot use -> an error of one line with a remedy."""
+    """Convert torch's multi-line error about an unusable GPU to a one-line error with a remedy."""
     first = next((line.strip() for line in text.splitlines() if line.strip()), "torch gave no reason")
     if "no NVIDIA driver" in text or "driver shared library" in text:
         return _broken("no NVIDIA driver is loaded on this machine", "install it, or use --backend cpu")
@@ -74,17 +74,20 @@ def _broken(what: str, remedy: str = "") -> BackendError:
 
 
 def is_shared(device: torch.device) -> bool:
-    """Whether CPU and GPU use one memory (a Jetson): bytes taken by either are gone for both."""
+    """Return whether CPU and GPU share one memory, as on a Jetson.
+
+    An allocation by either reduces it for both.
+    """
     if device.type != "cuda":
         return True
     return bool(getattr(torch.cuda.get_device_properties(device), "is_integrated", False))
 
 
 def available(device: torch.device) -> int:
-    """Bytes that may still be allocated before the device suffers; 0 if unknown.
+    """Return the bytes that can still be allocated safely; 0 if unknown.
 
-    On shared memory the driver's "free" leaves out the page cache, where the mapped checkpoint lies and
-    which the kernel gives back when asked; MemAvailable counts it, and every byte once.
+    On shared memory the driver's "free" does not count the page cache. It contains the mapped checkpoint and
+    is reclaimable. MemAvailable counts it.
     """
     if device.type != "cuda":
         return mem_available()
@@ -96,7 +99,7 @@ def available(device: torch.device) -> int:
 
 
 def fence(device: torch.device) -> None:
-    """On shared memory: let torch refuse what would make the system kill programs, this one first."""
+    """Limit torch's memory if it is shared, so that torch fails instead of the system killing processes."""
     if is_shared(device) and (free := available(device)):
         total = torch.cuda.get_device_properties(device).total_memory
         held = torch.cuda.memory_reserved(device)
@@ -104,7 +107,7 @@ def fence(device: torch.device) -> None:
 
 
 def mem_available(path: str = "/proc/meminfo") -> int:
-    """Linux's estimate of bytes that can be had without swapping; 0 elsewhere."""
+    """Return Linux's estimate of bytes available without swapping; 0 on other systems."""
     try:
         lines = Path(path).read_text().splitlines()
     except OSError:
@@ -113,7 +116,7 @@ def mem_available(path: str = "/proc/meminfo") -> int:
 
 
 def refuse(needed: int, what: str, device: torch.device, advice: str) -> None:
-    """Raise BackendError, before anything is allocated, if `needed` bytes are not there."""
+    """Raise BackendError before anything is allocated if `needed` bytes are not available."""
     free = available(device)
     if free and needed > free:
         raise BackendError(

@@ -1,9 +1,9 @@
-"""A mixture of experts without leaving the device: routed there, and multiplied by index.
+"""Mixture of experts on the device: routing, and products with weights selected by index.
 
-On kernels nothing of a step, and nothing of a prefill, waits for the device: experts_up and experts_down find a few
-rows' weights by number; many rows are sorted by expert with torch, and gemm_experts reads the bounds from the device.
-In plain torch `apart` has to know on the host which rows go to whom: one wait a layer. Dense experts, and int4 ones
-of different forms, go the same way.
+With kernels, neither a decode step nor a prefill waits for the device. For few rows experts_up and
+experts_down find the weights by expert number. Many rows are sorted by expert with torch, and gemm_experts
+reads the bounds from the device. In plain torch the experts run one after another and need the routing on the
+host: one wait per layer. Dense experts, and int4 experts of different forms, use the same path.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ MOST_SLOTS, MOST_EXPERTS = 32, 1024  # of experts_down, of route_rows
 
 
 class Experts:
-    """What `pack_experts` made: each expert's MLP, the shared one last, and tables of their weights' addresses."""
+    """The result of `pack_experts`: each expert's MLP, the shared one last, and tables of weight addresses."""
 
     def __init__(self, mlps: Sequence[Mlp], device: torch.device) -> None:
-        self.mlps = tuple(mlps)  # what the addresses point to lives here
-        self.alike = 0  # so many, from the first on, have one form
+        self.mlps = tuple(mlps)  # keeps the addressed memory alive
+        self.alike = 0  # the number of leading experts with the same form
         while self.alike < len(mlps) and _form(mlps[self.alike]) == _form(mlps[0]) is not None:
             self.alike += 1
         alike = mlps[: self.alike]
@@ -35,7 +35,7 @@ class Experts:
         self.down = _addresses([m.down for m in alike], device)
 
     def on_kernels(self, moe: Moe) -> bool:
-        """Whether the routed experts of this mixture have one form that the kernels know."""
+        """Return whether the routed experts of this mixture have one form that the kernels support."""
         return moe.num_experts <= min(self.alike, MOST_EXPERTS) and moe.top_k <= MOST_SLOTS
 
     def shared(self, moe: Moe) -> Mlp | None:
@@ -43,7 +43,7 @@ class Experts:
 
 
 def _form(mlp: Mlp) -> tuple[object, ...] | None:
-    """What experts of one table share; None: they have no kernel."""
+    """Return what experts of one table must have in common, or None if no kernel supports them."""
     up, down = mlp.gate_up, mlp.down
     if not (isinstance(up, TiledHandle) and isinstance(down, TiledHandle) and can_glu(up)):
         return None
@@ -51,7 +51,7 @@ def _form(mlp: Mlp) -> tuple[object, ...] | None:
 
 
 def _addresses(handles: Sequence[object], device: torch.device) -> torch.Tensor:
-    """(E, 3) int64: where each weight's codes, scales and bias are (0: it has none)."""
+    """Return (E, 3) int64: the addresses of each weight's codes, scales and bias (0: no bias)."""
     rows = [
         [w.codes.data_ptr(), w.scales.data_ptr(), 0 if w.bias is None else w.bias.data_ptr()]
         for w in handles
@@ -61,7 +61,7 @@ def _addresses(handles: Sequence[object], device: torch.device) -> torch.Tensor:
 
 
 def route(logits: torch.Tensor, moe: Moe) -> tuple[torch.Tensor, torch.Tensor]:
-    """The contract's `route` in torch: logits (T, E [+ 1]) -> choice (T, k) int32, share (T, k [+ 1]) float32."""
+    """Compute the contract's `route` in torch: logits (T, E [+ 1]) -> (T, k) int32, (T, k [+ 1]) float32."""
     p, order = torch.sort(
         torch.softmax(logits[:, : moe.num_experts].float(), -1), descending=True, stable=True
     )
@@ -75,11 +75,11 @@ def route(logits: torch.Tensor, moe: Moe) -> tuple[torch.Tensor, torch.Tensor]:
 def apart(
     h: torch.Tensor, logits: torch.Tensor, moe: Moe, mlp: Callable[[torch.Tensor, Mlp], torch.Tensor]
 ) -> torch.Tensor:
-    """h (T, C) -> the weighted sum of each row's experts (T, C) float32, one expert after the other."""
+    """Return the weighted sum of each row's experts (T, C) float32 for h (T, C), one expert after another."""
     experts: Experts = moe.experts
     choice, share = route(logits, moe)
     y = torch.zeros(h.shape, dtype=torch.float32, device=h.device)
-    host = choice.cpu()  # the wait: which rows to gather, and how many, the host has to know
+    host = choice.cpu()  # waits for the device; the host needs the rows of each expert
     for e in sorted(set(host.flatten().tolist())):
         t, slot = (i.to(h.device) for i in torch.nonzero(host == e, as_tuple=True))
         y[t] += share[t, slot, None] * mlp(h[t], experts.mlps[e])
@@ -95,7 +95,7 @@ def _int(*values: int) -> list[ctypes.c_int]:
 
 
 def route_rows(on: Kernels, logits: torch.Tensor, moe: Moe) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `route`, in one launch. logits float32, rows contiguous."""
+    """Compute `route` in one launch. logits: float32, rows contiguous."""
     rows, width = logits.shape
     k, shares = moe.top_k, moe.top_k + width - moe.num_experts
     choice, share = on.new((rows, k), torch.int32), on.new((rows, shares), torch.float32)
@@ -107,7 +107,7 @@ def route_rows(on: Kernels, logits: torch.Tensor, moe: Moe) -> tuple[torch.Tenso
 
 @dataclass(frozen=True)
 class Mixture:
-    """One pass of some rows through their experts on kernels. other (T, C) float32: the shared expert's results."""
+    """Processes some rows with their experts on kernels. other (T, C) float32: the shared expert's results."""
 
     on: Kernels
     moe: Moe
@@ -123,7 +123,7 @@ class Mixture:
         self.on.launcher.launch(program, defines, kernel, grid, 256, arguments)
 
     def few(self, h: torch.Tensor) -> torch.Tensor:
-        """h (T ≤ 8, C) half -> (T, C) float32: each row's experts read once, two launches."""
+        """h (T ≤ 8, C) half -> (T, C) float32. Reads each row's experts once, in two launches."""
         experts: Experts = self.moe.experts
         up, down = experts.mlps[0].gate_up, experts.mlps[0].down
         assert isinstance(up, TiledHandle) and isinstance(down, TiledHandle)
@@ -143,7 +143,10 @@ class Mixture:
         return y
 
     def many(self, h: torch.Tensor) -> torch.Tensor:
-        """h (T, C) half -> (T, C) float32: sorted by expert, so that each expert's weights meet all their rows."""
+        """h (T, C) half -> (T, C) float32.
+
+        Rows are sorted by expert, so each expert's weights are read for all its rows.
+        """
         experts: Experts = self.moe.experts
         slots, act = self.choice.shape[1], self.moe.act
         flat = self.choice.flatten()
@@ -168,7 +171,7 @@ class Mixture:
         table: torch.Tensor,
         bounds: tuple[torch.Tensor, ...],
     ) -> torch.Tensor:
-        """Rows of x, sorted by expert -> (P, N) half."""
+        """Multiply rows of x, sorted by expert, with their experts' weights -> (P, N) half."""
         w = getattr(self.moe.experts.mlps[0], part)
         (n, k), experts, places = w.shape, self.moe.num_experts, self.choice.numel()
         y = self.on.new((places, n), torch.float16)

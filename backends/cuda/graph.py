@@ -1,4 +1,4 @@
-"""One decode step recorded as a CUDA graph and replayed: one launch a token."""
+"""Record one decode step as a CUDA graph and replay it with one launch per token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tinychat_mlx.backend import Cache, Step, StepFn
 
 @dataclass(eq=False)
 class Recorded:
-    """A graph with the memory it reads and writes."""
+    """A graph and the memory that it reads and writes."""
 
     graph: torch.cuda.CUDAGraph
     ids: torch.Tensor
@@ -22,14 +22,16 @@ class Recorded:
 
 
 class Replay:
-    """A step function of one row and one segment. Each cache has its own graph, for its addresses are in it.
+    """A step function of one row and one segment.
 
-    The first call with a cache runs as it is, and so compiles what is missing; the second records. The logits
-    are the graph's own memory: the next call with the same cache overwrites them.
+    Each cache has a separate graph, which contains its addresses.
+
+    The first call with a cache runs eagerly and compiles missing kernels. The second call records. The logits
+    are the graph's memory: the next call with the same cache overwrites them.
     """
 
     def __init__(self, fn: StepFn, recordable: Callable[[], bool]) -> None:
-        """recordable, asked after the first call: whether the step read nothing that changes on the host."""
+        """recordable: called after the first call; returns whether the step read no host state that changes."""
         self.fn, self.recordable = fn, recordable
         self.seen: WeakKeyDictionary[Cache, Recorded | None] = WeakKeyDictionary()
         self.replays = 0
@@ -50,7 +52,10 @@ class Replay:
         return recorded.logits
 
     def record(self, ids: torch.Tensor, step: Step) -> Recorded:
-        """The position is read from device memory by every kernel, so one graph serves all lengths."""
+        """Record the step.
+
+        Every kernel reads the position from device memory, so one graph serves all lengths.
+        """
         own_ids, own_positions = ids.clone(), step.positions.clone()
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""What each CUDA kernel is given: shapes, scratch and the grid, from torch tensors."""
+"""Launch each CUDA kernel with its shapes, scratch memory and grid, from torch tensors."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from typing import Any, Protocol
 
 import torch
 
+from tinychat_mlx import backend
 from tinychat_mlx.backend import Attention, Norm, Rope
 from tinychat_mlx.backends.cuda.cache import CudaCache
 from tinychat_mlx.backends.cuda.weights import TILE, UNIT, TiledHandle
 
-ACTS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4}  # as prelude.cuh's `activation`
+ACTS = {name: number for number, name in enumerate(backend.ACTS)}  # as prelude.cuh's `activation`
 MOST_QUERIES = 4  # query heads of one block of `attend`: registers
 SPAN = 64  # positions below which a split of `attend` is not worth a block
 
 
 class Launcher(Protocol):
-    """Driver on a GPU; the emulator in tests."""
+    """Interface of Driver on a GPU and of the emulator in tests."""
 
     def launch(
         self,
@@ -38,7 +39,7 @@ def pointer(t: torch.Tensor | None) -> ctypes.c_void_p:
 
 @dataclass(frozen=True)
 class Turned:
-    """x (T, H, D) float32 that a kernel will turn by its positions when it reads it: a launch less."""
+    """x (T, H, D) float32 that a kernel rotates by its positions when it reads it. This saves a launch."""
 
     x: torch.Tensor
     rope: Rope
@@ -50,7 +51,7 @@ class Turned:
 
 
 class Kernels:
-    """Kernels on one device. processors: how many SMs share a split attention."""
+    """Kernels on one device. processors: the number of SMs that share a split attention."""
 
     def __init__(self, launcher: Launcher, device: torch.device, processors: int) -> None:
         self.launcher, self.device, self.processors = launcher, device, processors
@@ -61,7 +62,7 @@ class Kernels:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def scratch(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Zeros made once: kernels that share it run one after another on the stream."""
+        """Return zeros that are allocated once. Kernels that share them run one after another on the stream."""
         key = name, shape
         if key not in self._scratch:
             self._scratch[key] = torch.zeros(shape, dtype=dtype, device=self.device)
@@ -72,7 +73,7 @@ class Kernels:
         self.launcher.launch(program, defines, kernel, grid, 256, arguments)
 
     def matvec(self, x: torch.Tensor, w: TiledHandle, residual: torch.Tensor | None) -> torch.Tensor:
-        """x (T ≤ 8, K) half -> (T, N) float32, with the weight's bias and the residual (T, N) float32."""
+        """x (T ≤ 8, K) half -> (T, N) float32, plus the weight's bias and the residual (T, N) float32."""
         (n, k), rows = w.shape, x.shape[0]
         y = self.new((rows, n), torch.float32)
         self._tiled(
@@ -106,7 +107,7 @@ class Kernels:
         return y
 
     def dequantise(self, w: TiledHandle, first: int, tiles: int) -> torch.Tensor:
-        """Tiles first, first + 1, … of a weight -> (rows, K) half, without the padding's rows."""
+        """Dequantise tiles first, first + 1, … of a weight -> (rows, K) half, without padding rows."""
         (n, k), units = w.shape, w.codes.shape[1]
         rows = min(tiles * TILE, n - first * TILE)
         y = self.new((rows, k), torch.float16)
@@ -128,7 +129,7 @@ class Kernels:
         return y
 
     def norm(self, x: torch.Tensor, norm: Norm, half: bool) -> torch.Tensor:
-        """x (T, C) or (T, H, D) float32, rows perhaps apart -> the same shape, half or float32."""
+        """x (T, C) or (T, H, D) float32, rows with any stride -> the same shape, half or float32."""
         heads, size = (x.shape[1], x.shape[2]) if x.dim() == 3 else (1, x.shape[1])
         y = self.new(tuple(x.shape), torch.float16 if half else torch.float32)
         threads = min(-(-size // 128) * 32, 1024)
@@ -143,7 +144,7 @@ class Kernels:
         return y
 
     def rope(self, x: torch.Tensor, rope: Rope, positions: torch.Tensor) -> torch.Tensor:
-        """x (T, H, D) float32, rows perhaps apart -> (T, H, D) float32."""
+        """x (T, H, D) float32, rows with any stride -> (T, H, D) float32."""
         rows, heads, size = x.shape
         y = self.new((rows, heads, size), torch.float32)
         self.launcher.launch(
@@ -168,9 +169,9 @@ class Kernels:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: CudaCache, spec: Attention,
         position: torch.Tensor, rope: Rope | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """One row: q (1, H, D), k, v (1, Hkv, D) float32, position (1,) int32 -> (1, H·D) half.
+        """Attend with one row: q (1, H, D), k, v (1, Hkv, D) float32, position (1,) int32 -> (1, H·D) half.
 
-        rope: q and k are turned by the position first.
+        rope: rotate q and k by the position first.
         """
         heads, size, kv_heads = q.shape[1], q.shape[2], k.shape[1]
         n_rep = heads // kv_heads
@@ -210,7 +211,7 @@ class Kernels:
     def sample(
         self, logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float, chance: float
     ) -> torch.Tensor:
-        """logits (1, V) float32 -> token (1,) int32, -1 if one of them is not finite."""
+        """logits (1, V) float32 -> token (1,) int32, or -1 if a logit is not finite."""
         size = logits.shape[-1]
         token = self.new((1,), torch.int32)
         keys, ids = (self.scratch(name, (size,), torch.int32) for name in ("keys", "ids"))
@@ -226,7 +227,7 @@ class Kernels:
 
 
 def can_glu(w: Any) -> bool:
-    """Whether gate and up of one packed weight lie in tiles of their own."""
+    """Return whether the gate and the up rows of a packed weight are in separate tiles."""
     return isinstance(w, TiledHandle) and w.shape[0] // 2 % TILE == 0
 
 
@@ -234,4 +235,4 @@ def can_attend(size: int) -> bool:
     return size % 8 == 0 and size <= 256
 
 
-assert UNIT == 128, "tiles.cuh says so"
+assert UNIT == 128, "as in tiles.cuh"

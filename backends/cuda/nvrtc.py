@@ -1,7 +1,6 @@
-"""Compiles CUDA text on the device that runs it, once, and starts kernels: NVRTC and the driver by ctypes.
+"""Compile and launch CUDA kernels on the target machine, with NVRTC and the driver through ctypes.
 
-torch brings NVRTC along, so no toolkit is needed. Machine code is kept in the platform's cache folder under a
-hash of the text, the GPU's architecture and NVRTC's version.
+torch brings NVRTC along, so no toolkit is needed. Machine code is kept in the cache (disk_cache.py) under a hash of the text, the GPU's architecture and NVRTC's version.
 """
 
 from __future__ import annotations
@@ -15,20 +14,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tinychat_mlx import disk_cache
 from tinychat_mlx.backends.cuda import programs
 from tinychat_mlx.errors import BackendError
 
-INVALID_CONTEXT = 201  # a thread that has not used CUDA yet
-
-
-def cache_folder() -> Path:
-    from platformdirs import user_cache_path
-
-    return user_cache_path("tinychat-mlx") / "cuda"
+INVALID_CONTEXT = 201  # raised in a thread that has not used CUDA yet
 
 
 def find_nvrtc(version: str | None) -> ctypes.CDLL:
-    """Load NVRTC: torch's own, from NVIDIA's wheels, or the system's. Raises BackendError."""
+    """Load NVRTC: torch's, from NVIDIA's wheels, or the system's. Raises BackendError."""
     major = (version or "12").split(".")[0]
     name = f"nvrtc64_{major}0_0.dll" if sys.platform == "win32" else f"libnvrtc.so.{major}"
     names: list[Path] = []
@@ -40,12 +34,12 @@ def find_nvrtc(version: str | None) -> ctypes.CDLL:
     names.append(cuda / "lib64" / name)
     for file in filter(Path.exists, names):
         with contextlib.suppress(OSError):
-            # It opens libnvrtc-builtins by name: found if it is loaded already.
+            # NVRTC opens libnvrtc-builtins by name, which succeeds if it is already loaded.
             for builtins in sorted(file.parent.glob("libnvrtc-builtins.so*")):
                 ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
             return ctypes.CDLL(str(file))
     with contextlib.suppress(OSError):
-        return ctypes.CDLL(name)  # wherever the system's loader looks
+        return ctypes.CDLL(name)  # search the system's library path
     raise BackendError(
         f"{name} is neither in torch's folder nor in {cuda}",
         where="cuda backend",
@@ -58,13 +52,13 @@ class Compiler:
 
     def __init__(self, library: ctypes.CDLL, arch: str, folder: Path | None = None) -> None:
         self.nvrtc, self.arch = library, arch
-        self.folder = folder or cache_folder()
+        self.folder = folder or disk_cache.place("cubins")
         major, minor = ctypes.c_int(), ctypes.c_int()
         library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
         self.version = f"{major.value}.{minor.value}"
 
     def cubin(self, program: str, defines: Mapping[str, int]) -> bytes:
-        """Machine code of a program, from the cache or compiled now. Raises BackendError with the log."""
+        """Return a program's machine code from the cache or compile it. Raises BackendError with the log."""
         text = programs.source(program, defines).encode()
         key = hashlib.sha256(b"\0".join([text, self.arch.encode(), self.version.encode()])).hexdigest()[:24]
         file = self.folder / f"{program}-{self.arch}-{key}.cubin"
@@ -72,10 +66,7 @@ class Compiler:
             return file.read_bytes()
         made = self.compile(program, text)
         with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
-            self.folder.mkdir(parents=True, exist_ok=True)
-            part = file.with_suffix(f".{os.getpid()}")
-            part.write_bytes(made)
-            part.replace(file)
+            disk_cache.write(file, made)
         return made
 
     def compile(self, program: str, text: bytes) -> bytes:
@@ -105,7 +96,7 @@ class Compiler:
 
 
 class Driver:
-    """Starts kernels on torch's current stream, in torch's context."""
+    """Launches kernels on torch's current stream, in torch's context."""
 
     def __init__(self, compiler: Compiler, cuda: ctypes.CDLL | None = None) -> None:
         self.compiler = compiler
@@ -124,7 +115,7 @@ class Driver:
         block: int,
         arguments: Sequence[Any],
     ) -> None:
-        """grid: up to three numbers of blocks; block: threads; arguments: ctypes scalars."""
+        """grid: up to three numbers of blocks. block: threads. arguments: ctypes scalars."""
         import torch
 
         function = self.function(program, tuple(sorted(defines.items())), kernel)

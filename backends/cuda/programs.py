@@ -1,4 +1,4 @@
-"""The text of each CUDA program: a kernel file with what it needs in front of it."""
+"""Assemble the source of each CUDA program: a kernel file and the headers it needs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent / "kernels"
-HEADERS = {  # beside prelude.cuh
+HEADERS = {  # in addition to prelude.cuh
     "matvec": ["tiles.cuh", "product.cuh"],
     "experts": ["tiles.cuh", "product.cuh"],
     "gemm": ["tiles.cuh"],
@@ -17,7 +17,7 @@ HEADERS = {  # beside prelude.cuh
 
 
 def source(program: str, defines: Mapping[str, int], prelude: bool = True) -> str:
-    """A program's whole text; it includes nothing, so that no toolkit is needed to compile it."""
+    """Return a program's complete source. It includes no files, so no CUDA toolkit is needed to compile it."""
     files = ["prelude.cuh"] if prelude else []
     files += HEADERS.get(program, [])
     constants = "".join(f"#define {name} {value}\n" for name, value in sorted(defines.items()))

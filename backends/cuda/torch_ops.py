@@ -1,8 +1,8 @@
-"""The whole contract in plain torch: right on every device torch has, and the fall-back of every kernel.
+"""The whole contract in plain torch. It works on every torch device and is the fall-back of every kernel.
 
-Activations between layers stay float32: fp16's range ends at 65504, which residuals of real models pass.
-What a matrix product reads is in the backend's dtype; what it writes is too, except for up to FEW rows,
-where float32 costs nothing.
+Activations between layers are float32, because residuals of real models exceed 65504, the maximum of fp16.
+The input of a matrix product is in the backend's dtype. Its output is too, except for up to FEW rows, where
+float32 costs no time.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from tinychat_mlx.backends.cuda.weights import CudaHandle, DenseHandle, TiledHan
 from tinychat_mlx.errors import BackendError
 from tinychat_mlx.weight import F32, Dense, Packed, Weight
 
-FEW = 8  # rows: an mma has eight columns
+FEW = 8  # rows; an mma has eight columns
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 Held = TypeVar("Held", DenseHandle, TiledHandle, CudaCache)
 
 
 def guarded(method: Method) -> Method:
-    """Out of memory inside a method -> a BackendError in one line; what was half made is freed."""
+    """Convert an out-of-memory error of a method to a one-line BackendError, and free its temporary tensors."""
 
     @functools.wraps(method)
     def wrapper(self: TorchBackend, *args: Any) -> Any:
@@ -54,7 +54,7 @@ def guarded(method: Method) -> Method:
             return method(self, *args)
         except torch.cuda.OutOfMemoryError as e:
             text = str(e).splitlines()[0]
-        # Outside the handler the traceback, and with it the method's tensors, is gone.
+        # Outside the handler the traceback, and with it the method's tensors, is freed.
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         raise BackendError(
@@ -67,7 +67,7 @@ def guarded(method: Method) -> Method:
 
 
 class TorchBackend(Backend):
-    """Runs wherever torch does. dtype: what weights, matrix products and the KV cache are in."""
+    """Runs on every torch device. dtype: type of weights, matrix products and the KV cache."""
 
     name = "torch"
 
@@ -76,7 +76,7 @@ class TorchBackend(Backend):
         self._held = self._peak = 0
         self._angles: tuple[torch.Tensor, Rope, torch.Tensor, torch.Tensor] | None = None
 
-    # what it will take --------------------------------------------------------------------------
+    # memory estimates ---------------------------------------------------------------------------
     def weight_bytes(self, weight: Weight) -> int:
         itemsize = self.dtype.itemsize
         if isinstance(weight, Packed) and (group := weights.stored_group(weight.group_size)) is not None:
@@ -86,10 +86,16 @@ class TorchBackend(Backend):
     def kv_bytes(self, shape: CacheShape) -> int:
         return token_nbytes(shape, self.dtype.itemsize, self.int8_kv)
 
+    def own_memory(self) -> bool:
+        return True  # a card's; where it shares the system's, `memory` leaves more than the program takes
+
     # load ---------------------------------------------------------------------------------------
     @guarded
     def put(self, array: npt.NDArray[Any]) -> Tensor:
-        """Floats become float32: norm weights and frequencies are used in float32."""
+        """Copy an array to the device.
+
+        Floats become float32: norm weights and frequencies are used in float32.
+        """
         x = weights.upload(array, self.device)
         return x.float() if x.is_floating_point() else x
 
@@ -130,7 +136,7 @@ class TorchBackend(Backend):
         cache.length = end
 
     def announce(self, text: str) -> None:
-        """Name a fall-back aloud, once: the user should know what is slow and why."""
+        """Warn about a fall-back once, with the reason, because it is slow."""
         import warnings
 
         warnings.warn(f"cuda: {text}", stacklevel=3)
@@ -167,7 +173,7 @@ class TorchBackend(Backend):
         return y if w.bias is None else (y + w.bias).to(y.dtype)
 
     def tiled_linear(self, x: torch.Tensor, w: TiledHandle) -> torch.Tensor:
-        """x (T, K) times packed weights, made dense a slab at a time."""
+        """Multiply x (T, K) with packed weights, dequantised slab by slab."""
         n, k = w.shape
         y = torch.empty((x.shape[0], n), dtype=self.dtype, device=x.device)
         step = max(weights.SLAB // (weights.TILE * k), 1)
@@ -186,7 +192,7 @@ class TorchBackend(Backend):
         return self._narrow(y if norm.bias is None else y + norm.bias, x)
 
     def _narrow(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """What feeds a matrix product is in dtype; heads (T, H, D) keep what they came in."""
+        """Convert a norm's result: matrix product inputs to dtype, heads (T, H, D) to their input dtype."""
         return y.to(x.dtype if x.dim() == 3 else self.dtype)
 
     @guarded
@@ -200,7 +206,7 @@ class TorchBackend(Backend):
         return torch.cat((y.to(x.dtype), x[..., n:]), -1)
 
     def angles(self, rope: Rope, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos, sin (T, 1, R/2) float32, computed once for all the layers of a step that share a table."""
+        """Return cos, sin (T, 1, R/2) float32, computed once for all layers of a step that share a table."""
         if self._angles is None or self._angles[0] is not step.positions or self._angles[1] is not rope:
             angle = step.positions.float()[:, None, None] * rope.inv_freq
             self._angles = (step.positions, rope, angle.cos() * rope.factor, angle.sin() * rope.factor)
@@ -250,7 +256,7 @@ class TorchBackend(Backend):
         return host
 
     def memory(self) -> Memory:
-        """What this backend holds; on a GPU all that torch has allocated there."""
+        """Return the bytes of this backend's tensors; on a GPU all that torch allocated there."""
         used, peak = self._held, self._peak
         if self.device.type == "cuda":
             used = torch.cuda.memory_allocated(self.device)

@@ -1,19 +1,19 @@
-"""Weights on the device: dense fp16, or codes in tiles that a warp feeds to its tensor core as they lie.
+"""Weights on the device: dense fp16, or codes in tiles in the order in which a warp feeds its tensor core.
 
 A tile is 16 outputs (an mma's rows), a unit 128 inputs of a tile. In a unit, lane = 4 g + t of a warp owns
 
     row = 16 tile + 8 r + g            r = 0, 1: the two halves of an mma's rows; g = 0..7
     k   = 128 unit + 32 c + 8 t + 4 j + 2 p + e      c = 0..3; t = 0..3; j, p, e = 0, 1
 
-For every (c, j) the eight codes (r, p, e) are the A operand of one mma.sync.m16n8k16: a[2p + r] = the pair
-e = 0, 1. Inputs 8 t … 8 t + 7 of a block of 32 belong to one lane, so that it reads its activations as
-16 bytes. A group of 32 inputs or more never shares an mma with its neighbour.
+For every (c, j) the eight codes (r, p, e) are the A operand of one mma.sync.m16n8k16: a[2p + r] = the pair e
+= 0, 1. Inputs 8 t … 8 t + 7 of a block of 32 belong to one lane, which reads its activations as 16 bytes. A
+group of 32 inputs or more never shares an mma with its neighbour.
 
     4 bits: word (c, j), nibble 4 e + 2 p + r      codes[tile, unit, c / 2][lane][2 (c % 2) + j]
     8 bits: word (c, j, r), byte 2 p + e           codes[tile, unit, c][lane][2 j + r]
 
-so every load of a warp is 32 × 16 contiguous bytes. scales[tile, group][g][r] is a pair (scale, bias).
-N is padded to 16 and K to 128 with scale and bias 0, which adds nothing.
+Every load of a warp is therefore 32 × 16 contiguous bytes. scales[tile, group][g][r] is a pair (scale, bias).
+N is padded to 16 and K to 128 with scale and bias 0, which add nothing.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from tinychat_mlx.errors import BackendError
 from tinychat_mlx.weight import Dense, Packed, unpack_codes
 
 TILE, UNIT = 16, 128
-GROUPS = (32, 64, 128)  # what the kernels know; a larger group is stored as several of 128 (or 64, or 32)
-SLAB = 1 << 24  # weights turned at a time: bounds the scratch memory of load and of `dense_rows`
+GROUPS = (32, 64, 128)  # supported by the kernels; a larger group is stored as several of 128 (or 64, or 32)
+SLAB = 1 << 24  # weights converted at a time; limits the scratch memory of loading and of `dense_rows`
 
 
 @dataclass(eq=False)
@@ -49,13 +49,13 @@ class DenseHandle:
 
 @dataclass(eq=False)
 class TiledHandle:
-    """codes (tiles, units, w_bit / 2, 32, 4) int32; scales (tiles, groups, 8, 2, 2), bias (N,) float32."""
+    """codes (tiles, units, w_bit / 2, 32, 4) int32; scales (tiles, groups, 8, 2, 2); bias (N,) float32."""
 
     name: str
     shape: tuple[int, int]
     codes: torch.Tensor
     scales: torch.Tensor
-    w_bit: int  # 4 or 8: 3 bits are stored as 4
+    w_bit: int  # 4 or 8; 3-bit codes are stored as 4 bits
     group_size: int  # one of GROUPS
     bias: torch.Tensor | None
 
@@ -73,26 +73,26 @@ def nbytes(t: torch.Tensor) -> int:
 
 
 def tiled_nbytes(shape: tuple[int, int], w_bit: int, group_size: int, itemsize: int = 2) -> int:
-    """Bytes a packed weight will take on the device."""
+    """Return the bytes that a packed weight takes on the device."""
     rows, inputs = -(-shape[0] // TILE) * TILE, -(-shape[1] // UNIT) * UNIT
     return rows * inputs * w_bit // 8 + rows * (inputs // group_size) * 2 * itemsize
 
 
 def stored_group(group_size: int) -> int | None:
-    """The group the device stores: the largest of GROUPS that divides it, None if there is none."""
+    """Return the group size on the device: the largest of GROUPS that divides it, or None."""
     return next((g for g in reversed(GROUPS) if group_size % g == 0), None)
 
 
 def upload(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
-    """Any array, a read-only view of a mapped file too -> a tensor of its own. uint16 is bfloat16."""
+    """Copy any array, also a read-only view of a mapped file, to a new tensor. uint16 is read as bfloat16."""
     bf16 = array.dtype == np.uint16
-    own = np.array(array.view(np.int16) if bf16 else array)  # torch wants writable, contiguous memory
+    own = np.array(array.view(np.int16) if bf16 else array)  # torch needs writable, contiguous memory
     tensor = torch.from_numpy(own)
     return (tensor.view(torch.bfloat16) if bf16 else tensor).to(device)
 
 
 def pack_dense(weight: Dense, device: torch.device, dtype: torch.dtype) -> DenseHandle:
-    """Upload in slabs of rows. Raises BackendError if the dtype cannot hold a value."""
+    """Upload in slabs of rows. Raises BackendError if the dtype cannot represent a value."""
     n, k = weight.shape
     w = torch.empty((n, k), dtype=dtype, device=device)
     rows = max(SLAB // k, 1)
@@ -114,7 +114,7 @@ def check_finite(t: torch.Tensor, name: str, dtype: torch.dtype) -> None:
 
 
 def pack_tiled(weight: Packed, device: torch.device, dtype: torch.dtype) -> TiledHandle:
-    """Canonical codes -> tiles, a slab of rows at a time. `stored_group` must know the group."""
+    """Convert canonical codes to tiles, a slab of rows at a time. `stored_group` must support the group size."""
     n, k = weight.shape
     group, w_bit = stored_group(weight.group_size), 8 if weight.w_bit == 8 else 4
     assert group is not None and k % weight.group_size == 0
@@ -137,8 +137,8 @@ def pack_tiled(weight: Packed, device: torch.device, dtype: torch.dtype) -> Tile
 
 
 def canonical_codes(weight: Packed, rows: slice, device: torch.device) -> torch.Tensor:
-    """Rows of a packed weight -> (n, K) uint8 on the device."""
-    if weight.w_bit not in (4, 8):  # 3 bits straddle words: unpacked by the core
+    """Return rows of a packed weight as (n, K) uint8 on the device."""
+    if weight.w_bit not in (4, 8):  # 3-bit codes cross word boundaries, so the core unpacks them
         return upload(unpack_codes(weight.qweight[rows], weight.w_bit), device)
     words = np.ascontiguousarray(weight.qweight[rows]).astype("<u4", copy=False)
     octets = upload(words.view(np.uint8), device)
@@ -148,7 +148,7 @@ def canonical_codes(weight: Packed, rows: slice, device: torch.device) -> torch.
 
 
 def to_tiles(q: torch.Tensor, w_bit: int) -> torch.Tensor:
-    """Codes (n, K) uint8 -> (tiles, units, w_bit / 2, 32, 4) int32."""
+    """Convert codes (n, K) uint8 to (tiles, units, w_bit / 2, 32, 4) int32."""
     n, k = q.shape
     tiles, units = -(-n // TILE), -(-k // UNIT)
     padded = torch.zeros((tiles * TILE, units * UNIT), dtype=torch.uint8, device=q.device)
@@ -165,7 +165,7 @@ def to_tiles(q: torch.Tensor, w_bit: int) -> torch.Tensor:
 
 
 def from_tiles(codes: torch.Tensor) -> torch.Tensor:
-    """(tiles, units, w_bit / 2, 32, 4) int32 -> codes (16 tiles, 128 units) uint8: inverse of `to_tiles`."""
+    """Invert `to_tiles`: (tiles, units, w_bit / 2, 32, 4) int32 -> codes (16 tiles, 128 units) uint8."""
     tiles, units, half = codes.shape[:3]
     octets = codes.contiguous().view(torch.uint8)
     if half == 2:
@@ -177,7 +177,7 @@ def from_tiles(codes: torch.Tensor) -> torch.Tensor:
 
 
 def dense_tiles(w: TiledHandle, tiles: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Some tiles of a weight -> (16 tiles, K) in dtype, rounded once from float32."""
+    """Dequantise some tiles of a weight -> (16 tiles, K) in dtype, rounded once from float32."""
     codes = from_tiles(w.codes[tiles]).float()
     scales = w.scales[tiles].float().permute(0, 3, 2, 1, 4)  # (tile, r, g, group, 2)
     scales = scales.reshape(codes.shape[0], -1, 1, 2)

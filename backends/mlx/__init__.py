@@ -1,6 +1,6 @@
-"""Apple silicon: MLX arrays, mx.fast operations, and our own Metal kernels where they are measured to win.
+"""Apple silicon backend: MLX arrays, mx.fast operations, and Metal kernels that are measured to be faster.
 
-Nothing is imported until asked for: `cost` must work where MLX is not installed.
+Imports are lazy, because `cost` must work without MLX.
 """
 
 from __future__ import annotations

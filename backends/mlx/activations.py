@@ -1,4 +1,4 @@
-"""Activations in float32, rounded once to the input's dtype: gelu's x³ overflows float16 at 40."""
+"""Activations, computed in float32 and rounded once to the input's dtype: gelu's x³ overflows float16 at 40."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention over what a cache shows: MLX's fused operation, or its parts where it lacks a feature."""
+"""Attention over a view of a cache: MLX's fused operation, or separate operations if it lacks a feature."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from tinychat_mlx.backends.mlx.device import MB, mx
 
 SCORES = (
     32 * MB
-)  # of float32 scores at once. Softmax makes as many again, and two blocks of rows are under way
-FUSED = (64, 80, 128)  # sizes of a head for which MLX has a kernel of many rows that it uses
+)  # bytes of float32 scores at once; softmax needs as many again, and two blocks of rows are in flight
+FUSED = (64, 80, 128)  # head sizes for which MLX uses its many-row kernel
 
 
 def attend(q: Any, view: View, spec: Attention, evaluate: Callable[[Any, list[Any]], None]) -> Any:
-    """q (T, H, D) -> (T, H·D) in q's dtype.
+    """Compute attention of q (T, H, D) -> (T, H·D) in q's dtype.
 
-    Scores that are written out are made for a block of rows at a time, else 512 rows of 32 heads after 8000 tokens
-    would take 0.5 GB. evaluate(block, [the one before]) issues one and waits for the other: MLX would make all at once.
+    Scores that are materialised are computed for a block of rows at a time. Otherwise 512 rows of 32 heads
+    after 8000 tokens would take 0.5 GB. evaluate(block, [the previous one]) issues one block and waits for
+    the other; without it MLX would compute all of them at once.
     """
     rows, heads, size = q.shape
     block = rows
@@ -41,7 +42,7 @@ def by_hand(view: View, spec: Attention) -> bool:
 
 
 def shown(view: View, first: int, last: int) -> View:
-    """What rows `first` to `last` see: keys are in order, so nothing behind the last one's own."""
+    """Return what rows `first` to `last` see. Keys are ordered, so nothing after the last row's position."""
     end = view.k_at.shape[0] - view.q_at.shape[0] + last
 
     def cut(x: Any) -> Any:
@@ -55,12 +56,12 @@ def shown(view: View, first: int, last: int) -> View:
 
 
 def attend_block(q: Any, view: View, spec: Attention) -> Any:
-    """As attend, all rows at once."""
+    """Compute `attend` for all rows at once."""
     rows, heads, size = q.shape
     if by_hand(view, spec):
         y = by_parts(q, view, spec)
     else:
-        # The cache may hold a narrower dtype than a test's q: one dtype, or MLX widens the whole cache
+        # The cache may have a narrower dtype than a test's q. Use one dtype, or MLX widens the whole cache.
         y = mx.fast.scaled_dot_product_attention(
             heads_first(q).astype(view.keys.dtype), view.keys, view.values, scale=spec.scale, mask=view.mask
         )
@@ -68,9 +69,9 @@ def attend_block(q: Any, view: View, spec: Attention) -> Any:
 
 
 def by_parts(q: Any, view: View, spec: Attention) -> Any:
-    """Scores and softmax in float32, with softcap and ALiBi. -> (1, H, T, D).
+    """Compute attention in float32 with softcap and ALiBi -> (1, H, T, D).
 
-    float32 from the beginning: q·k passes float16's 65504, and a score of 500 would be off by a quarter there.
+    float32 from the start: q·k exceeds float16's 65504, and a score of 500 would have an error of 0.25 there.
     """
     rows, heads, size = q.shape
     first = view.keys if view.packing is None else view.keys[0]
@@ -90,7 +91,7 @@ def by_parts(q: Any, view: View, spec: Attention) -> Any:
 
 
 def product(x: Any, kept: Any, view: View, transpose: bool) -> Any:
-    """x (1, Hkv, M, ·) by keys (transposed), x and scores float32, or by values (1, Hkv, S, D)."""
+    """Multiply x (1, Hkv, M, ·) with keys (transposed; x and scores float32) or with values (1, Hkv, S, D)."""
     if view.packing is None and transpose:
         return x @ kept.swapaxes(-1, -2).astype(mx.float32)
     if view.packing is None:
@@ -102,7 +103,7 @@ def product(x: Any, kept: Any, view: View, transpose: bool) -> Any:
 
 
 def heads_first(x: Any) -> Any:
-    """(T, H, D) -> (1, H, T, D), as mx.fast wants it; no copy where T is 1."""
+    """(T, H, D) -> (1, H, T, D), the layout of mx.fast. No copy if T is 1."""
     return x.swapaxes(0, 1)[None]
 
 

@@ -52,11 +52,15 @@ from tinychat_mlx.backends.mlx.weights import GROUPS, ends_of, nbytes_of, pack
 from tinychat_mlx.errors import BackendError
 from tinychat_mlx.weight import F32, Joined, Packed, Weight
 
-SCRATCH = 256 * MB  # left free beside weights and caches: activations of a prefill piece
+SCRATCH = 256 * MB  # left free in addition to weights and caches, for activations of a prefill piece
 
 
 class MlxBackend(Backend):
-    """One model's device. Threads may take turns; MLX aborts when two evaluate at once, so a lock is held."""
+    """The device of one model.
+
+    Several threads may use it in turn. A lock is held during evaluation, because MLX aborts if two threads
+    evaluate.
+    """
 
     name = "mlx"
 
@@ -67,40 +71,41 @@ class MlxBackend(Backend):
         compiled: bool | None = None,
         kernels: str | None = None,
     ) -> None:
-        """exact: float32 throughout, else float16 around a float32 residual. threads: MLX chooses its own. compiled: capture steps through
-        mx.compile (default: winners.captures). kernels: see winners.choice.
+        """exact: float32 throughout, else float16 with a float32 residual. threads: ignored.
 
+        compiled: capture steps with mx.compile (default: winners.captures). kernels: see winners.choice.
         Raises BackendError without a usable MLX or Metal device.
         """
         self.chip = find_chip()
         self.dtype = choose_dtype(self.chip, exact)
-        # What is added up through the layers: it passes float16's 65504 in Gemma, and near it in others
+        # dtype of the residual sum over the layers: it exceeds float16's 65504 in Gemma, and is close to it
+        # in others
         self.wide = mx.float32 if self.dtype == mx.float16 else self.dtype
         takes, self.chosen = winners.choice(kernels, self.chip.metal, self.chip.name)
         self.kernels = None if takes is None else Kernels(takes)
         self.kv_bits = choose_kv_bits()
         set_limits(self.chip)
         self.compiled = winners.captures(self.chip.name) if compiled is None else compiled
-        # Usable from any thread, one at a time: `evaluating` sees to that
+        # Usable from any thread, one at a time; `evaluating` ensures that
         self.stream = mx.new_thread_unsafe_stream(mx.default_device())
         self._thread, self._lock = 0, threading.Lock()
         self._caches: weakref.WeakSet[MlxCache] = weakref.WeakSet()
         self._flight = Flight(self.evaluating)
-        self._halves = False  # a head is kept in halves: a step obeys the choice it is for
-        self._routes_on_host = False  # experts of mixed forms: such a step cannot be captured
+        self._halves = False  # a head is stored in halves, so a step depends on its choice
+        self._routes_on_host = False  # experts of mixed forms; such a step cannot be captured
         self._made: dict[tuple[int, str], tuple[Any, Any]] = {}
         self._fused: dict[str, Callable[..., Any]] = {}
 
     # threads and evaluation -----------------------------------------------------------------------
     def enter(self) -> None:
-        """Send this thread's operations to the backend's stream: MLX's default stream is per thread."""
+        """Direct this thread's operations to the backend's stream. MLX's default stream is per thread."""
         if threading.get_ident() != self._thread:
             mx.set_default_stream(self.stream)
             self._thread = threading.get_ident()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Hold the device; what MLX raises there is memory that ran out."""
+        """Hold the device's lock. RuntimeErrors of MLX, usually out of memory, become BackendErrors."""
         with self._lock:
             try:
                 yield
@@ -112,22 +117,22 @@ class MlxBackend(Backend):
                 ) from None
 
     def _derived(self, of: Any, what: str, make: Callable[[Any], Any]) -> Any:
-        """make(of), computed once for each constant; lazily, a captured step would compute it at each call."""
+        """Compute make(of) once per constant. A lazy value would be computed in each call of a captured step."""
         key = (id(of), what)
         if key not in self._made:
             made = make(of)
             with self.evaluating():
                 mx.eval(made)
-            self._made[key] = (of, made)  # holding `of` keeps its id its own
+            self._made[key] = (of, made)  # the reference keeps the id from being reused
         return self._made[key][1]
 
     def _fuse(self, name: str, f: Callable[..., Any]) -> Callable[..., Any]:
-        """f as one kernel where that is cheap to make."""
+        """Compile f to one kernel on Metal, where that is cheap."""
         if name not in self._fused:
             self._fused[name] = mx.compile(f, shapeless=True) if self.chip.metal else f
         return self._fused[name]
 
-    # what it will take ------------------------------------------------------------------------------
+    # memory estimates ------------------------------------------------------------------------------
     def weight_bytes(self, weight: Weight) -> int:
         return nbytes_of(weight, self.dtype.size)
 
@@ -139,7 +144,7 @@ class MlxBackend(Backend):
 
     # load -----------------------------------------------------------------------------------------
     def put(self, array: npt.NDArray[Any]) -> Tensor:
-        """Integers as they are, floats as float32: `norm` narrows its weights, `rope` must not."""
+        """Copy integers unchanged and floats as float32: `norm` narrows its weights, `rope` must not."""
         self.enter()
         x = mx.array(array)
         if array.dtype == np.uint16:
@@ -151,7 +156,7 @@ class MlxBackend(Backend):
         return mx.array(np.asarray(ids, np.int32))
 
     def pack(self, weight: Weight) -> Any:
-        """Raises BackendError where the weights so far are more than this machine may hold."""
+        """Pack a weight. Raises BackendError if the weights so far exceed this machine's limit."""
         self.enter()
         self.check_weights(weight.name, self.weight_bytes(weight))
         with self.evaluating():
@@ -162,7 +167,10 @@ class MlxBackend(Backend):
             return halved(weight.name, weight.qweight, *ends, self._fuse)
 
     def _halves_pay(self, weight: Packed) -> bool:
-        """Whether it may be a head, whose kernels were chosen. What is joined is none; the embedding is, where it is tied."""
+        """Return whether the weight may be a head whose kernels were chosen.
+
+        A joined weight is never a head. A tied embedding is.
+        """
         if self.kernels is None or isinstance(weight, Joined):
             return False
         if not suits(weight.shape, weight.w_bit, weight.bias is not None):
@@ -170,7 +178,7 @@ class MlxBackend(Backend):
         return self.kernels.takes(key_of(weight.shape, min(weight.group_size, GROUPS[-1]), self.dtype))
 
     def check_weights(self, name: str, nbytes: int) -> None:
-        """Raises BackendError where nbytes more, of `name`, are too many."""
+        """Raise BackendError if `nbytes` more, of `name`, exceed the limit."""
         used, limit = self._taken(), self.chip.limit
         if used + nbytes + SCRATCH > limit:
             raise BackendError(
@@ -181,11 +189,11 @@ class MlxBackend(Backend):
             )
 
     def _taken(self) -> int:
-        """Bytes in use, and those that caches may still grow by."""
+        """Return the bytes in use, plus those by which caches can still grow."""
         return int(mx.get_active_memory()) + sum(cache.owed for cache in self._caches)
 
     def new_cache(self, shape: CacheShape, capacity: int) -> MlxCache:
-        """Raises BackendError where weights and cache together would not fit."""
+        """Allocate a cache. Raises BackendError if weights and cache do not fit together."""
         self.enter()
         self.check_context(self.kv_bytes(shape) * capacity, capacity)
         if self.kv_bits:
@@ -212,7 +220,7 @@ class MlxBackend(Backend):
             mx.eval(cache.arrays)
 
     def check_context(self, nbytes: int, capacity: int) -> None:
-        """nbytes: of keys and values of `capacity` tokens. Raises BackendError where they do not fit."""
+        """Check nbytes, of keys and values of `capacity` tokens. Raises BackendError if they do not fit."""
         used, limit = self._taken(), self.chip.limit
         if nbytes and nbytes + used + SCRATCH > limit:
             fits = max(0, (limit - used - SCRATCH) * capacity // nbytes)
@@ -229,7 +237,7 @@ class MlxBackend(Backend):
             for s in segments:
                 assert isinstance(s.cache, MlxCache)
                 s.cache.reserve(s.rows, mx.eval)
-                if s.rows > 1:  # finish the piece before: MLX is lazy, and a whole prompt would pile up
+                if s.rows > 1:  # finish the previous piece: MLX is lazy, and a whole prompt would accumulate
                     mx.eval(s.cache.arrays)
         return super().step(segments)
 
@@ -249,14 +257,14 @@ class MlxBackend(Backend):
         return mx.fast.layer_norm(x, weight, bias, norm.eps).astype(self.dtype)
 
     def _narrow(self, constant: Any, dtype: Any) -> Any:
-        """A float32 constant in dtype: a float32 weight would widen the whole result."""
+        """Return a float32 constant in dtype. A float32 weight would widen the whole result."""
         if constant.dtype == dtype:
             return constant
         return self._derived(constant, str(dtype), lambda c: c.astype(dtype))
 
     def rope(self, x: Tensor, rope: Rope, step: Step) -> Tensor:
         rotated = 2 * rope.inv_freq.shape[0]
-        # mx.fast.rope wants wavelengths, and takes one position per batch row: so T is the batch
+        # mx.fast.rope takes wavelengths, and one position per batch row: so T is the batch axis
         wavelengths = self._derived(rope.inv_freq, "1/x", mx.reciprocal)
         if rope.factor != 1:
             head = x.shape[-1]
@@ -281,7 +289,7 @@ class MlxBackend(Backend):
         return outs[0] if len(outs) == 1 else mx.concatenate(outs)
 
     def _block(self, following: Tensor, done: list[Tensor]) -> None:
-        """Issue a block of attention, and wait for those before it: their scores are in memory until then."""
+        """Issue a block of attention and wait for the previous ones, whose scores are in memory until then."""
         with self.evaluating():
             mx.async_eval(following)
             mx.eval(done)
@@ -301,7 +309,7 @@ class MlxBackend(Backend):
     def softcap(self, x: Tensor, cap: float) -> Tensor:
         return mx.tanh(x.astype(mx.float32) / cap) * cap
 
-    # composites: our kernels where they were chosen, else the parts -------------------------------
+    # composites: our kernels if they were chosen, else separate operations ------------------------
     def norm_linear(self, x: Tensor, norm: Norm, w: Any) -> Tensor:
         y = None if self.kernels is None else self.kernels.product(x, w, norm)
         return super().norm_linear(x, norm, w) if y is None else y
@@ -343,9 +351,10 @@ class MlxBackend(Backend):
 
     # whole steps ----------------------------------------------------------------------------------
     def capture(self, fn: StepFn) -> StepFn:
-        """Through mx.compile: one program for each span of keys, with the position as an input.
+        """Capture with mx.compile: one program per span of keys, with the position as an input.
 
-        And, if a head obeys it, one for a choice, whose numbers are an input, and one for none.
+        If a head depends on a choice there is one program with a choice, whose numbers are inputs, and one
+        without.
         """
         if not self.compiled or self._routes_on_host:
             return fn
@@ -372,7 +381,7 @@ class MlxBackend(Backend):
         self, temperature: float, top_k: int, top_p: float, min_p: float, seed: int | None,
         penalty: float = 1.0, seen: Sequence[int] = (),
     ) -> Callable[[Tensor], Tensor] | None:  # fmt: skip
-        """Draws start at once, in order: the device works on while Python reads the token before."""
+        """Return a sampler whose draws are issued at once and in order, while Python reads the last token."""
         self.enter()
         draw = sampling.drawer(temperature, top_k, top_p, min_p, seed)
         if penalty != 1:
@@ -383,9 +392,9 @@ class MlxBackend(Backend):
     def to_host(self, x: Tensor) -> F32:
         self.enter()
         with self.evaluating():
-            if x.dtype == mx.bfloat16:  # NumPy has none
+            if x.dtype == mx.bfloat16:  # NumPy has no bfloat16
                 x = x.astype(mx.float32)
-            # Widened here: on the device that would be one more operation, behind the step in flight
+            # Widen here: on the device that would be one more operation, after the step in flight
             return np.array(x).astype(np.float32, copy=False)
 
     def memory(self) -> Memory:
@@ -399,7 +408,7 @@ class MlxBackend(Backend):
 
 
 def choose_kv_bits() -> int:
-    """Bits of keys and values, 0 for the compute dtype. Raises BackendError."""
+    """Return the bits of keys and values, 0 for the compute dtype. Raises BackendError."""
     text = os.environ.get(KV_BITS) or "0"
     if text not in ("0", "4", "8"):
         raise BackendError(f"{text} bits are not supported", where=KV_BITS, remedy="give 4 or 8, or unset it")
@@ -407,7 +416,7 @@ def choose_kv_bits() -> int:
 
 
 def traced(fn: StepFn, span: int, chosen: bool) -> Callable[..., Any]:
-    """fn as a function of arrays alone: ids (1,), position (1,), choice (2,), k, v -> (result, k, v)."""
+    """Wrap fn as a function of arrays: ids (1,), position (1,), choice (2,), k, v -> (result, k, v)."""
 
     def program(
         ids: Tensor, position: Tensor, given: Tensor, k: list[Any], v: list[Any]

@@ -1,6 +1,6 @@
-"""Measures our kernels against the stock operations on this Mac, product by product, and keeps the winners.
+"""Measure our kernels against the stock operations on this Mac, product by product, and save the faster ones.
 
-`tinychat bench --kernels` calls `products` and `run`. On another machine there is nothing to measure.
+`tinychat bench --kernels` calls `products` and `run`. Without Metal there is nothing to measure.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ from tinychat_mlx.backends.mlx.fused import MOST_ROWS, Kernels, applies, key_of,
 from tinychat_mlx.backends.mlx.weights import MlxHandle, PackedHandle
 from tinychat_mlx.errors import BackendError
 
-COLD = 96 * MB  # weights a round reads, one copy after the other: more than a Max's last-level cache holds
-ROUNDS = 9  # of ours and stock in turn; the median is kept
+COLD = 96 * MB  # bytes of weights per round, one copy after another: more than a Max's last-level cache
+ROUNDS = 9  # of ours and stock alternating; the median is used
 ROWS = range(1, MOST_ROWS + 1)  # of an answer, and of drafted tokens or several conversations
 
-Step = Callable[[int], Any]  # so many rows through a decoder -> their logits
+Step = Callable[[int], Any]  # number of rows through a decoder -> their logits
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One product of a model as its decoder asks for it: rows of x by N rows of W (both halves of a gated pair)."""
+    """One product of a decoder: rows of x times N rows of W (both halves of a gated pair)."""
 
     n: int
     k: int
     bits: int
     group_size: int
-    dtype: Any  # of the scales, and of the result where there is no residual
+    dtype: Any  # of the scales, and of the result if there is no residual
     rows: int
     x: Any  # x's dtype
     norm: bool
     act: str | None
     bias: bool
     residual: Any  # its dtype, or None
-    head: bool = False  # a token is chosen from it: ours is the head in halves, stock the product of 8 bits
+    head: bool = False  # a token is chosen from it: ours is the head in halves, stock the 8-bit product
 
 
 @dataclass(frozen=True)
 class Result:
-    """Microseconds of one product, weights not in cache."""
+    """Microseconds of one product, with weights not in the cache."""
 
     key: str
     ours_us: float
@@ -60,9 +60,10 @@ class Result:
 
 
 class Listener(Kernels):
-    """Notes each product that a kernel could compute, and leaves it to the stock operations.
+    """Records each product that a kernel could compute, and leaves it to the stock operations.
 
-    Those ask again for what they are made of, the product without its norm say, which a kernel may win alone.
+    The stock operations request their parts too, such as the product without its norm, for which a kernel may
+    be faster.
     """
 
     def __init__(self) -> None:
@@ -88,7 +89,7 @@ class Listener(Kernels):
 
 
 def products(backend: MlxBackend, step: Step) -> list[Trial]:
-    """What a decoder on this backend computes for 1 to MOST_ROWS rows, each form once: heard, and not computed."""
+    """Record, without computing, what a decoder computes for 1 to MOST_ROWS rows, each form once."""
     kept, listener = backend.kernels, Listener()
     backend.kernels = listener
     try:
@@ -100,7 +101,7 @@ def products(backend: MlxBackend, step: Step) -> list[Trial]:
 
 
 def mac() -> Chip:
-    """Raises BackendError without Metal."""
+    """Return the chip. Raises BackendError without Metal."""
     chip = find_chip()
     if not chip.metal:
         raise BackendError(
@@ -114,7 +115,10 @@ def mac() -> Chip:
 def run(
     wanted: Iterable[Trial], progress: Callable[[Result], None] = lambda result: None
 ) -> tuple[list[Result], str]:
-    """Measure, keep the winners -> (results, where they are kept). Raises BackendError without Metal."""
+    """Measure and save the faster kernels.
+
+    Returns (results, path of the file). Raises BackendError without Metal.
+    """
     chip = mac()
     kernels, results = Kernels(lambda key: True), []
     for trial in wanted:
@@ -126,12 +130,12 @@ def run(
 
 
 def keep_capture(captured_us: float, eager_us: float) -> None:
-    """Keep the measurement of whole decode steps, with TINYCHAT_MLX_CAPTURE=1 and 0."""
+    """Save the measurement of whole decode steps with TINYCHAT_MLX_CAPTURE=1 and 0."""
     winners.save(find_chip().name, {winners.CAPTURE: (captured_us, eager_us)})
 
 
 def measure(trial: Trial, kernels: Kernels) -> Result:
-    """Time one product, over copies of its weight that together are COLD bytes."""
+    """Time one product over copies of its weight that are COLD bytes in total."""
     t = trial
     norm = Norm("", "rms", mx.ones(t.k), None, 1e-5) if t.norm else None
     x = mx.random.normal((t.rows, t.k)).astype(t.x)
@@ -141,7 +145,7 @@ def measure(trial: Trial, kernels: Kernels) -> Result:
     ours_of = [halves.halved("", w.w, w.scales, w.biases, compiled) for w in copies] if t.head else copies
     weights = {True: ours_of, False: copies}
     mx.eval(x, residual)
-    # as the backend has it: one kernel
+    # one kernel, as in the backend
     glu = None if t.act is None else mx.compile(glu_of(t.act), shapeless=True)
 
     def theirs(x: Any, w: Any, residual: Any) -> Any:
@@ -153,7 +157,8 @@ def measure(trial: Trial, kernels: Kernels) -> Result:
         return kernels.launch(x, w, norm, t.act, residual)
 
     times: dict[bool, list[float]] = {True: [], False: []}
-    for _ in range(ROUNDS + 1):  # in turn, so that heat and other programs meet both; the first compiles
+    # alternating, so that heat and other programs affect both; the first round compiles
+    for _ in range(ROUNDS + 1):
         for mine, product in ((True, ours), (False, theirs)):
             times[mine].append(seconds(product, x, residual, weights[mine]))
     key = key_of(kind_of(t.rows, norm, t.act), t.rows, one, residual is not None)
@@ -168,10 +173,14 @@ def compiled(name: str, f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def weight(t: Trial) -> PackedHandle:
-    """Random codes of all sizes, of mean 0 and deviation 1 / 2 sqrt(k): products halve x, so no chain overflows."""
-    rows = min(t.n, 1024)  # again and again: drawing a head of 500 MB would take several times that
+    """Random codes of all sizes with mean 0 and deviation 1 / (2 sqrt(k)).
+
+    Products halve x, so no chain overflows.
+    """
+    rows = min(t.n, 1024)  # repeated, because drawing a head of 500 MB would take several times as long
     drawn = mx.random.randint(0, 1 << 16, (2, rows, t.k * t.bits // 32)).astype(mx.uint32)
-    words = drawn[0] << 16 | drawn[1]  # drawn as floats: 32 bits at once would end in zeros
+    # drawn in two parts: MLX draws floats, and 32 bits at once would end in zeros
+    words = drawn[0] << 16 | drawn[1]
     words = mx.tile(words, (-(-t.n // rows), 1))[: t.n]
     most = (1 << t.bits) - 1
     scales = mx.full((t.n, t.k // t.group_size), math.sqrt(3 / t.k) / most, t.dtype)
@@ -182,7 +191,10 @@ def weight(t: Trial) -> PackedHandle:
 
 
 def seconds(product: Callable[[Any, Any, Any], Any], x: Any, residual: Any, weights: list[Any]) -> float:
-    """Of one product in a chain, each waiting for the one before as in a decoder: side by side they would overlap."""
+    """Return the seconds per product of a chain.
+
+    Each waits for the one before, as in a decoder; otherwise they overlap.
+    """
     start, first = time.perf_counter(), x
     for w in weights:
         y = product(x, w, residual)
@@ -195,7 +207,10 @@ def seconds(product: Callable[[Any, Any, Any], Any], x: Any, residual: Any, weig
 
 
 def following(y: Any, x: Any) -> Any:
-    """y as an input of x's shape and dtype: its columns again. A copy, if any, is the same for ours and stock."""
+    """Return y as an input of x's shape and dtype, with repeated columns.
+
+    A copy, if any, is the same for ours and stock.
+    """
     times = -(-x.shape[1] // y.shape[1])
     wide = y if times == 1 else mx.concatenate([y] * times, axis=1)
     return wide[:, : x.shape[1]].astype(x.dtype)

@@ -1,8 +1,9 @@
-"""Keys and values on the device: written in place, read as a view, doubled as a conversation grows.
+"""KV cache on the device: written in place, read as a view, and doubled as a conversation grows.
 
-A layer's k and v are (1, Hkv, held, D), with room for `held` of the capacity's tokens. Zeroing a whole capacity would
-keep memory from other programs that few conversations need, and what MLX cannot write in place (see flight.py) it
-copies with all its room. What is not held yet the backend counts as taken: no answer meets the end of memory.
+A layer's k and v are (1, Hkv, held, D), with space for `held` tokens of the capacity. Zeroing the whole
+capacity would take memory from other programs that few conversations need. What MLX cannot write in place
+(see flight.py) it copies with all its space. The backend counts the missing part as used, so that no answer
+runs out of memory.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from tinychat_mlx.backends.mlx.device import mx
 from tinychat_mlx.errors import BackendError
 
 KV_BITS = "TINYCHAT_MLX_KV_BITS"  # 4 or 8: a PackedCache
-SPAN = 256  # tokens that a cache holds room for, and that a captured step looks at, at first; then doubled
+SPAN = 256  # initial tokens that a cache has space for, and that a captured step reads; then doubled
 
 
 @dataclass(frozen=True)
 class View:
-    """What the rows of a step attend to: keys, values (1, Hkv, S, D), and who sees whom.
+    """The view that the rows of a step attend to: keys, values (1, Hkv, S, D), and the mask.
 
-    k_at (S,) and q_at (T,) are positions. mask: None where every row sees every key, "causal", or a
-    boolean (T, S).
+    k_at (S,) and q_at (T,) are positions. mask: None if every row sees every key, "causal", or a boolean (T,
+    S).
     """
 
     keys: Any
@@ -39,13 +40,13 @@ class View:
     )
 
 
-Parts = dict[str, tuple[int, Any]]  # name of an array -> numbers of a head and token, dtype
+Parts = dict[str, tuple[int, Any]]  # name of an array -> values per head and token, dtype
 Masked = tuple[tuple[int, int, int], View | None]
 NOTHING_MASKED: Masked = ((-1, -1, -1), None)
 
 
 class MlxCache(Cache):
-    """One conversation's keys and values; positions are Python numbers."""
+    """Keys and values of one conversation. Positions are Python numbers."""
 
     def __init__(self, shape: CacheShape, capacity: int, dtype: Any) -> None:
         super().__init__(shape, capacity)
@@ -53,8 +54,8 @@ class MlxCache(Cache):
 
     def _allocate(self, parts: Parts) -> None:
         self.held = self.span()
-        # Everything that is held of a token, by name: arrays (1, Hkv, held, ...), one a layer.
-        # Zeros, not garbage: a masked key has weight 0, and 0 times a NaN is a NaN
+        # All stored arrays by name: (1, Hkv, held, ...), one per layer.
+        # Zeros, not uninitialised memory: a masked key has weight 0, and 0 times NaN is NaN
         self.parts: dict[str, list[Any]] = {
             name: [mx.zeros((1, self.shape.num_key_value_heads, self.held, size), dtype)
                    for _ in range(self.shape.num_hidden_layers)]
@@ -63,13 +64,18 @@ class MlxCache(Cache):
         self._masked: Masked = NOTHING_MASKED
 
     def span(self, more: int = 1) -> int:
-        """Room for `more` tokens: a power of two, so that a cache is seldom copied, and few programs serve all lengths
-        that a captured step meets.
+        """Return the space for `more` tokens.
+
+        It is a power of two, so that a cache is seldom copied and few programs serve all lengths of a
+        captured step.
         """
         return min(self.capacity, max(SPAN, 1 << (self.length + more - 1).bit_length()))
 
     def reserve(self, more: int, evaluate: Callable[..., None]) -> None:
-        """Hold room for `more` tokens. evaluate: mx.eval, called for each array, so that the old one is freed."""
+        """Grow to space for `more` tokens.
+
+        `evaluate` (mx.eval) is called per array, so that the old one is freed.
+        """
         held = self.span(more)
         if held <= self.held:
             return
@@ -83,28 +89,28 @@ class MlxCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Of what is held."""
+        """Bytes allocated now."""
         return sum(array.nbytes for part in self.parts.values() for array in part)
 
     @property
     def owed(self) -> int:
-        """Bytes that it will hold at its capacity, beyond those of today."""
+        """Bytes that the cache can still grow by, up to its capacity."""
         return self.nbytes // self.held * (self.capacity - self.held)
 
     @property
     def arrays(self) -> list[Any]:
-        """All that is held, to be evaluated."""
+        """All stored arrays, to be evaluated."""
         return [array for part in self.parts.values() for array in part]
 
     def read(self, start: int, end: int) -> dict[str, Any]:
-        """As Backend.read_cache, still on the device."""
+        """Implement Backend.read_cache. The arrays are still on the device."""
         rows = {name: mx.concatenate([layer[..., start:end, :] for layer in part])
                 for name, part in self.parts.items()}  # fmt: skip
-        # NumPy has no bfloat16: its bits stand for it
+        # NumPy has no bfloat16; its bits are returned as uint16
         return {name: x.view(mx.uint16) if x.dtype == mx.bfloat16 else x for name, x in rows.items()}
 
     def write(self, rows: Mapping[str, npt.NDArray[Any]]) -> None:
-        """As Backend.write_cache."""
+        """Implement Backend.write_cache."""
         start, end = self.length, self.length + next(iter(rows.values())).shape[2]
         for name, part in self.parts.items():
             for layer, row in zip(part, mx.array(rows[name]), strict=True):
@@ -112,7 +118,7 @@ class MlxCache(Cache):
         self.length = end
 
     def append(self, layer: int, k: Any, v: Any, window: int) -> View:
-        """Write k, v (1, Hkv, T, D) behind the first `length` -> what these rows see."""
+        """Write k, v (1, Hkv, T, D) after the first `length` tokens. Returns what these rows see."""
         start, end = self.length, self.length + k.shape[2]
         low = max(0, start - window + 1) if window else 0
         keys, values = (self._put(name, layer, x, low) for name, x in (("k", k), ("v", v)))
@@ -120,14 +126,17 @@ class MlxCache(Cache):
         return View(keys, values, k_at, q_at, mask)
 
     def _put(self, name: str, layer: int, rows: Any, low: int) -> Any:
-        """Write rows (1, Hkv, T, ...) behind the first `length` of a part -> tokens low to the last written."""
+        """Write rows (1, Hkv, T, ...) after the first `length` of a part.
+
+        Returns tokens low to the last written.
+        """
         held, start, end = self.parts[name][layer], self.length, self.length + rows.shape[2]
-        assert end <= self.held, "room is reserved before a step"
+        assert end <= self.held, "space is reserved before a step"
         held[..., start:end, :] = rows.astype(held.dtype)
         return held[..., low:end, :]
 
     def _positions(self, low: int, start: int, end: int, window: int) -> tuple[Any, Any, Any]:
-        """Positions and mask, made once a step for all layers of one window."""
+        """Return positions and mask, computed once per step for all layers of one window."""
         if self._masked[0] != (start, end, window) or self._masked[1] is None:
             k_at, q_at = mx.arange(low, end), mx.arange(start, end)
             mask: Any = None
@@ -140,10 +149,13 @@ class MlxCache(Cache):
 
 
 class PackedCache(MlxCache):
-    """Keys and values in 4 or 8 bits, in groups along a head: longer contexts in less memory, no fused attention."""
+    """Keys and values in 4 or 8 bits, in groups along a head.
+
+    Contexts take less memory; attention is not fused.
+    """
 
     def __init__(self, shape: CacheShape, capacity: int, dtype: Any, bits: int) -> None:
-        """Raises BackendError for a head that has no whole groups."""
+        """Raises BackendError if the head size is not a multiple of a group size."""
         Cache.__init__(self, shape, capacity)
         self.packing = group_of(shape), bits
         self._allocate(packed_parts(shape, dtype, bits))
@@ -172,12 +184,15 @@ def group_of(shape: CacheShape) -> int:
 
 
 def parts(shape: CacheShape, dtype: Any) -> Parts:
-    """Of an MlxCache."""
+    """Return the parts of an MlxCache."""
     return {"k": (shape.head_dim, dtype), "v": (shape.head_dim, dtype)}
 
 
 def packed_parts(shape: CacheShape, dtype: Any, bits: int) -> Parts:
-    """Of a PackedCache: words, scales, biases. Those of keys are float32, as scores are. Raises BackendError."""
+    """Return the parts of a PackedCache: words, scales, biases. Raises BackendError.
+
+    Scales and biases of keys are float32, like scores.
+    """
     groups, words = shape.head_dim // group_of(shape), (shape.head_dim * bits // 32, mx.uint32)
     each = {
         "k": (words, (groups, mx.float32), (groups, mx.float32)),
@@ -192,17 +207,20 @@ def bytes_per_token(shape: CacheShape, parts: Parts) -> int:
 
 
 class TracedCache(Cache):
-    """The same inside a captured step of one row: the position is an array, shapes do not depend on it."""
+    """An MlxCache inside a captured step of one row. The position is an array; shapes do not depend on it."""
 
     def __init__(self, shape: CacheShape, span: int, position: Any, k: list[Any], v: list[Any]) -> None:
-        """k, v: an MlxCache's arrays as a program's arguments; position (1,) int32; looks at `span` keys."""
+        """k, v: an MlxCache's arrays as arguments of a program. position (1,) int32. span: keys to read."""
         super().__init__(shape, k[0].shape[2])
         self.at, self.k, self.v = position, list(k), list(v)
         self.k_at = mx.arange(span)
         self._masks: dict[int, Any] = {}
 
     def append(self, layer: int, k: Any, v: Any, window: int) -> View:
-        """As MlxCache.append. Masked keys cost a byte: Metal's one-query kernel skips them unread."""
+        """Like MlxCache.append.
+
+        Masked keys cost one byte each: Metal's one-query kernel skips them without reading.
+        """
         span = self.k_at.shape[0]
         self.k[layer] = mx.slice_update(self.k[layer], k.astype(self.k[layer].dtype), self.at, axes=(2,))
         self.v[layer] = mx.slice_update(self.v[layer], v.astype(self.v[layer].dtype), self.at, axes=(2,))
@@ -213,6 +231,6 @@ class TracedCache(Cache):
 
 
 def seen(k_at: Any, q_at: Any, window: int) -> Any:
-    """-> boolean (T, S): keys not later than the row and less than `window` before it (0: all)."""
+    """Return a boolean mask (T, S): keys not after the row and less than `window` before it (0: all)."""
     mask = k_at <= q_at[:, None]
     return mask & (k_at > q_at[:, None] - window) if window else mask

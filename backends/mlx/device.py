@@ -1,7 +1,6 @@
-"""MLX and the machine it finds: version, device, dtype, and how much memory may be taken.
+"""Import MLX and describe the machine: version, device, dtype, and the memory limit.
 
-The only module that imports MLX by itself; the others take `mx` from here, so that a missing or old
-MLX is one line and not a traceback from somewhere.
+The other modules import `mx` from here, so that a missing or old MLX gives a one-line error and no traceback.
 """
 
 from __future__ import annotations
@@ -14,10 +13,11 @@ from typing import Any
 
 from tinychat_mlx.errors import BackendError
 
-MINIMUM = (0, 32, 1)  # new_thread_unsafe_stream, asarray upon host memory; what this backend was tested with
+# new_thread_unsafe_stream, asarray of host memory; the version that this backend is tested with
+MINIMUM = (0, 32, 1)
 INSTALL = "pip install -U 'mlx>=0.32.1'"
 
-# float32 is for --exact and for scores of attention: on an M5 MLX would multiply it with 10 bits of fraction
+# float32 is for --exact and for attention scores; on an M5, MLX would multiply it with 10 bits of fraction
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 try:
@@ -27,11 +27,11 @@ except ImportError as e:
         f"MLX is not installed or does not load ({e})", where="mlx backend", remedy=INSTALL
     ) from None
 
-mx: Any = _mlx  # MLX ships no types of its arrays' methods
+mx: Any = _mlx  # MLX has no type hints for methods of its arrays
 
 
 def check_version(version: str) -> None:
-    """Raises BackendError for an MLX older than MINIMUM."""
+    """Raise BackendError for an MLX older than MINIMUM."""
     numbers = tuple(int(n) for n in re.findall(r"\d+", version)[: len(MINIMUM)])
     if numbers < MINIMUM:
         raise BackendError(f"MLX {version} is too old", where="mlx backend", remedy=INSTALL)
@@ -45,23 +45,23 @@ MB, GB = 1 << 20, 1 << 30
 
 @dataclass(frozen=True)
 class Chip:
-    """What MLX runs on. generation: 13 is M1, 14 M2, 15 M3, 16 M4; 0 is no Apple GPU."""
+    """The chip that MLX runs on. generation: 13 is M1, 14 M2, 15 M3, 16 M4; 0 is no Apple GPU."""
 
     name: str
     metal: bool
     generation: int
     memory: int  # bytes of the machine
-    working_set: int  # bytes Metal says a GPU program should not exceed; 0 without Metal
+    working_set: int  # bytes that Metal recommends as the maximum for a GPU program; 0 without Metal
 
     @property
     def limit(self) -> int:
-        """Bytes this process may take. Past three quarters macOS swaps, and then panics [mlx-lm#883]."""
+        """Bytes that this process may use. Above three quarters macOS swaps, and then panics [mlx-lm#883]."""
         quarters = self.memory * 3 // 4
         return min(quarters, self.working_set) if self.working_set else quarters
 
 
 def find_chip() -> Chip:
-    """Ask MLX. Raises BackendError on a Mac whose GPU is not reachable."""
+    """Query MLX. Raises BackendError on a Mac without a usable GPU."""
     metal = bool(mx.metal.is_available())
     if sys.platform == "darwin" and not metal:
         raise BackendError(
@@ -81,17 +81,17 @@ def find_chip() -> Chip:
 
 
 def machine_memory() -> int:
-    """Bytes of RAM, where MLX does not say."""
+    """Return the bytes of RAM if MLX does not report them."""
     import psutil
 
     return int(psutil.virtual_memory().total)
 
 
 def choose_dtype(chip: Chip, exact: bool) -> Any:
-    """float16 on a GPU, float32 when exact and on a CPU, where MLX's half is slow and inaccurate.
+    """Return float16 on a GPU, float32 in exact mode and on a CPU, where MLX's half is slow and inaccurate.
 
-    TINYCHAT_MLX_DTYPE overrides it. bfloat16 needs an M3: M1 and M2 emulate it, and our scales are
-    float16, of which it loses three bits. Raises BackendError for a dtype that is unknown or emulated.
+    TINYCHAT_MLX_DTYPE overrides it. bfloat16 needs an M3: M1 and M2 emulate it, and it loses three bits of
+    our float16 scales. Raises BackendError for an unknown or emulated dtype.
     """
     name = os.environ.get("TINYCHAT_MLX_DTYPE") or ("float16" if chip.metal and not exact else "float32")
     if name not in DTYPES:
@@ -106,9 +106,9 @@ def choose_dtype(chip: Chip, exact: bool) -> Any:
 
 
 def set_limits(chip: Chip) -> None:
-    """Keep MLX below the point where macOS dies, and the weights wired so that they are not paged out.
+    """Limit MLX's memory to what macOS tolerates, and wire the weights so that they are not paged out.
 
-    Process-wide, hence set when a backend is made, not when a module is imported.
+    The limits are per process, so they are set when a backend is created, not on import.
     """
     mx.set_memory_limit(chip.limit)
     # Freed buffers kept for reuse: activations of a prefill piece and one attention matrix fit

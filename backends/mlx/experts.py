@@ -1,4 +1,4 @@
-"""A mixture of experts without leaving the device: experts stacked, and multiplied by index."""
+"""Mixture of experts on the device: experts are stacked and selected by index."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tinychat_mlx.backends.mlx.device import mx
 from tinychat_mlx.backends.mlx.weights import GROUPS, arrays_of, pack
 from tinychat_mlx.weight import Dense, Weight
 
-SORTED = 64  # products from which rows are put in the order of their experts, so that each is read once
+SORTED = 64  # products from which rows are sorted by expert, so that each expert is read once
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Stack:
     group_size: int
 
     def matmul(self, x: Any, expert: Any, in_order: bool) -> Any:
-        """x (M, 1, K), expert (M,) uint32 -> (M, 1, N): row m by the matrix expert[m]."""
+        """x (M, 1, K), expert (M,) uint32 -> (M, 1, N). Multiplies row m with the matrix expert[m]."""
         if not self.bits:
             w = self.arrays[0].swapaxes(-1, -2)
             return mx.gather_mm(x, w, rhs_indices=expert, sorted_indices=in_order)
@@ -34,14 +34,14 @@ class Stack:
 
 
 def form_of(w: Weight) -> tuple[Any, ...]:
-    """What two weights must share to be stacked."""
+    """Return what two weights must have in common to be stacked."""
     if w.bias is not None:
         return (id(w),)
     return (w.shape,) if isinstance(w, Dense) else (w.shape, w.w_bit, w.group_size)
 
 
 def stack(weights: Sequence[Weight], dtype: Any, share: bool) -> Stack:
-    """Weights of one form -> a Stack, each byte brought to its place at once."""
+    """Stack weights of one form. Each byte is copied directly to its place."""
     first = weights[0]
     arrays = (a.reshape(len(weights), first.shape[0], -1) for a in arrays_of(weights, dtype, share))
     if isinstance(first, Dense):
@@ -51,7 +51,7 @@ def stack(weights: Sequence[Weight], dtype: Any, share: bool) -> Stack:
 
 @dataclass(frozen=True)
 class Experts:
-    """The routed experts stacked (gate and up joined), and the shared one, if any, as it is."""
+    """The routed experts, stacked (gate and up joined), and the shared one, if any, as it is."""
 
     up: Stack
     down: Stack
@@ -61,9 +61,10 @@ class Experts:
 def pack_experts(
     pairs: list[tuple[Weight, Weight]], act: str, dtype: Any, share: bool
 ) -> Experts | tuple[Mlp, ...]:
-    """(gate_up, down) of each expert, the shared one last -> Experts, or one by one where the forms differ.
+    """Pack (gate_up, down) of each expert, the shared one last: stacked, or one by one if the forms differ.
 
-    A shared expert of the routed ones' size cannot be told from them here: it is stacked, and found by index.
+    A shared expert with the routed experts' size is not distinguishable here. It is stacked and selected by
+    index.
     """
 
     def alone(pair: tuple[Weight, Weight]) -> Mlp:
@@ -80,7 +81,7 @@ def pack_experts(
 
 
 def route(logits: Any, moe: Moe) -> tuple[Any, Any, Any]:
-    """Router logits (T, E [+ 1]) -> experts (T, k), their weights (T, k), the shared one's (T, 1) or None."""
+    """Route logits (T, E [+ 1]) -> experts (T, k), their weights (T, k), the shared one's (T, 1) or None."""
     logits = logits.astype(mx.float32)
     p = mx.softmax(logits[:, : moe.num_experts], -1)
     choice = mx.argpartition(-p, moe.top_k - 1, -1)[:, : moe.top_k]
@@ -94,11 +95,11 @@ def route(logits: Any, moe: Moe) -> tuple[Any, Any, Any]:
 def mixture(
     h: Any, logits: Any, moe: Moe, glu: Callable[[Any, Any], Any], mlp: Callable[[Any, Mlp], Any]
 ) -> Any:
-    """h (T, C), the router's logits -> the weighted sum of each row's experts (T, C)."""
+    """Return the weighted sum of each row's experts (T, C) for h (T, C) and the router's logits."""
     experts = moe.experts
     assert isinstance(experts, Experts)
     choice, share, shared = route(logits, moe)
-    if shared is not None and experts.shared is None:  # stacked behind the routed ones
+    if shared is not None and experts.shared is None:  # stacked after the routed ones
         choice = mx.concatenate([choice, mx.full(shared.shape, moe.num_experts, mx.uint32)], -1)
         share = mx.concatenate([share, shared], -1)
     rows, k = choice.shape

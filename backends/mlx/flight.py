@@ -1,15 +1,15 @@
-"""One step runs on the device while the next is issued, in two halves of the layers.
+"""Issue a step in two halves of the layers, so that it is issued while the previous step runs.
 
-A step writes its keys and values into the cache's own arrays only where nobody else uses them when MLX encodes the
-write: MLX copies an array that has another user, here the attention of the step before, which is still running. A
-cache of 268 MB (Llama-3.2-1B after 8192 tokens) would be copied for every token. So the second step is not encoded
-whole while the first runs, but one half behind it:
+A step writes its keys and values into the cache's arrays in place only if no other operation uses them when
+MLX encodes the write. MLX copies an array with another user, here the attention of the previous step, which
+is still running. A cache of 268 MB (Llama-3.2-1B after 8192 tokens) would be copied for every token. The
+second step is therefore not encoded as a whole while the first runs, but one half later:
 
     device   | step n, lower half | step n, upper half | step n+1, lower half | step n+1, upper half |
     issued   | n, upper           | n+1, lower         | n+1, upper           | n+2, lower           |
 
-When a half is encoded, the same layers of the step before have been read, and the device has a half step left to
-work on. The halves are told apart by the layer whose attention is asked for, so the graph need not know of it.
+When a half is encoded, the same layers of the previous step have been read, and the device still has half a
+step of work. The layer whose attention is called identifies the half, so the graph needs no changes.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from tinychat_mlx.backends.mlx.device import mx
 
 
 class Flight:
-    """What was issued last. evaluating: what stands round every evaluation."""
+    """The last issued halves. evaluating: context manager around every evaluation."""
 
     def __init__(self, evaluating: Callable[[], AbstractContextManager[None]]) -> None:
         self._evaluating = evaluating
-        self._lower: Any = None  # of the last step: made after its lower layers were read, and
-        self._upper: Any = None  # after its upper ones were
-        self._writes = False  # whether the step being made writes caches of ours; mlx-lm copies its own
+        self._lower: Any = None  # of the last step, computed after its lower layers were read
+        self._upper: Any = None  # the same for its upper layers
+        self._writes = False  # whether the current step writes our caches; mlx-lm copies its own
 
     def writing(self) -> None:
-        """Called while a step is made that writes caches of ours."""
+        """Mark that the current step writes our caches."""
         self._writes = True
 
     def attending(self, q: Any, layer: int, layers: int) -> None:
-        """Called before each layer's attention: issues the lower half when the upper one begins."""
+        """Issue the lower half when the upper one starts. Called before each layer's attention."""
         self.writing()
         if layers < 2 or layer != layers // 2:
             return
@@ -46,7 +46,7 @@ class Flight:
         self._lower = q
 
     def issue(self, result: Any) -> Any:
-        """Issue the rest of a step, of which this is the result -> the result."""
+        """Issue the rest of a step, whose result is given. Returns the result."""
         with self._evaluating():
             if self._writes and self._upper is not None:
                 mx.eval(self._upper)

@@ -1,13 +1,14 @@
-"""Our Metal kernels: when one applies, how it is launched, and the MLX operations it stands for.
+"""Our Metal kernels: when they apply, how they are launched, and the MLX operations that they replace.
 
-All are one text in variants: a packed product of one row (`matvec`) or of 2 to 8 rows (`rows`), with the
-RMSNorm before it (`norm`), the gated activation (`gate_up`), the bias and the residual folded in. For a head there are
-three of another kind (head.py).
+All are variants of one source: a packed product of one row (`matvec`) or of 2 to 8 rows (`rows`), fused with
+the preceding RMSNorm (`norm`), the gated activation (`gate_up`), the bias and the residual. A head has three
+other kernels (head.py).
 
-There is none for prefill, on purpose. MLX's qmm_t decodes a 32 x 32 tile of weights for 32 rows of x: about
-4 operations for each of 1024 weights beside 32 · 1024 multiply-adds, 12 %. Tiles of 64 rows would save half
-of that, 6 % at best, for twice the accumulators (fewer threadgroups in flight on an 8-core M1), and MLX has
-kernels for the M5's matrix units that ours would keep it from. A gain on paper that small needs a Mac first.
+There is none for prefill. MLX's qmm_t decodes a 32 x 32 tile of weights for 32 rows of x: about 4 operations
+for each of 1024 weights compared with 32 · 1024 multiply-adds, 12 %. Tiles of 64 rows would save half of
+that, 6 % at best, for twice the accumulators (fewer threadgroups in flight on an 8-core M1). MLX also has
+kernels for the M5's matrix units, which ours would bypass. A theoretical gain this small must first be
+measured on a Mac.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from tinychat_mlx import backend
 from tinychat_mlx.backend import Choice, Norm
 from tinychat_mlx.backends.mlx.activations import glu_of
 from tinychat_mlx.backends.mlx.device import mx
@@ -25,7 +27,9 @@ from tinychat_mlx.backends.mlx.weights import MlxHandle, PackedHandle
 
 KINDS = ("matvec", "norm", "gate_up", "rows")
 MOST_ROWS = 8
-ACTS = ("silu", "gelu_tanh", "relu", "relu2")  # their numbers in packed.metal; Metal has no erf for gelu
+ACTS = tuple(
+    act for act in backend.ACTS if act != "gelu"
+)  # as packed.metal numbers them; Metal has no erf for gelu
 THREADS, ROWS_A_THREADGROUP = 64, 8  # two SIMD-groups of four rows of W, or of two gate and two up rows
 
 Takes = Callable[[str], bool]
@@ -39,24 +43,24 @@ def kind_of(rows: int, norm: Norm | None, act: str | None) -> str:
 
 
 def key_of(kind: str, rows: int, w: PackedHandle, residual: bool) -> str:
-    """What a measurement is of: "norm 3072x2048 int4 g128 float16", what is added, and the number of rows if several."""
+    """Return a measurement's key: "norm 3072x2048 int4 g128 float16", what is added, and the rows if several."""
     name = str(w.scales.dtype).removeprefix("mlx.core.")
     tail = " bias" * (w.bias is not None) + " residual" * residual + (f" {rows} rows" if rows > 1 else "")
     return f"{kind} {w.shape[0]}x{w.shape[1]} int{w.bits} g{w.group_size} {name}{tail}"
 
 
 def applies(x: Any, w: MlxHandle, norm: Norm | None, act: str | None) -> bool:
-    """Whether a kernel means the same as the stock operations here."""
+    """Return whether a kernel computes the same as the stock operations here."""
     if not isinstance(w, PackedHandle) or w.bits not in (4, 8) or x.dtype not in (w.scales.dtype, mx.float32):
         return False
     n, k = w.shape
-    # 256: MLX hands inputs of under 8 elements over as constants, which the kernels do not read
+    # 256: MLX passes inputs of under 8 elements as constants, which the kernels do not read
     sizes = 1 <= x.shape[0] <= MOST_ROWS and k % 32 == 0 and n * k >= 256
     return sizes and (norm is None or norm.kind == "rms") and (act is None or act in ACTS)
 
 
 class Kernels:
-    """The kernels a backend may use. takes(key) says for which shapes they are chosen."""
+    """The kernels that a backend may use. takes(key) returns whether a shape's kernel is chosen."""
 
     def __init__(self, takes: Takes) -> None:
         self.takes = takes
@@ -72,7 +76,7 @@ class Kernels:
         act: str | None = None,
         residual: Any = None,
     ) -> Any | None:
-        """[residual +] [glu of] (norm(x) · wᵀ + bias), or None: the stock operations are to be used."""
+        """Return [residual +] [glu of] (norm(x) · wᵀ + bias), or None to use the stock operations."""
         if not applies(x, w, norm, act):
             return None
         assert isinstance(w, PackedHandle)
@@ -82,14 +86,14 @@ class Kernels:
         return self.launch(x, w, norm, act, residual)
 
     def head(self, x: Any, w: Any, norm: Norm | None, choice: Choice | None) -> Any | None:
-        """norm(x) · wᵀ of one row, where a token is to be chosen (head.py), or None: it is a product as any other.
+        """Return norm(x) · wᵀ of one row if a token is chosen from it (head.py), else None.
 
-        A weight in halves was made so because its kernels were chosen.
+        A weight is stored in halves only if its kernels were chosen.
         """
         return self.shortlist.logits(x, w, norm, choice) if isinstance(w, HalvedHandle) else None
 
     def launch(self, x: Any, w: PackedHandle, norm: Norm | None, act: str | None, residual: Any) -> Any:
-        """As product, unconditionally. x (T, K) with T from 1 to MOST_ROWS -> (T, N), or (T, N / 2) with act.
+        """Compute `product` unconditionally: x (T, K), T ≤ MOST_ROWS -> (T, N), or (T, N / 2) with act.
 
         The result has the dtype of the residual, or else of the weight's scales; x may be float32.
         """
@@ -118,7 +122,7 @@ class Kernels:
         return self._eps.setdefault(value, mx.array(value, mx.float32))
 
     def _kernel(self, bits: int, rows: int, act: str | None, given: tuple[str, ...]) -> Any:
-        """The variant for these operands, made once. mx.fast is asked late, so that a test may replace it."""
+        """Return the variant for these operands, created once. mx.fast is looked up late, for tests."""
         variant = (bits, rows, act, given)
         if variant not in self._made:
             defines = {
@@ -144,9 +148,9 @@ def stock(
     x: Any, w: MlxHandle | HalvedHandle, norm: Norm | None, act: str | None, residual: Any,
     glu: Binary | None = None,
 ) -> Any:  # fmt: skip
-    """What Kernels.launch stands for, in MLX's own operations: its twin in tests and in measurements.
+    """Compute Kernels.launch with MLX's operations, as the reference in tests and measurements.
 
-    glu: the gated activation, where it is to be another function than that of `act`.
+    glu: replaces the gated activation of `act`.
     """
     h = x if norm is None else mx.fast.rms_norm(x, norm.weight.astype(x.dtype), norm.eps)
     y = w.matmul(h.astype(w.scales.dtype) if isinstance(w, PackedHandle | HalvedHandle) else h)

@@ -1,7 +1,8 @@
-"""A weight of 8 bits as two of 4, so that a head can be read by its upper halves alone (head.py).
+"""An 8-bit weight stored as two 4-bit weights, so that a head can be read by its upper halves only (head.py).
 
-A code of 8 bits is |uuuu|llll|, its weight 16 s u + s l + b. Each plane is packed as MLX packs weights of 4 bits:
-word c:  | 8c+7 | 8c+6 | ... | 8c+1 | 8c |.
+An 8-bit code is |uuuu|llll|, its weight 16 s u + s l + b. Each plane is packed like MLX's 4-bit weights:
+
+    word c:  | 8c+7 | 8c+6 | ... | 8c+1 | 8c |
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ import numpy as np
 from tinychat_mlx.backends.mlx import cost
 from tinychat_mlx.backends.mlx.device import mx
 
-LEAST_ROWS = 1 << 15  # a vocabulary has more; a smaller weight is read faster than three kernels are started
-BLOCK = 1 << 12  # rows taken apart at once: some megabytes
+LEAST_ROWS = 1 << 15  # a vocabulary has more; a smaller weight is read faster than three kernels are launched
+BLOCK = 1 << 12  # rows split at once: some megabytes
 
 Fuse = Callable[[str, Callable[..., Any]], Callable[..., Any]]
 
 
 @dataclass(frozen=True, eq=False)
 class HalvedHandle:
-    """upper, lower (N, K / 8) uint32; scales, biases (N, K / G) as in the 8-bit weight, in the compute dtype."""
+    """upper, lower (N, K / 8) uint32; scales, biases (N, K / G) of the 8-bit weight, in the compute dtype."""
 
     name: str
     shape: tuple[int, int]
@@ -32,41 +33,42 @@ class HalvedHandle:
     scales: Any
     biases: Any
     group_size: int
-    join: Callable[[Any, Any], Any]  # `joined`, as one kernel where there is Metal
+    join: Callable[[Any, Any], Any]  # `joined`, compiled to one kernel on Metal
 
     def matmul(self, x: Any) -> Any:
-        """x (T, K) -> (T, N), the sum of two stock products: 16 s is exact, each product and the sum are rounded."""
+        """x (T, K) -> (T, N), the sum of two stock products. 16 s is exact; the products and sum are rounded."""
         form: dict[str, Any] = {"transpose": True, "group_size": self.group_size, "bits": 4}
         upper = mx.quantized_matmul(x, self.upper, 16 * self.scales, self.biases, **form)
         return upper + mx.quantized_matmul(x, self.lower, self.scales, mx.zeros_like(self.biases), **form)
 
     def rows(self, ids: Any) -> Any:
-        """-> (T, K), the very numbers of the 8-bit weight: it may be the embedding as well."""
+        """Return (T, K), bit-identical to the 8-bit weight, which may be the embedding too."""
         words = self.join(self.upper[ids].view(mx.uint16), self.lower[ids].view(mx.uint16))
         return mx.dequantize(words, self.scales[ids], self.biases[ids], group_size=self.group_size, bits=8)
 
     def left_out(self, share: float) -> float:
-        """Bytes less than all that a token reads, where it reads the lower halves of this share of the tiles."""
+        """Return the bytes saved per token if the lower halves of this share of the tiles are read."""
         size = self.scales.dtype.size
         whole = self.upper.nbytes + self.lower.nbytes + self.scales.nbytes + self.biases.nbytes
         return float(whole - cost.halved_bytes(*self.shape, self.group_size, share, size))
 
 
 def key_of(shape: tuple[int, int], group_size: int, dtype: Any) -> str:
-    """What a measurement is of: "head 128256x2048 int8 g128 float16"."""
+    """Return a measurement's key: "head 128256x2048 int8 g128 float16"."""
     name = str(dtype).removeprefix("mlx.core.")
     return f"head {shape[0]}x{shape[1]} int8 g{group_size} {name}"
 
 
 def suits(shape: tuple[int, int], bits: int, biased: bool) -> bool:
-    """Whether a packed weight may be kept in halves."""
+    """Return whether a packed weight may be stored in halves."""
     return bits == 8 and not biased and shape[0] >= LEAST_ROWS
 
 
 def halved(name: str, words: Any, scales: Any, biases: Any, fuse: Fuse) -> HalvedHandle:
-    """words (N, K / 4) uint32, NumPy's (a mapped file's, say) or the device's: of four 8-bit codes each.
+    """Split words (N, K / 4) uint32 of four 8-bit codes each, from NumPy (a mapped file) or the device.
 
-    They are taken apart block by block: all the memory that needs is the planes' own. fuse(name, f): f as one kernel.
+    They are split block by block, so the only memory needed is that of the planes. fuse(name, f): f as one
+    kernel.
     """
     n, of_a_row = words.shape
     planes = [mx.zeros((n, of_a_row // 2), mx.uint32) for _ in range(2)]
@@ -93,7 +95,10 @@ def lower_of(words: Any) -> Any:
 
 
 def joined(upper: Any, lower: Any) -> Any:
-    """uint16 of four upper and of four lower halves -> uint32 of the four codes: what the two above take apart."""
+    """uint16 of four upper and of four lower halves -> uint32 of the four codes.
+
+    Inverse of the two functions above.
+    """
     return spread(upper) << 4 | spread(lower)
 
 

@@ -1,16 +1,18 @@
-"""Logits of a head in halves: every row by its upper halves, and by all its bits where that may matter to a choice.
+"""Logits of a head in halves: every row by its upper halves, and by all its bits if that may affect a choice.
 
-What the upper halves leave out of a logit is a sum of s (l - 7.5) x. Lower halves are as good as random on 0 to 15, so
-it is as good as normal, with a deviation d = sqrt(85/4 * sum over groups of s^2 |x|^2). The difference of two logits is
-off by sqrt(2) d: a token 6 of those below the best is the best in truth once in 10^9 times. Where a token is drawn at a
-temperature T, one of an estimate y weighs e^(y / T + (d / T)^2 / 2) in the mean. So an estimate is to be taken for
+The upper halves omit a sum of s (l - 7.5) x from a logit. Lower halves are close to uniform on 0 to 15, so
+the sum is close to normal, with a deviation d = sqrt(85/4 * sum over groups of s^2 |x|^2). The difference of
+two logits has a deviation of sqrt(2) d. A token 6 of those below the best is the true best once in 10^9
+times. If a token is sampled at a temperature T, one with estimate y has a mean weight of e^(y / T + (d / T)^2
+/ 2). An estimate's bound is therefore
     reach = y + u |y| + the lesser of 6 sqrt(2) d and d^2 / 2T (greedy: the former),
-and beside it stands best - u |best|: u, half a unit of the last place, is what rounding to the result's dtype may move
-a logit, so that no estimate left as it is equals a best one that was read. What this does to a drawn token: on the demo's
-held-out text at temperatures of 0.7 and 1 a KL of 2e-5 in the mean, 3e-4 at most. Three kernels, none of which the host waits for:
-    upper   the estimates, and of each tile of four rows the largest and its reach
+and it is compared with best - u |best|. u, half a unit of the last place, is the rounding error of the
+result's dtype, so that no unrefined estimate equals a best one that was refined. The effect on sampled
+tokens: on the demo's held-out text at temperatures of 0.7 and 1 a mean KL of 2e-5, 3e-4 at most. The host
+waits for none of the three kernels:
+    upper   the estimates, and the largest estimate and reach of each tile of four rows
     least   the least reach that matters, by one threadgroup
-    lower   adds the lower halves where a tile reaches it, and hands on the other estimates
+    lower   adds the lower halves of tiles that reach it, and copies the other estimates
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from tinychat_mlx.backends.mlx.texts import defined, text
 KIND = "head"
 TILE = 4  # rows of a SIMD-group in upper.metal, R there
 THREADS = 64  # two SIMD-groups, in upper.metal of a tile each, in lower.metal of 32 rows
-LEAST_THREADS = 512  # a kernel of many registers may be refused 1024
+LEAST_THREADS = 512  # a kernel with many registers may not support 1024
 VARIANCE, MARGIN = 85 / 4, 6 * math.sqrt(2)
 HALF_UNIT = {mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8, mx.float32: 2.0**-24}
 
@@ -40,14 +42,14 @@ class OnDevice(Choice):
 
 
 def array_of(choice: Choice | None) -> Any:
-    """-> (2,) float32: temperature, tail."""
+    """Return (2,) float32: temperature, tail."""
     if isinstance(choice, OnDevice):
         return choice.given
     return mx.array([0.0, 0.0] if choice is None else [choice.temperature, choice.tail], mx.float32)
 
 
 class Shortlist:
-    """Launches the kernels. tally: where it is a list, each step's share of tiles read whole is put there."""
+    """Launches the kernels. tally: if it is a list, each step appends its share of tiles read at full width."""
 
     def __init__(self) -> None:
         self.tally: list[Any] | None = None
@@ -55,7 +57,10 @@ class Shortlist:
         self._every = mx.array([-math.inf], mx.float32)
 
     def logits(self, x: Any, w: HalvedHandle, norm: Norm | None, choice: Choice | None) -> Any:
-        """norm(x) · wᵀ, x (1, K) -> (1, N) in the dtype of the scales. choice None: every tile is read whole."""
+        """Return norm(x) · wᵀ for x (1, K) as (1, N) in the dtype of the scales.
+
+        choice None: every tile is read at full width.
+        """
         given = array_of(choice)
         estimate, top, reach = self.upper(x, w, norm, given)
         least = self._every if choice is None else self.least(top, reach, given, w.scales.dtype)
@@ -64,7 +69,7 @@ class Shortlist:
         return self.lower(x, w, norm, estimate, reach, least)
 
     def upper(self, x: Any, w: HalvedHandle, norm: Norm | None, given: Any) -> list[Any]:
-        """-> estimates (1, N), top and reach (tiles,), float32."""
+        """Return estimates (1, N), top and reach (tiles,), float32."""
         n, named = w.shape[0], {"x": x, "w": w.upper, "scales": w.scales, "biases": w.biases}
         named |= _norm(norm) | {"choice": given}
         defines = {"NORM": int(norm is not None), "UPPER": 1, "LOWER": 0}
@@ -77,7 +82,7 @@ class Shortlist:
         )  # fmt: skip
 
     def least(self, top: Any, reach: Any, given: Any, dtype: Any) -> Any:
-        """-> (1,) float32. dtype: of the logits."""
+        """Return the least reach that matters, (1,) float32. dtype: of the logits."""
         kernel = self._kernel(
             "least", {"THREADS": LEAST_THREADS}, dtype, ("top", "reach", "choice"), ("least",)
         )
@@ -103,7 +108,7 @@ class Shortlist:
     def _kernel(
         self, name: str, defines: dict[str, int], dtype: Any, inputs: tuple[str, ...], outputs: tuple[str, ...]
     ) -> Any:  # fmt: skip
-        """The variant for these operands, made once. mx.fast is asked late, so that a test may replace it."""
+        """Return the variant for these operands, created once. mx.fast is looked up late, for tests."""
         digits = round(-math.log2(HALF_UNIT[dtype]))
         variant = (name, digits, *defines.values())
         if variant not in self._made:

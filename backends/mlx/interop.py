@@ -1,12 +1,11 @@
-"""mlx-lm's model in place of our decoder: for architectures that our graph does not know, on a Mac.
+"""mlx-lm's model in place of our decoder, for architectures that our graph does not support, on a Mac.
 
-Never chosen silently: `--engine mlx-lm` asks for it. It has the decoder's calls (`config`, `backend`,
-`new_cache`, `forward`, `advance`), so the engine, the chat and the server run on it unchanged.
+Used only with `--engine mlx-lm`. It has the decoder's interface (`config`, `backend`, `new_cache`, `forward`,
+`advance`), so the engine, the chat and the server run on it unchanged.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,13 @@ from tinychat_mlx.backends.mlx.backend import MlxBackend
 from tinychat_mlx.backends.mlx.device import mx
 from tinychat_mlx.errors import BackendError, FormatError
 
-INSTALL = "pip install -U 'mlx-lm>=0.32'"  # older ones run Python that config.json names (CVE-2026-5843)
+# older versions run Python code that config.json names (CVE-2026-5843)
+INSTALL = "pip install -U 'mlx-lm>=0.32'"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the engine asks a model's config for."""
+    """The fields of a model's config that the engine reads."""
 
     vocab_size: int
     max_position_embeddings: int
@@ -30,12 +30,12 @@ class Limits:
 
 
 class ForeignCache(Cache):
-    """mlx-lm's caches of all layers, and the tokens in them: not every kind can be cut back."""
+    """mlx-lm's caches of all layers, and the tokens in them. Not every kind can be truncated."""
 
     def __init__(self, model: Any, capacity: int) -> None:
         super().__init__(CacheShape(0, 0, 0), capacity)
         self.model, self.tokens = model, mx.zeros(0, mx.int32)
-        self.pending = 0  # the last so many tokens must be computed again before the next
+        self.pending = 0  # the last `pending` tokens must be recomputed before the next one
         self.layers = self._fresh()
 
     def _fresh(self) -> Any:
@@ -44,7 +44,10 @@ class ForeignCache(Cache):
         return make_prompt_cache(self.model)
 
     def rewind(self, length: int) -> None:
-        """Cut every layer back; where one cannot be (sliding windows, state spaces), begin again."""
+        """Truncate every layer.
+
+        If a layer does not support it (sliding windows, state spaces), start from an empty cache.
+        """
         from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
         surplus = self.length - length
@@ -57,12 +60,16 @@ class ForeignCache(Cache):
 
 
 class MlxLmDecoder:
-    """Raises BackendError without mlx-lm or for an architecture it does not know, FormatError for a bad folder."""
+    """A decoder that runs mlx-lm's model.
 
-    def __init__(self, folder: Path, backend: MlxBackend | None = None) -> None:
+    Raises BackendError without mlx-lm or for an architecture it does not support, and FormatError for a bad
+    folder.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], backend: MlxBackend | None = None) -> None:
+        """config: what the folder's config.json holds."""
         self.backend = MlxBackend() if backend is None else backend
         self.backend.enter()
-        config = read_config(folder)
         self.backend.check_weights(
             folder.name, sum(f.stat().st_size for f in folder.glob("model*.safetensors"))
         )
@@ -83,20 +90,20 @@ class MlxLmDecoder:
             self.quantization = f"int{packed.get('bits')} g{packed.get('group_size')}"
 
     def new_cache(self, capacity: int) -> ForeignCache:
-        """Raises BackendError where weights and cache together would not fit."""
+        """Allocate a cache. Raises BackendError if weights and cache do not fit together."""
         self.backend.enter()
-        # Twice: mlx-lm's keys and values are copied while the step before reads them
+        # Twice: mlx-lm's keys and values are copied while the previous step reads them
         self.backend.check_context(2 * kv_bytes(self.model, capacity), capacity)
         return ForeignCache(self.model, capacity)
 
     def forward(
         self, ids: Sequence[int], cache: Cache, last_only: bool = True, choice: Choice | None = None
     ) -> Tensor:
-        """ids (T,) continue what cache holds -> logits (1, V) of the last, or (T, V) of all, each of them exact."""
+        """Continue the cache with ids (T,) -> logits (1, V) of the last, or (T, V) of all. All are exact."""
         return self._continue(self.backend.ids(ids), cache, last_only)
 
     def advance(self, token: Tensor, cache: Cache, choice: Choice | None = None) -> Tensor:
-        """forward of one token (1,) that is still on the device -> logits (1, V)."""
+        """Run forward for one token (1,) that is still on the device -> logits (1, V)."""
         return self._continue(token, cache, True)
 
     def _continue(self, ids: Tensor, cache: Cache, last_only: bool) -> Tensor:
@@ -111,14 +118,14 @@ class MlxLmDecoder:
         return logits[-1:] if last_only else logits
 
     def describe(self) -> str:
-        """Said aloud where the model is announced."""
+        """Describe the engine for the message at start-up."""
         import mlx_lm
 
         return f"mlx-lm {mlx_lm.__version__} runs this model, not tinychat's own graph"
 
 
 def kv_bytes(model: Any, capacity: int) -> int:
-    """What mlx-lm's caches hold of `capacity` tokens: asked of the shapes after one token, which nothing computes."""
+    """Return the bytes of mlx-lm's caches for `capacity` tokens, from shapes after one token (not computed)."""
     from mlx_lm.models.cache import make_prompt_cache
 
     layers = make_prompt_cache(model)
@@ -127,7 +134,10 @@ def kv_bytes(model: Any, capacity: int) -> int:
 
 
 def held(cache: Any, capacity: int) -> int:
-    """One layer's bytes: keys and values grow with the tokens, to the end of a window; a state does not grow."""
+    """Return one layer's bytes.
+
+    Keys and values grow with the tokens up to a window; a state has a fixed size.
+    """
     if hasattr(cache, "caches"):
         return sum(held(c, capacity) for c in cache.caches)
     keys = getattr(cache, "keys", None)
@@ -138,27 +148,8 @@ def held(cache: Any, capacity: int) -> int:
     return int(cache.nbytes * min(capacity, window) // rows)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json; refuses one that names Python code to run."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise FormatError(
-            f"cannot be read ({e})", where=folder / "config.json", remedy="check that it is a model folder"
-        ) from None
-    if not isinstance(config, dict):
-        raise FormatError("not a JSON object", where=folder / "config.json")
-    if "model_file" in config:
-        raise FormatError(
-            "model_file names Python code, which tinychat does not run",
-            where=folder / "config.json",
-            remedy="use a model without model_file",
-        )
-    return config
-
-
 def load_model(folder: Path) -> Any:
-    """mlx-lm's module with its weights on the device."""
+    """Load mlx-lm's module with its weights on the device."""
     try:
         import mlx_lm.utils
     except ImportError as e:
@@ -176,7 +167,7 @@ def load_model(folder: Path) -> Any:
         KeyError,
         AttributeError,
         FileNotFoundError,
-    ) as e:  # all ways to dislike a config
+    ) as e:  # all errors that an unsupported config can raise
         raise BackendError(
             f"mlx-lm does not load {folder.name}: {e}",
             where="--engine mlx-lm",

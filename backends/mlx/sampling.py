@@ -1,4 +1,4 @@
-"""Sampling on the device, so that the next step starts before the last token is known to Python."""
+"""Sampling on the device, so that the next step starts before Python reads the last token."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from tinychat_mlx.backends.mlx.device import mx
 def drawer(
     temperature: float, top_k: int, top_p: float, min_p: float, seed: int | None
 ) -> Callable[[Any], Any]:
-    """-> a function logits (1, V) -> token (1,) int32, or -1 where the logits are not finite.
+    """Return a function logits (1, V) -> token (1,) int32, or -1 if the logits are not finite.
 
-    Same parameters and seed, same tokens; they differ from the host sampler's, whose generator is NumPy's.
+    The same parameters and seed give the same tokens. They differ from the host sampler's, which uses NumPy's
+    generator.
     """
     if temperature == 0:
         return lambda logits: checked(mx.argmax(logits[-1]), logits[-1])
@@ -30,9 +31,10 @@ def drawer(
 
 
 def penalising(draw: Callable[[Any], Any], penalty: float, seen: Sequence[int]) -> Callable[[Any], Any]:
-    """draw from logits in which tokens seen before are less likely, as sampler.penalised has it.
+    """Wrap `draw` so that tokens seen before are less likely, as in sampler.penalised.
 
-    Which ones were seen is kept on the device: the token drawn last is not known to Python when the next is drawn.
+    The seen tokens are tracked on the device, because Python does not have the last token when the next one
+    is drawn.
     """
     state: list[Any] = []
 
@@ -49,12 +51,12 @@ def penalising(draw: Callable[[Any], Any], penalty: float, seen: Sequence[int]) 
 
 
 def checked(token: Any, logits: Any) -> Any:
-    """token (), or -1: NaN and infinity do not stop a GPU, so the token carries the news."""
+    """Return token (), or -1 if a logit is not finite. A GPU does not stop at NaN and infinity."""
     return mx.where(mx.isfinite(logits).all(), token.astype(mx.int32), -1)[None]
 
 
 def filtered(logits: Any, temperature: float, top_k: int, top_p: float, min_p: float) -> Any:
-    """logits (V,) -> float32 (V,) scaled by temperature, -inf where top-k, top-p or min-p excludes.
+    """Scale logits (V,) by temperature -> float32 (V,), -inf where top-k, top-p or min-p excludes a token.
 
     Unlike the host's, top-p keeps all tokens that tie with the last one it needs.
     """

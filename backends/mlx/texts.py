@@ -1,4 +1,4 @@
-"""The kernels' texts: read from kernels/, put together, and told from those of another version."""
+"""Read and assemble the Metal kernels' source from kernels/, and compute its digest."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ INCLUDE = re.compile(r'^ *#include "(\w+)\.metal"$', re.MULTILINE)
 
 @cache
 def text(name: str) -> str:
-    """A file of kernels/, with those it includes: Metal's compiler is given one text and no folder."""
+    """Return a file of kernels/ with its includes inserted. Metal's compiler gets one text and no folder."""
     found = (FOLDER / f"{name}.metal").read_text(encoding="utf-8")
     return INCLUDE.sub(lambda m: text(m[1]), found)
 
 
 def defined(names: dict[str, int]) -> str:
-    """The lines that go above a text."""
+    """Return the #define lines that precede a text."""
     return "".join(f"#define {name} {value}\n" for name, value in names.items())
 
 
 @cache
 def digest() -> str:
-    """Changes when a kernel does: measurements of another text are worth nothing."""
+    """Return a digest of all kernels. Measurements of other versions are not used."""
     found = sorted(
         (f.name, f.read_text(encoding="utf-8")) for f in FOLDER.iterdir() if f.name.endswith(".metal")
     )

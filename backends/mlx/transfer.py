@@ -1,19 +1,20 @@
-"""From where a weight lies to the device's memory, with as few copies as MLX's Python API allows.
+"""Copy weights to the device's memory with as few copies as MLX's Python API allows.
 
-Three ways, the leanest that applies is taken for each array:
+There are three methods. For each array the cheapest one that applies is used:
 
-shared     Metal only, no byte is copied: the pages of the mapped file become the array's buffer. `mx.asarray`
-           adopts host memory through newBufferWithBytesNoCopy, since MLX 0.32.1 [mlx#3872], if it begins at a
-           page; so the whole pages around an array are given, and the array is a slice of them. Arrays that
-           lie one behind the other in the file (gate and up often do) are one slice. llama.cpp maps its
-           models for Metal in this way [llama.cpp#1696]. What needs another dtype, or is joined from
-           places apart, cannot be shared.
-filled     One copy: the buffer is allocated where it is to stay, and NumPy writes each part into a view of it
-           (unified memory; MLX documents such views as writable), in the wanted dtype.
-converted  bfloat16, of which NumPy knows nothing, through MLX: a copy each for reading, converting and joining.
+shared     Metal only, no copy: the pages of the mapped file become the array's buffer. `mx.asarray` adopts
+           host memory through newBufferWithBytesNoCopy, since MLX 0.32.1 [mlx#3872], if it begins at a page.
+           So the whole pages around an array are passed, and the array is a slice of them. Arrays that are
+           adjacent in the file (gate and up often are) are one slice. llama.cpp maps its models for Metal in
+           this way [llama.cpp#1696]. Arrays that need another dtype, or are joined from separate places,
+           cannot be shared.
+filled     One copy: the final buffer is allocated, and NumPy writes each part into a view of it (unified
+           memory; MLX documents such views as writable), in the wanted dtype.
+converted  bfloat16, which NumPy does not support, through MLX: a copy each for reading, converting and
+           joining.
 
-`mx.array` always copies, and so does `mx.load`: its arrays are lazy, but each is read into a buffer of its
-own, and mx.concatenate writes another. `mx.mmap_weights` was proposed and not taken [mlx#4249].
+`mx.array` always copies, and so does `mx.load`: its arrays are lazy, but each is read into a new buffer, and
+mx.concatenate writes another. `mx.mmap_weights` was proposed and not accepted [mlx#4249].
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ NUMPY = {mx.uint32: np.uint32, mx.float32: np.float32, mx.float16: np.float16}
 
 
 class Pages:
-    """The whole pages around arrays that lie one behind the other, as bytes, through NumPy's array interface.
+    """The whole pages around adjacent arrays, as bytes, through NumPy's array interface.
 
-    It keeps the arrays alive, and so the map below them; NumPy and MLX in turn keep it.
+    It keeps the arrays and so the file's map alive. NumPy and MLX keep a reference to it.
     """
 
     def __init__(self, arrays: Sequence[Array]) -> None:
@@ -51,9 +52,9 @@ def address(a: Array) -> int:
 
 
 def stacked(arrays: Sequence[Array], dtype: Any, share: bool) -> Any:
-    """Arrays (N, K) one below the other -> (sum of N, K) of the device in dtype, evaluated; uint16 is bfloat16's bits.
+    """Stack arrays (N, K) by rows on the device -> (sum of N, K) in dtype. uint16 is read as bfloat16.
 
-    share: the device may keep what lies in a mapped file where it is.
+    share: allow the device to use a mapped file's memory in place.
     """
     as_it_is = all(KINDS[a.dtype.name] == dtype for a in arrays)
     if share and as_it_is and in_a_row(arrays):
@@ -61,7 +62,7 @@ def stacked(arrays: Sequence[Array], dtype: Any, share: bool) -> Any:
     elif dtype not in NUMPY or any(a.dtype == np.uint16 for a in arrays):
         out = mx.concatenate([converted(a, dtype) for a in arrays])
     elif as_it_is and len(arrays) == 1:
-        out = mx.array(arrays[0])  # one copy as well, and no zeros before
+        out = mx.array(arrays[0])  # one copy too, without writing zeros first
     else:
         out = filled(arrays, dtype)
     mx.eval(out)
@@ -69,10 +70,12 @@ def stacked(arrays: Sequence[Array], dtype: Any, share: bool) -> Any:
 
 
 def in_a_row(arrays: Sequence[Array]) -> bool:
-    """Whether these are views of a mapped file, whole and in its order. Read-only: else someone may write there.
+    """Return whether these are adjacent, ordered views of a mapped file.
 
-    Aligned to their items, as every kernel asks (ours load several words at once, but as packed vectors): a file of
-    others may begin a tensor anywhere.
+    Read-only: otherwise they could change.
+
+    They must be aligned to their items, as every kernel requires (ours load several words at once, but as
+    packed vectors). Files of other programs may store a tensor at any offset.
     """
     if any(a.flags.writeable or not (a.flags.c_contiguous and a.flags.aligned) for a in arrays):
         return False
@@ -81,10 +84,10 @@ def in_a_row(arrays: Sequence[Array]) -> bool:
 
 
 def shared(arrays: Sequence[Array], dtype: Any) -> Any:
-    """The device's array upon the pages of these; a copy of the pages where MLX cannot adopt them."""
+    """Create the device's array on the pages of these arrays. MLX copies the pages if it cannot adopt them."""
     pages = Pages(arrays)
     held = np.asarray(pages)
-    held[::PAGE].max()  # wait for the disk here, where the progress is shown, and not in the first answer
+    held[::PAGE].max()  # wait for the disk here, where progress is shown, and not in the first answer
     data = mx.asarray(held)[pages.skip : pages.skip + pages.nbytes]
     return data.view(dtype).reshape(-1, arrays[0].shape[1])
 
@@ -93,7 +96,7 @@ def filled(arrays: Sequence[Array], dtype: Any) -> Any:
     out = mx.zeros((sum(len(a) for a in arrays), arrays[0].shape[1]), dtype)
     mx.eval(out)
     view, row = np.array(out, copy=False), 0
-    with np.errstate(over="ignore"):  # float32 beyond float16 is infinite, as MLX has it
+    with np.errstate(over="ignore"):  # float32 beyond float16 becomes infinite, as in MLX
         for a in arrays:
             view[row : row + len(a)] = a
             row += len(a)

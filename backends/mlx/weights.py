@@ -1,4 +1,4 @@
-"""Weights on the device: dense in the compute dtype, integers packed as MLX's affine layout."""
+"""Weights on the device: dense in the compute dtype, or integers in MLX's affine layout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tinychat_mlx.backends.mlx.transfer import stacked
 from tinychat_mlx.errors import BackendError
 from tinychat_mlx.weight import Array, Dense, Joined, Packed, Weight
 
-BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # what mx.quantized_matmul knows
+BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # supported by mx.quantized_matmul
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class DenseHandle:
         return x @ self.w.T if self.bias is None else mx.addmm(self.bias, x, self.w.T)
 
     def rows(self, ids: Any) -> Any:
-        """-> (T, K)."""
+        """Return rows as (T, K)."""
         return self.w[ids]
 
 
@@ -48,14 +48,14 @@ class PackedHandle:
     bias: Any
 
     def matmul(self, x: Any) -> Any:
-        """x (T, K) -> (T, N); the weight stays packed."""
+        """x (T, K) -> (T, N). The weight stays packed."""
         y = mx.quantized_matmul(
             x, self.w, self.scales, self.biases, transpose=True, group_size=self.group_size, bits=self.bits
         )
         return y if self.bias is None else y + self.bias
 
     def rows(self, ids: Any) -> Any:
-        """-> (T, K)."""
+        """Return rows as (T, K)."""
         parts = (self.w[ids], self.scales[ids], self.biases[ids])
         return mx.dequantize(*parts, group_size=self.group_size, bits=self.bits)
 
@@ -64,7 +64,7 @@ MlxHandle = DenseHandle | PackedHandle
 
 
 def nbytes_of(weight: Weight, itemsize: int) -> int:
-    """Bytes of a weight as `pack` keeps it, in a compute dtype of so many bytes."""
+    """Return the bytes of a weight packed by `pack`, in a compute dtype of `itemsize` bytes."""
     n, k = weight.shape
     if not isinstance(weight, Packed):
         return n * k * itemsize
@@ -72,7 +72,10 @@ def nbytes_of(weight: Weight, itemsize: int) -> int:
 
 
 def pack(weight: Weight, dtype: Any, share: bool = False) -> MlxHandle:
-    """Put a weight on the device, straight from where it lies. share: as in transfer.stacked. Raises BackendError."""
+    """Copy a weight to the device without intermediate copies. share: as in transfer.stacked.
+
+    Raises BackendError.
+    """
     bias = None if weight.bias is None else mx.array(weight.bias).astype(dtype)
     arrays = arrays_of([weight], dtype, share)
     if isinstance(weight, Packed):
@@ -83,7 +86,7 @@ def pack(weight: Weight, dtype: Any, share: bool = False) -> MlxHandle:
 
 
 def arrays_of(weights: Sequence[Weight], dtype: Any, share: bool) -> tuple[Any, ...]:
-    """Weights of one form and one K, stacked along N -> (w,), or (w, scales, biases). Raises BackendError."""
+    """Stack weights of one form and one K along N -> (w,), or (w, scales, biases). Raises BackendError."""
     if isinstance(weights[0], Dense):
         return (stacked([w.w for w in weights if isinstance(w, Dense)], dtype, share),)
     packed = [w for w in weights if isinstance(w, Packed)]
@@ -93,7 +96,10 @@ def arrays_of(weights: Sequence[Weight], dtype: Any, share: bool) -> tuple[Any, 
 
 
 def ends_of(parts: Sequence[Packed], dtype: Any, share: bool) -> tuple[Any, Any]:
-    """Scales and biases of parts of one form, stacked along N. Raises BackendError for a form that MLX does not know."""
+    """Return scales and biases of parts of one form, stacked along N.
+
+    Raises BackendError for an unsupported form.
+    """
     first = parts[0]
     group = min(first.group_size, GROUPS[-1])
     if first.w_bit not in BITS or group not in GROUPS or first.group_size % group:
@@ -104,7 +110,7 @@ def ends_of(parts: Sequence[Packed], dtype: Any, share: bool) -> tuple[Any, Any]
             remedy="use --backend cpu, or convert the model again",
         )
     sides: list[list[Array]] = [[p.scales for p in parts], [p.biases for p in parts]]
-    if times := first.group_size // group - 1:  # the same numbers, said once per 128 inputs
+    if times := first.group_size // group - 1:  # the same numbers, repeated per 128 inputs
         sides = [[np.repeat(a, times + 1, axis=1) for a in side] for side in sides]
     scales, biases = (stacked(side, dtype, share) for side in sides)
     return scales, biases

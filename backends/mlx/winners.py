@@ -1,4 +1,4 @@
-"""Which kernels are used: those that beat the stock operation on this very Mac, or those asked for."""
+"""Choose the kernels: those measured to be faster than the stock operation on this Mac, or those requested."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tinychat_mlx import disk_cache
 from tinychat_mlx.backends.mlx import head
 from tinychat_mlx.backends.mlx.device import mx
 from tinychat_mlx.backends.mlx.fused import KINDS as PRODUCTS
@@ -18,15 +19,15 @@ from tinychat_mlx.errors import BackendError
 
 KINDS = (*PRODUCTS, head.KIND)
 SWITCH = "TINYCHAT_MLX_KERNELS"
-CAPTURE = "captured step"  # the key of a measurement of whole steps: through mx.compile, and not
-MARGIN = 0.97  # a kernel must be 3 % faster: two measurements of one thing differ by as much
+CAPTURE = "captured step"  # key of the measurement of whole steps, with and without mx.compile
+MARGIN = 0.97  # a kernel must be 3 % faster; repeated measurements differ by as much
 
 
 def choice(asked: str | None, metal: bool, chip: str) -> tuple[Takes | None, str]:
-    """-> (which kernels to use or None, why in words).
+    """Return (which kernels to use or None, the reason as text).
 
-    asked, or else TINYCHAT_MLX_KERNELS: "off", "all", or kinds with commas. Else what was measured here.
-    Raises BackendError for an unknown kind.
+    asked, or else TINYCHAT_MLX_KERNELS: "off", "all", or kinds separated by commas. Otherwise the
+    measurements of this Mac decide. Raises BackendError for an unknown kind.
     """
     if asked is None and not metal:
         return None, "stock operations: no Metal"
@@ -40,9 +41,9 @@ def choice(asked: str | None, metal: bool, chip: str) -> tuple[Takes | None, str
         tried = len(measured(chip).keys() - {CAPTURE})
         return (
             lambda key: key in wins
-        ), f"our kernels where they won here, {won.total()} of {tried}: {by_kind}"
+        ), f"our kernels where they were faster here, {won.total()} of {tried}: {by_kind}"
     if text == "off":
-        return None, "stock operations: asked for"
+        return None, "stock operations: requested"
     kinds = set(KINDS) if text == "all" else set(text.split(","))
     if unknown := sorted(kinds - set(KINDS)):
         raise BackendError(
@@ -50,13 +51,13 @@ def choice(asked: str | None, metal: bool, chip: str) -> tuple[Takes | None, str
             where=SWITCH,
             remedy=f"set it to off, all, or some of {','.join(KINDS)}",
         )
-    return (lambda key: key.split()[0] in kinds), f"our kernels asked for: {', '.join(sorted(kinds))}"
+    return (lambda key: key.split()[0] in kinds), f"our kernels, as requested: {', '.join(sorted(kinds))}"
 
 
 def captures(chip: str) -> bool:
-    """Whether decode steps go through mx.compile: where that was measured to be faster.
+    """Return whether decode steps use mx.compile: only if that was measured to be faster.
 
-    It saves Python's time, which a step in flight mostly hides, and costs a launch for each cache write.
+    It saves Python time, which a step in flight mostly hides, and costs one launch per cache write.
     TINYCHAT_MLX_CAPTURE=1 or 0 overrides it.
     """
     asked = os.environ.get("TINYCHAT_MLX_CAPTURE")
@@ -65,38 +66,33 @@ def captures(chip: str) -> bool:
 
 def path() -> Path:
     """Where measurements are kept."""
-    from platformdirs import user_cache_dir
-
-    return Path(user_cache_dir("tinychat-mlx")) / "metal-kernels.json"
+    return disk_cache.place("winners")
 
 
 def conditions(chip: str) -> dict[str, str]:
-    """A measurement holds for one chip, one MLX and one text of the kernels."""
+    """Return the conditions of a measurement: chip, MLX version and kernel sources."""
     return {"chip": chip, "mlx": str(mx.__version__), "kernels": digest()}
 
 
 def save(chip: str, microseconds: Mapping[str, tuple[float, float]]) -> Path:
-    """Keep {key: (ours, stock)}, beside what was measured before under the same conditions."""
+    """Save {key: (ours, stock)} in addition to earlier measurements under the same conditions."""
     file = path()
-    file.parent.mkdir(parents=True, exist_ok=True)
     kept = {**measured(chip), **{k: list(v) for k, v in microseconds.items()}}
-    partial = file.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps({**conditions(chip), "microseconds": kept}, indent=1), encoding="utf-8")
-    partial.replace(file)
+    disk_cache.write(file, json.dumps({**conditions(chip), "microseconds": kept}, indent=1).encode())
     return file
 
 
 def measured(chip: str) -> dict[str, list[float]]:
-    """{key: [ours, stock]} in microseconds; empty where nothing (readable) was measured so."""
+    """Return {key: [ours, stock]} in microseconds; empty if nothing is measured for these conditions."""
     try:
         found: Any = json.loads(path().read_text(encoding="utf-8"))
         if any(found[name] != value for name, value in conditions(chip).items()):
             return {}
         return {str(k): [float(ours), float(stock)] for k, (ours, stock) in found["microseconds"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}  # a cache: absent, old or damaged, it is measured again
+        return {}  # a cache: if absent, old or damaged, measure again
 
 
 def read(chip: str) -> frozenset[str]:
-    """Keys of the shapes where our kernel won."""
+    """Return the keys of the shapes for which our kernel was faster."""
     return frozenset(k for k, (ours, stock) in measured(chip).items() if ours < MARGIN * stock)

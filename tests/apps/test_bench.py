@@ -1,4 +1,4 @@
-"""`tinychat bench`: what it prints is what was measured and what the weights hold."""
+"""`tinychat bench` prints measured values and the bytes that the weights have."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ KEYS = [
 
 
 def bench(*args: str) -> tuple[dict[str, Any], str]:
-    """-> the JSON object, stderr."""
+    """Run bench. Returns (the JSON object, stderr)."""
     done = subprocess.run(
         [sys.executable, "-m", "tinychat_mlx", "bench", *args, "--json"],
         capture_output=True, check=False, text=True, timeout=6000, env=ENV,
@@ -56,14 +56,14 @@ def bench(*args: str) -> tuple[dict[str, Any], str]:
 
 
 def tiny_bytes(head_bits: float, tg: int, depth: int, itemsize: int = 2, ends: int = 32) -> float:
-    """By the definition of the format: int4 codes, `ends` bits of scale and offset a group of 128, float32 norms."""
+    """Compute bytes by the format's definition: int4 codes, `ends` bits of scale and offset per group of 128."""
     c = shapes.SHAPES["tiny"]
     hidden, inner, layers = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"]
     kv = hidden * c["num_key_value_heads"] // c["num_attention_heads"]
     products = layers * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner)
     weights = products * (4 + ends / 128) / 8 + c["vocab_size"] * hidden * head_bits / 8
     norms = 4 * hidden * (2 * layers + 1)
-    tokens = depth + sum(range(1, tg + 1)) / tg  # in the cache, the token itself among them
+    tokens = depth + sum(range(1, tg + 1)) / tg  # in the cache, including the token itself
     return weights + norms + 2 * layers * kv * itemsize * tokens
 
 
@@ -73,7 +73,7 @@ def test_a_run_prints_the_keys_programs_rely_on_and_they_agree() -> None:
     assert set(KEYS) <= set(made)
     assert (made["shape"], made["threads"], made["peers"]) == ("tiny", 1, [])
     whole, half = (tiny_bytes(bits + 32 / 128, tg=4, depth=8, ends=16) for bits in (8, 4))
-    assert half < made["bytes_per_token"] < whole  # the head at half its width, and some of it whole
+    assert half < made["bytes_per_token"] < whole  # the head at half its width, and some of it at full width
     for name in ("pp_tok_s", "tg_tok_s", "bandwidth_gb_s"):
         runs = made["spread"][name]["runs"]
         assert len(runs) == 5 and made[name] == sorted(runs)[2] > 0
@@ -92,7 +92,7 @@ def test_an_interrupt_ends_all_of_it_in_silence() -> None:
         env=ENV,
     )  # fmt: skip
     assert run.stderr is not None
-    while "on cpu" not in run.stderr.readline():  # both workers run
+    while "on cpu" not in run.stderr.readline():  # both workers are running
         assert run.poll() is None
     os.killpg(run.pid, signal.SIGINT)
     _, err = run.communicate(timeout=600)  # returns when the last holder of the pipe, a worker, has ended
@@ -160,8 +160,8 @@ def test_a_shape_too_large_for_the_memory_is_refused_before_it_is_built(
 ) -> None:
     monkeypatch.setattr(limits, "memory_free", lambda mapped=0: 1 << 30)
     assert main(["bench", "--shape", "llama-2-7b", "--backend", "cpu"]) == 1
-    # 6.48 G weights of 4.125 bits and two tables of 131 M at 8.25 bits: 3.61 GB; 640 tokens of 524 kB: 0.34 GB; the
-    # program 0.16 GB, activations of 512 rows (4 x 4096 + 11008 wide) 0.08 GB
+    # 6.48 G weights of 4.125 bits and two tables of 131 M at 8.25 bits: 3.61 GB; 640 tokens of 524 kB: 0.34
+    # GB; the program 0.16 GB, activations of 512 rows (4 x 4096 + 11008 wide) 0.08 GB
     line = capsys.readouterr().err
     assert "llama-2-7b: needs 4.2 GB of memory on the cpu backend with a context of 640 tokens" in line
 
@@ -178,7 +178,7 @@ def test_a_sample_is_its_median_and_spread() -> None:
 
 
 class Scripted:
-    """A worker that answers from lists and notes the order of all calls."""
+    """A worker that answers from lists and records the order of all calls."""
 
     def __init__(self, name: str, answers: dict[str, list[Any]], log: list[str]) -> None:
         self.name, self.answers, self.log = name, {k: list(v) for k, v in answers.items()}, log
@@ -196,7 +196,7 @@ def recorded(
     their_tg: list[float],
     log: list[str] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Seconds of each round -> the results of ours and a peer, after a warm-up round of other values."""
+    """Run rounds of these seconds after another warm-up round. Returns the results of ours and a peer."""
     log = [] if log is None else log
     plan = Plan(None, "tiny", "cpu", "int4", pp=100, tg=10, repeat=len(pp))
     mine = Scripted(
@@ -228,7 +228,7 @@ def recorded(
 def test_subjects_take_turns_and_ratios_are_formed_round_by_round() -> None:
     log: list[str] = []
     ours, peer = recorded([1.0, 2.0, 4.0], [2.0, 2.0, 2.0], [3.0, 3.0, 3.0], [3.0, 4.0, 5.0], log)
-    assert ours["pp_tok_s"] == 50.0 and ours["tg_tok_s"] == 5.0  # the warm-up's 99 s are not among them
+    assert ours["pp_tok_s"] == 50.0 and ours["tg_tok_s"] == 5.0  # the warm-up's 99 s are not included
     assert peer["pp_ratio"]["runs"] == [3.0, 1.5, 0.75] and peer["tg_ratio"]["runs"] == [1.5, 2.0, 2.5]
     assert ours["mbu"] == 5.0 * 1e9 / 2e9 and ours["matmul_gop_s"] == 4.0 and ours["prefill_gop_s"] == 0.5
     first = [name for name in log if name.endswith("decode")]
@@ -309,7 +309,7 @@ def write_folder(folder: Path) -> Path:
 
 
 def test_repetitions_find_the_cache_as_it_was() -> None:
-    """Every repetition decodes at the same depth, or the runs would not be of one thing."""
+    """Every repetition decodes at the same depth; otherwise the runs are not comparable."""
     made = Subject(backend="reference", shape="tiny", pp=6, tg=3, depth=5)
     for _ in range(2):
         assert made.prefill() > 0 and made.decode() > 0
@@ -317,14 +317,17 @@ def test_repetitions_find_the_cache_as_it_was() -> None:
 
 
 def test_tokens_are_decoded_in_a_cache_of_a_chats_size() -> None:
-    """A device that copies its cache for each token is as slow here as in the chat; what is counted is what is used."""
+    """A device that copies its cache for each token is as slow here as in the chat.
+
+    Only used bytes are counted.
+    """
     made = Subject(backend="reference", shape="tiny", pp=6, tg=3, depth=5)
     assert made._talk.capacity == 1024 and made._prompt.capacity == 6
     assert made.about()["kv_bytes"] == made.decoder.new_cache(6 + 8).shape.bytes_per_token(4) * (6 + 8)
 
 
 def test_the_work_of_a_prompt_is_counted_as_published() -> None:
-    """Two operations a weight of the layers: parameter counts of the models' cards, less their embeddings."""
+    """Two operations per weight of the layers: the models' published parameter counts minus their embeddings."""
     published = {"qwen2.5-0.5b": 0.36e9, "qwen3-0.6b": 0.44e9, "qwen3-4b": 3.6e9, "qwen2.5-7b": 6.53e9}
     for name, count in published.items():
         assert layer_weights(parse_config(shapes.find(name))) == pytest.approx(count, rel=0.02), name
@@ -338,7 +341,7 @@ def test_every_shape_is_a_config_this_program_reads(name: str) -> None:
 
 @pytest.mark.parametrize("head", ["int4", "int8", "fp16"])
 def test_random_weights_keep_the_scale_of_what_passes_through(head: str) -> None:
-    """Deviation 1 / sqrt(K): within 1.5 for fp16's single exponent, within 10 % for codes under ±20 % scales."""
+    """Deviation 1 / sqrt(K): within a factor of 1.5 for fp16, within 10 % for codes with ±20 % scales."""
     source = RandomSource(shapes.SHAPES["tiny"], head)
     for name, tolerance in (("model.embed_tokens", 0.5 if head == "fp16" else 0.1), ("x.down_proj", 0.1)):
         w = source.weight(name, (512, 1024)).to_float32()
@@ -380,14 +383,15 @@ def test_the_machine_is_probed_for_what_a_backend_can_use() -> None:
     machine = Machine("cpu", 1)
     read, peak = machine.bandwidth(), machine.int8_peak()
     assert read is not None and peak is not None
-    # Anything that runs this reads more than 0.1 GB/s and does more than 0.1 GOP/s; no CPU does a thousand times more.
+    # Every machine that runs this reads more than 0.1 GB/s and does more than 0.1 GOP/s; no CPU does a
+    # thousand times more.
     assert 1e8 < read < 5e12 and 1e8 < peak < 1e15
 
 
 # llama.cpp -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("shape", "file_type", "megabytes"),
-    [  # what llama.cpp's own quantiser made of these shapes, read for one token
+    [  # the bytes read per token after llama.cpp's quantiser converted these shapes
         ("qwen2.5-0.5b", "Q4_0", 278),
         ("qwen2.5-0.5b", "Q4_K_M", 392),
         ("tinyllama-1.1b", "Q4_0", 582),
@@ -415,7 +419,7 @@ def test_our_kind_decides_llama_cpps_type() -> None:
 
 @pytest.mark.parametrize("kind", sorted(gguf_file.BLOCKS))
 def test_random_blocks_are_valid(kind: str) -> None:
-    """gguf's own dequantiser makes finite weights of about unit gain of them."""
+    """gguf's dequantiser returns finite weights of about unit gain."""
     gguf = pytest.importorskip("gguf", reason="gguf is not installed")
     data = gguf_file.blocks(np.random.Generator(np.random.SFC64(0)), kind, 64, 512)
     w = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
@@ -441,15 +445,15 @@ def test_the_cost_on_paper_needs_no_mac(capsys: pytest.CaptureFixture[str]) -> N
     assert main(["bench", "--shape", "qwen2.5-0.5b", "--model-cost", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     m1 = next(r for r in rows if r["chip"] == "M1")
-    # 494 M weights of 4.25 bits at 68.25 GB/s: 260 tokens/s is where the bytes alone put it
+    # 494 M weights of 4.25 bits at 68.25 GB/s: 260 tokens/s is the limit by bytes
     assert m1["ceiling"] == pytest.approx(68.25e9 / (494e6 * 4.25 / 8), rel=0.01)
     chips = {r["chip"]: r for r in rows if r["gb_s"]}
     assert {f"M{n} {kind}".strip() for n in range(1, 6) for kind in ("", "Pro", "Max")} <= chips.keys()
-    for row in chips.values():  # a bus is bits at a time by millions of transfers a second, in bytes
+    for row in chips.values():  # bandwidth = bus width in bits / 8 · million transfers per second
         bits, _, rate = row["bandwidth from"].partition(" bit LPDDR")
         expected = int(bits) * float(rate.partition("-")[2]) / 8000 if rate else row["gb_s"]
         assert row["gb_s"] == pytest.approx(expected, rel=1e-3) and (rate or bits.startswith("Apple 20"))
-    # an Ultra is two Maxes, a Max two Pros but for the M3's and what Apple rounds
+    # an Ultra is two Maxes, a Max two Pros, except for the M3's and for Apple's rounding
     for n, kind, half in (
         (1, "Ultra", "Max"),
         (2, "Ultra", "Max"),

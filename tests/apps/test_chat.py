@@ -34,7 +34,7 @@ def after(text: str, marker: str) -> str:
     return text.rpartition(marker)[2]
 
 
-# the conversation --------------------------------------------------------------------------------------
+# conversations -----------------------------------------------------------------------------------------
 def test_header_names_model_size_quantisation_backend_reason_and_context(chats: FakeChats) -> None:
     text = chats().prompt()
     for fact in (
@@ -69,7 +69,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(chats: FakeChats, tmp_p
     chat.type("go" + ENTER)
     chat.wait("word word word")
     chat.type(CTRL_C)
-    assert "what was said is kept" in chat.prompt()
+    assert "the partial answer is saved" in chat.prompt()
     chat.say("and now?")
     asked = json.loads(log.read_text().splitlines()[-1])["messages"]
     assert [m["role"] for m in asked] == ["user", "assistant", "user"]
@@ -98,7 +98,7 @@ def test_ctrl_c_right_after_enter_is_never_missed(terminals: Chats) -> None:
         chat.type(f"go {i}")
         chat.wait(f"❯ go {i}")
         chat.type(ENTER)
-        time.sleep(i * 0.004)  # not a wait: the moment is what is tried
+        time.sleep(i * 0.004)  # not a wait: Ctrl-C is tried at different moments
         chat.type(CTRL_C + f"seen {i}")
         chat.wait(f"seen {i}")  # what is typed shows at a prompt only: an answer would run for minutes
         chat.type(CTRL_C)
@@ -106,7 +106,10 @@ def test_ctrl_c_right_after_enter_is_never_missed(terminals: Chats) -> None:
 
 
 def test_ctrl_c_works_where_the_program_was_started_with_it_ignored(terminals: Chats) -> None:
-    """As a shell script starts what it puts into the background: a person at the terminal can still stop it."""
+    """A shell script starts background programs with Ctrl-C ignored.
+
+    A user at the terminal can still stop the answer.
+    """
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         chat = terminals(load=30)
@@ -143,7 +146,7 @@ def test_ctrl_c_while_the_prompt_is_read_comes_back_to_the_prompt(chats: FakeCha
     chat.type("long" + ENTER)
     chat.step()  # the first of 30 pieces of the prompt
     chat.type(CTRL_C)
-    assert "nothing was said" in chat.prompt()
+    assert "there is no answer" in chat.prompt()
 
 
 def test_a_slow_prompt_shows_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,9 +247,7 @@ def test_a_newcomers_first_chat_with_the_bundled_model(terminals: Chats, tmp_pat
     assert "Ada" in after(chat.say("what is my name?"), "what is my name?")
     chat.say("thank you")
     m = re.search(r"last prompt +(\d+) tokens, (\d+) of them reused", chat.say("/stats"))
-    assert (
-        m is not None and int(m[2]) >= int(m[1]) - 12
-    )  # the new message and what the template puts round it
+    assert m is not None and int(m[2]) >= int(m[1]) - 12  # the new message and the template's text around it
 
 
 # Markdown ----------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from fake_terminal import FakeChats, FakeScreen
 
 
 def asked(tmp_path: Path, at: int = -1) -> list[dict[str, Any]]:
-    """The messages of a call that reached the model."""
+    """Return the messages of a call that reached the model."""
     return list(json.loads((tmp_path / "log").read_text().splitlines()[at])["messages"])
 
 
@@ -33,7 +33,7 @@ def leave(chat: Screen | FakeScreen) -> None:
     assert chat.exit_code() == 0
 
 
-# what was said -----------------------------------------------------------------------------------------
+# messages ----------------------------------------------------------------------------------------------
 def test_undo_retry_edit_change_what_the_model_sees(chats: FakeChats, tmp_path: Path) -> None:
     chat = chats("--seed", "5", log=str(tmp_path / "log"), answers=["A1", "A2", "A3", "A4", "A5"], rows=60)
     chat.say("one")
@@ -41,7 +41,7 @@ def test_undo_retry_edit_change_what_the_model_sees(chats: FakeChats, tmp_path: 
     assert "seed 6" in chat.say("/retry")
     assert texts(asked(tmp_path)) == ["one", "A1", "two"]
     assert json.loads((tmp_path / "log").read_text().splitlines()[-1])["seed"] == 6
-    assert "taken back: two" in chat.say("/undo")
+    assert "removed: two" in chat.say("/undo")
     chat.type("/edit" + ENTER)
     chat.wait(lambda text: text.rstrip("\n").count("❯ one") == 2)
     chat.type(" and more" + ENTER)
@@ -71,7 +71,7 @@ def test_compact_replaces_old_messages_for_the_model_and_keeps_them_on_record(
         log=str(tmp_path / "log"), answers=["A1", "A2", "they like herons", "A3"], rows=60, columns=160
     )
     chat.say("I like herons")
-    assert "nothing to sum up" in chat.say("/compact")
+    assert "nothing to summarise" in chat.say("/compact")
     chat.say("two")
     assert "they like herons" in chat.say("/compact")
     chat.say("three")
@@ -88,7 +88,7 @@ def test_when_the_context_fills_the_policy_compact_sums_up_by_itself(
     chat = chats(
         "--on-full",
         "compact",
-        context=60,
+        context=64,
         piece=2,
         answers=["w " * 25, "w " * 25, "short sum", "fine"],
         rows=60,
@@ -96,7 +96,7 @@ def test_when_the_context_fills_the_policy_compact_sums_up_by_itself(
     chat.say("one")
     chat.say("two")
     text = chat.say("three " * 8)
-    assert "summing up" in text and "short sum" in text and "fine" in text
+    assert "summarising" in text and "short sum" in text and "fine" in text
 
 
 def test_when_the_context_fills_the_policy_slide_says_what_it_dropped(chats: FakeChats) -> None:
@@ -156,7 +156,7 @@ def test_a_model_too_large_for_memory_is_refused_before_it_is_loaded(
     huge = folders.huge(tmp_path / "huge")
     chat = chats(rows=60, columns=160)
     text = chat.say(f"/model {huge}")
-    assert "error:" in text and "GB are free" in text and "TB of memory" in text
+    assert "error:" in text and "GB is free" in text and "TB of memory" in text
     assert "scripted" in chat.say("/show")
 
 
@@ -265,7 +265,7 @@ def test_export_writes_markdown_and_json_and_overwrites_nothing(chats: FakeChats
 
 
 def test_copy_reaches_the_clipboard_of_the_terminal(chats: FakeChats, tmp_path: Path) -> None:
-    """No clipboard program in PATH: the terminal's own (OSC 52) is asked."""
+    """Without a clipboard program in PATH, the terminal's clipboard (OSC 52) is used."""
     import base64
 
     (tmp_path / "bin").mkdir()
@@ -298,7 +298,7 @@ def test_session_save_load_search_by_title(chats: FakeChats, tmp_path: Path) -> 
     chat.say("/new")
     chat.say("about trees")
     assert "the heron flies" in chat.say("/search HERON")
-    assert "was never said" in chat.say("/search zebra")
+    assert "was not found" in chat.say("/search zebra")
     assert "resumed: birds (2 messages)" in chat.say("/load birds")
     assert "no saved chat 'cats'" in chat.say("/load cats")
     leave(chat)
@@ -346,7 +346,7 @@ def test_a_torn_last_line_is_skipped_and_a_damaged_file_is_named(tmp_path: Path)
 
 
 def change(session: Any, rng: random.Random, step: int) -> None:
-    """Something a person or an answer may do to a session."""
+    """Apply a random change that a user or an answer can make to a session."""
     what, n = rng.randrange(6), rng.randint(0, len(session.messages))
     if what == 0:
         session.add({"role": "user", "content": f"q{step} ü\n\u2028"})
@@ -364,7 +364,7 @@ def change(session: Any, rng: random.Random, step: int) -> None:
 
 
 def test_replaying_a_session_gives_the_session(tmp_path: Path) -> None:
-    """Law: whatever is done to a session, its file loads as the same session."""
+    """Law: after any sequence of changes, the session's file loads as the same session."""
     from tinychat_mlx.apps.chat.session import Session
 
     (tmp_path / "sessions").mkdir()

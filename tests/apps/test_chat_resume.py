@@ -18,7 +18,7 @@ from chat_screen import CTRL_D, ENTER
 from fake_terminal import FakeChats, FakeScreen
 
 DEMO = ("-m", "demo", "--backend", "cpu", "--temperature", "0", "--max-tokens", "40")
-WORDS = "the small fox said that it was late and went home over the hill to sleep by the old river "
+WORDS = "the small fox thought that it was late and went home over the hill to sleep by the old river "
 
 
 def tell(chat: FakeScreen, text: str, answers: int) -> None:
@@ -31,7 +31,7 @@ def tell(chat: FakeScreen, text: str, answers: int) -> None:
 
 
 def long_chat(chats: Any, *args: str, messages: int = 3, leave: bool = True) -> Any:
-    """A chat of about 1,000 tokens a message."""
+    """Create a chat of about 1,000 tokens per message."""
     chat = chats(*DEMO, *args, real=True, rows=50, columns=120)
     for i in range(messages):
         tell(chat, f"number {i}: " + WORDS * 46 + f"and end {i}", i + 1)
@@ -64,7 +64,7 @@ def test_a_resumed_chat_of_3000_tokens_computes_only_what_is_new(chats: FakeChat
 def test_the_answer_of_a_resumed_chat_is_that_of_one_never_left(
     chats: FakeChats, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the cpu backend keys and values come back bit for bit; the first chat here computes everything."""
+    """On the cpu backend keys and values are restored bit for bit. The first chat here computes everything."""
     stayed = long_chat(chats, leave=False)
     tell(stayed, "who are you?", 4)
     stayed.prompt()
@@ -79,7 +79,7 @@ def test_the_answer_of_a_resumed_chat_is_that_of_one_never_left(
 
 
 def messages(folder: Path) -> list[tuple[str, str, list[int]]]:
-    """What was said, and the answers' very tokens."""
+    """Return the messages, and the exact tokens of the answers."""
     (path,) = (folder / "data" / "sessions").glob("*.jsonl")
     records = [json.loads(line) for line in path.read_text().splitlines()]
     return [(r["role"], r["content"], r.get("ids", [])) for r in records if "role" in r]

@@ -1,4 +1,4 @@
-"""The command line as programs and scripts see it: streams, exit codes, start-up cost."""
+"""The command line for programs and scripts: streams, exit codes, start-up cost."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from checkout import ROOT
 DRIVER = ROOT / "tests" / "fixtures" / "chat_driver.py"
 ENV = {k: v for k, v in os.environ.items() if not k.startswith("TINYCHAT_")} | {
     "PYTHONPATH": str(ROOT),
-    "TINYCHAT_CONFIG": str(ROOT / "absent.toml"),  # whoever runs the tests may have settings of their own
+    "TINYCHAT_CONFIG": str(ROOT / "absent.toml"),  # the user who runs the tests may have settings
 }
 
 
 def tinychat(*args: str, stdin: str | None = None, env: dict[str, str] | None = None) -> Any:
-    """The command line with no scripted model."""
+    """The command line without a scripted model."""
     argv = [sys.executable, "-m", "tinychat_mlx", *args]
     return subprocess.run(
         argv, input=stdin, capture_output=True, check=False, text=True, env=ENV | (env or {}), timeout=600
@@ -33,7 +33,7 @@ def tinychat(*args: str, stdin: str | None = None, env: dict[str, str] | None = 
 
 @pytest.fixture
 def scripted(tmp_path: Path) -> Any:
-    """The command line over a scripted model."""
+    """The command line with a scripted model."""
 
     def run(*args: str, stdin: str | None = None, env: dict[str, str] | None = None, **script: Any) -> Any:
         (tmp_path / "script.json").write_text(json.dumps(script))
@@ -165,7 +165,7 @@ def test_an_answer_cut_by_the_context_says_so_on_stderr(scripted: Any) -> None:
 
 
 def test_the_bundled_model_answers(tmp_path: Path) -> None:
-    """No script here: the whole way from the command to the demo's weights."""
+    """No script: the complete path from the command to the demo's weights."""
     from tinychat_mlx.loading import DEMO
 
     if not DEMO.exists():
@@ -214,7 +214,7 @@ def test_config_show_tells_the_origin_of_every_setting(config: Any) -> None:
     lines = done.stdout.splitlines()
     for line in ("top_k = 5  # environment", "temperature = 0.1  # config", "seed = 3  # flag"):
         assert line in lines, done.stdout + done.stderr
-    assert 'model = "demo"  # built in' in lines and "min_p = (as the model says)  # model" in lines
+    assert 'model = "demo"  # built in' in lines and "min_p = (the model's default)  # model" in lines
     assert (
         json.loads(tinychat("config", "show", "--json", env=env).stdout)["top_k"]["origin"] == "environment"
     )
@@ -223,12 +223,12 @@ def test_config_show_tells_the_origin_of_every_setting(config: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "wrong"),
     [
-        ("temprature = 1", "use 'temperature', if you meant that"),
+        ("temprature = 1", "use 'temperature'"),
         ("temperature = -1", "temperature: -1"),
         ("exact = 'yes'", "exact: 'yes' is not true or false"),
         ("stop = 'x'", "is not a list of texts"),
         ("model = ", "config.toml: "),
-        ("preset = 'nobody'", "no preset 'nobody'"),
+        ("preset = 'absent'", "no preset 'absent'"),
         ("[presets]\nx = 1", "presets must be tables"),
         ("[presets.a]\nbackend = 'tpu'", "presets.a: backend: "),
     ],
@@ -256,7 +256,7 @@ def test_a_folder_that_is_not_there_is_one_line_and_exit_1() -> None:
     assert done.returncode == 1 and one_line(done) and "no/such/folder" in done.stderr, done.stderr
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="files with holes need asking for there")
+@pytest.mark.skipif(sys.platform == "win32", reason="sparse files need a special call there")
 def test_a_model_larger_than_memory_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
     done = tinychat("run", "-m", str(folders.huge(tmp_path / "huge")), "--backend", "cpu", "hi", stdin="")
     assert done.returncode == 1 and one_line(done) and "TB of memory" in done.stderr, done.stderr
@@ -279,7 +279,7 @@ def test_wrong_use_is_exit_2_with_usage(args: list[str]) -> None:
     assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("Usage: tinychat")
     *_, usage, empty, error = done.stderr.splitlines()
     assert error.startswith("error: ") and "Error:" not in done.stderr and empty == ""
-    assert usage.endswith("--help` says more.") and "Traceback" not in done.stderr
+    assert usage.endswith("--help` prints all options.") and "Traceback" not in done.stderr
 
 
 class Terminal(io.StringIO):
@@ -289,7 +289,7 @@ class Terminal(io.StringIO):
 
 @pytest.mark.parametrize("columns", [20, 43, 80])
 def test_an_error_wraps_between_words_on_a_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However wide: a word such as --resume stays whole, and nothing is lost."""
+    """At any width: a word such as --resume is not split, and nothing is lost."""
     from tinychat_mlx.apps.cli import _report
     from tinychat_mlx.errors import UsageError
 
@@ -322,7 +322,7 @@ def test_ctrl_c_ends_run_with_130_and_no_traceback(tmp_path: Path) -> None:
         argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENV
     )
     assert child.stdout is not None
-    child.stdout.read(8)  # the answer has begun
+    child.stdout.read(8)  # the answer has started
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=3000)
     assert child.returncode == 130 and err == b""
@@ -385,5 +385,5 @@ def test_run_imports_neither_a_framework_nor_the_chats_libraries(tmp_path: Path)
         argv, stdin=subprocess.DEVNULL, capture_output=True, check=False, text=True, env=ENV
     )
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "numpy" in imported  # the list is one
+    assert "numpy" in imported  # checks that the list is not empty
     assert not imported & {"torch", "transformers", "mlx", "rich", "prompt_toolkit", "asyncio", "markdown_it"}

@@ -1,4 +1,4 @@
-"""Tab in real shells, and what it costs."""
+"""Tab completion in real shells, and its cost."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="bash, zsh and f
 
 @pytest.fixture
 def env(tmp_path: Path) -> dict[str, str]:
-    """A shell's, with a model in the hub's cache and a folder of models, and `tinychat` as pip installs it, in no PATH."""
+    """A shell's environment: models in the hub cache and a folder, and a `tinychat` outside PATH."""
     program = tmp_path / PROGRAM
     program.parent.mkdir()
     program.write_text(
@@ -45,8 +45,8 @@ def env(tmp_path: Path) -> dict[str, str]:
                    "HOME": str(tmp_path), "ZDOTDIR": str(tmp_path), "TERM": "dumb"}  # fmt: skip
 
 
-PROGRAM = "a folder's/tinychat"  # a name that has to be quoted
-SOURCE = {  # what a shell's start file holds
+PROGRAM = "a folder's/tinychat"  # a name that needs quoting
+SOURCE = {  # the line of a shell's start file
     "bash": f'eval "$("./{PROGRAM}" completion bash)"',
     "zsh": f'eval "$("./{PROGRAM}" completion zsh)"',
     "fish": f'"./{PROGRAM}" completion fish | source',
@@ -67,7 +67,7 @@ def run(shell: str, script: str, env: dict[str, str], cwd: Path) -> list[str]:
 def test_what_help_says_of_start_files_works_in_a_new_shell(
     shell: str, env: dict[str, str], tmp_path: Path
 ) -> None:
-    """Nothing is activated there yet. A shell that has read its file knows how to complete `tinychat`."""
+    """No environment is active. A shell that has read its start file can complete `tinychat`."""
     if shutil.which(shell) is None:
         absent(f"{shell} is not here")
     shown = subprocess.run(
@@ -89,7 +89,7 @@ def test_what_help_says_of_start_files_works_in_a_new_shell(
     assert done.returncode == 0 and {"fish": "models"}.get(shell, "_tinychat") in done.stdout, done.stderr
 
 
-# Each line as typed -> some of what must be offered, and something that must not.
+# Each typed line -> some expected completions, and one that must not appear.
 CASES = [
     ("tinychat mod", ["models"], "chat"),
     ("tinychat ", ["chat", "run", "doctor", "completion"], "demo"),
@@ -106,7 +106,7 @@ CASES = [
 def test_bash_completes(
     line: str, offered: list[str], absent: str, env: dict[str, str], tmp_path: Path
 ) -> None:
-    """What bash does at Tab: it sets its variables and calls the function."""
+    """Simulate bash at Tab: set its variables and call the function."""
     word = line.rpartition(" ")[2]
     script = (
         f"COMP_LINE={shlex.quote(line)}; COMP_POINT=${{#COMP_LINE}}; _tinychat tinychat {shlex.quote(word)} x"
@@ -123,7 +123,7 @@ def test_fish_completes(
     assert set(offered) <= set(found) and absent not in found, found
 
 
-# What is typed before Tab -> the line after it; a model that is no name is a folder, a FILE any file.
+# Text before Tab -> the line after it. A model argument that is not a name is a folder, a FILE any file.
 TABS = {
     "tinychat models sh": "tinychat models show",
     "tinychat models show Org": "tinychat models show Org/Cool-Model",
@@ -137,7 +137,7 @@ TABS = {
 
 @pytest.mark.parametrize("shell", START)
 def test_tab_completes_what_is_typed(shell: str, env: dict[str, str], tmp_path: Path) -> None:
-    """A person at a terminal: the start file's line, then each of TABS, from another folder than the program's."""
+    """In a terminal: the start file's line, then each of TABS, from another folder than the program's."""
     if shutil.which(shell) is None:
         absent(f"{shell} is not here")
     pexpect, pyte = pytest.importorskip("pexpect"), pytest.importorskip("pyte")
@@ -163,7 +163,8 @@ def test_tab_completes_what_is_typed(shell: str, env: dict[str, str], tmp_path: 
         child.close(force=True)
 
 
-# What bash learned after 3.2, a Mac's, as an extended regular expression and an example of each.
+# Features of bash newer than 3.2, the version of macOS: an extended regular expression and an example of
+# each.
 AFTER_BASH_3_2 = {
     r"\b(declare|local|typeset)\s+-\w*[Aglnu]": "local -A map",
     r"\b(mapfile|readarray|coproc|compopt)\b": "mapfile -t rows",
@@ -187,7 +188,7 @@ def test_the_script_for_bash_has_nothing_that_a_macs_lacks() -> None:
         assert newer_than_3_2(example), example
     assert newer_than_3_2(click.shell_completion.BashComplete.source_template)
     assert newer_than_3_2(SCRIPTS["bash"]) == []
-    for shell in SCRIPTS:  # each shell's own check of the syntax
+    for shell in SCRIPTS:  # the syntax check of each shell
         if shutil.which(shell) is None:
             absent(f"{shell} is not here")
         subprocess.run([shell, *START[shell], "-n", "-c", SCRIPTS[shell]], check=True)
@@ -213,7 +214,7 @@ def test_tab_imports_few_modules_and_nothing_heavy(env: dict[str, str]) -> None:
 def test_the_names_offered_are_those_that_models_list_knows(
     env: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Completion repeats where models lie, as the modules that know import NumPy."""
+    """Completion has its own copy of the model directories: the modules that define them import NumPy."""
     from tinychat_mlx import hub
     from tinychat_mlx.apps import completion
     from tinychat_mlx.apps.models import opening

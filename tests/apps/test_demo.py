@@ -1,4 +1,4 @@
-"""The demo model: what its corpus promises, what its scorer counts, and how many prompts it gets right."""
+"""The demo model: the properties of its corpus, its scorer, and the share of correct answers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_held_out_files_are_what_the_generator_writes(items: list[dict[str, 
 
 
 def test_training_never_sees_a_kept_out_sum() -> None:
-    """Sums are read back from the text itself, so that a drill cannot leak what a question hides."""
+    """Sums are read from the text, so that a drill cannot contain a held-out sum."""
     rng, seen = Random(3), 0
     for _ in range(300):
         for message in corpus.some_turns(rng, 12):
@@ -84,7 +84,7 @@ def test_a_check_tells_right_from_wrong(check: dict[str, Any], right: str, wrong
 
 
 def test_scores_count_per_skill_and_in_all(items: list[dict[str, Any]]) -> None:
-    """A parrot of the expected sums knows all sums and nothing else."""
+    """A model that only repeats the expected sums scores all sums and nothing else."""
     gold = {json.dumps(i["messages"]): i["gold"] for i in items if i["skill"] == "sums"}
     scores = score(lambda messages: gold.get(json.dumps(messages), ""), items)
     assert scores.skills["sums"] == 1
@@ -119,12 +119,12 @@ def test_the_chat_template_is_what_training_saw() -> None:
     assert loaded.decode(loaded.encode(text)) == text
 
 
-# Where the shipped model was made: instructions of the cpu backend, NumPy's BLAS and its kernels.
+# The shipped model was made with these: instructions of the cpu backend, NumPy's BLAS and its kernels.
 MADE_ON = ("avx2", "0.3.31", "Haswell")
 
 
 def made_here() -> bool:
-    """Whether this machine rounds as that one did."""
+    """Return whether this machine rounds like the one that made the shipped model."""
     from threadpoolctl import threadpool_info
 
     from tinychat_mlx.loading import create
@@ -135,7 +135,7 @@ def made_here() -> bool:
 
 
 def agreement(one: Checkpoint, two: Checkpoint, part: str) -> float:
-    """The share of codes that two models have in common, of the modules that part is in the name of."""
+    """Return the share of equal codes of two models, in modules whose names contain `part`."""
     same, total = 0, 0
     for module in (m for m in one.modules if part in m):
         a, b = one.weight(module), two.weight(module)
@@ -145,7 +145,10 @@ def agreement(one: Checkpoint, two: Checkpoint, part: str) -> float:
 
 
 def test_the_shipped_model_is_what_its_recipe_gives_today(tmp_path: Path) -> None:
-    """The command of its card. On another processor sums differ in their last bits, and so do codes; the loss agrees."""
+    """Runs the command of its card.
+
+    Another processor gives other last bits and so other codes, but the same loss.
+    """
     from tinychat_mlx.apps.cli import main
 
     (recipe,) = re.findall(r"^    tinychat (convert .*)$", (FP16 / "README.md").read_text(), re.MULTILINE)
@@ -167,7 +170,7 @@ def test_the_shipped_model_is_what_its_recipe_gives_today(tmp_path: Path) -> Non
 
 
 def right_share(folder: str | Path, items: list[dict[str, Any]], exact: bool) -> float:
-    """The share of held-out prompts that a model answers rightly, greedily."""
+    """Return the share of held-out prompts that a model answers correctly with greedy decoding."""
     import tinychat_mlx
 
     model = tinychat_mlx.load(folder, backend="cpu", exact=exact)
@@ -181,7 +184,7 @@ def right_share(folder: str | Path, items: list[dict[str, Any]], exact: bool) ->
 def test_nine_of_ten_held_out_prompts_are_right_and_int4_loses_at_most_two_points(
     items: list[dict[str, Any]],
 ) -> None:
-    """The bundled int4 model as it ships, with int8 activations, beside its fp16 original."""
+    """The bundled int4 model with int8 activations, compared with its fp16 original."""
     fp16 = right_share(FP16, items, exact=True)
     int4 = right_share("demo", items, exact=False)
     assert fp16 >= 0.9 and int4 >= fp16 - 0.02

@@ -1,4 +1,4 @@
-"""doctor tells the truth: each line beside another program's word; what is broken breaks no doctor; nothing private."""
+"""`doctor` agrees with other programs, survives broken libraries and settings, and reports nothing private."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ POSIX = pytest.mark.skipif(sys.platform == "win32", reason="asks POSIX tools")
 
 
 def environment(home: Path, *paths: Path, **more: str) -> dict[str, str]:
-    """A user's who has only `home`; modules in `paths` come first."""
+    """The environment of a user who has only `home`; modules in `paths` come first."""
     ours = ("TINYCHAT_", "HF_", "XDG_", "NO_COLOR", "TRANSFORMERS_", "OMP_")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     python = os.pathsep.join(map(str, [*paths, ROOT]))
@@ -61,14 +61,14 @@ def said(*args: str, env: dict[str, str], prefix: tuple[str, ...] = ()) -> dict[
 
 def output(*command: str) -> str:
     if shutil.which(command[0]) is None:
-        pytest.skip(f"{command[0]} is not here")
-    plain = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}  # which nproc obeys
+        pytest.skip(f"{command[0]} is not installed")
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}  # nproc obeys these
     return subprocess.run(command, capture_output=True, text=True, check=True, env=plain).stdout
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home with things in every cache."""
+    """A home with files in every cache."""
     home = tmp_path_factory.mktemp("home")
     sizes = {
         ".cache/huggingface/hub/models--a--b/blobs/1": 3000,
@@ -89,18 +89,18 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def told(home: Path) -> dict[str, Any]:
-    """All of it, measurements too."""
+    """Run doctor with measurements. Returns its JSON."""
     done = doctor("--json", env=environment(home))
     assert done.returncode == 0, done.stdout + done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
-# the truth ---------------------------------------------------------------------------------------------
+# agreement with other programs -------------------------------------------------------------------------
 @LINUX
 def test_processor_and_cores_are_lscpus(told: dict[str, Any]) -> None:
     rows = [r.split(",") for r in output("lscpu", "-p=CPU,CORE,SOCKET").splitlines() if not r.startswith("#")]
-    nproc = ("env", "-u", "OMP_NUM_THREADS", "-u", "OMP_THREAD_LIMIT", "nproc")  # which obeys them
+    nproc = ("env", "-u", "OMP_NUM_THREADS", "-u", "OMP_THREAD_LIMIT", "nproc")  # nproc obeys these variables
     assert told["threads"]["logical_cpus"] == int(output(*nproc, "--all"))
     assert told["threads"]["usable_cpus"] == int(output(*nproc))
     assert told["threads"]["physical_cores"] == len({(core, socket) for _, core, socket in rows})
@@ -116,11 +116,11 @@ def test_memory_is_the_kernels(told: dict[str, Any]) -> None:
              (line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())}  # fmt: skip
     assert told["memory"]["total_bytes"] == found["MemTotal"]
     assert told["memory"]["swap_bytes"] == found["SwapTotal"]
-    if told["memory"]["limit_bytes"] is None:  # others come and go meanwhile: a tenth of it all
+    if told["memory"]["limit_bytes"] is None:  # other programs change it meanwhile: a tenth of the total
         assert abs(told["memory"]["free_bytes"] - found["MemAvailable"]) < found["MemTotal"] / 10
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="reads an x86's flags")
+@pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="reads x86 flags")
 def test_instruction_sets_are_the_processors(told: dict[str, Any]) -> None:
     flags = set(re.search(r"^flags\s*:(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].split())  # type: ignore[index]
     sets = told["native"]["instruction_sets"]
@@ -143,7 +143,7 @@ def test_library_versions_are_pips(told: dict[str, Any]) -> None:
 @POSIX
 def test_cache_sizes_are_finds(told: dict[str, Any], home: Path) -> None:
     if sys.platform == "darwin":
-        pytest.skip("the folders here are Linux's")
+        pytest.skip("these are Linux folders")
     there = [key for key, row in told["disk"].items() if isinstance(row, dict) and row["exists"]]
     assert {"models", "conversions", "prefixes", "cubins", "sessions"} <= set(there)
     for key in there:
@@ -183,7 +183,7 @@ def test_speed_is_measured_and_what_follows_from_it_computed(told: dict[str, Any
 
 
 def test_a_backend_is_expected_to_read_what_it_packs() -> None:
-    """4.125 bits a weight in the cpu backend's tiles, 4.25 in a file's groups of 128: 16 bits more a group."""
+    """4.125 bits per weight in the cpu backend's tiles, 4.25 in a file's groups of 128."""
     from tinychat_mlx.awq.quantizer import round_to_nearest
     from tinychat_mlx.backends.cpu import CpuBackend
 
@@ -237,7 +237,7 @@ def test_threads_and_a_containers_quota_do_not_contradict(
     monkeypatch.setattr(machine.limits, "cpu_quota", lambda: allowed)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
     found = {f.key: f for f in machine.threads().findings}
-    assert ("wait for each other" in found["threads"].line) == (n > allowed) == bool(found["threads"].do)
+    assert ("this slows them down" in found["threads"].line) == (n > allowed) == bool(found["threads"].do)
     share = "1 CPU's time" if allowed == 1 else f"{allowed:g} CPUs' time"
     assert share in found["cpu_quota"].line and share in found["threads"].line
 
@@ -249,7 +249,7 @@ ARM_CPUINFO = (
 
 @LINUX
 def test_arm_cores_are_named_as_lscpu_names_them(tmp_path: Path) -> None:
-    """lscpu reads a machine from a folder: one for each core of our table."""
+    """lscpu can read a machine from a folder: one folder per core in our table."""
     cpu = tmp_path / "sys/devices/system/cpu"
     for name, text in (("online", "0"), ("possible", "0"), ("cpu0/topology/thread_siblings", "1")):
         (cpu / name).parent.mkdir(parents=True, exist_ok=True)
@@ -286,7 +286,7 @@ def test_a_processor_is_called_what_cpuinfo_tells(
     assert cores.processor_name.__wrapped__() == name
 
 
-# what is broken ----------------------------------------------------------------------------------------
+# broken environments -----------------------------------------------------------------------------------
 STUBS = {
     "raises": ("raise RuntimeError('half installed')", "half installed"),
     "aborts": ("import os; os.abort()", "signal 6" if sys.platform != "win32" else "exit code"),
@@ -339,7 +339,7 @@ def test_what_a_backend_lacks_comes_with_how_to_get_it(monkeypatch: pytest.Monke
 def test_cuda_tells_the_driver_and_why_it_does_without_kernels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A GPU without NVRTC: played by torch's CPU tensors, as no GPU is here."""
+    """A GPU without NVRTC, simulated with torch's CPU tensors."""
     torch = pytest.importorskip("torch")
     from tinychat_mlx.backends import cuda
     from tinychat_mlx.backends.cuda import nvrtc
@@ -365,7 +365,7 @@ def test_cuda_tells_the_driver_and_why_it_does_without_kernels(
     found.answers = {"cuda": answer}
     told = found._backend("cuda")
     assert told.value["driver"] == "580.65.06" and "NVIDIA driver 580.65.06" in told.line
-    assert "using torch" in told.line and "TINYCHAT_CUDA_KERNELS=0 asks" in told.line
+    assert "using torch" in told.line and "TINYCHAT_CUDA_KERNELS=0 selects" in told.line
     found.answers = {"cuda": {"error": "the NVIDIA driver is too old for torch 2.9"}}
     assert "580.65.06" in found._backend("cuda").line
     tool = tmp_path / "nvidia-smi"
@@ -406,7 +406,7 @@ def test_a_damaged_config_file_is_named(tmp_path: Path) -> None:
 
 # libraries ---------------------------------------------------------------------------------------------
 def distribution(folder: Path, name: str, version: str, *files: str) -> None:
-    """An installed distribution, as pip leaves it."""
+    """Create an installed distribution with pip's layout."""
     info = folder / f"{name}-{version}.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
@@ -416,7 +416,7 @@ def distribution(folder: Path, name: str, version: str, *files: str) -> None:
 def test_who_owns_our_files_and_what_is_there_twice(tmp_path: Path) -> None:
     distribution(tmp_path / "a", "torch", "1.0", "torch/__init__.py")
     distribution(tmp_path / "b", "torch", "2.0", "torch/__init__.py")
-    distribution(tmp_path / "a", "numpy", "1.0", "numpy/__init__.py")  # a record that was left behind
+    distribution(tmp_path / "a", "numpy", "1.0", "numpy/__init__.py")  # a leftover record
     distribution(tmp_path / "a", "numpy", "9.0", "numpy/__init__.py")
     distribution(tmp_path / "a", "tinychat_fork", "3.0", "tinychat_mlx/__init__.py")
     distribution(tmp_path / "a", "autoawq", "0.2.9", "awq/__init__.py")
@@ -460,7 +460,7 @@ def test_a_variable_nobody_knows_is_told(tmp_path: Path) -> None:
 
 # the report --------------------------------------------------------------------------------------------
 def test_a_report_holds_nothing_private(tmp_path: Path) -> None:
-    """A user who planted a name, tokens, prompts and folders wherever doctor looks."""
+    """A user with a name, tokens, prompts and folders in every place that doctor reads."""
     home = tmp_path / "homes" / "zaphodb"
     model = tmp_path / "secretproject" / "secretmodel"
     data = tmp_path / "secretdata"
@@ -484,14 +484,14 @@ def test_a_report_holds_nothing_private(tmp_path: Path) -> None:
     host = platform.node().partition(".")[0]
     assert host in ("", "localhost") or not re.search(rf"\b{re.escape(host)}\b", text)
     assert "numpy" in text and "TINYCHAT_SYSTEM" in text and "PATH" not in text
-    for model_name in ("secretorg/secretname", "nobody/secret"):  # of the hub
+    for model_name in ("secretorg/secretname", "nobody/secret"):  # on the hub
         env["TINYCHAT_MODEL"] = model_name
         assert "secret" not in doctor("--quick", "--report", "-", env=env).stdout.lower()
 
 
 def test_a_report_of_a_checkout_names_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
-        pytest.skip("no checkout of git's")
+        pytest.skip("not a git checkout")
     commit = output("git", "-C", str(ROOT), "rev-parse", "HEAD")[:12]
     changed = output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no").strip()
     text = doctor("--quick", "--report", "-", env=environment(tmp_path)).stdout
@@ -566,7 +566,7 @@ def lane() -> arm.Lane:
 
 @pytest.mark.parametrize("isa", arm.PI)
 def test_a_pi_is_told_apart(lane: arm.Lane, isa: str) -> None:
-    """What an emulator can show: instruction sets and libraries are an Arm's; memory and /proc/cpuinfo the host's."""
+    """An emulator can show an Arm's instruction sets and libraries; memory and /proc/cpuinfo are the host's."""
     done = lane.run(arm.PI[isa], "-m", "tinychat_mlx", "doctor", "--json", "--quick")
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""--help says everything: each command and option, and in `tinychat config --help` each setting, variable and exit code."""
+"""--help covers every command and option, and `tinychat config --help` every setting, variable and exit code."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_every_value_says_its_default_or_what_happens_without(name: str, command
             assert record and str(default) in record[1], f"{name} {param.opts[0]}: {default!r} is not shown"
 
 
-# everything that can be set ----------------------------------------------------------------------------
+# settings ----------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def everything() -> str:
     done = CliRunner().invoke(cli, ["config", "--help"])
@@ -72,7 +72,7 @@ def everything() -> str:
 
 
 def variables() -> set[str]:
-    """TINYCHAT_… that the source reads, or that click reads for an option."""
+    """Return the TINYCHAT_… variables that the source reads, or that click reads for an option."""
     names = {variable for _, c in commands() for p in c.params if isinstance(variable := p.envvar, str)}
     for package in (tinychat_mlx, apps, awq, backends):
         for path in Path(str(package.__file__)).parent.rglob("*"):

@@ -1,4 +1,4 @@
-"""Streaming Markdown: however an answer is cut into pieces, the screen ends up the same, and no letter is lost."""
+"""Streaming Markdown: the screen does not depend on how an answer is split, and no letter is lost."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from rich.console import Console
 
 
 class Paper(io.StringIO):
-    """A terminal that shows what is written to it, scrollback included."""
+    """A terminal display of what is written to it, including scrollback."""
 
     def __init__(self, columns: int, rows: int) -> None:
         super().__init__()
         self.screen = pyte.HistoryScreen(columns, rows, history=10_000, ratio=0.001)
-        self.screen.set_mode(pyte.modes.LNM)  # a line feed also returns, as a terminal driver makes it
+        self.screen.set_mode(pyte.modes.LNM)  # a line feed also returns, as with a terminal driver
         self.feed = pyte.Stream(self.screen).feed
 
     def write(self, text: str) -> int:
@@ -38,7 +38,7 @@ class Paper(io.StringIO):
 
 
 def show(pieces: list[str], columns: int = 40, rows: int = 24) -> list[str]:
-    """What the screen shows once an answer came in these pieces, every one of them drawn."""
+    """Return the screen after an answer arrived in these pieces, each of them drawn."""
     paper = Paper(columns, rows)
     console = Console(file=paper, force_terminal=True, width=columns, height=rows, legacy_windows=False)
     answer = stream.MarkdownAnswer(console, Terminal(True, True, True, True))
@@ -105,13 +105,13 @@ def test_however_an_answer_is_cut_the_screen_ends_up_the_same(lines: list[str], 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(WORDS, min_size=1, max_size=60), st.integers(1, 9), st.sampled_from([20, 40, 80]))
 def test_no_letter_of_a_paragraph_is_lost_or_said_twice(words: list[str], n: int, columns: int) -> None:
-    """Marks may be shown or obeyed; everything else is there once, in its order."""
+    """Markup may be shown or applied; everything else appears once, in order."""
 
     def letters(text: str) -> str:
         return re.sub(r"[\s*_`~]", "", text)
 
     text = " ".join(words)
-    assume(set(text) - set("* "))  # stars alone are a rule
+    assume(set(text) - set("* "))  # a line of only stars is a rule
     flat = re.sub(r"\[link\]\((.*?)\)", r"link(\1)", text)
     shown = letters("".join(show(cut(text, n), columns)))
     assert shown in (letters(flat), letters(text)) or shown.replace("[link]", "link") == letters(flat)
@@ -121,9 +121,9 @@ def test_no_letter_of_a_paragraph_is_lost_or_said_twice(words: list[str], n: int
 @pytest.mark.parametrize("piece", [1, 7, 1000])
 def test_every_kind_of_line_is_shown_whole(columns: int, piece: int) -> None:
     answer = (
-        "# Title\n\nSome **bold text which goes on and on until the row is over and beyond** and *more*.\n"
+        "# Title\n\nSome **bold text which is long and longer until the row is over and beyond** and *more*.\n"
         "An unclosed **marker that never ends although the row does, and the next, and the one after that as "
-        "well, until everyone has given up on it, for it is longer than four rows of forty letters, is it not\n"
+        "well, until everyone has given up on it, because it is longer than four rows of forty letters, is it not\n"
         "- item `one`\n  - item two, 日本語の文章はスペースなしで続きますから、どこで折り返しても構いません。\n"
         "```python\nx = [i for i in range(10)]\n\n# done\n```\n1. first\n2. second 🎉🎉\n> quoted"
     )

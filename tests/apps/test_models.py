@@ -1,4 +1,4 @@
-"""`tinychat models`, and one step from a hub id to a chat: what is shown is so, and nothing is done unasked."""
+"""`tinychat models`, and a chat from a hub id in one step: facts are correct, nothing runs unasked."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def client(tmp_path: Path) -> Iterator[Client]:
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home with the dense model org/dense in its cache; the hub is not asked."""
+    """A home with the dense model org/dense in its cache. The hub is not contacted."""
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("TINYCHAT_CONFIG", str(tmp_path / "config.toml"))
     monkeypatch.setattr(places, "conversions", lambda: tmp_path / "models")
@@ -69,7 +69,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def put(cache: Path, repo: str, write: Callable[[Path], Any], commit: str = COMMIT) -> Path:
-    """A model in a cache as the hub's library would have put it there."""
+    """Put a model into a cache in the layout of the hub's library."""
     folder = cache / f"models--{repo.replace('/', '--')}"
     (folder / "refs").mkdir(parents=True, exist_ok=True)
     (folder / "refs" / "main").write_text(commit)
@@ -96,7 +96,7 @@ def options(**given: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def answers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Someone at a terminal who presses these keys; conversions are quick."""
+    """Simulate a user at a terminal who presses these keys. Conversions are quick."""
     keys: list[str] = []
     monkeypatch.setattr(opening, "detect", lambda: type("Terminal", (), {"interactive": True}))
     monkeypatch.setattr(opening.click, "getchar", lambda: keys.pop(0))
@@ -109,9 +109,9 @@ def _quick(chosen: Settings | None) -> Settings | None:
     return replace(chosen, method="rtn") if chosen else None
 
 
-# what is shown ------------------------------------------------------------------------------------------
+# displayed facts ----------------------------------------------------------------------------------------
 def test_facts_count_what_numpy_counts() -> None:
-    """Parameters and bytes of every part against the arrays themselves."""
+    """Parameters and bytes of every part, compared with the arrays."""
     found, checkpoint = facts.local("demo", DEMO), Checkpoint.open(DEMO)
     config = parse_config(checkpoint.config)
     matrices = {m: checkpoint.weight(m) for m in checkpoint.modules}
@@ -159,7 +159,7 @@ def test_a_model_on_the_hub_is_described_from_its_headers_alone(client: Client) 
 
 
 def mixed(folder: Path) -> Path:
-    """The dense demo in 4 bits, but for v_proj in the first two layers, and down_proj in all: in 8."""
+    """The dense demo in 4 bits, except for v_proj in the first two layers and down_proj in all, which have 8."""
     source = Checkpoint.open(DENSE)
     config, tensors = parse_config(source.config), []
     wide: dict[str, Any] = {}
@@ -219,7 +219,7 @@ def test_a_dense_model_is_shown_as_int4_as_well(capfd: pytest.CaptureFixture[str
 def test_the_command_that_is_shown_converts_as_it_is_printed(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """In a shell, of a model that groups of 128 do not fit."""
+    """In a shell, for a model that groups of 128 do not fit."""
     source = save(tmp_path / ("here" if name == "." else name))
     monkeypatch.chdir(source if name == "." else tmp_path)
     monkeypatch.setenv("COLUMNS", "1000")
@@ -252,7 +252,7 @@ opening.int4_settings = lambda found: replace(best(found), method="rtn")
 
 
 def test_every_name_that_is_listed_can_be_chatted_with(client: Client) -> None:
-    """Among them the conversion under its own name, which no hub id has."""
+    """This includes a conversion by its name, which is not a hub id."""
     run = ("--max-tokens", "1", "--temperature", "0", "w1")
     client.run("models", "pull", "org/model")
     made = client.run("run", "-m", "org/dense", "--convert", "always", *run, more=QUICK)
@@ -289,7 +289,7 @@ def test_a_model_that_cannot_run_says_why_and_is_not_fetched(client: Client) -> 
 
 
 def test_a_kind_of_numbers_that_is_not_read_is_no_damage(client: Client) -> None:
-    """An upload in FP8: config.json says so in the words that help, and its size is known all the same."""
+    """An FP8 upload: config.json gives a helpful error, and its size is still known."""
     folder = client.hub.root / "models" / "org" / "dense"
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
@@ -330,13 +330,13 @@ def test_memory_decides_what_fits_and_at_which_context(monkeypatch: pytest.Monke
     plain = fit.cost(found, ReferenceBackend())
     vectors = next(p.parameters for p in found.parts if p.name == "norms and biases")
     assert plain.weights == 4 * found.parameters and takes.per_token == found.kv_bytes()
-    # What `convert` writes has 4 bits a weight in the layers here and 16 a group of 128; 8 and 32 in the rim.
+    # `convert` writes 4 bits per weight in the layers here and 16 per group of 128; 8 and 32 outside them.
     parts = {p.name: p.parameters for p in found.parts}
     assert takes.weights == parts["layers"] * 4.125 / 8 + parts["embedding and head"] * 8.25 / 8 + 4 * vectors
 
 
 def test_recommended_models_are_of_the_sizes_that_they_say() -> None:
-    """Against the shapes that `bench` builds, which were taken from the models' own config.json."""
+    """Compared with the shapes of `bench`, which are from the models' config.json."""
     rows = {r["id"]: r for r in recommended()}
     known = {"Qwen/Qwen2.5-0.5B-Instruct-AWQ": "qwen2.5-0.5b", "mlx-community/Llama-3.2-1B-Instruct-4bit": "llama-3.2-1b",
              "Qwen/Qwen3-4B-AWQ": "qwen3-4b", "Qwen/Qwen2.5-7B-Instruct-AWQ": "qwen2.5-7b", "Qwen/Qwen3-8B-AWQ": "qwen3-8b",
@@ -362,7 +362,7 @@ def test_recommendations_follow_the_memory(tmp_path: Path, monkeypatch: pytest.M
     assert fitting[0] == 0 < fitting[1] < fitting[2] < fitting[3] == len(recommended())
 
 
-# what is removed ----------------------------------------------------------------------------------------
+# removal ------------------------------------------------------------------------------------------------
 def test_rm_asks_and_removes_what_it_names_and_nothing_else(client: Client) -> None:
     for name in ("org/model", "org/dense"):
         client.run("models", "pull", name)
@@ -436,7 +436,7 @@ def test_yes_converts_once_and_the_result_answers_to_the_same_id(home: Path, ans
 
 
 def test_no_runs_it_as_it_is_and_does_not_ask_twice(home: Path, answers: list[str]) -> None:
-    answers += ["x", "n"]  # a key without a meaning is passed over
+    answers += ["x", "n"]  # a key without a meaning is ignored
     assert opening.settle(options(), lambda text: None) == "org/dense"
     assert opening.settle(options(), lambda text: None) == "org/dense"
     assert not (home / "models").exists() and not answers
@@ -501,7 +501,7 @@ def test_a_conversion_that_has_no_room_is_not_offered(
     said: list[str] = []
     monkeypatch.setattr(limits, "memory_free", lambda mapped=0: 20 << 20)
     assert opening.settle(options(), said.append) == "org/dense"
-    assert "the conversion needs 1" in said[-1] and "it runs as it is" in said[-1]
+    assert "the conversion needs 1" in said[-1] and "using the original" in said[-1]
 
 
 def test_a_mixture_of_experts_is_offered_as_well(home: Path) -> None:

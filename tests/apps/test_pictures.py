@@ -11,15 +11,15 @@ import pytest
 from checkout import ROOT
 
 if sys.platform == "win32":
-    pytest.skip("a pseudo-terminal", allow_module_level=True)
+    pytest.skip("needs a pseudo-terminal", allow_module_level=True)
 if not (ROOT / "README.md").exists():
-    pytest.skip("a checkout's pictures are not here", allow_module_level=True)
+    pytest.skip("the pictures are in the checkout only", allow_module_level=True)
 pytest.importorskip("pyte")
 from pictures import FOLDER, PICTURES, Picture, svg, taken, words
 
 
 def told(picture: str) -> str:
-    """Its text without blanks, which differ where a row ends; machine and speed left out."""
+    """Return a picture's text without blanks, which differ at row ends, and without machine and speed."""
     text = re.sub(r"\s", "", "".join(words(picture)))
     text = re.sub(r"cpu:.*?context", "cpu:context", text, count=1)
     return re.sub(r"[\d.,]+(?=tok/s|s·|MB)", "#", text)

@@ -1,4 +1,4 @@
-"""Ctrl-C while a bar is on the screen: it goes, though it fills its row, and how to go on stays."""
+"""Ctrl-C while a bar is on the screen removes the bar, also a full-width one, and keeps the hint to resume."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from checkout import ROOT
 from stand_in_hub import Hub
 
 if sys.platform == "win32":
-    pytest.skip("a pseudo-terminal", allow_module_level=True)
+    pytest.skip("needs a pseudo-terminal", allow_module_level=True)
 pytest.importorskip("pexpect")
 pytest.importorskip("pyte")
 from chat_screen import CTRL_C, Screen
 
 BAR = ("━", "╸", "╺")
 PROGRAM = "import sys, time; from tinychat_mlx.apps.cli import main; {}; sys.exit(main(sys.argv[1:]))"
-# Everything but the embedding is done, and that takes a minute.
+# Everything but the embedding is done, which takes a minute.
 SLOW = "from tinychat_mlx.awq import stream; stream.Conversion._rim = lambda *_: time.sleep(60)"
 
 
@@ -46,7 +46,7 @@ def test_a_conversions_bar_goes(tmp_path: Path, columns: int = 60) -> None:
     command = ("convert", str(tmp_path / "dense"), "-o", str(tmp_path / "made"), "--calib", text)
     screen = started(columns, *command, "--group-size", "32", "--backend", "reference", code=SLOW)
     screen.wait("━ 3/3")
-    stopped(screen, columns, "--resume to go on")
+    stopped(screen, columns, "--resume to continue")
 
 
 def test_a_downloads_bar_goes(tmp_path: Path, columns: int = 79) -> None:
@@ -55,4 +55,4 @@ def test_a_downloads_bar_goes(tmp_path: Path, columns: int = 79) -> None:
         hub.pause = 1.0
         screen = started(columns, "models", "pull", "org/model", env=hub.environ(tmp_path / "hf"))
         screen.wait("left")
-        stopped(screen, columns, "goes on from there")
+        stopped(screen, columns, "resumes the download")

@@ -1,4 +1,4 @@
-"""Perplexity, KL and agreement, against NumPy on whole windows and against what is known by hand."""
+"""Perplexity, KL and agreement, compared with NumPy on whole windows and with values derived by hand."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_model_against_itself_loses_nothing() -> None:
 
 
 def test_standard_errors_are_those_of_repeated_samples() -> None:
-    """Windows whose tokens are all alike: naive errors would be ten times too small."""
+    """All tokens of a window are equal, so naive errors would be ten times too small."""
     r = np.random.default_rng(1)
     means, errors, percentiles, percentile_errors = [], [], [], []
     for _ in range(150):
@@ -70,15 +70,15 @@ def test_standard_errors_are_those_of_repeated_samples() -> None:
         errors.append(error)
         percentiles.append(float(np.percentile(np.concatenate(windows), 75)))
         percentile_errors.append(percentile_error(windows, 75))
-    # 150 draws estimate a standard deviation to 6 %; a bootstrapped percentile is rougher.
+    # 150 draws estimate a standard deviation to 6 %; a bootstrapped percentile is less precise.
     assert np.std(means) == pytest.approx(float(np.mean(errors)), rel=0.2)
     assert np.std(percentiles) == pytest.approx(float(np.mean(percentile_errors)), rel=0.35)
 
 
 def test_the_error_of_a_ratio_takes_windows_in_pairs() -> None:
-    """Against leaving out one window after the other; two models that are far off in the same windows."""
+    """Compared with the jackknife over windows, for two models with large errors in the same windows."""
     r, tables = np.random.default_rng(2), []
-    sharp = np.where(np.arange(V) < 2, 4.0, 0.2)[:, None]  # after tokens 0 and 1 there is much to be lost
+    sharp = np.where(np.arange(V) < 2, 4.0, 0.2)[:, None]  # after tokens 0 and 1 the loss can be large
     dense = r.normal(size=(V, V)) * sharp
     tables = [(dense + off * r.normal(size=(V, V)) * sharp).astype(np.float32) for off in (0.1, 0.3)]
     ids = np.where(
@@ -122,7 +122,7 @@ def test_the_command_measures_what_the_library_does(
         p, q = (m.logits(ids[at : at + 40])[:-1].astype(np.float64) for m in models)
         p, q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (p, q))
         kl.append((np.exp(p) * (p - q)).sum(-1))
-    # The same numbers computed in one piece and in pieces: logits of size 10 in float32, 1e-5 of each.
+    # The same logits in one piece and in several: values of size 10 in float32, 1e-5 of each.
     assert found["kl_mean"] == pytest.approx(np.concatenate(kl).mean(), rel=1e-3)
     assert main(args) == 0
     assert "perplexity" in capsys.readouterr().out
@@ -134,7 +134,7 @@ def test_a_single_window_has_no_standard_error(tmp_path: Path, capsys: pytest.Ca
     args = ["eval", "-m", str(dense), "--against", str(dense), "--text", str(tmp_path / "short.txt")]
     assert main([*args, "--backend", "reference"]) == 0
     out = capsys.readouterr().out
-    assert "±" not in out and "nan" not in out and "a single window" in out
+    assert "±" not in out and "nan" not in out and "at least two windows" in out
     assert main([*args, "--backend", "reference", "--json"]) == 0
     assert not [key for key in json.loads(capsys.readouterr().out) if key.endswith("_se")]
 

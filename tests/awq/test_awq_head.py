@@ -1,4 +1,4 @@
-"""A head of its own is a site like others: scaled through the final norm, fed back, and resumed to the byte."""
+"""A separate head is a site: scaled through the final norm, error feedback, byte-identical resume."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ pytestmark = pytest.mark.usefixtures("accepted")
 
 
 def opened(variant: str, root: Path, aside: Path | None = None) -> Checkpoint:
-    """A tiny model with a head of its own; of a tied family's copy in `aside` the embedding, disturbed, is the head."""
+    """Open a tiny model with a separate head.
+
+    A tied family gets a copy in `aside` with a perturbed embedding as head.
+    """
     name = variant.removesuffix("-untied")
     folder = tiny(name, root).folder
     if aside is None or name == variant:
@@ -54,7 +57,7 @@ def opened(variant: str, root: Path, aside: Path | None = None) -> Checkpoint:
 
 
 def untie(folder: Path, noise: float = 0.0) -> None:
-    """Give the one weight file of a folder a head."""
+    """Add a head to the only weight file of a folder."""
     path, config = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
     spec, file = parse_config(config).spec, TensorFile(path)
     arrays = {name: np.array(file.read(name)) for name in file.names}
@@ -66,7 +69,7 @@ def untie(folder: Path, noise: float = 0.0) -> None:
 
 
 class Changed:
-    """A model whose head and final norm are another's."""
+    """A model with another head and final norm."""
 
     def __init__(self, source: Source, head: Weight, vectors: Mapping[str, F32]) -> None:
         self.source, self.head, self.vectors, self.has = source, head, vectors, source.has
@@ -103,7 +106,7 @@ def test_scaling_the_head_leaves_the_logits_unchanged(variant: str, tiny_root: P
     ids = tiny(variant.removesuffix("-untied"), tiny_root).ids
     before = logits(source, config, ids)
     after = logits(Changed(source, scaled, weights.vectors), config, ids)
-    # The norm follows s exactly; products of ~100 terms, each off by 3 roundings of float32: 100 · 3 · 6e-8.
+    # The norm is matched exactly by s; products of ~100 terms, each with 3 float32 roundings: 100 · 3 · 6e-8.
     assert np.abs(after - before).max() < 2e-5 * np.abs(before).max()
 
 
@@ -121,7 +124,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_what_is_written_is_the_head_that_was_chosen(
     method: str, tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In stripes the same codes come out as at once, and the report tells the error that they have."""
+    """Codes made in stripes equal those made at once, and the report states their error."""
     source = opened("llama", tiny_root)
     result = converted(source, tmp_path / "whole", method=method)
     monkeypatch.setattr(head, "ROWS", 40)
@@ -133,8 +136,8 @@ def test_what_is_written_is_the_head_that_was_chosen(
     assert isinstance(striped, Packed) and isinstance(whole, Packed) and whole.w_bit == 4
     (report,) = result.layers[-1].sites
     assert report.key == "head" and report.error < report.rtn and not report.fell_back
-    sampled = seen[0].chosen.parts["head"].to_float32()  # every third row, by which scales were chosen
-    # Rows do not meet: only sums in another order part the two, which tip a code over now and then.
+    sampled = seen[0].chosen.parts["head"].to_float32()  # every third row, by which the scales were chosen
+    # Rows are independent. Only the order of sums differs, which changes a few codes.
     assert np.mean(striped.to_float32()[::3] != sampled) < 0.02
 
 
@@ -163,7 +166,10 @@ def half(v: F32) -> F32:
 def test_killed_at_the_head_and_resumed_it_ends_with_the_same_bytes(
     method: str, before: str, kept: bool, tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before it, in it, and behind it; no layer is done again. kept: the rows that enter the head are still there."""
+    """Interrupted before, in and after the head.
+
+    No layer runs again. kept: the head's input rows still exist.
+    """
     source = opened("llama", tiny_root)
     converted(source, tmp_path / "whole", method=method)
 
@@ -198,7 +204,7 @@ def test_the_estimate_knows_of_it(tiny_root: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """The demo model with its embedding once more as its head."""
+    """The demo model with a copy of its embedding as its head."""
     folder = tmp_path_factory.mktemp("demo") / "untied"
     shutil.copytree(DATA / "demo-fp16", folder)
     untie(folder)
@@ -207,7 +213,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def loss(demo: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
-    """Method -> KL of the demo model with that head and final norm alone against itself, on held-out text."""
+    """Method -> KL of the demo model with that head and final norm against the original, on held-out text."""
     config, backend = parse_config(demo.config), ReferenceBackend()
     tokenizer = Tokenizer.load(demo.folder)
     calib = np.asarray(encoded(str(DATA / "demo_calib.jsonl"), tokenizer)[:4096], np.int32)
@@ -232,5 +238,5 @@ def loss(demo: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 def test_held_out_kl_of_the_demo_with_a_4_bit_head_falls(loss: dict[str, float]) -> None:
-    """To 0.88 and 0.35 of rounding's with 8192 tokens of calibration and 4096 of text; fewer of both here."""
+    """To 0.88 and 0.35 of rounding's with 8192 calibration tokens and 4096 of text; both are fewer here."""
     assert loss["awq"] < 0.95 * loss["rtn"] and loss["awq+"] < 0.4 * loss["rtn"]

@@ -1,4 +1,4 @@
-"""The quantiser, the searches and the error feedback, against float64, exhaustive search and laws."""
+"""The quantiser, the searches and the error feedback, compared with float64, exhaustive search and laws."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ def weights(n: int, k: int, seed: int = 0) -> np.ndarray:
 
 
 def inputs(tokens: int, k: int, seed: int = 1) -> np.ndarray:
-    """Correlated channels of very different size, as activations are."""
+    """Correlated channels of very different size, like activations."""
     r = np.random.default_rng(seed)
     mix = np.eye(k) + 0.3 * r.normal(size=(k, k)) / np.sqrt(k)
     return (r.normal(size=(tokens, k)) @ mix * np.exp(r.normal(size=k))).astype(np.float32)
 
 
 def squared_error(w: np.ndarray, w_hat: np.ndarray, h: np.ndarray) -> np.ndarray:
-    """w, w_hat (K, N) -> e H eᵀ of each row (N,)."""
+    """Return e H eᵀ per row (N,) for w, w_hat (K, N) with e = w - w_hat."""
     e = (w - w_hat).astype(np.float64)
     return np.einsum("kn,kn->n", e, h.astype(np.float64) @ e)
 
 
 def by_definition(w: np.ndarray, w_bit: int, g: int) -> np.ndarray:
-    """AWQ's rule in float64 and plain loops, with the scale as it is stored."""
+    """AWQ's rule in float64 and plain loops, with the stored scale."""
     out = np.empty(w.shape)
     for n in range(len(w)):
         for at in range(0, w.shape[1], g):
@@ -51,13 +51,14 @@ def by_definition(w: np.ndarray, w_bit: int, g: int) -> np.ndarray:
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_rounding_is_awqs_rule(w_bit: int, group_size: int) -> None:
     w = weights(12, 256)
-    w[0] += 1  # a group all of one sign: the zero point is clamped
+    w[0] += 1  # a group with one sign: the zero point is clamped
     w[1, :128] = 0
     got = round_to_nearest(w, w_bit, group_size).to_float32()
     expected = by_definition(w, w_bit, group_size)
     step = round_to_nearest(w, w_bit, group_size).scales.max()
     wrong = np.abs(got - expected) > 1e-6
-    # A weight on the border of two codes may go either way in float32; such are rare, and one step apart.
+    # A weight on the border of two codes may go either way in float32. Such weights are rare, and differ by
+    # one step.
     assert wrong.mean() < 1e-3 and np.abs(got - expected).max() <= step * 1.001
     assert np.array_equal(round_values(w, w_bit, group_size), got)
 
@@ -67,7 +68,7 @@ def test_packed_in_float16_means_the_same_to_the_bit(w_bit: int) -> None:
     quantized = round_to_nearest(weights(16, 256) * np.float32(1e-3), w_bit, 64)
     packed = quantized.packed("w", None)
     assert packed.scales.dtype == packed.biases.dtype == np.float16
-    # q·s + b and (q - z)·s agree exactly: scales have 7 significant bits, zeros 4, float16 holds 11.
+    # q·s + b and (q - z)·s agree exactly: scales have 7 significant bits, zeros 4, float16 has 11.
     assert np.array_equal(packed.to_float32(), quantized.to_float32())
 
 
@@ -119,7 +120,7 @@ def test_scale_search_finds_the_best_of_the_published_grid() -> None:
 
 def test_clip_takes_for_each_group_the_bound_that_errs_least() -> None:
     x, w = inputs(200, 64), weights(6, 64)
-    w[0, 0] = 1  # an outlier on a channel that is hardly ever active
+    w[0, 0] = 1  # an outlier on a channel that is seldom active
     x[:, 0] *= 1e-3
     moments = BlockMoments.empty(64, 32)
     moments.add(x)
@@ -159,8 +160,11 @@ def test_a_matrix_that_is_not_finite_is_refused() -> None:
 
 
 def sequential(w: np.ndarray, h: np.ndarray, codes: feedback.Codes) -> np.ndarray:
-    """Optimal quantisation column by column by its definition, in float64: after each column the rest of
-    w is set to the least-squares optimum given the errors so far (GPTQ's update, with an explicit inverse)."""
+    """Quantise optimally column by column by definition, in float64.
+
+    After each column the rest of w is set to the least-squares optimum given the errors so far (GPTQ's
+    update, with an explicit inverse).
+    """
     k, size = len(w), codes.group_size
     left, out = w.astype(np.float64).copy(), np.empty(w.shape)
     h = h.astype(np.float64)
@@ -180,7 +184,7 @@ def test_feedback_is_gptqs_update() -> None:
     codes = feedback.feed_back(w, feedback.factor(h), 4, 32)
     expected = sequential(w, h, codes)
     off = np.abs(codes.values() - expected) > 1e-6
-    # A weight on the border of two codes differs in float32, and then what follows in its row: few rows.
+    # A weight on the border of two codes differs in float32, and then the rest of its row: few rows.
     assert off.any(0).mean() < 0.15
 
 
@@ -198,7 +202,8 @@ def test_each_step_of_awq_plus_lowers_the_error(w_bit: int) -> None:
     after = squared_error(w, codes.values(), h)
     errors.append(after.sum())
     assert errors[1] < 0.7 * errors[0] and errors[2] < errors[1] and errors[3] < 0.95 * errors[2]
-    assert (after <= before * (1 + 1e-4)).all()  # descent never makes a row worse, but for float32
+    # descent never makes a row worse, except for float32 rounding
+    assert (after <= before * (1 + 1e-4)).all()
 
 
 def test_scales_are_the_least_squares_solution() -> None:
@@ -212,7 +217,7 @@ def test_scales_are_the_least_squares_solution() -> None:
         columns = [root[:, 32 * g : 32 * g + 32] @ z[g] for g in range(3)]
         expected[:, n] = np.linalg.lstsq(np.stack(columns, 1), root @ w[:, n], rcond=None)[0]
     feedback.refit_scales(w, codes, h)
-    assert np.allclose(codes.scales, expected, rtol=2.0**-7)  # what storing 7 bits may move
+    assert np.allclose(codes.scales, expected, rtol=2.0**-7)  # the change from storing 7 bits
 
 
 def test_grid_fit_is_the_best_of_its_candidates() -> None:
@@ -237,7 +242,7 @@ def test_order_keeps_groups_together_heaviest_first() -> None:
 def test_scales_for_feedback_shrink_outlier_channels_and_may_be_none() -> None:
     w, d = weights(64, 128), np.ones(128, np.float32)
     _, alpha = search_fed_scale(w, np.ones(128, np.float32), d, None, 64)
-    assert alpha == 0  # all channels alike: nothing to scale
+    assert alpha == 0  # all channels are alike: nothing to scale
     loud = np.where(np.arange(128) % 64 == 3, 30, 1).astype(np.float32)
     s, alpha = search_fed_scale(w, loud, loud**2, None, 64)
     assert alpha > 0.2 and s[3] > 2 * s[4]

@@ -1,4 +1,4 @@
-"""Threads of the quantiser: those that were asked for, else those the process may use; the bytes do not depend on them."""
+"""Threads of the quantiser: the requested number, else those available. The result does not depend on them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tinychat_mlx.awq.moments import BlockMoments, FullMoments
 
 
 def workers(row_bytes: int = 1 << 18) -> set[str]:
-    """Names of the threads that took pieces of some work."""
+    """Return the names of the threads that took pieces of some work."""
 
     def work(rows: slice) -> str:
         barrier.wait(300)  # a thread waits until all have a piece
@@ -79,14 +79,14 @@ def test_one_thread_is_one_thread_for_error_feedback_too(monkeypatch: pytest.Mon
 
 
 def test_a_piece_of_work_may_share_work_itself() -> None:
-    """All threads are busy with the outer pieces, so no inner piece may wait for a free one."""
+    """All threads are busy with the outer pieces, so no inner piece may wait for a free thread."""
     with parallel.limited(3):
         made = parallel.each(lambda i: parallel.each(lambda j: (i, j), range(5)), range(7))
     assert made == [[(i, j) for j in range(5)] for i in range(7)]
 
 
 def test_a_thread_that_is_late_is_not_waited_for() -> None:
-    """The only other thread is busy elsewhere: the caller does all pieces."""
+    """The only other thread is busy elsewhere, so the caller processes all pieces."""
     begun, done = threading.Event(), threading.Event()
     with parallel.limited(2):
         parallel._pool(1).submit(lambda: (begun.set(), done.wait(60)))
@@ -110,7 +110,7 @@ def test_an_error_in_another_thread_reaches_the_caller() -> None:
 
 
 def test_products_in_blocks_are_products() -> None:
-    """Against float64; a sum of K terms of about 1 errs by at most K · 2⁻²⁴ · the sum of their magnitudes."""
+    """Compared with float64. A sum of K terms has an error of at most K · 2⁻²⁴ · the sum of their magnitudes."""
     rng = np.random.default_rng(0)
     for n, k, m in ((700, 90, 300), (300, 90, 700), (3, 5, 4), (0, 5, 4)):
         a, b = rng.normal(size=(n, k)).astype(np.float32), rng.normal(size=(k, m)).astype(np.float32)
@@ -121,14 +121,14 @@ def test_products_in_blocks_are_products() -> None:
         assert (np.abs(out - 1 - exact) <= bound + 2**-23 * (1 + np.abs(exact))).all()
 
 
-CORES = {  # OpenBLAS's name of a set of kernels: what NumPy says a processor must have for it
+CORES = {  # OpenBLAS's name of a set of kernels: the CPU feature (NumPy's name) that it needs
     "x86": {"Prescott": "SSE3", "Sandybridge": "AVX", "Haswell": "AVX2", "Zen": "AVX2", "SkylakeX": "AVX512_SKX"},
     "arm": {"ARMV8": "NEON", "NEOVERSEN1": "ASIMDDP"},
 }  # fmt: skip
 
 
 def core_types() -> list[str]:
-    """The kernels that OpenBLAS may be made to run here; "" are those that it chooses itself."""
+    """Return the kernel sets that OpenBLAS can use here; "" is its own choice."""
     blas = {library["internal_api"] for library in threadpool_info() if library["user_api"] == "blas"}
     family = CORES["arm" if platform.machine().lower() in ("arm64", "aarch64") else "x86"]
     found = [core for core, needed in family.items() if __cpu_features__.get(needed)]
@@ -137,7 +137,7 @@ def core_types() -> list[str]:
 
 @pytest.mark.parametrize("core", core_types())
 def test_threads_do_not_change_a_sum(tmp_path: Path, core: str) -> None:
-    """Each set of kernels cuts a product at other places."""
+    """Each set of kernels splits a product at other places."""
     run(core, "products", tmp_path / "sums")
     sums = (tmp_path / "sums").read_text().split()
     assert len(sums) == 3 and len(set(sums)) == 1
@@ -154,7 +154,7 @@ def test_threads_do_not_change_the_bytes(tmp_path: Path, core: str) -> None:
 
 
 def run(core: str, *args: str | Path) -> None:
-    """This file as a program, in a process whose OpenBLAS has these kernels."""
+    """Run this file as a program in a process whose OpenBLAS uses these kernels."""
     environment = {**os.environ, "OPENBLAS_CORETYPE": core} if core else os.environ
     command = [sys.executable, __file__, *map(str, args)]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -162,7 +162,7 @@ def run(core: str, *args: str | Path) -> None:
 
 
 def large_products() -> str:
-    """A digest of every product that a conversion splits, at sizes where it does."""
+    """Return a digest of every product that a conversion splits, at sizes where it does."""
     rng = np.random.default_rng(0)
     x, w = (rng.standard_normal((n, 768), np.float32) for n in (600, 600))
     full, blocks = FullMoments.empty(768, w), BlockMoments.empty(768, 32)

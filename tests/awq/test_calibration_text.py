@@ -1,4 +1,4 @@
-"""Calibration text: every kind of file and record, datasets of a hub, and one clear line for what is not text."""
+"""Calibration text: every kind of file and record, datasets of a hub, and one-line errors for other input."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_record_is_a_text_or_a_chat_by_its_columns(record: Any, means: Documen
 
 
 def test_a_line_separator_inside_a_string_ends_no_line() -> None:
-    """`str.splitlines` would: JSON allows U+2028 in a string as it is."""
+    """`str.splitlines` would end it: JSON allows U+2028 unescaped in a string."""
     assert read("a.jsonl", '{"text": "a\u2028b\x85c"}\r\n"d"\n') == ["a\u2028b\x85c", "d"]
 
 
@@ -125,13 +125,13 @@ def test_parquet_without_its_library_says_how_to_install_it(monkeypatch: pytest.
 
 
 class Letters:
-    """A tokenizer of one token a letter."""
+    """A tokenizer with one token per letter."""
 
     def encode(self, text: str) -> list[int]:
         return [ord(c) for c in text]
 
 
-# Templates of the shapes that are published: an answer in the history, and a generation prompt.
+# Templates of published shapes: an answer in the history, and a generation prompt.
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 TEMPLATES = {
     "chatml": CHATML + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
@@ -195,7 +195,7 @@ def test_an_answer_begins_with_the_generation_prompt_of_its_template(
     ],
 )
 def test_a_template_that_does_not_show_its_messages_is_not_used(template: str, tmp_path: Path) -> None:
-    """Every conversation is a text then."""
+    """Every conversation is then a plain text."""
     tokenizer = with_template(tmp_path / "t", template)
     assert Turns.of(tokenizer) is None
     made = writers(tokenizer, frozenset(), 12, np.random.default_rng(0))
@@ -204,7 +204,7 @@ def test_a_template_that_does_not_show_its_messages_is_not_used(template: str, t
 
 
 def test_a_conversation_is_the_templates_words_and_the_models_in_turn(tmp_path: Path) -> None:
-    """A question ends with the template's token for that, a thought goes on over it; an answer ends with a stop."""
+    """A question ends with the template's token, also inside a thought; an answer ends with a stop token."""
     tokenizer = with_template(tmp_path / "t", TEMPLATES["channels"])
     stop = tokenizer.id_of("</s>")
     assert stop is not None
@@ -222,10 +222,10 @@ def test_a_conversation_is_the_templates_words_and_the_models_in_turn(tmp_path: 
 
 
 def test_every_kind_of_text_has_its_share_of_the_conversations() -> None:
-    """Whatever the seed, which decides how each begins."""
+    """For every seed, which determines how each begins."""
     tokenizer = Tokenizer.load(DEMO)
     named = kinds(tokenizer)
-    assert len(named) == 4  # its tokenizer spells other languages out
+    assert len(named) == 4  # its tokenizer splits other languages into single bytes
     for seed in range(5):
         made = writers(tokenizer, frozenset(), 32, np.random.default_rng(seed))
         words = [tokenizer.decode(w.forced, skip_special=False) for w in made]
@@ -236,7 +236,7 @@ def test_every_kind_of_text_has_its_share_of_the_conversations() -> None:
 
 
 def test_languages_are_those_of_the_tokenizer() -> None:
-    """A stand-in that has a token for every three bytes, and one that has a token for every byte."""
+    """A stand-in with a token for every three bytes, and one with a token for every byte."""
     wide: Any = SimpleNamespace(encode=lambda text, special: [0] * -(-len(text.encode()) // 4))
     narrow: Any = SimpleNamespace(encode=lambda text, special: [0] * len(text.encode()))
     assert set(kinds(wide)[-1].questions) == set(LANGUAGES) and len(kinds(wide)) == 5
@@ -267,7 +267,7 @@ for name, wanted in json.load(sys.stdin):
 
 
 def fetched(hub: Hub, home: Path, *wanted: tuple[str, int], **env: str) -> list[Any]:
-    """What each (dataset, tokens) gives: [documents, origin], or the error as a string."""
+    """Return the result of each (dataset, tokens): [documents, origin], or the error as a string."""
     where = os.environ | {"PYTHONPATH": str(ROOT)} | hub.environ(home) | env
     command, text = [sys.executable, "-c", FETCH], json.dumps(wanted)
     done = subprocess.run(command, input=text, env=where, capture_output=True, text=True, check=True)
@@ -303,7 +303,7 @@ def test_of_a_dataset_one_fitting_file_is_read_and_no_more_than_needed(hub: Hub,
     (large,) = fetched(hub, home, ("o/large", 1000))
     assert large[0][0].startswith("w0 ") and 4 * 1000 * 5 <= sum(map(len, large[0])) < 25_000
     assert "o/large, data/train.jsonl" in large[1] and "MB" in large[1]
-    assert 0 < hub.sent <= 6 << 20  # of 11 MB; a read-ahead of some blocks
+    assert 0 < hub.sent <= 6 << 20  # of 11 MB; includes a read-ahead of some blocks
     shards, named, chats = fetched(
         hub, home, ("o/shards", 1000), ("o/shards:train-2.jsonl", 1000), ("o/chats", 9)
     )
@@ -327,4 +327,4 @@ def test_a_dataset_that_cannot_be_had_says_why_in_one_line(hub: Hub, tmp_path: P
 
 def test_a_hub_that_does_not_answer_is_said_at_once(hub: Hub, tmp_path: Path) -> None:
     (line,) = fetched(hub, tmp_path / "home", ("o/large", 9), HF_ENDPOINT="http://127.0.0.1:9")
-    assert "the hub does not give it" in line and "--calib self" in line
+    assert "the hub refused the request" in line and "--calib self" in line

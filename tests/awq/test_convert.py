@@ -1,4 +1,4 @@
-"""`tinychat convert` end to end: what it writes, that it can be killed anywhere, and what it refuses."""
+"""`tinychat convert` end to end: its output, interruption at any point, and its errors."""
 
 from __future__ import annotations
 
@@ -124,11 +124,11 @@ def test_mlx_lm_gives_our_logits(home: Path) -> None:
     for name, more in (("b-4", ("--w-bit", "4")), ("gemm", ("--format", "awq")), ("b-3", ("--w-bit", "3"))):
         target = converted(home, name, *more)
         model, _ = load_model(target)
-        model.set_dtype(mx.float32)  # on a CPU mlx-lm computes in float32 only with any speed
+        model.set_dtype(mx.float32)  # on a CPU, mlx-lm is only fast in float32
         ids = np.random.default_rng(9).integers(0, 80, 40).tolist()
         theirs = np.array(model(mx.array([ids]))[0].astype(mx.float32))
         ours = logits(target)
-        # Codes, scales and zeros are the same; sums of 128 products in float32 in another order, three layers.
+        # Codes, scales and zeros are the same; float32 sums of 128 products in another order, three layers.
         assert np.abs(theirs - ours).max() < 1e-3 * np.abs(ours).max(), name
 
 
@@ -184,7 +184,7 @@ BAD = "model.layers.1.mlp.down_proj.weight"
 
 
 def large(name: str, weights: dict[str, np.ndarray], value: float) -> dict[str, np.ndarray]:
-    """A tensor in float32 with one value that float16 cannot hold."""
+    """A float32 tensor with one value too large for float16."""
     wide = weights[name].astype(np.float32)
     wide.flat[7] = value
     return {name: wide}
@@ -267,7 +267,7 @@ def test_a_missing_shard_is_refused(home: Path, capsys: pytest.CaptureFixture[st
 def test_a_site_whose_error_cannot_fall_keeps_plain_rounding_and_says_so(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A matrix that rounding holds exactly cannot be bettered."""
+    """A matrix that rounding represents exactly cannot be improved."""
     weights = tiny_dense.tensors(tiny_dense.CONFIG)
     weights["model.layers.1.self_attn.o_proj.weight"][:] = 0
     source = tiny_dense.save(home / "zero", weights)
@@ -303,7 +303,7 @@ def test_dry_run_writes_nothing_and_knows_the_size(home: Path, capsys: pytest.Ca
 
 
 def test_dry_run_says_what_is_in_memory_when(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One decoder layer of float32 weights; and, where it writes its own text, the whole model at 8 bits."""
+    """One decoder layer of float32 weights, and for generated text the whole model at 8 bits."""
     args = arguments(home, home / "never")
     layer = (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128) * 4  # q, o; k, v; gate, up, down
     assert main([*args, "--dry-run", "--json"]) == 0
@@ -313,7 +313,7 @@ def test_dry_run_says_what_is_in_memory_when(home: Path, capsys: pytest.CaptureF
     own = [*args, "--calib", "self"]
     assert main([*own, "--dry-run", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    whole = 3 * layer / 4 + 96 * 64  # a byte a weight
+    whole = 3 * layer / 4 + 96 * 64  # one byte per weight
     assert whole < found["own_text_bytes"] - sizes.BASE_BYTES
     assert found["peak_bytes"] == max(found["own_text_bytes"], found["layers_bytes"])
     assert main([*own, "--dry-run"]) == 0
@@ -344,7 +344,7 @@ def test_auto_is_the_largest_group_that_fits_every_matrix(hidden: int, inner: in
 def test_auto_is_the_same_as_the_number_it_stands_for(
     home: Path, form: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Which the dry run, the model, its card and --json name, and with which an interrupted run goes on."""
+    """The dry run, the model, its card and --json name it, and an interrupted run resumes with it."""
     source, command = str(home / "dense"), ["--method", "rtn", "--format", form, "--backend", "reference"]
     auto, given = home / f"auto-{form}", home / f"given-{form}"
     assert main(["convert", source, *command, "--dry-run", "--json"]) == 0
@@ -365,7 +365,7 @@ def test_auto_is_the_same_as_the_number_it_stands_for(
 
 
 def test_a_matrix_that_no_group_fits_is_named(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One that another group would fit is named with that."""
+    """If another group size fits, the message suggests it."""
     odd = tiny_dense.save(home / "odd", None, intermediate_size=72)
     assert main(["convert", str(odd), "-o", str(home / "from-odd"), "--method", "rtn"]) == 1
     error = capsys.readouterr().err
@@ -424,7 +424,7 @@ def test_a_float32_source_of_the_same_numbers_gives_the_same_codes(home: Path) -
 def test_a_bfloat16_number_beyond_float16_is_refused(
     tmp_path: Path, bits: int, refused: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """65280 is the last that float16 holds, -65536 the first that it does not; then infinity and NaN."""
+    """65280 is the last number that fits float16, -65536 the first that does not; then infinity and NaN."""
     norm = np.full(64, 0x3F80, np.uint16)
     norm[5] = bits
     source = tiny_dense.save(tmp_path / "dense")
@@ -439,7 +439,7 @@ def test_a_bfloat16_number_beyond_float16_is_refused(
 def test_a_weight_whose_offset_float16_cannot_hold_is_refused_by_name(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of -65000 to 60000 in 3 bits the scale is 17920 and the zero point 4: their product is 71680."""
+    """From -65000 to 60000 in 3 bits the scale is 17920 and the zero point 4: their product is 71680."""
     source = damaged(home, "wide", lambda w: w[BAD].__setitem__((3, slice(2)), (60000, -65000)))
     args = ["convert", str(source), "-o", str(home / "from-wide"), "--group-size", "32", "--w-bit", "3"]
     assert main([*args, "--method", "rtn"]) == 1
@@ -462,7 +462,7 @@ def test_a_bfloat16_source_converts(home: Path) -> None:
 def test_without_a_terminal_each_line_says_how_long_the_rest_takes(
     home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A layer takes ten seconds by this clock, one that an interrupted run had done takes none."""
+    """With this clock a layer takes ten seconds; a layer that an interrupted run finished takes none."""
     from tinychat_mlx.apps.convert import Screen
     from tinychat_mlx.awq.layer import LayerReport
     from tinychat_mlx.awq.stream import Progress
@@ -487,7 +487,7 @@ def test_without_a_terminal_each_line_says_how_long_the_rest_takes(
 def test_the_time_left_of_own_text_is_right_within_a_half_after_a_tenth(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The first five steps are cold, and the last takes twice the time of the sixth, as caches grow."""
+    """The first five steps are cold, and the last takes twice as long as the sixth, because caches grow."""
     from tinychat_mlx.apps.convert import Rate
 
     steps, seconds = 500, [0.0]

@@ -1,4 +1,4 @@
-"""Conversions of unlike structures, by every method and on every backend. test_support.py converts every family."""
+"""Conversions of different structures with every method and backend. test_support.py converts every family."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def converted(
 
 
 def off(folder: Path, variant: str, root: Path) -> float:
-    """Root mean square of what the logits are off transformers', over the largest."""
+    """Return the root mean square error of the logits against transformers, relative to the largest."""
     t = tiny(variant, root)
     logits = tinychat_mlx.load(folder, backend="reference").logits(t.ids)
     return float(np.sqrt(np.square(logits - t.logits).mean()) / np.abs(t.logits).max())
@@ -49,7 +49,10 @@ def test_every_method_converts_mixtures(variant: str, method: str, tiny_root: Pa
 def test_every_backend_converts(
     variant: str, backend_name: str, backend: Backend, tiny_root: Path, tmp_path: Path
 ) -> None:
-    """Dense layers, windows, learned positions, experts: exact for the float model, as it runs for the codes."""
+    """Dense layers, windows, learned positions, experts.
+
+    Exact for the float model, default mode for the codes.
+    """
     made = []
 
     def make(exact: bool) -> Backend:
@@ -58,6 +61,6 @@ def test_every_backend_converts(
 
     result = converted(variant, tiny_root, tmp_path / "out", make=make, method="awq+", w_bit=8)
     assert [b.name for b in made] == [backend_name] * 2
-    # A site is judged with the inputs that it will have: with int8 activations they are off by 1e-4 per product.
+    # A site is measured with the inputs of a run: int8 activations have errors of 1e-4 per product.
     assert max(site.error for layer in result.layers for site in layer.sites) < 5e-3
     assert off(tmp_path / "out", variant, tiny_root) < 0.02

@@ -1,4 +1,4 @@
-"""Mixtures of experts convert: experts to codes, routers kept, read by mlx-lm, resumed to the byte."""
+"""Mixtures of experts: quantised experts, dense routers, readable by mlx-lm, byte-identical resume."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def logits(folder: Path) -> np.ndarray:
 def test_experts_are_codes_and_routers_are_not(
     variant: str, form: str, tiny_root: Path, tmp_path: Path
 ) -> None:
-    """In both formats, under the names that each one's readers know; and the codes are the same."""
+    """In both formats, under the names of each format's readers, with equal codes."""
     converted(variant, tiny_root, tmp_path / form, method="awq", format=form)
     found, source = Checkpoint.open(tmp_path / form), Checkpoint.open(tiny(variant, tiny_root).folder)
     layers = {
@@ -77,7 +77,7 @@ def test_experts_are_codes_and_routers_are_not(
             assert np.array_equal(one.qweight, two.qweight) and np.array_equal(one.scales, two.scales)
 
 
-@pytest.mark.parametrize("variant", [v for v in MIXTURES if v != "qwen2_moe"])  # no dense layers there
+@pytest.mark.parametrize("variant", [v for v in MIXTURES if v != "qwen2_moe"])  # it has no dense layers
 def test_mlx_lm_reads_the_folder_and_gives_our_logits(variant: str, tiny_root: Path, tmp_path: Path) -> None:
     mx = pytest.importorskip("mlx.core", reason="MLX is not installed")
     utils = pytest.importorskip("mlx_lm.utils", reason="mlx-lm is not installed")
@@ -90,7 +90,7 @@ def test_mlx_lm_reads_the_folder_and_gives_our_logits(variant: str, tiny_root: P
 
 
 class Kept:
-    """The weights that a quantised layer says it will run with."""
+    """The weights that a quantised layer reports for running."""
 
     def __init__(self, layer: QuantizedLayer) -> None:
         self.layer, self.has, self.vector = layer, layer.has, layer.vector
@@ -117,13 +117,13 @@ def test_what_is_written_is_what_later_layers_were_made_for(
     for i, layer in enumerate(made):
         x = graph.block(x, Loader(config, Kept(layer), backend).layer(i), step)
     expected = backend.to_host(graph.logits(x, loader.final_norm(), loader.head(inputs.tokens)))
-    # Scales, zeros, norms and routers are exact in what is stored: only float32 sums in another order differ.
+    # Scales, zeros, norms and routers are exact as stored; only the order of float32 sums differs.
     assert np.abs(logits(tmp_path / "out") - expected).max() < 1e-5 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("variant", ["mixtral", "qwen2_moe"])
 def test_the_best_method_is_closer_than_rounding(variant: str, tiny_root: Path, tmp_path: Path) -> None:
-    """By how much depends on chance here: in a random model, experts chosen otherwise are most of the loss."""
+    """The size of the gain is random here: in a random model, changed routing is most of the loss."""
     rng, loss = np.random.default_rng(6), {}
     ids, texts = (
         rng.integers(3, 97, 1024).astype(np.int32),
@@ -143,7 +143,7 @@ def test_the_best_method_is_closer_than_rounding(variant: str, tiny_root: Path, 
 def test_experts_that_saw_nothing_are_quantised_for_what_others_see(
     variant: str, method: str, tiny_root: Path, tmp_path: Path
 ) -> None:
-    """One token, again and again, comes to few experts."""
+    """A repeated token reaches few experts."""
     with np.errstate(all="raise", under="ignore"):
         result = converted(
             variant,

@@ -1,4 +1,4 @@
-"""`convert --report`: what it shows was measured, what it needs is asked for first, and the model stays as it is."""
+"""`convert --report` shows measured values, checks its needs first, and does not change the model."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def test_the_report_shows_every_method_beside_the_others(
     assert f"- check: KL {found['check']['made']['kl_mean']:.4f}" in text
     for part, size in found["sizes"].items():
         assert sum(size.values()) == found[f"{part}_bytes"] and size["embedding and head"] > 0
-    assert found["quality"]["text"] == "what the calibration left of text-7.jsonl"
+    assert found["quality"]["text"] == "the part of text-7.jsonl that the calibration did not use"
     assert found["quality"]["text"] in text
     assert "KL decides" in text and "closer together than their standard errors say nothing" in text
     quality = found["quality"]["of"]
     assert list(quality) == ["rtn", "awq", "awq+"] and quality["rtn"]["tokens"] > 2048
     assert 0 < quality["awq+"]["kl_mean"] < quality["awq"]["kl_mean"] < quality["rtn"]["kl_mean"]
-    assert not list(home.glob(".reported*"))  # what was made to be measured is gone
+    assert not list(home.glob(".reported*"))  # temporary conversions are deleted
     for name in ("sizes", "quality", "layers"):
         assert ElementTree.parse(folder / f"{name}.svg").getroot().tag.endswith("svg")
 
@@ -76,7 +76,7 @@ def test_every_backend_estimates_converts_and_reports(
     assert main(arguments(home, target, *more, "--report", str(folder), "--report-text", str(text))) == 0
     of = json.loads((folder / "report.json").read_text())["quality"]["of"]
     assert of["awq+"]["kl_mean"] < of["rtn"]["kl_mean"]
-    # Another rounding of activations chooses a few other codes; plain rounding loses three times as much.
+    # A different rounding of activations changes a few codes; plain rounding loses three times as much.
     dense = logits(home / "dense")
     assert kl(target, dense) < 1.1 * kl(converted(home, "b-4", "--w-bit", "4"), dense)
 
@@ -85,7 +85,7 @@ def test_every_backend_estimates_converts_and_reports(
 def test_the_reports_figures_are_those_of_eval(
     home: Path, form: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text, folder, target = tiny_dense.text(home, 900, seed=8), home / f"report-{form}", home / f"told-{form}"
+    text, folder, target = tiny_dense.text(home, 900, seed=8), home / f"report-{form}", home / f"made-{form}"
     more = ("--report", str(folder), "--report-text", str(text), "--format", form, "--method", "rtn")
     assert main(arguments(home, target, *more)) == 0
     quality = json.loads((folder / "report.json").read_text())["quality"]
@@ -109,7 +109,7 @@ def test_without_text_left_over_the_report_says_that_the_model_wrote_its_own(
     folder = home / "report-self"
     assert main(arguments(home, home / "reported-self", "--method", "rtn", "--report", str(folder))) == 0
     quality = json.loads((folder / "report.json").read_text())["quality"]
-    assert quality["text"].startswith("text the model wrote itself, for the calibration left no more than")
+    assert quality["text"].startswith("text the model wrote itself, because the calibration left only")
     assert quality["of"]["rtn"]["tokens"] == 315  # 5 windows of 64, the first token of each not predicted
 
 
@@ -122,7 +122,7 @@ def test_a_report_does_not_change_the_model(home: Path) -> None:
 def test_the_published_method_is_measured_as_it_would_be_converted(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Beside awq+, with the calibration tokens of that, whoever made them."""
+    """In addition to awq+, with the same calibration tokens, from any source."""
     text, folder = tiny_dense.text(home, 900, seed=8), home / "report-beside"
     own = ("--calib", "self", "--calib-tokens", "256")
     more = ("--report", str(folder), "--report-text", str(text), *own)
@@ -177,7 +177,10 @@ def test_a_mixtures_notes_are_in_the_report(tiny_root: Path, tmp_path: Path) -> 
 
 
 def test_the_head_is_called_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is quantised behind the last layer, but is none. Where its error cannot fall, that is said of the head."""
+    """The head is quantised after the last layer, but reported as "head".
+
+    A kept rounding is also reported as the head's.
+    """
     weights = tiny_dense.tensors(tiny_dense.CONFIG | {"tie_word_embeddings": False})
     weights["lm_head.weight"][:] = 0
     source = tiny_dense.save(tmp_path / "dense", weights, tie_word_embeddings=False)
@@ -186,7 +189,7 @@ def test_the_head_is_called_what_it_is(tmp_path: Path, capsys: pytest.CaptureFix
     more = ["--calib", str(text), "--report", str(folder), "--report-text", str(text)]
     assert main([*args, *more, "--backend", "reference"]) == 0
     said = capsys.readouterr().err
-    assert "kept where nothing was better: head\n" in said and "layer 4" not in said
+    assert "used, because nothing was better: head\n" in said and "layer 4" not in said
     report = (folder / "report.md").read_text()
     assert "| head | head (plain rounding kept" in report and "| 3 |" not in report
     layers = json.loads((folder / "report.json").read_text())["layers"]

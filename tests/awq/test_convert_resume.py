@@ -1,4 +1,4 @@
-"""A conversion can be killed anywhere and resumed: it ends with the bytes of one that was not."""
+"""A conversion can be killed at any point and resumed, with the same bytes as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ sys.exit(code)
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a dense model whose head is its own, `dense`, large enough for products on several threads."""
+    """A folder with a dense model, `dense`, with a separate head, large enough for multi-threaded products."""
     home = tmp_path_factory.mktemp("resume")
     sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "num_hidden_layers": 2}
     config = tiny_dense.CONFIG | sizes | {"tie_word_embeddings": False}
@@ -49,22 +49,24 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(home: Path, target: Path, *more: str) -> list[str]:
-    """Text of its own, errors fed back, a head that is quantised like a layer."""
+    """Generated text, error feedback, and a head that is quantised like a layer."""
     common = ["--calib-tokens", "512", "--head", "int4", "--group-size", "32", "--backend", "cpu"]
     return ["convert", str(home / "dense"), "-o", str(target), *common, *more]
 
 
 def run(home: Path, target: Path, *more: str, kill: str = "", when: str = "before") -> tuple[int, list[str]]:
-    """convert in a process of its own, which kills itself at the rename to the name `kill` -> exit code, renames.
+    """Run convert in a process that kills itself at the rename to the name `kill`.
 
-    With as many threads as there are cores.
+    Returns (exit code, renames).
+
+    It uses as many threads as there are cores.
     """
     env = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")} | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", KILLED, kill, when, *arguments(home, target, *more)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1200, check=False)
     names = [
         line for line in done.stdout.splitlines() if " " not in line
-    ]  # renames, and not what convert says
+    ]  # renames, without convert's messages
     return done.returncode, names
 
 
@@ -74,10 +76,10 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def whole(home: Path) -> dict[str, bytes]:
-    """The files of an uninterrupted conversion, the same twice; every file of it appeared by a rename, in this order."""
+    """The files of two equal uninterrupted conversions. Every file appeared by a rename, in this order."""
     made = [run(home, home / f"whole-{i}") for i in range(2)]
     layers = [[f"rows-{i + 1:04}.npy", f"layer-{i:04}.json", f"layer-{i:04}.safetensors"] for i in range(2)]
-    layers[1].insert(0, "judged.npy")  # the rows by which the result is checked
+    layers[1].insert(0, "judged.npy")  # the rows that check the result
     head = ["layer-0002.json", "layer-0002.safetensors"]
     side = [
         "LICENSE",
@@ -96,14 +98,14 @@ def whole(home: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("kill", "when"),
     [
-        ("calibration.npy", "before"),  # while text is made
-        ("rows-0001.npy", "after"),  # of a layer there are rows, no codes
+        ("calibration.npy", "before"),  # while text is generated
+        ("rows-0001.npy", "after"),  # a layer has rows but no codes
         ("layer-0001.safetensors", "before"),
         ("layer-0002.safetensors", "before"),  # in the head
         ("rim.safetensors", "before"),
         ("model.safetensors", "before"),  # in the final write
         ("target", "before"),
-        ("target", "after"),  # all is done but the tidying
+        ("target", "after"),  # everything is done except the clean-up
     ],
 )
 def test_killed_anywhere_and_resumed_it_ends_with_the_same_bytes(
@@ -115,14 +117,14 @@ def test_killed_anywhere_and_resumed_it_ends_with_the_same_bytes(
     assert run(home, target, kill=kill, when=when)[0] == -signal.SIGKILL
     done = (kill, when) == ("target", "after")
     assert target.exists() == done and work.exists()
-    assert main(arguments(home, target)) == 2  # not by accident: it says --resume or --force
+    assert main(arguments(home, target)) == 2  # not by accident: the message names --resume and --force
     assert run(home, target, "--resume")[0] == 0
     assert files(target) == whole and not work.exists()
 
 
 @pytest.mark.parametrize("kill", ["old", "target"])
 def test_killed_while_an_older_model_is_replaced(home: Path, whole: dict[str, bytes], kill: str) -> None:
-    """Between the two renames, when neither has the name, and after them."""
+    """Between the two renames, when neither folder has the name, and after them."""
     folder = home / f"replaced-{kill}"
     folder.mkdir()
     target, work = folder / "target", folder / ".target.converting"
@@ -137,7 +139,7 @@ def test_killed_while_an_older_model_is_replaced(home: Path, whole: dict[str, by
 def test_tidying_that_is_interrupted_can_be_resumed(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """That all is done is forgotten last."""
+    """The marker that everything is done is deleted last."""
     target, real = home / "untidy", Path.unlink
 
     def unlink(path: Path, missing_ok: bool = False) -> None:
@@ -184,7 +186,7 @@ def test_resuming_otherwise_is_refused(
 def test_a_report_may_be_left_out_or_added_when_resuming(
     home: Path, whole: dict[str, bytes], first: bool
 ) -> None:
-    """Killed after layer 0: what was measured there is read again, and the codes are the same."""
+    """Killed after layer 0: its measurements are read again, and the codes are the same."""
     folder = home / f"late-{first}"
     report = ("--report", str(folder), "--report-text", str(tiny_dense.text(home, 900, seed=8)))
     target = home / f"reported-{first}"
@@ -226,5 +228,5 @@ def test_an_interrupt_leaves_what_was_at_the_target(
         m.setattr(stream.Conversion, "_rim", stop)
         assert main(arguments(home, target, *(["--force"] if before else []))) == 130
     said = capsys.readouterr().err
-    assert ("is what was there before" if before else "is nothing") in said and "--resume" in said
+    assert ("is unchanged" if before else "is missing") in said and "--resume" in said
     assert target.exists() == before and files(target) == old

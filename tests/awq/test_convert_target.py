@@ -1,4 +1,4 @@
-"""Where `convert` may write: never over what it reads, over a stranger's files, or where there is no room."""
+"""The paths to which `convert` may write: never over its source or unrelated files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Usage = namedtuple("Usage", "total used free")
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """A folder `hold` with a dense model, `dense`, and something else beside it."""
+    """A folder `hold` with a dense model, `dense`, and another file next to it."""
     tiny_dense.save(tmp_path / "hold" / "dense")
     (tmp_path / "hold" / "precious").write_text("mine")
     return tmp_path
@@ -38,7 +38,7 @@ def rtn(source: Path, target: Path, *more: str) -> int:
 def test_the_source_is_never_replaced(
     home: Path, target: str, force: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Not by its own name, nor by that of a folder round it or in it, nor by another path to it."""
+    """Not by its name, nor by a folder around it or in it, nor by another path to it."""
     (home / "same").symlink_to(home / "hold")
     before = files(home / "hold")
     assert rtn(home / "hold" / "dense", home / target, *force) == 2
@@ -62,7 +62,7 @@ def test_force_replaces_models_and_empty_folders_alone(
     target.mkdir()
     assert rtn(source, target) == 2 and "--force" in capsys.readouterr().err
     assert rtn(source, target, "--force") == 0
-    assert rtn(source, target, "--force", "--w-bit", "8") == 0  # now a model
+    assert rtn(source, target, "--force", "--w-bit", "8") == 0  # now it is a model
     assert Checkpoint.open(target).quantization.w_bit == 8
     for name, text in (("precious", "mine"), ("config.json", "{}")):
         shutil.rmtree(target)
@@ -92,7 +92,7 @@ def test_a_link_is_refused_before_any_work(
 def test_a_read_only_place_is_refused_before_any_work(
     home: Path, place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whoever runs the tests may be root, who may write anywhere: the system's answer is given in its place."""
+    """Tests may run as root, which may write everywhere, so the system's answer is simulated."""
     rtn(home / "hold" / "dense", home / "target")
     monkeypatch.setattr(os, "access", lambda path, mode: mode == os.R_OK or Path(path) != home / place)
     monkeypatch.setattr("tinychat_mlx.awq.convert.open_dense", None)
@@ -142,7 +142,7 @@ def test_a_disk_of_its_own_is_not_replaced(
 def test_a_disk_without_room_is_refused_before_anything_is_written(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Room for the layers and for all of them put together; what an interrupted run wrote counts."""
+    """Enough space for the layers, but not for the merged model. What an interrupted run wrote counts."""
     source, target = home / "hold" / "dense", home / "target"
     assert rtn(source, target) == 0
     needed = 2 * Checkpoint.open(target).nbytes
@@ -175,7 +175,8 @@ def test_an_older_model_is_back_where_the_new_one_cannot_take_its_place(
         patch.setattr(finish.os, "rename", rename)
         assert rtn(source, target, "--force", "--w-bit", "8") == 1
     assert "busy" in capsys.readouterr().err and files(target) == before
-    # What was left says that the name was about to be given; killed there, the old model is not taken for the new.
+    # The leftover marker announces the rename. If the process is killed there, the old model is not taken for
+    # the new one.
     with monkeypatch.context() as patch:
         patch.setattr("tinychat_mlx.awq.convert.write_folder", None)  # the next run gets no further than this
         assert rtn(source, target, "--force", "--resume", "--w-bit", "8") == 1

@@ -1,4 +1,4 @@
-"""The card of a converted model: what it came from, under which licence, and what was done."""
+"""The card of a converted model: its base model, licence, and the conversion."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tinychat_mlx.awq.finish import card_text
 from tinychat_mlx.awq.settings import Settings
 from tinychat_mlx.checkpoint import Checkpoint
 
-yaml = pytest.importorskip("yaml")  # huggingface_hub brings it, and reads cards with it
+yaml = pytest.importorskip("yaml")  # a dependency of huggingface_hub, which reads cards with it
 
-# As an Instruct model's card on the hub: it names what it was trained from, and a licence with a name and a text.
+# Like an Instruct model's card on the hub: it names its base model, and a licence with a name and a text.
 INSTRUCT = """---
 language:
 - en
@@ -36,7 +36,7 @@ license: not this one
 
 
 def snapshot(root: Path, card: str | None = INSTRUCT) -> Path:
-    """A model as the hub's cache holds it."""
+    """A model in the layout of the hub's cache."""
     folder = root / "hub" / "models--org--chat-1B" / "snapshots" / ("0123456789" * 4)
     tiny_dense.save(folder)
     (folder / "README.md").unlink()
@@ -46,7 +46,7 @@ def snapshot(root: Path, card: str | None = INSTRUCT) -> Path:
 
 
 def parts(text: str) -> tuple[dict[str, Any], str]:
-    """-> the head as a YAML reader has it, the rest."""
+    """Return the front matter parsed as YAML, and the rest."""
     empty, head, body = text.split("---\n", 2)
     assert empty == ""
     return yaml.safe_load(head), body
@@ -57,7 +57,7 @@ def made(folder: Path, **settings: Any) -> tuple[dict[str, Any], str]:
 
 
 def test_the_base_is_the_model_that_was_converted(tmp_path: Path) -> None:
-    """Not what that one was trained from; and it is called by its id, not by its commit."""
+    """Not that model's base model. The name is its id without a commit."""
     head, body = made(snapshot(tmp_path))
     assert head["base_model"] == "org/chat-1B" and head["base_model_relation"] == "quantized"
     assert body.startswith("\n# org/chat-1B, 4-bit\n") and "Weights of org/chat-1B in 4 bits" in body
@@ -101,7 +101,7 @@ def test_tags_say_what_it_is(settings: dict[str, Any], tags: list[str], tmp_path
 
 
 def test_a_folder_has_no_id_and_claims_none(tmp_path: Path) -> None:
-    """Its card names a base that it was trained from: the result is no quantised form of that."""
+    """Its card names a base model that it was trained from. The result is not a quantised form of that."""
     head, body = made(tiny_dense.save(tmp_path / "mine"))
     assert "base_model" not in head and head["license"] == "mit"
     assert "Weights of mine in" in body

@@ -1,4 +1,4 @@
-"""What the quantiser promises of its quality, on the demo's float16 model and on text that it was not calibrated on."""
+"""Quality bounds of the quantiser, on the demo's float16 model and on held-out text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CALIB = str(DATA / "demo_calib.jsonl")
 
 @pytest.fixture(scope="module")
 def lab() -> Laboratory:
-    """The dense model's predictions on 12,288 held-out tokens, known once."""
+    """The dense model's predictions on 12,288 held-out tokens, computed once."""
     held = {"text": str(DATA / "demo_heldout_text.jsonl"), "max_tokens": 12288}
     return Laboratory(Namespace(model=str(DATA / "demo-fp16"), backend="cpu", threads=None, **held))
 
@@ -27,8 +27,10 @@ def measured(lab: Laboratory, method: str, w_bit: int, calib: str = CALIB) -> Qu
 
 @pytest.mark.parametrize("w_bit", [4, 3])
 def test_awq_and_awq_plus_lose_the_promised_share_of_what_rounding_loses(lab: Laboratory, w_bit: int) -> None:
-    """At most 0.9 and 0.45. Half the usual calibration text gives 0.78 and 0.37 at 4 bits, 0.74 and 0.39 at 3;
-    other seeds and processors move these by 0.02, the standard error that the text leaves is 0.06 and 0.04.
+    """At most 0.9 and 0.45.
+
+    Half the usual calibration text gives 0.78 and 0.37 at 4 bits, 0.74 and 0.39 at 3. Other seeds and
+    processors change these by 0.02; the standard error from the text is 0.06 and 0.04.
     """
     rtn = measured(lab, "rtn", w_bit)
     for method, most in (("awq", 0.9), ("awq+", 0.45)):

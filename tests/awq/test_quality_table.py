@@ -1,4 +1,4 @@
-"""The programs behind the quality tables in docs/quantising.md, on a tiny model: what they print is what was measured."""
+"""The programs behind the quality tables in docs/quantising.md print measured values, on a tiny model."""
 
 from __future__ import annotations
 

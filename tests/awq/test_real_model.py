@@ -1,4 +1,4 @@
-"""A model that somebody trained for use, converted by the defaults, on real English: what is kept of it.
+"""The default conversion of a trained model on real English keeps most of its quality.
 
 The model and the text come from the package registry: without it these tests skip, unless TINYCHAT_REQUIRE_EMULATORS
 is set (as in CI). The published AWQ and 3 bits take longer: pytest -m slow tests/awq/test_real_model.py.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,15 +20,17 @@ from emulators import absent
 from registry_wheels import Unreachable
 
 import tinychat_mlx
+from tinychat_mlx.awq import layer, stream
 from tinychat_mlx.awq.calibrate import encoded
+from tinychat_mlx.awq.cholesky import solve
 from tinychat_mlx.awq.evaluate import Quality
 
-WINDOWS = 5  # of 512 tokens, of each kind: 10,240 tokens
-# Shares of the KL that plain rounding of the same bits has, in the mean of the kinds and in each.
+WINDOWS = 5  # of 512 tokens, per kind: 10,240 tokens
+# Shares of the KL of plain rounding at the same bits, as a mean over the kinds and for each.
 WITH_FILE, WITH_OWN_TEXT, ANY_KIND = 0.33, 0.36, 0.40
 PUBLISHED_AWQ, THREE_BITS = 0.5, 0.34
 RIGHT = 9  # of the answers below
-# A word that the float model's answer holds, greedily chosen.
+# A word in the float model's greedy answer.
 QUESTIONS = {
     "What is the capital of France?": "Paris",
     "What is the capital of Japan?": "Tokyo",
@@ -40,9 +43,9 @@ QUESTIONS = {
     "What is the currency of Japan?": "yen",
     "Which organ pumps blood through the body?": "heart",
 }
-# float32 throughout: each of 210 products sums 576 to 1536 terms, √1536 · 6e-8 = 2.3e-6 of its result at random,
-# and the errors of 210 add as a walk: 2.3e-6 · √210 · 30 (the largest logit) = 1e-3. Rows of q and k in the order of
-# GGUF change logits by more than 1.
+# float32 throughout: each of 210 products sums 576 to 1536 terms, √1536 · 6e-8 = 2.3e-6 of its result at
+# random, and the errors of 210 add as a random walk: 2.3e-6 · √210 · 30 (the largest logit) = 1e-3. Rows of q
+# and k in the order of GGUF change logits by more than 1.
 TOLERANCE = 1e-3
 
 Measure = Callable[..., Quality]
@@ -64,7 +67,7 @@ def bench(folder: Path) -> rq.Bench:
 
 @pytest.fixture(scope="module")
 def converted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """method, w_bit, calib -> a folder; each is made once."""
+    """Return a function (method, w_bit, calib) -> folder. Each conversion runs once."""
     root = tmp_path_factory.mktemp("real")
 
     @lru_cache
@@ -93,7 +96,7 @@ def test_the_folder_computes_what_transformers_computes(folder: Path) -> None:
     chosen = expected[:-1].argmax(-1) == np.array(ids[1:])
     assert (
         chosen.mean() > 0.25
-    )  # a third of English is what a model of this size expects: the weights are in place
+    )  # a model of this size predicts a third of English tokens: the weights are in place
 
 
 @pytest.mark.parametrize(("calib", "most"), [("file", WITH_FILE), ("self", WITH_OWN_TEXT)])
@@ -114,6 +117,43 @@ def test_the_published_awq_keeps_half(measured: Measure) -> None:
 def test_three_bits_keep_two_thirds_of_what_rounding_loses(measured: Measure) -> None:
     found = rq.shares(measured("awq+", 3, "file"), measured("rtn", 3, "self"))
     assert rq.mean(found) <= THREE_BITS, found
+
+
+def old_correction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Correct the whole drift that enters a layer at each of its sites, as if the sites before it had not."""
+    ready, fed_site = stream.LayerQuantizer._ready, stream.LayerQuantizer._fed_site
+
+    def floats(self: Any, weights: Any, _: Any) -> Any:
+        return ready(self, weights.weights, self.backend)
+
+    def before_codes(*args: Any) -> Any:
+        """Quantise a site for what the layer's floats, not the codes that it has so far, make of the rows."""
+        with monkeypatch.context() as inside:
+            inside.setattr(stream.LayerQuantizer, "_ready", floats)
+            return fed_site(*args)
+
+    def whole(w: Any, moments: Any, made: Any, judge: Any) -> Any:
+        turned = moments.correction(w)[made.order]
+        solve(made.f.u, made.f.d, turned)
+        change = np.empty_like(w)
+        change[:, made.order] = turned.T
+        return change, 1.0
+
+    monkeypatch.setattr(stream.LayerQuantizer, "_fed_site", before_codes)
+    monkeypatch.setattr(layer, "corrected", whole)
+
+
+@pytest.mark.slow
+def test_the_old_correction_is_caught_and_not_used(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """30 layers, each corrected four times: the network is worse than rounded, though each site is better."""
+    old_correction(monkeypatch)
+    rq.convert(tmp_path / "out", calib="file", tokens=4096)
+    printed = capsys.readouterr()
+    assert "awq+ lost more than plain rounding" in printed.out + printed.err
+    assert "awq was used instead" in printed.out + printed.err
+    assert "awq+ lost more than plain rounding" in (tmp_path / "out" / "README.md").read_text()
 
 
 def answers(folder: Path) -> dict[str, str]:

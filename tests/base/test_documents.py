@@ -18,7 +18,7 @@ MOST_LINES = {"README.md": 150, "CONTRIBUTING.md": 80}
 
 
 def anchors(page: Path) -> set[str]:
-    """GitHub's anchors of a page's headings."""
+    """Return GitHub's anchors of a page's headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -46,7 +46,7 @@ def test_a_page_is_short(name: str) -> None:
 
 
 def named() -> Iterator[Path]:
-    """The paths in README's tree; a name without a suffix is a Python file."""
+    """Yield the paths in README's tree. A name without a suffix is a Python file."""
     tree = (ROOT / "README.md").read_text(encoding="utf-8").partition("## The tree")[2]
     folder = ROOT
     for indent, names in re.findall(r"^ {4}( *)(\S+(?: \S+)*)  ", tree, re.MULTILINE):

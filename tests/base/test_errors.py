@@ -1,4 +1,4 @@
-"""The class of errors, the words for what the system refuses, and the one line that the command line prints."""
+"""The error class, messages for system errors, and the one line that the command line prints."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_an_error_within_another_place_keeps_its_class_and_remedy() -> None:
 def test_an_extra_is_installed_from_where_the_program_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Quoted, as zsh takes brackets for a pattern; away from a checkout by its name."""
+    """Quoted, because zsh treats brackets as a pattern; outside a checkout with the package's name."""
     if (ROOT / "pyproject.toml").exists() and Path(errors.__file__).parent.parent == ROOT:
         assert shlex.split(errors.pip_install("cuda")) == ["pip", "install", "-e", f"{ROOT}[cuda]"]
     monkeypatch.setattr(errors, "__file__", str(tmp_path / "tinychat_mlx" / "errors.py"))
@@ -60,16 +60,16 @@ def test_an_extra_is_installed_from_where_the_program_runs(
             assert found is None, f"{path}: {found and found[0]} is not quoted"
 
 
-# what the system refuses -------------------------------------------------------------------------------
+# errors of the operating system ------------------------------------------------------------------------
 def refused(call: Callable[[], Any]) -> str:
     with pytest.raises(OSError) as error:
         call()
     return one_line(error.value)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="POSIX's numbers of errors")
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX error numbers")
 def test_what_the_system_refuses_is_one_line(tmp_path: Path) -> None:
-    """Real refusals where root meets them, too; a path stands first, and what to do last."""
+    """Real errors, also for root. A path comes first, the remedy last."""
     file = tmp_path / "file"
     file.write_text("")
     said = {
@@ -108,7 +108,7 @@ def circle(path: Path) -> Path:
 def test_places_that_cannot_be_written_are_refused_before_any_work(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not after the conversion, or the measurements, were done."""
+    """The check runs before a conversion or measurements, not afterwards."""
     monkeypatch.setattr("tinychat_mlx.checkpoint.Checkpoint.open", never)
     monkeypatch.setattr("tinychat_mlx.apps.doctor.examine.examine", never)
     file, out = str(written(tmp_path / "file")), str(tmp_path / "out")
@@ -136,7 +136,7 @@ _last = [""]
 
 
 def line_of(command: tuple[str, ...], capfd: pytest.CaptureFixture[str], code: int) -> str:
-    """What a command that fails with this exit code prints, which is one line that says what to do."""
+    """Run a command that fails with this exit code and prints one line with a remedy. Returns that line."""
     from tinychat_mlx.apps.cli import main
 
     assert main(command) == code
@@ -151,7 +151,7 @@ def broken(number: int, text: str) -> Any:
 
 
 def never(*_: Any, **__: Any) -> Any:
-    raise AssertionError("this is work")
+    raise AssertionError("the command started work")
 
 
 def test_a_folder_that_holds_no_model_is_called_so(

@@ -1,4 +1,4 @@
-"""The architecture as a test: who may import whom, and what the chat path never imports."""
+"""The layer rules: allowed imports between parts, and libraries that the chat path never imports."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from checkout import ROOT
 
 PACKAGE = "tinychat_mlx"
-# Modules of the core that start a program, and so stand above the apps they start.
+# Core modules that start a program, and so are above the apps that they start.
 ENTRIES = {"tinychat_mlx/__main__.py", "tinychat_mlx/convert.py"}
 # All of the core that a backend may see: the contract, and what asks the operating system alone.
-CONTRACT = {"backend", "weight", "errors", "limits"}
-EVERYONE = ["errors", "limits", "places", "words"]  # modules that everyone may import
+CONTRACT = {"backend", "weight", "errors", "limits", "disk_cache", "shapes"}
+EVERYONE = ["errors", "limits", "disk_cache", "shapes", "places", "words"]  # modules that everyone may import
 HEAVY = ["torch", "transformers", "mlx", "mlx_lm"]
 CORE_IGNORES_DEVICE = {"decoder", "config", "arch", "rope", "generate", "sampler", "weight", "backend"}
 
@@ -26,7 +26,7 @@ def sources(folder: str) -> list[Path]:
 
 
 def imports(path: Path) -> set[str]:
-    """Every module a file names in an import statement, at any depth, absolute."""
+    """Return every module that a file names in an import statement, at any depth, absolute."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -43,7 +43,7 @@ def reaches(path: Path, *layers: str) -> set[str]:
 
 
 def offenders() -> list[str]:
-    """Every import, and every name of a device, that the layers forbid: a line each."""
+    """Return one line per import and per device name that the layers forbid."""
     found: list[str] = []
 
     def forbid(path: Path, modules: set[str]) -> None:
@@ -63,7 +63,8 @@ def offenders() -> list[str]:
         allowed = {f"{PACKAGE}.{m}" for m in CONTRACT} | {PACKAGE, f"{PACKAGE}.backends"}
         layers = [f"{PACKAGE}.{m}" for m in (*CONTRACT, f"backends.{inside}", "backends.reference")]
         forbid(path, reaches(path, PACKAGE) - allowed - reaches(path, *layers))
-    for name in EVERYONE:  # neither NumPy, for a shell's Tab, nor a part of ours that a backend must not see
+    # no NumPy (for the shell's Tab), and no part of ours that a backend must not import
+    for name in EVERYONE:
         path = ROOT / PACKAGE / f"{name}.py"
         words = {f"{PACKAGE}.words", f"{PACKAGE}.words.of_the_system", f"{PACKAGE}.words.size"}
         forbid(path, reaches(path, PACKAGE, "numpy") - {PACKAGE} - words)
@@ -84,7 +85,7 @@ def test_no_file_imports_a_layer_above_it() -> None:
 
 
 def test_the_chat_path_imports_no_heavy_library() -> None:
-    """A whole answer of the demo, then a look at what was imported to give it."""
+    """Runs a whole answer of the demo, then checks what was imported."""
     code = (
         "import sys, tinychat_mlx\n"
         "m = tinychat_mlx.load('demo', backend='cpu')\n"

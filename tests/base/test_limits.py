@@ -1,4 +1,4 @@
-"""What a container, a control group, `ulimit -v` and OMP_NUM_THREADS allow is what every part of the program keeps to."""
+"""Every part of the program respects control groups, `ulimit -v` and OMP_NUM_THREADS."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from tinychat_mlx.loading import DEMO
 
 DENSE = DATA / "demo-fp16"
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="control groups and ulimit are POSIX's")
-LINUX = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the limit is not kept")
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="other systems do not enforce the limit")
 
 Tree = Callable[[str, dict[str, str]], None]
 
 
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tree:
-    """Pretend that this process is in these control groups, of which these files tell."""
+    """Pretend that this process is in these control groups, described by these files."""
 
     def make(mine: str, files: dict[str, str]) -> None:
         for name, text in files.items():
@@ -98,7 +98,7 @@ def test_a_containers_limits_reach_everyone(
 def test_without_a_limit_the_machine_is_what_counts(tree: Tree) -> None:
     tree("0::/", {"cgroup.controllers": "", "memory.max": "max", "cpu.max": "max 100000"})
     if limits.bounds():
-        pytest.skip("these tests run under a ulimit of their own")
+        pytest.skip("these tests run under a ulimit")
     assert limits.memory_total() == psutil.virtual_memory().total
     assert limits.cpu_quota() is None
 
@@ -122,14 +122,14 @@ print(json.dumps({
 
 
 def limited(nbytes: int, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run under `ulimit -v`."""
+    """Run a command under `ulimit -v`."""
     shell = ["sh", "-c", f'ulimit -v {nbytes // 1024}; exec "$@"', "sh"]
     return subprocess.run([*shell, *command], capture_output=True, text=True, check=False, timeout=600)
 
 
 @LINUX
 def test_ulimit_reaches_everyone() -> None:
-    """A real limit of 2 GiB. What has been taken is the address space, as the kernel itself tells it."""
+    """A real limit of 2 GiB. The used part is the address space that the kernel reports."""
     allowed = 1 << 31
     if psutil.virtual_memory().total <= allowed:
         pytest.skip("this machine has less")
@@ -137,7 +137,7 @@ def test_ulimit_reaches_everyone() -> None:
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     assert found["limit"] == found["total"] == found["doctor"]["limit_bytes"] == allowed
-    left = allowed - found["used"]  # counted last: the parts before had a little more
+    left = allowed - found["used"]  # counted last: earlier parts had slightly more
     assert 0 <= found["doctor"]["free_bytes"] - left < 64 << 20
     assert -1 <= found["free"] - limits.SYSTEM_SHARE * left < 64 << 20
     assert found["free"] - found["mapping"] == pytest.approx(limits.SYSTEM_SHARE * (100 << 20), abs=1 << 20)
@@ -146,7 +146,7 @@ def test_ulimit_reaches_everyone() -> None:
 
 @LINUX
 def test_under_a_limit_the_context_that_is_said_to_fit_does(tmp_path: Path) -> None:
-    """And a larger one is refused, not a MemoryError: the demo's weights with a context whose keys and values alone take 1.5 GB."""
+    """A larger context is refused without a MemoryError. The keys and values of this one take 1.5 GB."""
     import shutil
 
     folder = shutil.copytree(DEMO, tmp_path / "long")

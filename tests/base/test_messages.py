@@ -1,8 +1,11 @@
-"""The messages that users see, compared with tests/data/messages.txt: a change of wording shows in the diff.
+"""The messages that users see, compared with tests/data/messages.txt.
+
+A change of wording appears in the diff.
 
     WRITE_MESSAGES=1 pytest tests/base/test_messages.py    writes the file again
 
-Each message comes from the command line ("exit 2: …") or from the public API ("UsageError: …"). Paths are shortened.
+Each message comes from the command line ("exit 2: …") or from the public API ("UsageError: …"). Paths are
+shortened.
 """
 
 from __future__ import annotations
@@ -29,9 +32,9 @@ Patch = pytest.MonkeyPatch
 Case = Callable[[Path, Patch], object]
 
 
-# how a message is provoked -----------------------------------------------------------------------------
+# the cases ---------------------------------------------------------------------------------------------
 def run(*arguments: str) -> Case:
-    """`tinychat ARGUMENTS`, with {tmp} for an empty folder -> "exit CODE: message"."""
+    """Run `tinychat ARGUMENTS`, with {tmp} for an empty folder -> "exit CODE: message"."""
 
     def case(tmp: Path, patch: Patch) -> str:
         from tinychat_mlx.apps.cli import main
@@ -47,7 +50,7 @@ def run(*arguments: str) -> Case:
 
 
 def written(files: dict[str, str | bytes], case: Case) -> Case:
-    """The case after these files were written into {tmp}."""
+    """Run the case after writing these files into {tmp}."""
 
     def prepared(tmp: Path, patch: Patch) -> object:
         for name, data in files.items():
@@ -59,25 +62,25 @@ def written(files: dict[str, str | bytes], case: Case) -> Case:
 
 
 def config(*remove: str, **values: Any) -> str:
-    """A small Llama's config.json with these values."""
+    """Return a small Llama's config.json with these values."""
     from tinychat_mlx.apps.bench.shapes import SHAPES
 
     return json.dumps({k: v for k, v in (SHAPES["tiny"] | values).items() if k not in remove})
 
 
 def model(**files: str | bytes) -> Case:
-    """`tinychat run` with a model folder of these files; _ stands for a dot."""
+    """Run `tinychat run` with a model folder of these files; _ stands for a dot."""
     named = {f"m/{name.replace('__', '.')}": data for name, data in files.items()}
     return written(named, run("run", "--backend", "reference", "-m", "{tmp}/m", "hi"))
 
 
 def configured(**values: Any) -> Case:
-    """`tinychat run` with these values in config.json, and weights without a tensor."""
+    """Run `tinychat run` with these values in config.json, and weights without a tensor."""
     return model(config__json=config(**values), model__safetensors=b"\x08" + bytes(7) + b"{}      ")
 
 
 def demo(*arguments: str, change: Callable[[Path], object]) -> Case:
-    """`tinychat ARGUMENTS` after a copy of the fp16 demo model was made in {tmp}/m and changed."""
+    """Run `tinychat ARGUMENTS` with a changed copy of the fp16 demo model in {tmp}/m."""
 
     def case(tmp: Path, patch: Patch) -> object:
         change(Path(shutil.copytree(DENSE, tmp / "m")))
@@ -95,7 +98,7 @@ def env(name: str, value: str, case: Case) -> Case:
 
 
 def little(what: str, case: Case) -> Case:
-    """The case on a machine with one byte free of this resource."""
+    """Run the case on a machine with one byte free of this resource."""
 
     def prepared(tmp: Path, patch: Patch) -> object:
         patch.setattr(f"tinychat_mlx.limits.{what}", lambda *_, **__: 1)
@@ -105,7 +108,7 @@ def little(what: str, case: Case) -> Case:
 
 
 def command(module: str, name: str, *arguments: str, messages: tuple[str, ...] = ()) -> Case:
-    """A slash command in a chat with these messages, by turns of user and assistant."""
+    """Run a slash command in a chat with these messages, alternating between user and assistant."""
 
     def case(tmp: Path, patch: Patch) -> object:
         from tinychat_mlx.apps.chat.session import Session
@@ -123,7 +126,7 @@ def command(module: str, name: str, *arguments: str, messages: tuple[str, ...] =
 
 
 def hub(name: str, status: int = 0) -> Case:
-    """What an error of huggingface_hub becomes."""
+    """Return the message for an error of huggingface_hub."""
 
     def case(tmp: Path, patch: Patch) -> object:
         from huggingface_hub import errors as theirs
@@ -173,19 +176,19 @@ def render(template: str, messages: list[dict[str, str]]) -> object:
     return ChatTemplate({"default": template}, "chat_template.jinja", {}).render(messages)
 
 
-# what is wrong with a model ----------------------------------------------------------------------------
+# damaged models ----------------------------------------------------------------------------------------
 def put(name: str, text: str | bytes) -> Callable[[Path], object]:
     """Write a file of the model's folder."""
     return lambda m: (m / name).write_bytes(text if isinstance(text, bytes) else text.encode())
 
 
 def cut(name: str) -> Callable[[Path], object]:
-    """Leave out the second half of a file."""
+    """Remove the second half of a file."""
     return lambda m: (m / name).write_bytes((m / name).read_bytes()[: (m / name).stat().st_size // 2])
 
 
 def nan(m: Path) -> None:
-    """Make the first number of a weight a NaN."""
+    """Replace the first number of a weight with NaN."""
     from tinychat_mlx.tensorfile import TensorFile, entries, entry, write
 
     file = TensorFile(m / "model.safetensors")
@@ -203,7 +206,7 @@ INDEX = json.dumps(
 )
 
 CASES: dict[str, Case] = {
-    # which model
+    # model names
     "run: no such folder": run("run", "-m", "{tmp}/none", "hi"),
     "run: a folder without config.json": run("run", "-m", "{tmp}", "hi"),
     "run: a file as a model": written({"x": ""}, run("run", "-m", "{tmp}/x", "hi")),
@@ -314,14 +317,14 @@ CASES: dict[str, Case] = {
     "/load: no name": command("storage", "load", ""),
     "/export: another format": command("storage", "export", "x.pdf", messages=("hi", "ho")),
     "/copy: no code": command("storage", "copy", "code", messages=("hi", "ho")),
-    "/save: nothing said": command("storage", "save", ""),
+    "/save: no messages": command("storage", "save", ""),
     "/search: no words": command("storage", "search", ""),
-    "/export: nothing said": command("storage", "export", ""),
+    "/export: no messages": command("storage", "export", ""),
     "/export: the file exists": written({"x.md": ""}, command("storage", "export", "{tmp}/x.md", messages=("hi", "ho"))),
     "/file: no path": command("storage", "file", ""),
     "/copy: no answer": command("storage", "copy", ""),
     "/compact: one exchange": command("conversation", "compact", messages=("hi", "ho")),
-    "/retry: nothing said": command("conversation", "last_question"),
+    "/retry: no messages": command("conversation", "last_question"),
     "/model: cannot change": command("tuning", "switch", "demo"),
     "/system: no such file": command("tuning", "system", "@{tmp}/absent"),
     "/set: no such policy": command("tuning", "set_", "on_full never"),
@@ -343,7 +346,7 @@ CASES: dict[str, Case] = {
 
 
 def provoked(name: str, case: Case, tmp: Path) -> str:
-    """The message of one case with its paths shortened."""
+    """Return the message of one case with its paths shortened."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "10000")
         patch.setenv("TINYCHAT_CONFIG", str(tmp / "no-config"))

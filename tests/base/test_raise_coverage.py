@@ -1,4 +1,4 @@
-"""The nightly check of raise statements finds them, and finds those that did not run."""
+"""The nightly check finds all raise statements, and those that did not run."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Errors that need a broken library, device or disk: each is made with a stand-in for what is broken.
+"""Errors that need a broken library, device or disk, each provoked with a stand-in.
 
-The messages of all others come from the command line in test_messages.py.
+The messages of all other errors come from the command line in test_messages.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from checkout import ROOT
 
-from tinychat_mlx import foreign, hub, loading, rope, tensorfile
+from tinychat_mlx import backend_names, foreign, hub, json_file, loading, rope, tensorfile
 from tinychat_mlx.apps.bench import gguf_file, llamacpp, mac, torchlinear
 from tinychat_mlx.apps.bench.shapes import SHAPES
 from tinychat_mlx.apps.chat import attach
@@ -53,7 +53,7 @@ def broken(*_: Any, **__: Any) -> Any:
 
 
 def answers(what: str, answer: Any, call: Callable[[], object]) -> Case:
-    """The call while the hub answers so."""
+    """Make the call while the hub answers like this."""
 
     def case(tmp: Path, patch: Patch) -> object:
         patch.delenv("HF_HUB_OFFLINE", raising=False)
@@ -64,7 +64,7 @@ def answers(what: str, answer: Any, call: Callable[[], object]) -> Case:
 
 
 def refuses(name: str) -> Callable[..., Any]:
-    """A method of the hub's client that raises an error of huggingface_hub."""
+    """Return a method of the hub's client that raises an error of huggingface_hub."""
 
     def answer(*_: Any, **__: Any) -> Any:
         from huggingface_hub import errors
@@ -101,7 +101,7 @@ def unlike_experts(tmp: Path, patch: Patch) -> object:
 
 
 def llama(patch: Patch, **given: int) -> Any:
-    """Our driver of llama.cpp over a library that answers so; everything else works."""
+    """Return our llama.cpp driver with a library that returns these values; everything else works."""
     found = {"model": 1, "context": 1, "decode": 0} | given
     names = {
         "llama_model_load_from_file": "model",
@@ -130,7 +130,7 @@ def mlx_part(name: str) -> Any:
 
 
 def one_gpu(tmp: Path, patch: Patch) -> object:
-    """A torch with CUDA on a machine with one device; the eighth is asked for."""
+    """A torch with CUDA on a machine with one device, with the eighth requested."""
     patch.setattr("torch.version.cuda", "12.6")
     patch.setattr("torch.cuda.init", lambda: None)
     patch.setattr("torch.cuda.device_count", lambda: 1)
@@ -171,9 +171,9 @@ CASES: dict[str, Case] = {
     "dataset without text": answers("dataset_info", ONE_FILE, lambda: dataset.fetch("org/data", 10)),
     "dataset without this file": answers("dataset_info", ONE_FILE, lambda: dataset.fetch("org/data:none.txt", 10)),
     "library of a backend absent": lambda tmp, patch: (
-        patch.setitem(loading.BACKENDS, "cpu", ("no_such_module", "X")), loading.create("cpu", False, None)),
-    "mlx-lm config not JSON": lambda tmp, patch: foreign.read(written(tmp / "x.json", "{")),
-    "mlx-lm config a list": lambda tmp, patch: foreign.read(written(tmp / "x.json", "[]")),
+        patch.setitem(backend_names.BACKENDS, "cpu", ("no_such_module", "X")), loading.create("cpu", False, None)),
+    "mlx-lm config not JSON": lambda tmp, patch: json_file.read_optional(written(tmp / "x.json", "{")),
+    "mlx-lm config a list": lambda tmp, patch: json_file.read_optional(written(tmp / "x.json", "[]")),
     "no rope_theta": lambda tmp, patch: rope.rope_table({}, 64, None),
     "tensor absent": lambda tmp, patch: weights(tmp).info("b"),
     "weights are a folder": lambda tmp, patch: TensorFile(tmp),
@@ -213,13 +213,12 @@ CASES: dict[str, Case] = {
     "mlx absent": lambda tmp, patch: (
         patch.setitem(sys.modules, "mlx.core", None), run_path(str(ROOT / "backends" / "mlx" / "device.py"))),
     "mlx: unknown kernel": lambda tmp, patch: mlx_part("winners").choice("magic", True, "M1"),
-    "mlx: config is a list": lambda tmp, patch: mlx_part("interop").read_config(
-        written(tmp / "config.json", "[]").parent),
+    "mlx: config is a list": lambda tmp, patch: foreign.read_config(written(tmp / "config.json", "[]").parent),
     "mlx: weights of 7 bits": lambda tmp, patch: mlx_part("weights").arrays_of(
         [Packed("w", np.zeros((1, 14), np.uint32), np.ones((1, 1)), np.ones((1, 1)), 7, 64)], None, False),
     "mlx: vocabulary": lambda tmp, patch: (
         patch.setattr(mlx_part("interop"), "load_model", print),
-        mlx_part("interop").MlxLmDecoder(written(tmp / "config.json", '{"vocab_size": "many"}').parent)),
+        mlx_part("interop").MlxLmDecoder(tmp, {"vocab_size": "many"})),
     "mlx: mlx-lm absent": lambda tmp, patch: (
         patch.setitem(sys.modules, "mlx_lm", None), mlx_part("interop").load_model(tmp)),
     "mlx: mlx-lm too old": lambda tmp, patch: (

@@ -33,7 +33,7 @@ from tinychat_mlx.backends.cpu.library import find_library
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the commands are for a POSIX shell")
 if not (ROOT / "README.md").exists():
-    pytest.skip("a checkout's documents are not here", allow_module_level=True)
+    pytest.skip("the documents are in the checkout only", allow_module_level=True)
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")))
 PROGRAMS = {
@@ -51,7 +51,7 @@ PROGRAMS = {
     "sudo",
     "tinychat",
 }
-NOT_RUN = {  # how a command begins -> why it is not run here
+NOT_RUN = {  # start of a command -> reason why it is not run here
     "git clone": "needs a network",
     "sudo ": "needs root, and changes the machine",
     "pip install": "needs a network",
@@ -60,7 +60,8 @@ NOT_RUN = {  # how a command begins -> why it is not run here
     "tinychat bench --shape llama-3.2-1b --kernels": "needs a Mac",
 }
 ACTIVATE = ". .venv/bin/activate\n"  # README.md shows it; the pages in docs/ assume it
-APPENDED = {  # pattern -> text that makes a command shorter, silent on questions, or visible; the last of two values counts
+# pattern -> text that makes a command shorter, non-interactive, or visible; the last of two values counts
+APPENDED = {
     r"\. \.venv/bin/activate": "&& command -v tinychat",
     "tinychat convert .*demo-fp16": "--calib-tokens 512",
     "tinychat convert .*--report": "--report-text CHANGELOG.md",
@@ -72,8 +73,8 @@ APPENDED = {  # pattern -> text that makes a command shorter, silent on question
     r"python -m tinychat_mlx\.awq\.versus": "--tokens 140 --group-size 32",
     r'eval "\$\(tinychat completion': "&& complete -p tinychat",
 }
-ON_LESS = "python -m tinychat_mlx.awq."  # takes minutes: runs where a tiny model lies under the demo's name
-ON_THE_HUB = {  # model -> what the stand-in has under its name
+ON_LESS = "python -m tinychat_mlx.awq."  # takes minutes: runs with a tiny model under the demo's name
+ON_THE_HUB = {  # model -> the stand-in's content under its name
     "Qwen/Qwen2.5-1.5B-Instruct-AWQ": "tinychat_mlx/models/demo",
     "Qwen/Qwen3-0.6B": "tests/data/demo-fp16",
 }
@@ -87,7 +88,7 @@ SAID = "who are you?\n"  # typed into a chat
 
 @dataclass(frozen=True)
 class Block:
-    """A code block: the document, its first line's number, its text."""
+    """A code block: the document, the number of its first line, its text."""
 
     document: str
     line: int
@@ -97,7 +98,7 @@ class Block:
         return f"{self.document}:{self.line}"
 
     def commands(self) -> list[str]:
-        """Its lines, those that end in a backslash with their next."""
+        """Return its lines, joining lines that end in a backslash with the next."""
         return [line for line in self.text.replace("\\\n", " ").splitlines() if line.strip()]
 
     @property
@@ -110,7 +111,7 @@ class Block:
 
 
 def program(line: str) -> bool:
-    """Whether a line calls one."""
+    """Return whether a line calls a program."""
     first = line.split()[0]
     return first in PROGRAMS or first.startswith("./")
 
@@ -149,7 +150,9 @@ def test_a_block_with_a_command_has_nothing_else() -> None:
     for block in SHELL:
         assert not block.is_python
         assert all(program(c) for c in block.commands()), f"{block}: a line is no command this test knows"
-        assert "#" not in block.text, f"{block}: zsh, a Mac's shell, takes no comments where a person types"
+        assert "#" not in block.text, (
+            f"{block}: zsh, the default shell of macOS, accepts no comments at the prompt"
+        )
 
 
 @pytest.mark.parametrize("block", [b for b in blocks() if b.is_python], ids=str)
@@ -164,7 +167,7 @@ def test_python_runs(block: Block, checkout: Path, environment: dict[str, str]) 
 
 @pytest.fixture(scope="session")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the tree with a .venv in it as `make chat` leaves it, but for the packages, which are this interpreter's."""
+    """A copy of the tree with a .venv like that of `make chat`, but with this interpreter's packages."""
     folder = tmp_path_factory.mktemp("checkout") / "tinychat-mlx"
     ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info")
     shutil.copytree(ROOT, folder, symlinks=True, ignore=ignored)
@@ -186,7 +189,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def less(checkout: Path) -> Path:
-    """A folder with the same names in it, for a model of a few thousand weights and its words."""
+    """A folder with the same names, with a model of a few thousand weights and its vocabulary."""
     data = checkout.parent / "less" / "tests" / "data"
     tiny_dense.save(data / "demo-fp16")
     for seed, name in enumerate(("demo_calib.jsonl", "demo_heldout_text.jsonl"), 1):
@@ -198,7 +201,7 @@ def less(checkout: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def environment(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """No settings of the user, no `tinychat` in the PATH, a stand-in for the hub; one thread, as tests run in parallel."""
+    """An environment without user settings or `tinychat` in PATH, with the stand-in hub and one thread."""
     root = tmp_path_factory.mktemp("hub")
     for name, target in ON_THE_HUB.items():
         (root / "models" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -233,7 +236,7 @@ def test_commands_run_one_after_the_other(
             cwd=less if command.startswith(ON_LESS) else checkout, env=environment, input=SAID, capture_output=True, text=True, timeout=1200, check=False,
         )  # fmt: skip
         assert done.returncode == 0, f"{where}: {command}\n{done.stdout}\n{done.stderr}"
-        assert done.stdout.strip() or done.stderr.strip(), f"{where}: {command} says nothing"
+        assert done.stdout.strip() or done.stderr.strip(), f"{where}: {command} prints nothing"
         assert "Traceback" not in done.stderr
         entered += f"{command}\n" if command.startswith(". ") else ""
     if document == "README.md":
@@ -242,7 +245,7 @@ def test_commands_run_one_after_the_other(
 
 
 def test_make_chat_says_what_it_does_and_no_more() -> None:
-    """No recipe on the way to the chat is echoed."""
+    """No recipe of `make chat` and its prerequisites is echoed."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in ("chat", ".venv/python.done", ".venv/chat.done"):
         (recipe,) = re.findall(rf"^{re.escape(target)}:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
@@ -278,7 +281,7 @@ def test_the_reasons_are_of_commands_that_are_shown() -> None:
 
 
 def parse_as_tinychat(args: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that click does but the command itself. Raises click.UsageError."""
+    """Run everything that click does before the command itself. Raises click.UsageError."""
     monkeypatch.setattr(click.Command, "invoke", lambda self, context: None)
     try:
         with cli.make_context("tinychat", list(args)) as context:
@@ -288,11 +291,11 @@ def parse_as_tinychat(args: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Parsed(Exception):
-    """The arguments were understood."""
+    """The arguments were parsed successfully."""
 
 
 def parse_as_python(args: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """`-m MODULE …` or `FILE …` up to the parsing of its arguments, which must leave nothing over."""
+    """Run `-m MODULE …` or `FILE …` up to parsing its arguments, which must all be recognised."""
     parse = argparse.ArgumentParser.parse_args
 
     def stop(self: argparse.ArgumentParser, *a: object) -> NoReturn:

@@ -1,4 +1,4 @@
-"""What int8 activations cost on top of int4 weights: the demo on held-out text, against its fp16 and its exact self."""
+"""Measures the loss from int8 activations in addition to int4 weights: the demo on held-out text."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_int8_activations_add_at_most_a_tenth_to_what_int4_weights_lost(fast: Mo
     dense = tinychat_mlx.load(DATA / "demo-fp16", backend="cpu", exact=True)
     lost, also = quality(exact, dense).kl_mean, quality(fast, dense).kl_mean
     assert lost is not None and also is not None and lost > 0
-    # awq+ chooses codes for the inputs that they will have, in int8 on this backend: exact inputs may even lose more.
+    # awq+ chooses codes for int8 inputs, as on this backend, so exact inputs may even lose more.
     assert also != lost and 0.9 * lost <= also <= 1.1 * lost
 
 

@@ -1,4 +1,4 @@
-"""The contract's promises, kept by every backend: each operation against float64 NumPy written here."""
+"""Contract tests for every backend: each operation against a float64 NumPy version in this file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def packed(n: int, k: int, w_bit: int, group: int, bias: bool = False) -> Packed
 
 
 def meaning(w: Dense | Packed) -> np.ndarray:
-    """float64 of a weight, by the definition."""
+    """Return a weight's values in float64, by definition."""
     if isinstance(w, Dense):
         return w.to_float32().astype(np.float64)
     q = w.codes().astype(np.float64).reshape(w.scales.shape[0], -1, w.group_size)
@@ -38,7 +38,7 @@ def meaning(w: Dense | Packed) -> np.ndarray:
 
 
 def close(got: np.ndarray, expected: np.ndarray, magnitude: np.ndarray | float, terms: int) -> None:
-    """A float32 sum of `terms` products of total magnitude: terms · eps · magnitude, and no NaN."""
+    """Check a float32 sum of `terms` products of total magnitude: terms · eps · magnitude, and no NaN."""
     assert got.dtype == np.float32 and got.shape == expected.shape
     assert np.all(np.abs(got - expected) <= terms * EPS * np.asarray(magnitude) + 1e-6)
 
@@ -56,7 +56,7 @@ WEIGHTS = [
 
 
 def held(thing: Any) -> int:
-    """Bytes of all arrays in a handle or a cache of any backend."""
+    """Return the bytes of all arrays in a handle or a cache of any backend."""
     if isinstance(thing, (list, tuple, dict)):
         return sum(map(held, thing.values() if isinstance(thing, dict) else thing))
     if hasattr(thing, "nbytes") and hasattr(thing, "dtype"):
@@ -86,7 +86,7 @@ def test_what_a_token_takes_is_known_of_small_caches(
         "TINYCHAT_MLX_KV_BITS": "4",
     }.items():
         monkeypatch.setenv(name, value)
-    request.getfixturevalue("backend")  # skips where its library is not
+    request.getfixturevalue("backend")  # skips if its library is missing
     backend = create(backend_name, exact=False, threads=1)
     shape = CacheShape(3, 2, 64)
     assert 128 * backend.kv_bytes(shape) == held(backend.new_cache(shape, 128))
@@ -101,7 +101,7 @@ def test_linear_is_the_matrix_product(backend: Backend, weight: Dense | Packed, 
     x, w = randn(rows, weight.shape[1]), meaning(weight)
     bias = 0 if weight.bias is None else weight.bias.astype(np.float64)
     got = backend.to_host(backend.linear(backend.put(x), backend.pack(weight)))
-    # codes and offsets are summed apart: the magnitude is that of the parts, not of their difference
+    # codes and offsets are summed separately: the magnitude is that of the parts, not of their difference
     parts = np.abs(w) if isinstance(weight, Dense) else np.abs(w) + 2 * np.abs(w).max()
     close(got, x.astype(np.float64) @ w.T + bias, np.abs(x) @ parts.T + np.abs(bias), weight.shape[1])
 
@@ -138,7 +138,7 @@ def test_rope_turns_pairs_by_position(backend: Backend, interleaved: bool, rotat
     step = backend.step((Segment(cache, 3),))
     x = randn(3, 2, 16)
     got = backend.to_host(backend.rope(backend.put(x), Rope(backend.put(inv), 1.5, interleaved), step))
-    # the contract says float32 angles: position · inv_freq is rounded before the turn
+    # the contract uses float32 angles: position · inv_freq is rounded before the rotation
     angle = (np.arange(3000, 3003, dtype=np.float32)[:, None, None] * inv).astype(np.float64)
     half = rotated // 2
     first, second = (np.s_[..., 0:rotated:2], np.s_[..., 1:rotated:2]) if interleaved else (
@@ -147,7 +147,7 @@ def test_rope_turns_pairs_by_position(backend: Backend, interleaved: bool, rotat
     a, b = x[first].astype(np.float64), x[second].astype(np.float64)
     expected[first] = 1.5 * (a * np.cos(angle) - b * np.sin(angle))
     expected[second] = 1.5 * (a * np.sin(angle) + b * np.cos(angle))
-    # one more rounding of an angle of 3000: 3000 · eps turns a unit by as much
+    # one more rounding of an angle of 3000 changes the result by 3000 · eps
     close(got, expected, 6 * 3000.0, 1)
 
 
@@ -183,7 +183,7 @@ SPECS = [
 def test_attention_is_causal_grouped_and_remembers(
     backend: Backend, spec: Attention, cuts: list[int]
 ) -> None:
-    # values that fp16 holds exactly, so that a cache in fp16 or float32 gives one answer
+    # values that are exact in fp16, so that fp16 and float32 caches give the same answer
     q, k, v = (randn(11, h, 32).astype(np.float16).astype(np.float32) for h in (4, 2, 2))
     cache, row, got = backend.new_cache(CacheShape(2, 2, 32), 16), 0, []
     for n in cuts:
@@ -235,7 +235,7 @@ ACTS = {
 def test_activations(backend: Backend, kind: str) -> None:
     x = np.concatenate([randn(3, 50) * 4, [[-100, 100, 0, -0.0, 1e-6] * 10]]).astype(np.float32)
     expected = ACTS[kind](x.astype(np.float64))
-    # exp and tanh of fast libraries are good to a few units; near zero of gelu's 1 + tanh they cancel
+    # exp and tanh of fast libraries have errors of a few units; near zero gelu's 1 + tanh cancels
     close(backend.to_host(backend.act(backend.put(x), kind)), expected, np.abs(x) + np.abs(expected), 16)
     joined = randn(4, 24)
     y = backend.put(joined)
@@ -257,7 +257,7 @@ def test_add_scale_softcap(backend: Backend) -> None:
 @pytest.mark.parametrize("joined", [True, False])
 @pytest.mark.parametrize("rows", [1, 3, 17])
 def test_composites_equal_their_parts(backend: Backend, joined: bool, rows: int) -> None:
-    """A fused kernel may round otherwise than its parts, but means the same."""
+    """A fused kernel may round differently from its parts, but computes the same function."""
     x, residual = randn(rows, 128), randn(rows, 128)
     norm = Norm("n", "rms", backend.put(randn(128)), None, 1e-5)
     whole, down = packed(256, 128, 4, 64), packed(128, 128, 4, 128)

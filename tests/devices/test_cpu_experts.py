@@ -1,4 +1,4 @@
-"""A mixture of experts on the native kernels: routed, multiplied and replayed without the host."""
+"""Mixtures of experts on the native kernels: routed, multiplied and replayed without the host."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def weight(rng: np.random.Generator, n: int, k: int, form: str) -> Weight:
 def mixture(
     backend: CpuBackend, hidden: int, sizes: list[int], forms: list[str], k: int, shared: bool
 ) -> tuple[Moe, tuple[Mlp, ...]]:
-    """-> (random experts as the backend packs them, the same one by one)."""
+    """Return random experts as the backend packs them, and the same ones as separate weights."""
     rng = np.random.default_rng(len(sizes) * 1000 + hidden)
     pairs: Pairs = [
         (weight(rng, 2 * f, hidden, form), weight(rng, hidden, f, form))
@@ -73,7 +73,7 @@ MIXTURES = [
 def test_rows_go_where_the_contract_says(
     isa: str, size: tuple[int, int, int], shared: int, normalise: bool
 ) -> None:
-    """Ties included: every second row's logits are small whole numbers."""
+    """Includes ties: the logits of every second row are small integers."""
     rows, experts, k = size
     rng, backend = np.random.default_rng(rows + experts), CpuBackend(threads=3)
     scores = (rng.standard_normal((rows, experts + shared)) * 3).astype(np.float32)
@@ -110,13 +110,13 @@ def test_damaged_scores_lead_to_experts_that_exist(isa: str) -> None:
 @pytest.mark.parametrize("exact", [False, True], ids=["int8", "exact"])
 @pytest.mark.parametrize("given", MIXTURES, ids=lambda m: f"{m[0]}-{len(m[1])}x{m[1][-1]}-{m[2][0]}")
 def test_a_mixture_is_the_weighted_sum_of_its_experts(isa: str, given: Any, exact: bool) -> None:
-    """Of `mlp`'s results for each expert's rows. Shares are good to E + 16 roundings, sums to one a term."""
+    """Of `mlp`'s results for each expert's rows. Shares have E + 16 roundings, sums one per term."""
     backend = CpuBackend(exact=exact, threads=3)
     moe, one_by_one = mixture(backend, *given)
     rng = np.random.default_rng(5)
     norm = Norm("n", "rms", rng.standard_normal(given[0]).astype(np.float32), None, 1e-5)
     for rows in (1, 1, 1, 1, 2, 9, 33, 130):
-        wide = np.full((rows + 2, given[0] + 24), np.nan, np.float32)  # a view amid NaN
+        wide = np.full((rows + 2, given[0] + 24), np.nan, np.float32)  # a view surrounded by NaN
         x = wide[1:-1, 8 : 8 + given[0]]
         x[:] = rng.standard_normal(x.shape)
         residual = rng.standard_normal(x.shape).astype(np.float32)
@@ -167,7 +167,7 @@ def test_results_do_not_depend_on_the_number_of_threads(isa: str) -> None:
 def test_a_replayed_token_goes_to_its_own_experts(
     family: str, exact: bool, int4: bool, tiny_root: Path
 ) -> None:
-    """One recording serves every token bit for bit, and steps give one prefill's logits."""
+    """One recording serves every token bit for bit, and steps give the logits of one prefill."""
     t = tiny(family, tiny_root)
     model = decoder(t.folder, CpuBackend(exact=exact, threads=2), int4)
     assert isinstance(model._one_row, Captured)
@@ -183,6 +183,6 @@ def test_a_replayed_token_goes_to_its_own_experts(
     assert len(calls) == 1
     model._one_row = record
     assert np.array_equal(logits(model, t.ids, [1] * len(t.ids)), replayed)
-    if exact:  # float32 sums of about 100 terms through 4 layers are good to 2e-5
+    if exact:  # float32 sums of about 100 terms through 4 layers have an error of 2e-5
         whole = model.backend.to_host(model.forward(t.ids, model.new_cache(len(t.ids)), last_only=False))
         assert np.abs(replayed - whole).max() < 1e-4 * np.abs(whole).max()

@@ -1,4 +1,4 @@
-"""The native kernels of every instruction set this processor runs, against float64 NumPy."""
+"""The native kernels of every instruction set of this processor, against float64 NumPy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tinychat_mlx.backends.cpu import library as c
 from tinychat_mlx.errors import BackendError
 from tinychat_mlx.weight import Dense, Packed, Weight, pack_codes
 
-EPS = 2.0**-24  # half a unit in the last place of float32: the most one rounding adds, relatively
+EPS = 2.0**-24  # half a unit in the last place of float32: the largest relative error of one rounding
 ISAS = c.instruction_sets()
 pack_module = import_module("tinychat_mlx.backends.cpu.pack")  # `pack` is also a function there
 RNG = np.random.default_rng(7)
@@ -41,12 +41,12 @@ def packed(n: int, k: int, w_bit: int, group: int, form: Any = np.float16, bias:
 
 
 def quantised(n: int, k: int, w_bit: int, group: int) -> Packed:
-    """As `convert` leaves weights: scale and zero point fit 16 bits."""
+    """A weight like those of `convert`: scale and zero point fit in 16 bits."""
     return round_to_nearest(0.05 * randn(n, k), w_bit, group).packed("w", randn(n))
 
 
 def rounded(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
-    """What the kernels promise to make of activations: whole numbers (T, G, group) and a scale a group."""
+    """Quantise activations like the kernels: integers (T, G, group) and one scale per group."""
     parts = x.reshape(x.shape[0], -1, group)
     top = np.abs(parts).max(-1, keepdims=True)
     whole = np.rint(parts * (np.float32(127) / np.maximum(top, np.float32(1e-30))))
@@ -54,10 +54,10 @@ def rounded(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def expected_linear(w: Weight, x: np.ndarray, exact: bool) -> tuple[np.ndarray, np.ndarray]:
-    """-> (y, a bound of its error): each of the sum's terms may be rounded a few times, and so may the sums."""
+    """Return (y, a bound of its error): each term of the sum and each sum may be rounded a few times."""
     bias = 0.0 if w.bias is None else w.bias.astype(np.float64)
     if isinstance(w, Dense) or exact:
-        # w itself is made in float32 from its parts, then k products are summed in order
+        # w itself is computed in float32 from its parts, then k products are summed in order
         m, k = w.to_float32().astype(np.float64), w.shape[1]
         size = np.abs(m) + (0 if isinstance(w, Dense) else 2 * np.abs(m).max())
         return x @ m.T + bias, EPS * (k + 4) * (np.abs(x) @ size.T + np.abs(bias))
@@ -67,7 +67,7 @@ def expected_linear(w: Weight, x: np.ndarray, exact: bool) -> tuple[np.ndarray, 
     dots = np.einsum("tgk,ngk->tng", whole, q)
     sums = (whole.sum(-1, keepdims=True) * scale)[:, :, 0]
     terms = dots * s * scale[:, :, 0][:, None], sums[:, None] * b
-    # int32 inside a group is exact; wide codes may be taken as q - 128, which moves 128 * s to the bias
+    # int32 inside a group is exact; wide codes may be stored as q - 128, which moves 128 * s to the bias
     offset = np.abs(sums[:, None] * s * 128) if w.w_bit == 8 else 0
     size = (np.abs(terms[0]) + np.abs(terms[1]) + 2 * offset).sum(-1) + np.abs(bias)
     return sum(terms).sum(-1) + bias, EPS * (2 * s.shape[1] + 6) * size
@@ -132,7 +132,7 @@ def test_linear_is_the_product_of_rounded_activations(isa: str, w: Weight, exact
     if isinstance(w, Dense) and w.w.dtype == np.float32 and not exact:
         w = Dense(w.name, w.w.astype(np.float16), w.bias)  # documented: rounded to 16 bits
     for rows in (1, 2, 3, 4, 7, 8, 9, 12, 13, 40):
-        wide = np.full((rows + 2, w.shape[1] + 24), np.nan, np.float32)  # a view amid NaN
+        wide = np.full((rows + 2, w.shape[1] + 24), np.nan, np.float32)  # a view surrounded by NaN
         x = wide[1:-1, 8 : 8 + w.shape[1]]
         x[:] = randn(*x.shape) * RNG.choice([1e-3, 1, 30], (rows, 1))
         y, bound = expected_linear(w, x.astype(np.float32), exact)
@@ -143,7 +143,7 @@ def test_linear_is_the_product_of_rounded_activations(isa: str, w: Weight, exact
 
 
 def test_many_rows_in_more_than_one_pass(isa: str) -> None:
-    """Rows beyond what a pass of the many-row kernel holds, and a last panel that is not full."""
+    """More rows than a pass of the many-row kernel, and a last panel that is not full."""
     if isa == "scalar":
         pytest.skip("the same code as on other instruction sets, a hundred times slower")
     w, x = packed(48, 64, 4, 32), randn(1100, 64)
@@ -170,7 +170,7 @@ def test_an_op_writes_its_rows_and_nothing_else(isa: str) -> None:
 
 
 def test_scratch_of_an_earlier_op_does_not_leak_into_a_later(isa: str) -> None:
-    """Padding of panels, groups and heads comes from reused memory: here all of it is NaN first."""
+    """Padding of panels, groups and heads is in reused memory: here all of it is NaN first."""
     backend = CpuBackend(threads=2)
     w = backend.pack(packed(40, 128, 4, 64))
     x = randn(13, 128)
@@ -233,7 +233,7 @@ SPECS = [
 def test_attention_over_a_growing_cache(
     isa: str, heads: tuple[int, int, int], spec: Attention, exact: bool
 ) -> None:
-    """Prompts, single tokens and few rows in turn; everything beyond the tokens held is NaN."""
+    """Prompts, single tokens and few rows in turn. Everything beyond the cached tokens is NaN."""
     h, hkv, d = heads
     if isa == "scalar" and heads != HEADS[1]:
         pytest.skip("one shape is enough for the slowest")
@@ -251,13 +251,14 @@ def test_attention_over_a_growing_cache(
         k, v = np.concatenate([k, held[1]]), np.concatenate([v, held[2]])
         got = backend.attention(*cut, spec, backend.step([Segment(cache, rows)]))
         cache.length += rows
-        # A score of d products is off by (d + 4) eps |q||k| scale, below 40 here; it moves the weights, and the
-        # mean of values below 5, by as much; exp and the running sums add a few more roundings.
+        # A score of d products has an error of (d + 4) eps |q||k| scale, below 40 here. It changes the
+        # weights, and the mean of values below 5, by as much; exp and the running sums add a few more
+        # roundings.
         assert np.abs(got - softmax_attention(cut[0], k, v, spec)).max() <= EPS * (d + 24) * 40 * 5
 
 
 def test_attention_over_a_cache_in_int8(isa: str) -> None:
-    """Keys and values rounded to 127 steps of a token's largest, and then the same as exactly."""
+    """Keys and values are rounded to 127 steps of a token's largest, and then processed like exact ones."""
 
     def held(x: np.ndarray) -> np.ndarray:
         whole, scale = rounded(x.reshape(-1, x.shape[-1]), x.shape[-1])
@@ -303,7 +304,7 @@ def test_conversations_of_different_lengths_decode_together(isa: str) -> None:
 
 
 class Toy:
-    """A decoder of two layers that uses every op, written in the contract."""
+    """A decoder of two layers that uses every op, written with the contract."""
 
     def __init__(self, backend: CpuBackend) -> None:
         self.b = b = backend
@@ -331,7 +332,7 @@ class Toy:
 
 
 def decode(backend: CpuBackend, fn: Any, prompt: int, tokens: int) -> list[np.ndarray]:
-    """Logits of a prompt and of some steps on two conversations in turn."""
+    """Return logits of a prompt and of some steps on two conversations in turn."""
     caches = [backend.new_cache(CacheShape(2, 2, 32), 600) for _ in range(2)]
     out = []
     for cache, n in zip(caches, (prompt, 7), strict=True):

@@ -1,4 +1,4 @@
-"""A head read at half its width: the token is the one that all of it gives, and what a drawn token may be stays so."""
+"""A head read at half its width gives the same greedy token, and nearly the same distribution."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def randn(*shape: int) -> np.ndarray:
 
 
 def head_of(backend: CpuBackend, w: Packed) -> Any:
-    """-> (logits of a row under a choice, how many tiles of 16 were read whole for them)."""
+    """Return (logits of a row under a choice, the number of tiles of 16 read at full width)."""
     norm = Norm("n", "rms", backend.put(np.ones(w.shape[1], np.float32)), None, 1e-6)
     handle = backend.pack(w)
 
@@ -67,11 +67,11 @@ def test_the_largest_logit_is_found_and_its_tile_has_all_its_bits(
         assert same[best // 16 * 16 : best // 16 * 16 + 16].all()
         assert same.reshape(-1, 16).all(1).sum() == tiles if n % 16 == 0 else same.sum() >= 16 * (tiles - 1)
         read.append(tiles)
-    assert min(read) >= 1 and (n < 100 or np.mean(read) < n / 16 / 2)  # the rest was left out
+    assert min(read) >= 1 and (n < 100 or np.mean(read) < n / 16 / 2)  # the rest was skipped
 
 
 def test_an_estimate_errs_as_much_as_its_lower_halves_can(backend: CpuBackend) -> None:
-    """|scale * (lower - 7.5) * x| <= 7.5 scale |x|, summed over the inputs as they are rounded."""
+    """|scale * (lower - 7.5) * x| <= 7.5 scale |x|, summed over the rounded inputs."""
     w = round_to_nearest(0.05 * randn(800, 128), 8, 64).packed("w", None)
     head = head_of(backend, w)
     for _ in range(20):
@@ -82,11 +82,11 @@ def test_an_estimate_errs_as_much_as_its_lower_halves_can(backend: CpuBackend) -
         rounded = (size + size.max(1, keepdims=True) / 254).sum(1)
         bound = 7.5 * w.scales.astype(np.float64) @ rounded
         assert np.all(np.abs(y - whole) <= bound * 1.0001)
-        assert np.abs(y - whole).max() > bound.mean() / 100  # it is one
+        assert np.abs(y - whole).max() > bound.mean() / 100  # the estimate is not exact
 
 
 def test_tokens_that_are_nearly_as_good_are_all_read_whole(backend: CpuBackend) -> None:
-    """Rows that differ in their lower halves alone have one estimate: only all bits tell which is the largest."""
+    """Rows that differ only in their lower halves have one estimate; only all bits show which is the largest."""
     codes = RNG.integers(0, 256, (640, 128), dtype=np.uint8)
     x = randn(1, 128)
     rows = [5, 100, 250, 333, 639]
@@ -108,7 +108,7 @@ def test_flat_logits_are_all_read_whole_and_peaked_ones_are_not(backend: CpuBack
     assert tiles == 100 and np.array_equal(y, whole)  # each token has about 1 / 1600
     _, tiles = head(x, Choice(0.005, TAIL))
     assert tiles < 50
-    _, tiles = head(x, Choice(1.0, 2000.0))  # all of them may be coarse
+    _, tiles = head(x, Choice(1.0, 2000.0))  # all of them may be approximate
     assert tiles < 50
 
 
@@ -138,7 +138,7 @@ def demo() -> Model:
 
 @pytest.fixture(scope="module")
 def rows(demo: Model) -> np.ndarray:
-    """Last hidden states of held-out text, a row each."""
+    """Last hidden states of held-out text, one row each."""
     decoder, backend = demo.engine.decoder, demo.backend
     ids = encoded(str(DATA / "demo_heldout_text.jsonl"), demo.tokenizer)[:1024]
     step = backend.step((Segment(decoder.new_cache(1024), 1024),))
@@ -151,7 +151,7 @@ def rows(demo: Model) -> np.ndarray:
 def test_what_may_be_drawn_on_real_text_stays_as_it_was(
     demo: Model, rows: np.ndarray, given: dict[str, float]
 ) -> None:
-    """At worst the tokens with coarse logits lose or gain all their probability, and half of that is what moves."""
+    """In the worst case approximate tokens lose or gain all their probability; half of that is the change."""
     params = SamplingParams(**given)
     choice, decoder = choice_of(params), demo.engine.decoder
     assert choice is not None
@@ -194,6 +194,6 @@ def test_a_choice_is_made_before_logits_are_scaled_and_capped(demo: Model) -> No
 
     warm = Choice(0.8, TAIL)
     assert seen(warm) == warm and seen(None) is None
-    assert seen(warm, logit_scale=0.25) == Choice(3.2, TAIL)  # 3.2 apart there is 0.8 apart here
+    assert seen(warm, logit_scale=0.25) == Choice(3.2, TAIL)  # a distance of 3.2 there is 0.8 here
     assert seen(GREEDY, logit_scale=0.25, final_softcap=30.0) == GREEDY
     assert seen(warm, final_softcap=30.0) is None and seen(GREEDY, logit_scale=-1.0) is None

@@ -1,4 +1,4 @@
-"""The thread pool as a guest in somebody's process: it sleeps when idle, survives a fork, serves many callers."""
+"""The thread pool in a host process: it sleeps when idle, survives a fork, and serves several callers."""
 
 from __future__ import annotations
 
@@ -89,21 +89,21 @@ def test_callers_on_several_threads_take_turns() -> None:
 
 
 def test_a_team_gets_smaller_only_where_fewer_threads_would_have_more() -> None:
-    """The rule takes what the threads lost to other programs, and what they had, in threads."""
+    """The rule gets the threads' lost time and used time, in threads."""
     rule = open_library().tc_fewer
     rule.argtypes = [ctypes.c_int32, ctypes.c_double, ctypes.c_double]
     assert rule(4, 0.0, 1.0) == 4  # they waited for each other, not for processors
     assert rule(4, 0.1, 1.0) == 4
-    assert rule(2, 1.0, 0.5) == 1  # two loops on two processors: one thread has at least a half of one
-    assert rule(2, 0.4, 1.4) == 2  # a short visitor: one thread would have 1.0
-    assert rule(8, 0.5, 4.0) == 7  # one loop holds up eight that meet often
-    assert rule(8, 0.5, 7.4) == 8  # the same where a late thread's work goes to the others
+    assert rule(2, 1.0, 0.5) == 1  # two loops on two processors: one thread gets at least half a processor
+    assert rule(2, 0.4, 1.4) == 2  # a short load: one thread would have 1.0
+    assert rule(8, 0.5, 4.0) == 7  # one loop delays eight threads that meet often
+    assert rule(8, 0.5, 7.4) == 8  # the same when the others take over a late thread's work
     assert rule(8, 2.0, 3.0) == 4
     assert rule(4, 4.0, 0.0) == 1
 
 
 def test_busy_processors_make_the_team_smaller_and_change_no_result() -> None:
-    """Endless loops on every processor: the team is smaller before long, and every result is what it was."""
+    """Endless loops on every processor: the team becomes smaller, and every result stays the same."""
     processors = os.cpu_count() or 1
     backend, handle, x, y = backend_and_weight(processors + 1)
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * processors)]

@@ -33,7 +33,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def close(got: np.ndarray, expected: np.ndarray, bound: float) -> None:
-    """Largest difference within bound × the largest expected value."""
+    """Check that the largest difference is within bound × the largest expected value."""
     assert got.shape == expected.shape and np.isfinite(got).all()
     assert np.abs(got - expected).max() <= bound * np.abs(expected).max()
 
@@ -41,7 +41,7 @@ def close(got: np.ndarray, expected: np.ndarray, bound: float) -> None:
 @pytest.mark.parametrize("form, group", FORMS)
 @pytest.mark.parametrize("family", REPRESENTATIVES)
 def test_every_architecture_gives_the_references_logits(family: str, form: str, group: int) -> None:
-    """1e-4 is the issue's promise; float32 sums of 192 terms through 2 layers differ by about 1e-6."""
+    """The bound is 1e-4; float32 sums of 192 terms through 2 layers differ by about 1e-6."""
     config = models.config_of(family)
     expected = models.whole(models.decoder(config, ReferenceBackend(), form, group), IDS)
     close(models.whole(models.decoder(config, CudaBackend(), form, group), IDS), expected, 1e-4)
@@ -70,10 +70,12 @@ def test_several_conversations_in_one_pass_do_not_see_each_other() -> None:
 
 @pytest.mark.parametrize("form", ["dense", "int4", "int8"])
 def test_float16_is_within_its_rounding(form: str) -> None:
-    """Each linear rounds its input, its dequantised weight and (many rows) its output to 2⁻¹¹ relative,
-    independently, so the relative error of a product is about √3 · 2⁻¹¹; q, k, v, p and the KV cache add
-    as many again. Two layers of 4 products, two attentions and the head: √(9 · 3 + 2 · 5) · 2⁻¹¹ = 0.3 %
-    of the typical logit. 97 · 11 logits reach 4 deviations, which the largest logit has too: 4 times.
+    """Errors of fp16 arithmetic.
+
+    Each linear rounds its input, its dequantised weight and (many rows) its output to 2⁻¹¹ relative,
+    independently, so the relative error of a product is about √3 · 2⁻¹¹; q, k, v, p and the KV cache add as
+    many again. Two layers of 4 products, two attentions and the head: √(9 · 3 + 2 · 5) · 2⁻¹¹ = 0.3 % of the
+    typical logit. 97 · 11 logits reach 4 deviations, which the largest logit has too: 4 times.
     """
     config = models.config_of("qwen3")
     expected = models.whole(models.decoder(config, ReferenceBackend(), form), IDS)
@@ -87,7 +89,9 @@ def test_float16_is_within_its_rounding(form: str) -> None:
 
 
 def test_int8_kv_is_within_its_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A code is off by half a step of max/127: 1/254 of a head's largest, at 32 inputs about 2.5
+    """Errors of int8 codes.
+
+    A code has an error of half a step of max/127: 1/254 of a head's largest, at 32 inputs about 2.5
     deviations, so each key and value has a relative error of 2.5 / 254 / √3 = 0.6 %; two layers, keys and
     values: √4 · 0.6 %, 4 deviations over all logits.
     """
@@ -97,7 +101,7 @@ def test_int8_kv_is_within_its_rounding(monkeypatch: pytest.MonkeyPatch) -> None
     model = models.decoder(config, CudaBackend(), "int4")
     rms = float(np.sqrt(np.square(expected).mean()))
     error = np.abs(models.whole(model, IDS) - expected).max()
-    assert 1e-4 * rms < error <= 4 * 2 * 0.006 * rms  # the lower bound: it really was stored as int8
+    assert 1e-4 * rms < error <= 4 * 2 * 0.006 * rms  # the lower bound shows that it was stored as int8
     assert model.new_cache(4).k.dtype == torch.int8
     assert not CudaBackend(exact=True).int8_kv
 
@@ -149,7 +153,10 @@ def test_activations_agree_with_the_reference(kind: str) -> None:
     (8, 32, 20, 96), (8, 128, 31, 384), (3, 64, 9, 64), (4, 48, 7, 96), (8, 16, 4, 64),
 ])  # fmt: skip
 def test_a_packed_weight_keeps_every_code_scale_and_bias(w_bit: int, group: int, n: int, k: int) -> None:
-    """Through embed, exactly; 48 and 16 have no tiles and are announced. Slabs of one tile are joined."""
+    """Exact through embed.
+
+    Groups of 48 and 16 have no tiles and give a warning. Slabs of one tile are joined.
+    """
     w = models.random_packed(np.random.default_rng(k), n, k, w_bit, group)
     backend = CudaBackend()
     if weights.stored_group(group) is None:
@@ -173,7 +180,7 @@ def test_slabs_join_to_the_same_weight(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_loading_holds_no_weight_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What goes to the device besides the packed weight is a slab at a time, never a second copy."""
+    """In addition to the packed weight only one slab at a time goes to the device, never a second copy."""
     sizes = []
 
     def watched(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -204,7 +211,7 @@ def test_tiles_lie_as_the_layout_says() -> None:
 def test_bfloat16_and_float32_checkpoints_load_exactly() -> None:
     w = np.random.default_rng(0).standard_normal((5, 32)).astype(np.float32)
     bits = (w.view(np.uint32) >> 16).astype(np.uint16)
-    bits.setflags(write=False)  # as a mapped file's
+    bits.setflags(write=False)  # like a mapped file's
     for weight in (Dense("a", bits), Dense("b", w)):
         backend = CudaBackend()
         got = backend.to_host(backend.embed(backend.pack(weight), backend.ids(range(5))))
@@ -257,21 +264,21 @@ def test_memory_is_counted_and_given_back() -> None:
     assert backend.memory().used == 0 and backend.memory().peak == held
 
 
-@pytest.mark.parametrize("text, said", [
+@pytest.mark.parametrize("text, line", [
     ("Found no NVIDIA driver on your system. Please check\nmore", "no NVIDIA driver is loaded"),
     ("The NVIDIA driver on your system is too old (found version 11040).", "driver is too old for torch"),
     ("CUDA error: no kernel image is available for execution", "no code for this GPU"),
     ("No CUDA GPUs are available", "no CUDA GPU is visible"),
     ("CUDA error: unknown error\nCUDA kernel errors might", "cannot be used: CUDA error: unknown error"),
 ])  # fmt: skip
-def test_torchs_reasons_become_one_line(text: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchs_reasons_become_one_line(text: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise RuntimeError(text)
 
     monkeypatch.setenv(devices.ENVIRONMENT, "")
     monkeypatch.setattr(torch.version, "cuda", "12.6")
     monkeypatch.setattr(torch.cuda, "init", fail)
-    with pytest.raises(BackendError, match=said) as e:
+    with pytest.raises(BackendError, match=line) as e:
         CudaBackend()
     assert "\n" not in str(e.value)
 

@@ -1,4 +1,4 @@
-"""MLX attention written out: packed keys and values, softcap, ALiBi, heads MLX has no kernel for; in little memory."""
+"""MLX attention without the fused kernel: packed caches, softcap, ALiBi, other head sizes, in bounded memory."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def random(rows: int, heads: int, kv: int, size: int, scale: float = 1.0) -> tup
 
 
 def rounded(x: F32, bits: int) -> F32:
-    """What a packed cache keeps of x, in float32."""
+    """Return x after quantisation in a packed cache, in float32."""
     form = {"group_size": 64, "bits": bits}
     return np.array(mx.dequantize(*mx.quantize(mx.array(x), **form), **form))
 
 
 def run(b: Backend, qkv: tuple[F32, F32, F32], spec: Attention, cuts: list[int]) -> F32:
-    """Attention of all rows, in pieces of these lengths; computed in the backend's dtype."""
+    """Compute attention of all rows in pieces of these lengths, in the backend's dtype."""
     rows, kv, size = qkv[1].shape
     cache, at, out = b.new_cache(CacheShape(1, kv, size), rows), 0, []
     for n in cuts:
@@ -80,7 +80,7 @@ def test_packed_keys_and_values_mean_their_dequantised_numbers(
 def test_large_queries_and_keys_are_told_apart_in_float16(
     query: float, key: float, spread: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """64 products of 40 by 40 pass 65504; scores near 3200 that differ by 1 are one and the same in float16."""
+    """64 products of 40 by 40 exceed 65504. Scores near 3200 that differ by 1 are equal in float16."""
     monkeypatch.setenv("TINYCHAT_MLX_DTYPE", "float16")
     monkeypatch.setenv("TINYCHAT_MLX_KV_BITS", "8")
     q, k, v = random(9, 4, 2, 64)
@@ -88,9 +88,9 @@ def test_large_queries_and_keys_are_told_apart_in_float16(
     spec = Attention(0, 0.125)
     expected = run(ReferenceBackend(), (q, rounded(k, 8), rounded(v, 8)), spec, [9])
     got = run(MlxBackend(exact=True), (q, k, v), spec, [8, 1])
-    # A score sums 64 products in float32, and so does the reference's; the weights p follow it, up and down. Then p,
-    # v's scales and biases and the running sum are halves: 9 terms and 3 roundings, twice for MLX's CPU loop, which
-    # sums scale and bias apart.
+    # A score sums 64 products in float32, and so does the reference's; the weights p change with it. p, v's
+    # scales and biases and the running sum are halves: 9 terms and 3 roundings, twice for MLX's CPU loop,
+    # which sums scale and bias separately.
     score = 64 * 2**-24 * 0.125 * 64 * (query + spread) * (key + spread)
     assert np.abs(got - expected).max() <= (4 * score + 2 * 12 * 2**-11) * np.abs(v).max()
 
@@ -113,7 +113,7 @@ def test_a_prompt_in_blocks_of_rows_means_the_same(
     "spec, size", [(Attention(0, 0.1, softcap=9.0), 64), (Attention(0, 0.1), 192)], ids=str
 )
 def test_scores_of_a_prompt_stay_small(spec: Attention, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """128 rows of 8 heads after 1920 tokens: 8 MB of scores, several times over, were they made at once."""
+    """128 rows of 8 heads after 1920 tokens: several arrays of 8 MB of scores if they were computed at once."""
     heads, kv, rows, before = 8, 1, 128, 1920
     monkeypatch.setattr(BLOCKS, 1 << 18)
     b = MlxBackend(exact=True)
@@ -126,8 +126,8 @@ def test_scores_of_a_prompt_stay_small(spec: Attention, size: int, monkeypatch: 
     held = mx.get_active_memory()
     y = b.attention(q, k, v, spec, step)
     mx.eval(y)
-    wide = 2 * cache.nbytes  # keys in float32, turned round
-    # three arrays of scores in each of two blocks, what comes out of them, and the result again
+    wide = 2 * cache.nbytes  # keys in float32, transposed
+    # three arrays of scores in each of two blocks, their results, and the joined result
     assert mx.get_peak_memory() - held < wide + 2 * 3 * (1 << 18) + 3 * y.nbytes
 
 
@@ -138,7 +138,7 @@ def test_packed_caches_are_smaller_and_refuse_what_they_cannot_hold(
     monkeypatch.setenv("TINYCHAT_MLX_KV_BITS", "8")
     d = decoder(t.folder, MlxBackend(exact=True, compiled=True))
     got = logits(d, t.ids, [30, *[1] * 10])
-    # a number's 8-bit error is at most half of 1/255 of its group's range: about 1 % of a typical one
+    # the 8-bit error is at most half of 1/255 of a group's range: about 1 % of a typical value
     assert np.abs(got - t.logits).max() < 0.02 * np.abs(t.logits).max()
     cache = d.new_cache(1000)
     whole = bytes_per_token(cache.shape, packed_parts(cache.shape, mx.float32, 8)) * 1000

@@ -24,7 +24,7 @@ from tinychat_mlx.errors import BackendError
 
 @pytest.fixture(autouse=True)
 def uncompiled() -> Iterator[None]:
-    """mx.compile on a CPU starts a C++ compiler for each fused kernel; one test below pays for it."""
+    """mx.compile on a CPU starts a C++ compiler for each fused kernel. Only one test below uses it."""
     mx.disable_compile()
     yield
     mx.enable_compile()
@@ -62,7 +62,7 @@ def test_packed_weights_stay_packed_and_mean_the_same(
 def test_experts_stay_on_the_device(
     variant: str, form: tuple[int, int] | None, tiny_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """40 rows are sorted by expert, 9 are not; a captured step holds the routing."""
+    """40 rows are sorted by expert, 9 are not; a captured step includes the routing."""
     t = tiny(variant, tiny_root)
     expected = logits(decoder(t.folder, ReferenceBackend(), form), t.ids, [40])
     d = decoder(t.folder, MlxBackend(exact=True, compiled=True), form)
@@ -127,7 +127,7 @@ def test_three_conversations_in_one_step_equal_three_steps(tiny_root: Path) -> N
 def test_folders_of_mlx_lm_give_its_tokens(
     bits: int, group: int, tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Greedy, 24 tokens, on the folder that mlx_lm.convert writes; logits within float32's reach."""
+    """Greedy, 24 tokens, on the folder that mlx_lm.convert writes; logits within float32's accuracy."""
     mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
     from mlx_lm.models.cache import make_prompt_cache
 
@@ -150,11 +150,12 @@ def test_folders_of_mlx_lm_give_its_tokens(
 
 
 def convert(source: Path, target: Path, bits: int, group: int) -> Path:
-    """What mlx_lm.convert does to a folder, less the tokenizer that a tiny model does not have."""
+    """Convert a folder like mlx_lm.convert, without the tokenizer that a tiny model does not have."""
     import mlx_lm.utils as u
 
     config = json.loads((source / "config.json").read_text())
-    config["rope_theta"] = config["rope_parameters"]["rope_theta"]  # transformers 5's key is lost on mlx-lm
+    # mlx-lm does not read transformers 5's key
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"]
     (source / "config.json").write_text(json.dumps(config))
     model, config = u.load_model(source, lazy=True)
     model, config = u.quantize_model(model, config, group, bits)

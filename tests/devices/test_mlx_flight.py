@@ -1,4 +1,4 @@
-"""A step is issued before the token of the one before is read, and the cache is written where it lies all the same."""
+"""A step is issued before the previous token is read, and the cache is still written in place."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def uncompiled() -> Iterator[None]:
 
 
 def attentions(layers: int, rows: int, held: int) -> tuple[MlxBackend, MlxCache, Callable[[Any], Any]]:
-    """A backend, its cache with `rows` tokens, and a step that is only attention: little work, much to read."""
+    """Return a backend, its cache with `rows` tokens, and a step of only attention: little work, many reads."""
     b, heads, size = MlxBackend(exact=True), 2, 64
     cache = b.new_cache(CacheShape(layers, heads, size), held)
     b.step((Segment(cache, held),))  # reserves
@@ -55,7 +55,10 @@ def attentions(layers: int, rows: int, held: int) -> tuple[MlxBackend, MlxCache,
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_a_step_in_flight_does_not_copy_the_cache(layers: int) -> None:
-    """The step before reads the cache's arrays while the next is encoded: MLX would copy every one of them."""
+    """The previous step reads the cache's arrays while the next is encoded.
+
+    Without halves MLX would copy them all.
+    """
     b, cache, advance = attentions(layers, rows=32000, held=1 << 15)
     draw = b.sampler(0.0, 0, 1.0, 0.0, None)
     assert draw is not None and cache.nbytes == layers * 32 << 20
@@ -67,12 +70,12 @@ def test_a_step_in_flight_does_not_copy_the_cache(layers: int) -> None:
         b.to_host(token)
         token = following
     b.to_host(token)
-    assert mx.get_peak_memory() - before < 4 << 20  # a layer's keys alone are 16 MB
+    assert mx.get_peak_memory() - before < 4 << 20  # the keys of one layer are 16 MB
 
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_the_cache_is_written_in_place(compiled: bool, tiny_root: Path) -> None:
-    """Step by step, each waited for."""
+    """Step by step, waiting for each."""
     d = decoder(tiny("llama", tiny_root).folder, MlxBackend(exact=True, compiled=compiled))
     cache = d.new_cache(1 << 16)
     cache.length = (1 << 16) - 10
@@ -104,17 +107,17 @@ def test_a_token_is_read_while_the_next_step_runs() -> None:
 def test_what_is_read_is_float32(dtype: str) -> None:
     got = MlxBackend(exact=True).to_host(mx.array([[1.5, -3.0]]).astype(getattr(mx, dtype)))
     assert got.dtype == np.float32 and got.tolist() == [[1.0 if dtype == "int32" else 1.5, -3.0]]
-    got[0, 0] = 7  # it is the caller's own
+    got[0, 0] = 7  # the caller owns the array
 
 
 def test_the_next_step_is_issued_before_a_token_is_read(
     tiny_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its first half as soon as it is known, the rest behind: the device never waits for Python."""
+    """The first half is issued as soon as it is known, then the rest: the device never waits for Python."""
     d = decoder(tiny("llama", tiny_root).folder, MlxBackend(exact=True))
     told: list[str] = []
-    numbers: dict[int, int] = {}  # a token's array -> which of the answer it is
-    kept: list[Any] = []  # so that no two have one id
+    numbers: dict[int, int] = {}  # a token's array -> its number in the answer
+    kept: list[Any] = []  # keeps ids unique
     issue, read = mx.async_eval, d.backend.to_host
 
     def issued(x: Any) -> None:
@@ -157,7 +160,7 @@ def test_a_cache_holds_little_more_than_was_said(tiny_root: Path, monkeypatch: p
 
 
 def test_growing_needs_one_array_more(tiny_root: Path) -> None:
-    """The old ones are given back one by one, though a step that reads them is in flight."""
+    """The old arrays are freed one by one, even if a step that reads them is in flight."""
     b, cache, advance = attentions(8, rows=1, held=1 << 14)
     cache = b.new_cache(cache.shape, 1 << 15)
     b.step((Segment(cache, 1 << 14),))
@@ -167,12 +170,13 @@ def test_growing_needs_one_array_more(tiny_root: Path) -> None:
     before = mx.get_active_memory()
     b.step((Segment(cache, 1 << 15),))
     assert cache.held == 1 << 15
-    assert mx.get_peak_memory() - before < 1.2 * cache.nbytes / 2  # half is new; an array is 1/16 of all
+    # half is new; an array is 1/16 of the total
+    assert mx.get_peak_memory() - before < 1.2 * cache.nbytes / 2
 
 
 def test_what_caches_may_still_grow_by_is_taken() -> None:
     b = MlxBackend(exact=True)
-    shape = CacheShape(16, 8, 64)  # 64 KiB a token
+    shape = CacheShape(16, 8, 64)  # 64 KiB per token
     b.chip = b.chip.__class__("Apple M1", True, 13, 8 << 30, 1 << 30)
     first = b.new_cache(shape, 8000)
     assert first.held == SPAN and first.owed == (8000 - SPAN) << 16
@@ -183,7 +187,7 @@ def test_what_caches_may_still_grow_by_is_taken() -> None:
 
 
 def test_a_captured_step_waits_for_the_one_before(tiny_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is one program, without halves: MLX writes in place only what the step before has read."""
+    """It is one program without halves: MLX writes in place only what the previous step has read."""
     d = decoder(tiny("llama", tiny_root).folder, MlxBackend(exact=True, compiled=True))
     cache, draw = d.new_cache(16), d.backend.sampler(0.0, 0, 1.0, 0.0, None)
     assert draw is not None
@@ -196,7 +200,7 @@ def test_a_captured_step_waits_for_the_one_before(tiny_root: Path, monkeypatch: 
 
 
 def test_only_a_step_that_writes_our_caches_waits_for_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """mlx-lm runs a whole step ahead, and its caches are copied: with its engine we are as fast."""
+    """mlx-lm runs a whole step ahead and copies its caches. With its engine we are as fast."""
     waited: list[Any] = []
     monkeypatch.setattr(mx, "eval", waited.append)
     flight, steps = Flight(nullcontext), [mx.zeros(n) + 1 for n in range(1, 5)]

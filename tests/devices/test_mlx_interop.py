@@ -1,4 +1,4 @@
-"""--engine mlx-lm: our engine over mlx-lm's model gives mlx-lm's tokens, with turns reused and taken back."""
+"""--engine mlx-lm: our engine with mlx-lm's model gives mlx-lm's tokens, with reused and rewound turns."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from tinychat_mlx.backends.mlx import MlxBackend, interop
 from tinychat_mlx.backends.mlx.backend import SCRATCH
 from tinychat_mlx.backends.mlx.interop import MlxLmDecoder
 from tinychat_mlx.errors import BackendError, FormatError, UsageError
+from tinychat_mlx.foreign import read_config
 from tinychat_mlx.generate import Engine
 from tinychat_mlx.loading import DEMO
 
@@ -44,8 +45,13 @@ def folder(tiny_root: Path) -> Path:
     return tiny("qwen3", tiny_root).folder
 
 
+def opened(folder: Path, backend: MlxBackend | None = None) -> MlxLmDecoder:
+    """As loading.load_foreign opens a folder."""
+    return MlxLmDecoder(folder, read_config(folder), backend)
+
+
 def naive(folder: Path, prompt: list[int], n: int) -> list[int]:
-    """mlx-lm alone, the whole text through it for each token."""
+    """Decode with only mlx-lm, computing the whole text for each token."""
     model, _ = mlx_lm.utils.load_model(folder)
     ids = list(prompt)
     for _ in range(n):
@@ -56,7 +62,7 @@ def naive(folder: Path, prompt: list[int], n: int) -> list[int]:
 @pytest.mark.parametrize("rotating", [False, True])
 def test_turns_give_mlx_lm_s_tokens(folder: Path, rotating: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rotating cache that has wrapped cannot be cut back: then the kept tokens are computed again."""
-    decoder = MlxLmDecoder(folder)
+    decoder = opened(folder)
     if rotating:
         monkeypatch.setattr(
             decoder.model, "make_cache", lambda: [RotatingKVCache(64) for _ in decoder.model.layers], raising=False
@@ -74,7 +80,7 @@ def test_turns_give_mlx_lm_s_tokens(folder: Path, rotating: bool, monkeypatch: p
 
 
 def test_logits_of_all_rows(folder: Path) -> None:
-    decoder = MlxLmDecoder(folder)
+    decoder = opened(folder)
     cache = decoder.new_cache(16)
     got = decoder.backend.to_host(decoder.forward([5, 9, 33, 7], cache, last_only=False))
     model, _ = mlx_lm.utils.load_model(folder)
@@ -97,24 +103,24 @@ def test_a_loaded_model_says_who_computes_it(folder: Path) -> None:
 
 
 def test_bad_folders_are_one_line(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="that it is a model folder"):
-        MlxLmDecoder(tmp_path)
+    with pytest.raises(FormatError, match="config.json: the file is missing"):
+        opened(tmp_path)
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_file": "evil.py"}))
     with pytest.raises(FormatError, match="names Python code"):
-        MlxLmDecoder(tmp_path)
+        opened(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
     (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
     with pytest.raises(BackendError, match="mlx-lm does not load .*unheard_of"):
-        MlxLmDecoder(tmp_path)
+        opened(tmp_path)
     del config["num_hidden_layers"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(BackendError, match="mlx-lm does not load .*num_hidden_layers"):
-        MlxLmDecoder(tmp_path)
+        opened(tmp_path)
 
 
 def small(limit: int) -> MlxBackend:
-    """A machine that may give so many bytes more."""
+    """A machine with `limit` more bytes available."""
     b = MlxBackend(exact=True)
     used = mx.get_active_memory()
     b.chip = replace(b.chip, name="Apple M1", memory=1 << 40, working_set=used + SCRATCH + limit)
@@ -124,7 +130,7 @@ def small(limit: int) -> MlxBackend:
 @pytest.mark.parametrize("variant", ["llama", "cohere2"])
 def test_what_a_context_will_take_is_known_before(variant: str, tiny_root: Path) -> None:
     """Against what mlx-lm's own caches then hold; Cohere's sliding layers hold their window."""
-    decoder = MlxLmDecoder(tiny(variant, tiny_root).folder)
+    decoder = opened(tiny(variant, tiny_root).folder)
     cache = decoder.new_cache(512)
     decoder.backend.to_host(decoder.forward([1] * 511, cache))
     decoder.backend.to_host(decoder.forward([1], cache))
@@ -153,19 +159,19 @@ def test_nested_and_constant_caches_are_counted() -> None:
 def test_what_does_not_fit_is_refused_in_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     with pytest.raises(BackendError, match=r"the weights do not fit: .*Apple M1 can use .*fewer bits"):
-        MlxLmDecoder(folder, small(weights // 2))
-    decoder = MlxLmDecoder(folder, small(weights + (8 << 20)))
+        opened(folder, small(weights // 2))
+    decoder = opened(folder, small(weights + (8 << 20)))
     assert decoder.new_cache(64).capacity == 64
     words = r"a context of 100000 tokens needs .* GB for keys and values; .* — use --context \d+ or less"
     with pytest.raises(BackendError, match=words):
         decoder.new_cache(100000)
 
     def full(*a: Any) -> Any:
-        raise RuntimeError("[malloc] Unable to allocate 9 bytes")  # MLX's own words
+        raise RuntimeError("[malloc] Unable to allocate 9 bytes")  # MLX's message
 
     monkeypatch.setattr(mlx_lm.utils, "load_model", full)
     with pytest.raises(BackendError, match=r"MLX stopped: .*allocate 9 bytes — use a shorter --context"):
-        MlxLmDecoder(folder)
+        opened(folder)
 
 
 def test_the_command_line_says_aloud_who_computes(

@@ -1,4 +1,4 @@
-"""The MLX backend says in words what it cannot do: memory, dtypes, versions, threads."""
+"""The MLX backend's errors about its limits: memory, dtypes, versions, threads."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def chip(**given: Any) -> Chip:
 def test_a_cache_that_would_not_fit_is_refused_with_the_sum() -> None:
     b = MlxBackend(exact=True)
     b.chip = chip(working_set=1 << 30)
-    shape = CacheShape(16, 8, 64)  # Llama-3.2-1B in float32: 64 KiB a token
+    shape = CacheShape(16, 8, 64)  # Llama-3.2-1B in float32: 64 KiB per token
     words = r"40000 tokens needs 2\.44 GB.*can use 1\.00 GB — use --context \d{4,5}"
     with pytest.raises(BackendError, match=words):
         b.new_cache(shape, 40000)
@@ -74,12 +74,12 @@ def test_dtypes_by_chip(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_float32_is_not_multiplied_with_fewer_bits() -> None:
-    """MLX reads this once, at its first product: `device` sets it before MLX is imported."""
+    """MLX reads this once, at its first product, so `device` sets it before importing MLX."""
     assert os.environ["MLX_ENABLE_TF32"] == "0"
 
 
 def test_float16_means_the_same_as_float32(monkeypatch: pytest.MonkeyPatch, tiny_root: Path) -> None:
-    """The dtype of a Mac, on few tokens: constants must be narrowed, or everything is computed wide."""
+    """The dtype of a Mac, on few tokens. Constants must be narrowed, or everything is computed in float32."""
     t = tiny("llama-llama3", tiny_root)
     monkeypatch.setenv("TINYCHAT_MLX_DTYPE", "float16")
     d = decoder(t.folder, MlxBackend(exact=True, compiled=True))
@@ -146,7 +146,7 @@ def test_threads_take_turns(tiny_root: Path) -> None:
 
 
 def test_a_thread_may_finish_what_another_began(tiny_root: Path) -> None:
-    """MLX is lazy: the first thread leaves work that is not yet done, on a stream the second must share."""
+    """MLX is lazy: the first thread leaves unfinished work on a stream that the second must share."""
     t = tiny("llama", tiny_root)
     d = decoder(t.folder, MlxBackend(exact=True))
     cache, results = d.new_cache(40), []
@@ -165,7 +165,7 @@ def test_a_failure_on_the_device_is_a_backend_error() -> None:
     class Broken:
         @property
         def dtype(self) -> Any:
-            raise RuntimeError("[malloc] Unable to allocate 9 bytes")  # MLX's own words
+            raise RuntimeError("[malloc] Unable to allocate 9 bytes")  # MLX's message
 
     with pytest.raises(BackendError, match=r"MLX stopped: .*allocate 9 bytes — use a shorter --context"):
         MlxBackend(exact=True).to_host(Broken())

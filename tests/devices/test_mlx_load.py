@@ -1,4 +1,4 @@
-"""Weights come from the mapped file to the device's memory with one copy at most, and none where Metal shares."""
+"""Weights are copied at most once from the mapped file to device memory, and not at all if Metal shares it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def uncompiled() -> Iterator[None]:
 
 @pytest.fixture
 def mapped(tmp_path: Path) -> TensorFile:
-    """Tensors that begin at no page: f16 behind one another, u32 of odd sizes, bfloat16 bits."""
+    """Tensors that start at no page: adjacent f16, u32 of odd sizes, bfloat16 bits."""
     made = [
         entry(f"u{i}", RNG.integers(0, 1 << 32, (n, 40), dtype=np.uint32)) for i, n in enumerate((3, 1700, 5))
     ]
@@ -69,7 +69,7 @@ def test_every_way_brings_the_same_numbers(mapped: TensorFile, names: str, share
     for dtype in wanted:
         got = transfer.stacked(arrays, dtype, share)
         assert got.dtype == dtype and got.shape == whole.shape
-        # one rounding to dtype, of numbers that float16 and bfloat16 bits below 2^14 do not overflow
+        # one rounding to dtype, of numbers below 2^14 that overflow neither float16 nor bfloat16
         assert (numbers(got) == numbers(mx.array(whole).astype(dtype))).all()
 
 
@@ -77,7 +77,7 @@ def test_every_way_brings_the_same_numbers(mapped: TensorFile, names: str, share
 def test_what_is_shared_is_the_whole_pages_of_the_file(
     mapped: TensorFile, names: str, one: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neighbours are shared as one array; Metal takes memory that begins and ends at a page."""
+    """Adjacent arrays are shared as one array. Metal needs memory that starts and ends at a page."""
     given: list[Array] = []
     adopt = mx.asarray
     monkeypatch.setattr(mx, "asarray", lambda a: given.append(a) or adopt(a))
@@ -91,13 +91,13 @@ def test_what_is_shared_is_the_whole_pages_of_the_file(
         first, last = transfer.address(arrays[0]), transfer.address(arrays[-1]) + arrays[-1].nbytes
         assert begin <= first < begin + transfer.PAGE and end - transfer.PAGE < last <= end
     transfer.stacked(arrays, dtype, share=False)
-    transfer.stacked([a.copy() for a in arrays], dtype, share=True)  # someone may write there
+    transfer.stacked([a.copy() for a in arrays], dtype, share=True)  # writable memory could change
     assert len(given) == one
 
 
 @pytest.mark.parametrize("dtype, at", [("uint32", 2), ("uint32", 1), ("float16", 1), ("uint32", 4)])
 def test_a_tensor_at_an_odd_address_is_copied(dtype: str, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file of others need not align its tensors; a kernel cannot read a word across two."""
+    """A file of another program need not align its tensors; a kernel cannot read a word across two."""
     adopted: list[Array] = []
     adopt = mx.asarray
     monkeypatch.setattr(mx, "asarray", lambda a: adopted.append(a) or adopt(a))
@@ -120,7 +120,7 @@ def test_the_pages_keep_the_map_alive(mapped: TensorFile) -> None:
 
 @pytest.mark.skipif(not mx.metal.is_available(), reason="only Metal can share host memory")
 def test_metal_reads_the_file_itself(mapped: TensorFile) -> None:
-    """What is written to the file later is seen by the device: there is no copy."""
+    """The device sees later writes to the file, because there is no copy."""
     array = mapped.read("u1")
     got = transfer.stacked([array], mx.uint32, share=True)
     with open(mapped.path, "r+b") as file:
@@ -157,7 +157,7 @@ def test_joined_weights_and_experts_are_stacked_on_the_device(share: bool) -> No
 
 @pytest.mark.parametrize("variant", ["llama", "mixtral"])
 def test_a_model_that_is_shared_means_the_same(variant: str, tiny_root: Path, monkeypatch: Any) -> None:
-    """As on a Mac, but that MLX copies the pages here; unquantised float32, which the device wants too."""
+    """As on a Mac, except that MLX copies the pages here; unquantised float32 also needs no conversion."""
     t = tiny(variant, tiny_root)
     ways: list[str] = []
     for name in ("shared", "filled"):
@@ -198,7 +198,7 @@ print((kib("VmHWM") - before) * 1024, model.memory().used)
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    """-> a folder in MLX's layout as `tinychat convert` writes it, the bytes of its packed weights."""
+    """Return a folder in MLX's layout as `tinychat convert` writes it, and the bytes of its packed weights."""
     path = tmp_path_factory.mktemp("load") / "model"
     path.mkdir()
     sizes = {"self_attn.q_proj": (C, C), "self_attn.k_proj": (KV, C), "self_attn.v_proj": (KV, C),
@@ -219,9 +219,12 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     return path, held
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a peak of this process alone is known on Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is only available on Linux")
 def test_the_peak_of_loading_is_the_packed_weights_and_one_weight(large: tuple[Path, int]) -> None:
-    """In float16, the dtype of a Mac, in which nothing widens. Above the program itself, at its highest."""
+    """In float16, the dtype of a Mac, which widens nothing.
+
+    Measured relative to the program's peak without a model.
+    """
     folder, packed = large
     assert 190e6 < packed < 210e6
     env = {**os.environ, "TINYCHAT_MLX_DTYPE": "float16"}
@@ -230,7 +233,7 @@ def test_the_peak_of_loading_is_the_packed_weights_and_one_weight(large: tuple[P
     )
     peak, used = (int(n) for n in done.stdout.split())
     largest = V * C * 17 // 32  # 4.25 bits of the head, whose pages are in memory while it is copied
-    slack = 6 << 20  # what Python and MLX allocate on the way
+    slack = 6 << 20  # temporary allocations of Python and MLX
     assert packed <= used < 1.01 * packed
     assert 0.95 * packed < peak < min(1.15 * packed, packed + largest + slack), (
         f"{peak / packed:.3f} x packed"
@@ -238,7 +241,7 @@ def test_the_peak_of_loading_is_the_packed_weights_and_one_weight(large: tuple[P
 
 
 def test_no_weight_is_copied_in_host_memory_first(large: tuple[Path, int], monkeypatch: Any) -> None:
-    """NumPy makes nothing of a weight's size on the way: the one copy is the one into the device's memory."""
+    """NumPy allocates nothing of a weight's size: the only copy is the one to device memory."""
     monkeypatch.setenv("TINYCHAT_MLX_DTYPE", "float16")
     joined: list[int] = []
     concatenate = np.concatenate
@@ -247,7 +250,7 @@ def test_no_weight_is_copied_in_host_memory_first(large: tuple[Path, int], monke
     pack_one = MlxBackend.pack
 
     def watched(self: MlxBackend, weight: Weight) -> Any:
-        """What was allocated since the weight before: reading, joining and packing of this one."""
+        """Record the peak since the previous weight: reading, joining and packing of this one."""
         handle = pack_one(self, weight)
         now, peak = tracemalloc.get_traced_memory()
         peaks.append(peak - now)

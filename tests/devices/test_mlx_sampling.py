@@ -1,4 +1,4 @@
-"""Tokens drawn on the device, with one step in flight: the same text, and what the host would allow."""
+"""Sampling on the device with one step in flight: the same text, and only tokens that the host would allow."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_one_step_ahead_gives_the_same_greedy_text(engines: tuple[Engine, Engine
 
 
 def test_a_repetition_penalty_is_the_host_s(engines: tuple[Engine, Engine]) -> None:
-    """Qwen2.5 asks for one: it must not cost the step in flight. Prompt and answer both count."""
+    """Qwen2.5 sets one, so it must not prevent the step in flight. Prompt and answer both count."""
     ahead = engines[0]
     assert ahead.decoder.backend.sampler(0, 0, 1, 0, None, 1.5, [1]) is not None
     plain = tokens(answer(ahead, [5, 9, 33], temperature=0, max_tokens=30))

@@ -1,4 +1,4 @@
-"""Packed weights on disk: the next start is the same model without packing, and nothing there can do harm."""
+"""Packed weights on disk: the next start gives the same model without packing, and bad files do no harm."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ import tiny_dense
 from tiny_models import tiny
 
 import tinychat_mlx
+from tinychat_mlx import disk_cache
 from tinychat_mlx.backends.cpu import store
 from tinychat_mlx.checkpoint import Checkpoint
 from tinychat_mlx.errors import BackendError
-from tinychat_mlx.fingerprint import fingerprint
 from tinychat_mlx.loading import DEMO
+from tinychat_mlx.model_identity import fingerprint
 from tinychat_mlx.weight import Dense, Packed
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no weight cache")
@@ -40,24 +41,24 @@ FAMILIES = [
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache folder of this test's own, open to the smallest model."""
+    """A separate cache folder that accepts the smallest model."""
     folder = tmp_path / "cache" / "weights"
     monkeypatch.setattr(store, "home", lambda: folder)
     monkeypatch.setattr(store, "MINIMUM", 0)
-    monkeypatch.setattr(store, "GIB", 1)  # room on the disk is another test's matter
+    monkeypatch.setattr(store, "GIB", 1)  # free disk space is tested elsewhere
     monkeypatch.setenv("TINYCHAT_WEIGHT_CACHE", str(1 << 30))
     return folder
 
 
 def start(folder: Path | str, exact: bool = False) -> np.ndarray:
-    """Load a model and wait until what it left behind is on disk -> some logits."""
+    """Load a model and wait until its files are on disk. Returns some logits."""
     logits = tinychat_mlx.load(folder, backend="cpu", threads=2, exact=exact).logits(IDS)
     store.finish()
     return logits
 
 
 def warm(folder: Path | str, exact: bool = False) -> np.ndarray:
-    """start, which must not read a single matrix of the checkpoint."""
+    """Like `start`, but reading a matrix of the checkpoint is an error."""
 
     def refuse(self: Checkpoint, module: str, shape: object = None) -> None:
         raise AssertionError(f"{module} was read")
@@ -99,7 +100,7 @@ def test_weights_in_different_forms_are_found_one_by_one(home: Path, tmp_path: P
     assert np.array_equal(start(folder), warm(folder))
     before = only(home).stat().st_ino
     warm(folder)
-    assert only(home).stat().st_ino == before, "written again though nothing was new"
+    assert only(home).stat().st_ino == before, "written again although nothing changed"
 
 
 def test_int4_weights_and_exact_ones_have_a_file_each(home: Path) -> None:
@@ -120,7 +121,7 @@ def test_where_there_are_no_huge_pages_the_file_is_mapped(
 
 
 def test_a_changed_model_is_packed_again_in_the_place_of_the_old(home: Path, tmp_path: Path) -> None:
-    """Even if its file has the size, the header and the time of change that the old one had."""
+    """Even if its file has the same size, header and modification time as the old one."""
     folder = tiny_dense.save(tmp_path / "model")
     old, path = start(folder), folder / "model.safetensors"
     times = path.stat().st_atime_ns, path.stat().st_mtime_ns
@@ -153,7 +154,7 @@ def test_a_fingerprint_is_of_content_place_and_time(tmp_path: Path) -> None:
 
 
 def resealed(data: bytes, change: Callable[[dict[str, Any]], object]) -> bytes:
-    """The file with its index changed by somebody who knows how to write one."""
+    """Return the file with a validly changed index."""
     magic, layout, _, begin, length, durable, _ = store.TRAILER.unpack(data[-store.TRAILER.size :])
     index = json.loads(data[begin : begin + length])
     change(index)
@@ -201,7 +202,7 @@ def test_a_damaged_file_is_replaced_without_a_word(
     path = only(home)
     whole = path.read_bytes()
     path.write_bytes(DAMAGE[how](whole))
-    assert is_cold("demo"), "believed"
+    assert is_cold("demo"), "the damaged file was used"
     assert np.array_equal(good, start("demo")) and np.array_equal(good, warm("demo"))
     assert capfd.readouterr() == ("", "")
 
@@ -210,8 +211,8 @@ def test_a_file_that_no_disk_ever_held_is_not_believed_after_a_power_cut(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not store._boot():
-        pytest.skip("this system has no name for a boot: files are on disk before they count")
-    monkeypatch.setattr(store, "settle", lambda path: None)  # the disk was not done
+        pytest.skip("this system has no boot id, so files are on disk before they are used")
+    monkeypatch.setattr(store, "settle", lambda path: None)  # the disk has not finished
     start("demo")
     warm("demo")
     monkeypatch.setattr(store, "_boot", lambda: "another")
@@ -234,7 +235,7 @@ def test_a_file_cut_while_it_is_read_is_an_error_that_says_so(home: Path) -> Non
         image.wait()
         os.truncate(path, 10)
         image._read(0, size, os.dup(file.fileno()))
-    with pytest.raises(BackendError, match="ends too early"):
+    with pytest.raises(BackendError, match="is truncated"):
         image.wait()
 
 
@@ -255,7 +256,7 @@ def test_a_full_disk_costs_the_file_alone(home: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_folder_that_cannot_be_written_is_done_without(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file stands where the folder should be: that stops even root, whom permissions do not."""
+    """A file in place of the folder stops even root, whom permissions do not."""
     home.parent.parent.mkdir(exist_ok=True)
     home.parent.write_text("")
     assert np.array_equal(start("demo"), start("demo"))
@@ -288,7 +289,7 @@ def test_what_was_used_longest_ago_goes_first(
     assert {p.name[0] for p in home.iterdir()} == {"a", "c"}
     monkeypatch.setenv("TINYCHAT_WEIGHT_CACHE", str(size // 2))
     start(folders[1])
-    assert {p.name[0] for p in home.iterdir()} == {"a", "c"}, "emptied for a file that fits nowhere"
+    assert {p.name[0] for p in home.iterdir()} == {"a", "c"}, "a file that never fits must not remove others"
 
 
 def test_the_disk_is_never_filled(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,13 +320,11 @@ def test_a_small_model_and_a_switched_off_cache_leave_nothing(
 
 
 def test_the_cache_lies_where_it_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tinychat_mlx.apps.doctor import disk
-
     monkeypatch.setenv("TINYCHAT_CACHE", str(tmp_path))
     monkeypatch.setenv("TINYCHAT_WEIGHT_CACHE", str(1 << 30))
-    assert store.home() == disk.packed_weights() == tmp_path / "weights"
+    assert store.home() == disk_cache.place("weights") == tmp_path / "weights"
     monkeypatch.setenv("TINYCHAT_WEIGHT_CACHE", "0")
-    assert store.home() is None and disk.packed_weights() == tmp_path / "weights"
+    assert store.home() is None and disk_cache.place("weights") == tmp_path / "weights"
 
 
 def test_leftovers_of_killed_processes_go(home: Path) -> None:
@@ -343,7 +342,7 @@ def test_leftovers_of_killed_processes_go(home: Path) -> None:
 
 
 def test_two_processes_at_once_are_both_right(tmp_path: Path) -> None:
-    """And each is finished with its file when it ends, however early."""
+    """Each process has finished its file when it ends, however early."""
     code = (
         "import sys, hashlib, tinychat_mlx\n"
         "from tinychat_mlx.backends.cpu import store\n"
@@ -374,7 +373,7 @@ def test_an_interrupted_load_leaves_nothing(home: Path) -> None:
 
 
 def test_packed_bytes_are_those_of_this_layout_version() -> None:
-    """If this fails, tiles look different than before: raise LAYOUT in backends/cpu/pack.py, and renew the hash."""
+    """If this fails, the tile layout changed: increment LAYOUT in backends/cpu/pack.py, and update the hash."""
     from tinychat_mlx.backends.cpu import CpuBackend
     from tinychat_mlx.backends.cpu.pack import LAYOUT
 

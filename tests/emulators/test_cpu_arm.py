@@ -1,6 +1,6 @@
-"""The kernels of 64-bit Arm under user-mode emulation: a Pi 4 (no dot product), a Pi 5, and one with int8 matrices.
+"""The 64-bit Arm kernels under user-mode emulation: a Pi 4 (no dot product), a Pi 5, and int8 matrices.
 
-Right results, no instruction beyond the processor's, and no more instructions a weight than the table says.
+Checks results, that no unsupported instruction is used, and the instructions per weight against the table.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PROMISED = {"neon": 0.40, "neondot": 0.22, "neoni8mm": 0.22}  # instructions a w
 
 @pytest.fixture(scope="module")
 def build() -> Path:
-    """The cross-built programs, which come with the wheel for Arm, and the counting plugin; kept for the next run."""
+    """The cross-built programs, built with the wheel for Arm, and the counting plugin; kept for the next run."""
     if why := arm.missing(("qemu-aarch64", "aarch64-linux-gnu-g++", "gcc")):
         absent(why)
     try:
@@ -41,7 +41,7 @@ def build() -> Path:
 
 
 def instructions(build: Path, isa: str, *what: str) -> int:
-    """Retired by the kernels: a run with one repetition less a run with none."""
+    """Return the instructions retired by the kernels: a run with one repetition minus a run with none."""
     plugin = f"{build / 'icount.so'}"
     command = (
         "qemu-aarch64",
@@ -77,7 +77,7 @@ def test_a_pi_4_is_not_offered_the_dot_product(build: Path) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("group", [64, 128])
 def test_instructions_a_weight_stay_as_in_the_table(build: Path, isa: str, bits: int, group: int) -> None:
-    """Counts are the same on every run; another compiler may differ a little, a slower kernel differs more."""
+    """Counts are the same on every run. Another compiler differs a little, a slower kernel differs more."""
     n, k = 512, 1024
     each = instructions(build, isa, "linear", str(bits), "1", str(n), str(k), str(group)) / (n * k)
     assert each <= TABLE[isa][f"int{bits}_g{group}"] * 1.03
@@ -89,7 +89,7 @@ def test_instructions_a_weight_stay_as_in_the_table(build: Path, isa: str, bits:
 def test_a_head_of_which_the_largest_logit_is_wanted_costs_little_more_than_int4(
     build: Path, isa: str
 ) -> None:
-    """Its upper halves are read as int4 codes are; tiles that may hold the largest, as flat as these are, once more."""
+    """Its upper halves are read like int4 codes; tiles that may contain the largest are read again."""
     n, k = 8192, 1024
     each = instructions(build, isa, "linear", "head", "1", str(n), str(k), "128") / (n * k)
     assert each <= TABLE[isa]["head_g128"] * 1.03 <= 1.2 * 1.03 * TABLE[isa]["int4_g128"]
@@ -102,13 +102,13 @@ def test_many_rows_share_the_work(build: Path, isa: str, bits: int) -> None:
     rows, n, k = 96, 512, 1024
     each = instructions(build, isa, "linear", str(bits), str(rows), str(n), str(k), "128") / (rows * n * k)
     assert each <= TABLE["many_rows"][isa][f"int{bits}_g128"] * 1.03
-    if isa == "neoni8mm":  # 32 products an instruction, not 16; the rest is the same
+    if isa == "neoni8mm":  # 32 products per instruction, not 16; the rest is the same
         assert each <= 0.8 * TABLE["many_rows"]["neondot"][f"int{bits}_g128"]
 
 
 @pytest.mark.parametrize("isa", ARM)
 def test_everything_around_the_products_is_cheap(build: Path, isa: str) -> None:
-    """One layer and the head of qwen2.5-0.5b: norms, rope, attention, quantising add a few per cent at most."""
+    """One layer and the head of qwen2.5-0.5b: all ops except products add a few per cent at most."""
     layer = 896 * (1152 + 896) + 3 * 896 * 4864
     total = instructions(build, isa, "token", "qwen2.5-0.5b", "1")
     assert total <= 1.06 * TABLE[isa]["int4_g128"] * (layer + 896 * 151936)

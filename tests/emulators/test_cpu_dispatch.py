@@ -1,4 +1,4 @@
-"""An older PC: the kernels it is offered, and that nothing newer leaks into what it runs."""
+"""An older PC gets the kernels it supports, and runs no newer instruction."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ import tinychat_mlx
 
 HASWELL = ("qemu-x86_64", "-cpu", "Haswell-v4")
 
-# A quantised product of one, few and many rows and an attention; prints the instruction set and a checksum of the bits.
+# A quantised product of one, few and many rows and an attention; prints the instruction set and a checksum of
+# the bits.
 SCRIPT = """
 import zlib
 import numpy as np
@@ -37,7 +38,7 @@ print(backend.engine.isa, zlib.crc32(b"".join(x.tobytes() for x in out)))
 """
 
 
-# The tests of the kernels that finish in seconds under an emulator; -v names those that ran.
+# The kernel tests that finish in seconds under an emulator; -v lists those that ran.
 KERNELS = """
 import sys
 import pytest
@@ -53,9 +54,9 @@ sys.exit(main(["run", "-v", "--backend", "cpu", "who are you?"]))
 
 
 def run(*command: str, script: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    # The processor's own choices in NumPy's libraries are not what is tested here.
+    # NumPy's dispatch of CPU features is not tested here.
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"} | environment
-    # An editable install is found through hooks that the bare interpreter does not run: give it the folders.
+    # An editable install is found through hooks that the bare interpreter does not run, so pass the folders.
     found = f"import tinychat_mlx\ntinychat_mlx.__path__[:] = {list(tinychat_mlx.__path__)!r}\n"
     emulator = () if environment.get("TINYCHAT_CPU_ISA") else HASWELL
     python = str(Path(sys.executable).resolve())
@@ -68,13 +69,13 @@ def run(*command: str, script: str, **environment: str) -> subprocess.CompletedP
 @pytest.fixture(autouse=True)
 def emulator() -> None:
     if platform.system() != "Linux" or platform.machine() != "x86_64":
-        pytest.skip("this is no x86-64 Linux")
+        pytest.skip("this is not x86-64 Linux")
     if shutil.which(HASWELL[0]) is None:
         absent(f"{HASWELL[0]} is not installed (apt install qemu-user)")
 
 
 def test_a_haswell_runs_avx2_and_gets_the_same_bits() -> None:
-    """Emulated without AVX-512 and VNNI: an instruction of those anywhere outside their files ends the process."""
+    """Emulated without AVX-512 and VNNI: such an instruction outside their files ends the process."""
     emulated = run(script=SCRIPT).stdout
     assert emulated.startswith("avx2 ")
     assert emulated == run(script=SCRIPT, TINYCHAT_CPU_ISA="avx2").stdout

@@ -1,4 +1,4 @@
-"""The CUDA kernels compile for their GPUs and fit them; what starts them passes what they need."""
+"""The CUDA kernels compile for their GPUs and fit them, and their launches pass correct arguments."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ needs_compiler = pytest.mark.skipif(
     emulate.compiler() is None, reason="no C++ compiler to emulate kernels with"
 )
 
-# Of an SM: registers, shared bytes, threads; and the shared bytes of one block that need no opting in.
+# Of an SM: registers, shared bytes, threads; and the shared bytes of one block without opting in.
 LIMITS = {"sm_75": (65536, 65536, 1024), "sm_87": (65536, 167936, 1536), "sm_90": (65536, 233472, 2048)}
 STATIC = 49152
 
@@ -38,9 +38,9 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
 
 
-# what the kernels take ------------------------------------------------------------------------------
+# resources of the kernels ---------------------------------------------------------------------------
 def test_no_kernel_spills_and_each_fits_as_often_as_it_says() -> None:
-    """The table is of this very text; launch bounds promise how many blocks an SM holds (Turing: one)."""
+    """The table is of the current source. Launch bounds state how many blocks an SM holds (Turing: one)."""
     table = json.loads(resources.TABLE.read_text())["programs"]
     assert set(table) == {resources.label(*v) for v in resources.VARIANTS}
     for program, defines in resources.VARIANTS:
@@ -51,7 +51,8 @@ def test_no_kernel_spills_and_each_fits_as_often_as_it_says() -> None:
                 blocks = used["blocks"] if arch != "sm_75" else 1
                 assert used["spilled"] == 0, (program, defines, arch, name)
                 assert used["shared"] <= STATIC and used["shared"] * blocks <= shared
-                granted = -(-used["registers"] // 8) * 8 * used["threads"]  # the hardware gives eights
+                # the hardware allocates multiples of eight
+                granted = -(-used["registers"] // 8) * 8 * used["threads"]
                 assert granted * blocks <= registers and used["threads"] * blocks <= threads
 
 
@@ -120,21 +121,21 @@ def test_a_missing_nvrtc_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # the driver -----------------------------------------------------------------------------------------
 class FakeCompiler:
-    """A "cubin" that names its program."""
+    """A "cubin" that contains its program's name."""
 
     def cubin(self, program: str, defines: dict[str, int]) -> bytes:
         return json.dumps([program, defines]).encode()
 
 
 class FakeDriver:
-    """libcuda whose device is the emulator: it has only what it was passed."""
+    """A libcuda whose device is the emulator. It has only what it was passed."""
 
     def __init__(self) -> None:
         self.modules, self.names = [b""], [""]
         self.refuse: list[int] = []  # the statuses of the next launches
         self.contexts = 0
 
-        # A C function with the driver's signature: what ctypes makes of the arguments is tested too.
+        # A C function with the driver's signature, so that ctypes' conversion of arguments is tested too.
         form = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3)
         self.cuLaunchKernel = form(self.start)
 
@@ -215,7 +216,7 @@ def test_on_this_gpu_every_architecture_agrees_with_the_reference(monkeypatch: p
 def test_the_measuring_script_goes_through_on_cpu_tensors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All of it but what needs a GPU, which it names; and it claims nothing."""
+    """Everything except what needs a GPU, which it names. Its figures are marked as meaningless."""
     import measure
 
     out = tmp_path / "report.json"

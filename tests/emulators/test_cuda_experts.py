@@ -1,4 +1,4 @@
-"""Experts on the CUDA kernels, emulated: against float64 on more than 40 shapes, and whole steps as a graph has them."""
+"""Experts on the emulated CUDA kernels, against float64 on more than 40 shapes, and recorded steps."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def moe_of(made: Any, count: int, slots: int, shared: bool = False, normalise: bool = False) -> Moe:
-    """A mixture without a router: routing is given."""
+    """Return a mixture without a router, because the routing is given."""
     router = weights.DenseHandle("r", (count + shared, 32), torch.zeros(count + shared, 32), None)
     return Moe("silu", router, made, count, slots, normalise)
 
@@ -63,7 +63,7 @@ ROUTES = [
 @pytest.mark.parametrize("shared", [0, 1])
 @pytest.mark.parametrize("rows, count, k", ROUTES)
 def test_rows_go_where_the_contract_says(rows: int, count: int, k: int, shared: int) -> None:
-    """44 shapes, on the kernel and in torch; half of them with ties, which go to the lower number."""
+    """44 shapes, on the kernel and in torch; half of them with ties, which go to the lower index."""
     rng = np.random.default_rng(count * 10 + rows)
     scores = (rng.standard_normal((rows, count + shared)) * 3).astype(np.float32)
     scores = np.round(scores) if (count + rows) % 2 else scores
@@ -73,7 +73,7 @@ def test_rows_go_where_the_contract_says(rows: int, count: int, k: int, shared: 
     for i, expected in enumerate((choice[:, :k], share)):
         on_kernel = both_orders(lambda on, i=i: experts.route_rows(on, on.put(scores), moe)[i])
         for got in (on_kernel, in_torch[i].numpy()):
-            # exp twice, good to a few units, a sum of E, two quotients and a sum of k
+            # exp twice, with errors of a few units, a sum of E, two quotients and a sum of k
             within(got.astype(np.float64), expected, FLOAT * (16 + count + k) * expected * i)
 
 
@@ -86,7 +86,7 @@ def test_damaged_scores_lead_to_experts_that_exist() -> None:
 
 
 class Case:
-    """Random experts, who goes to whom, and what comes out by the definition in float64, with its bound."""
+    """Random experts and routing, with the float64 result by definition and its error bound."""
 
     def __init__(
         self, w_bit: int, group: int, size: tuple[int, int, int, int, int], bias: bool, extra: bool
@@ -95,7 +95,7 @@ class Case:
         self.rows, self.count, self.slots, self.hidden, self.inner = size
         self.ups = [tiled(w_bit, group, 2 * self.inner, self.hidden, bias) for _ in range(self.count)]
         self.downs = [tiled(w_bit, group, self.hidden, self.inner, bias) for _ in range(self.count)]
-        for e in range(self.count):  # `tiled` gives the same weight for the same shape: make them differ
+        for e in range(self.count):  # `tiled` gives the same weight for the same shape, so make them differ
             for w, dense in (self.ups[e], self.downs[e]):
                 w.scales.mul_(1 - e / 16)
                 dense *= 1 - e / 16
@@ -134,7 +134,7 @@ class Case:
         return y, bound + FLOAT * (self.slots + 4) * (np.abs(y) + 2) + 1e-5
 
     def one(self, x: np.ndarray, e: int, few: bool) -> tuple[np.ndarray, np.ndarray]:
-        """One expert's result for one row: the bounds of test_cuda_kernels.py, one after the other."""
+        """One expert's result for one row, with the combined bounds of test_cuda_kernels.py."""
 
         def product(pair: tuple[Any, np.ndarray], a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             w, dense = pair
@@ -171,7 +171,7 @@ MANY = [(9, 4, 2, 128, 128), (140, 2, 1, 128, 128), (40, 5, 3, 128, 256), (20, 1
 
 @pytest.mark.parametrize("w_bit, group", WIDTHS)
 def test_a_few_rows_get_their_own_experts(w_bit: int, group: int) -> None:
-    """48 cases; sizes that fill no unit and no block, too. Scales are float16: (1 - e / 16) times one is rounded."""
+    """48 cases, also sizes that fill no unit or block. Scales are float16: (1 - e / 16) times one is rounded."""
     for i, size in enumerate(
         [
             *FEW,
@@ -187,7 +187,7 @@ def test_a_few_rows_get_their_own_experts(w_bit: int, group: int) -> None:
 
 @pytest.mark.parametrize("w_bit, group", WIDTHS)
 def test_many_rows_meet_each_expert_once(w_bit: int, group: int) -> None:
-    """42 cases: experts without rows, with more than a block's, and sizes that fill no block."""
+    """42 cases: experts without rows, with more rows than a block, and sizes that fill no block."""
     for i, size in enumerate(
         [*MANY, (11, 3, 2, 3 * group, group), (17, 4, 4, group, 3 * group), (33, 1, 1, 128, 128)]
     ):
@@ -196,7 +196,7 @@ def test_many_rows_meet_each_expert_once(w_bit: int, group: int) -> None:
         within(both_orders(lambda on, c=case: c.run(on, few=False)).astype(np.float64), y, bound)
 
 
-BUGS = [  # (few rows or many, the text replaced, by what): each must be seen
+BUGS = [  # (few rows or many, the replaced text, the replacement): the tests must detect each
     (True, "at - s * units, slot", "at, slot"),
     (True, "slot[s].share};", "1.f};"),
     (True, "3 * size_t(expert)", "3 * size_t(0)"),
@@ -247,9 +247,10 @@ def test_a_whole_model_on_kernels_agrees_with_the_reference(family: str) -> None
     assert ours <= set(launcher.launched) and backend._recordable
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])  # OLMoE's norm of all q is torch's
+# OLMoE's norm of the whole q runs in torch
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
 def test_a_step_recorded_once_serves_tokens_with_other_experts(family: str) -> None:
-    """The launches of one step repeated, with only ids and positions rewritten: the bits of eager steps."""
+    """The launches of one step are repeated with new ids and positions, and give the bits of eager steps."""
     config = models.config_of(family, intermediate_size=256)
     recorder = Recorder()
     backend = CudaBackend(dtype=torch.float16, kernels=Keeping(recorder, CPU, 8))
@@ -268,7 +269,7 @@ def test_a_step_recorded_once_serves_tokens_with_other_experts(family: str) -> N
 
 
 class Waits(TorchDispatchMode):
-    """Collects the operations whose result or size the host would wait for."""
+    """Records the operations for whose result or size the host would wait."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -281,7 +282,7 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("rows", [1, 40])
 def test_nothing_in_a_mixture_waits_for_the_device(rows: int) -> None:
-    """Of experts of one form; those of several forms do, and no graph may freeze what they chose."""
+    """With experts of one form. Those of several forms wait, and no graph may record their routing."""
     waiting = {"_local_scalar_dense", "nonzero", "_unique2", "masked_select", "bincount", "is_nonzero"}
     for form in ("int4", "dense"):
         config = models.config_of("qwen2_moe")

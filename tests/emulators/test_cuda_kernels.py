@@ -1,7 +1,7 @@
 """Every CUDA kernel, run on the CPU by tests/emulators/cuda/emulator.h, against float64 on more than 40 shapes each.
 
 Inputs and outputs end at forbidden pages, outputs and shared memory start as NaN, and lanes, warps and blocks
-run forwards and backwards: the two results must be the same bits.
+run forwards and backwards: the two results must be bit-identical.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 def tiled(
     w_bit: int, group: int, n: int, k: int, bias: bool = False
 ) -> tuple[weights.TiledHandle, np.ndarray]:
-    """-> (a random weight in tiles, its meaning in float64)."""
+    """Return (a random weight in tiles, its values in float64)."""
     rng = np.random.default_rng(n * 1000 + k + w_bit)
     offset = rng.standard_normal(n).astype(np.float32) if bias else None
     w = models.random_packed(rng, n, k, w_bit, group, bias=offset)
@@ -57,8 +57,10 @@ def within(got: np.ndarray, expected: np.ndarray, bound: np.ndarray | float) -> 
 
 
 def offset_bound(w: weights.TiledHandle, x: np.ndarray) -> np.ndarray:
-    """matvec's float32 error: an mma adds 8 products to a sum of at most (1024 + top) Σ|x| and truncates; so
-    does the sum of ones, times 1024. All of it is times the group's scale; the rest is a few roundings.
+    """Return the bound of matvec's float32 error.
+
+    An mma adds 8 products to a sum of at most (1024 + top) Σ|x| and truncates; so does the sum of ones, times
+    1024. All of it is multiplied by the group's scale; the rest is a few roundings.
     """
     scale = w.scales[..., 0].float().numpy().transpose(0, 3, 2, 1).reshape(w.scales.shape[0] * 16, -1)
     group = np.zeros((x.shape[0], scale.shape[1]))
@@ -75,7 +77,7 @@ MATVEC = [
 
 @pytest.mark.parametrize("w_bit, group", WIDTHS)
 def test_matvec_is_the_product_with_bias_and_residual(w_bit: int, group: int) -> None:
-    """8 shapes each, and K of one group, of a piece of a unit, and of more units than a block takes at once."""
+    """8 shapes each, with K of one group, of a part of a unit, and of more units than a block has."""
     for rows, n, k in [*MATVEC, (1, 7, group), (7, 20, 5 * group), (1, 16, 128 * 35)]:
         for bias, added in ((False, False), (True, True)):
             w, dense = tiled(w_bit, group, n, k, bias)
@@ -93,7 +95,7 @@ def test_matvec_is_the_product_with_bias_and_residual(w_bit: int, group: int) ->
 @pytest.mark.parametrize("w_bit, group", WIDTHS)
 @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "relu", "relu2"])
 def test_matvec_glu_is_the_gated_product(w_bit: int, group: int, act: str) -> None:
-    """Each half's error goes through act(gate) · up, whose slopes are at most 1.13 (relu2: 2 |gate|)."""
+    """Each half's error passes through act(gate) · up, whose slopes are at most 1.13 (relu2: 2 |gate|)."""
     for rows, f, k in [(1, 16, 128), (2, 48, 256), (8, 32, 3 * group)]:
         w, dense = tiled(w_bit, group, 2 * f, k, bias=rows == 2)
         x = halves((rows, k))
@@ -142,7 +144,7 @@ def test_gemm_is_the_product_with_rounded_weights(w_bit: int, group: int) -> Non
 
 @pytest.mark.parametrize("w_bit, group", WIDTHS)
 def test_unpacking_is_exact(w_bit: int, group: int) -> None:
-    """fma(code, scale, bias) is rounded once, as the reference's; dequantise rounds that to half once more."""
+    """fma(code, scale, bias) is rounded once, like the reference's; dequantise rounds that to half once more."""
     for n, k in [(16, 128), (17, 256), (40, group), (5, 3 * group), (33, 640), (64, 1152), (100, 128)]:
         w, dense = tiled(w_bit, group, n, k)
         half = dense.astype(np.float32).astype(np.float16)
@@ -157,7 +159,7 @@ def test_unpacking_is_exact(w_bit: int, group: int) -> None:
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 def test_norms_agree_with_float64(kind: str) -> None:
-    """A tree of sums of C terms: within 8 roundings of the result, which is of order 1 (mean: order C-free)."""
+    """A tree of sums of C terms: within 8 roundings of the result, which is of order 1 for any C."""
     shapes = [(t, 1, c) for t in (1, 3) for c in (1, 7, 32, 33, 100, 128, 1000, 4096)]
     shapes += [(t, h, c) for t in (1, 2) for h in (2, 5) for c in (8, 64, 96, 128)]
     for (rows, heads, size), bias, half in zip(shapes, itertools.cycle((0, 1, 1)), itertools.cycle((0, 1))):
@@ -192,7 +194,7 @@ def turned(x: np.ndarray, positions: np.ndarray, inv_freq: np.ndarray, interleav
 
 
 def test_rope_agrees_with_float64() -> None:
-    """40 cases. An angle is a float32 product: position · 2⁻²⁴ radians off, times |x|."""
+    """40 cases. An angle is a float32 product with an error of position · 2⁻²⁴ radians, times |x|."""
     sizes = ((8, 4), (64, 32), (80, 20), (128, 64), (96, 16))
     cases = itertools.product((1, 3), (1, 4), sizes, (False, True))
     for (rows, heads, (size, half), interleaved), start in zip(cases, itertools.cycle((0, 9, 4000))):
@@ -236,9 +238,9 @@ HEADS = [
 
 @pytest.mark.parametrize("size, kv_heads, heads, int8", HEADS)
 def test_attention_of_one_row_over_any_length(size: int, kv_heads: int, heads: int, int8: bool) -> None:
-    """The cache's rounding is in the expected value; float32 sums of S terms and one rounding to half remain.
+    """The expected value includes the cache's rounding. Float32 sums and one rounding to half remain.
 
-    int8: a code may differ by one where its quotient is within rounding of a half, so the new position is
+    int8: a code may differ by one if its quotient is within rounding of a half, so the new position is
     compared as the kernel stored it.
     """
     lengths = [0, 1, 5, 63, 64, 65, 130, 300]
@@ -260,7 +262,7 @@ def test_attention_of_one_row_over_any_length(size: int, kv_heads: int, heads: i
             at = on.put(np.array([length], np.int32))  # noqa: B023
             rope = Rope(on.put(inv_freq), 1.25, size == 80) if turn else None  # noqa: B023
             given = on.put(q), on.put(k), on.put(v)  # noqa: B023
-            for _ in range(2):  # twice: the tickets must be as they were
+            for _ in range(2):  # twice: the tickets must be reset
                 y = on.attend(*given, cache, spec, at, rope)  # noqa: B023
             read = cache.read(1, length + 1, torch.float32)  # noqa: B023
             stored[:] = [t.float().clone() for t in read]  # noqa: B023
@@ -268,7 +270,7 @@ def test_attention_of_one_row_over_any_length(size: int, kv_heads: int, heads: i
 
         got = both_orders(run)
         keys, values = (t.numpy().transpose(1, 0, 2) for t in stored)
-        if turn:  # an angle in float32 is off by 300 · 2⁻²⁴, which is below the bound's 2⁻¹¹
+        if turn:  # an angle in float32 has an error of 300 · 2⁻²⁴, less than the bound's 2⁻¹¹
             q, k = (turned(x, np.array([length]), inv_freq, size == 80) for x in (q, k))
         step = np.abs(k).max() / 127 if int8 else HALF * np.abs(k).max()
         assert np.abs(keys[-1] - k[0]).max() <= step
@@ -293,8 +295,10 @@ PARAMETERS = [
 
 @pytest.mark.parametrize("size", [1, 31, 97, 1025, 5000])
 def test_the_device_draws_the_host_samplers_token(size: int) -> None:
-    """The token whose stretch of the host's cumulative distribution holds the same chance; a chance within
-    1e-6 of a border may fall to either side (float32 exp, masses in units of 2⁻⁴⁰ and keys of 2⁻²⁶).
+    """Expect the token whose stretch of the host's cumulative distribution contains the same chance.
+
+    A chance within 1e-6 of a border may fall to either side (float32 exp, masses in units of 2⁻⁴⁰ and keys of
+    2⁻²⁶).
     """
     for i, given in enumerate(PARAMETERS):
         rng = np.random.default_rng(i + size)
@@ -327,7 +331,7 @@ def test_greedy_takes_the_first_of_the_largest_and_damage_is_reported() -> None:
             assert both_orders(lambda on, args=args: on.sample(on.put(logits), *args))[0] == -1
 
 
-BUGS = [  # (what runs, the text replaced, by what): each must be seen
+BUGS = [  # (the kernel, the replaced text, the replacement): the tests must detect each
     ("gemm", "copy_wait<1>();", ""),
     ("gemm", "__syncthreads();", ""),
     ("gemm", "&& k < K", ""),

@@ -1,4 +1,4 @@
-"""Whole models and whole steps on emulated kernels: what a CUDA graph records, and what it must not."""
+"""Whole models and whole steps on emulated kernels, recorded and replayed as in a CUDA graph."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ IDS = [5, 80, 13, 2, 96, 41, 7, 7, 30, 64]
 
 
 class Recorder(emulate.Emulator):
-    """Keeps what is launched, to launch it again: a CUDA graph's replay, on the CPU."""
+    """Records launches and repeats them, like a CUDA graph's replay, on the CPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Recorder(emulate.Emulator):
 
 
 class Keeping(kernels.Kernels):
-    """Never frees an output, as a graph's memory pool."""
+    """Never frees an output, like a graph's memory pool."""
 
     kept: ClassVar[list[torch.Tensor]] = []
 
@@ -84,8 +84,9 @@ def test_a_whole_model_on_kernels_agrees_with_the_reference(family: str, form: s
 
 
 def test_a_step_recorded_once_serves_every_position_and_token() -> None:
-    """What a CUDA graph does: the launches of one step, repeated, with only ids and positions rewritten. A
-    step's kernels are all ours and none was given a length by the host.
+    """Simulates a CUDA graph: the launches of one step, repeated with new ids and positions.
+
+    A step runs only our kernels, and none gets a length from the host.
     """
     config = models.config_of("llama", intermediate_size=256)
     recorder = Recorder()
@@ -98,7 +99,7 @@ def test_a_step_recorded_once_serves_every_position_and_token() -> None:
     recorder.recording = True
     logits = model._logits(model._hidden(ids, step))
     recorder.recording = False
-    assert len(recorder.calls) == 7 * config.num_hidden_layers + 3  # of a CUDA graph: nothing else is in it
+    assert len(recorder.calls) == 7 * config.num_hidden_layers + 3  # a CUDA graph would contain nothing else
     np.testing.assert_array_equal(logits.numpy(), eager[0])
     for at in range(1, len(IDS)):
         ids[0], positions[0] = IDS[at], at
@@ -116,11 +117,11 @@ def test_sampling_on_the_device_follows_the_seed() -> None:
         draws.append([int(backend.to_host(draw(logits))[0]) for _ in range(8)])
     assert draws[0] == draws[1] != draws[2]
     assert CudaBackend().sampler(1.0, 0, 1.0, 0.0, 0) is None
-    assert backend.sampler(1.0, 0, 0.95, 0.0, 1, 1.2, [3]) is None  # a penalty is the host's to apply
+    assert backend.sampler(1.0, 0, 0.95, 0.0, 1, 1.2, [3]) is None  # the host applies a penalty
 
 
 class FakeGraphs:
-    """torch's graphs on a CPU: kernels started while recording are kept and started again by replay."""
+    """torch's graphs on a CPU: launches are recorded and repeated by replay."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[Any] | None = None
@@ -149,7 +150,7 @@ class FakeGraphs:
 
 
 def test_decoding_replays_one_graph_a_token_for_each_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two caches in turn, one rewound: the bits of eager steps; a dead cache's graph is freed."""
+    """Two caches in turn, one rewound, give the bits of eager steps. A dead cache's graph is freed."""
     graphs = FakeGraphs(monkeypatch)
     backend = CudaBackend(dtype=torch.float16, kernels=Keeping(graphs, CPU, 8))
     model = models.decoder(models.config_of("qwen3", intermediate_size=256), backend, "int4", 64)
@@ -170,7 +171,7 @@ def test_decoding_replays_one_graph_a_token_for_each_cache(monkeypatch: pytest.M
 
 
 def test_a_step_that_reads_lengths_on_the_host_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A head of 20 inputs has no kernel: torch's attention runs, and no graph may freeze its length."""
+    """A head of 20 inputs has no kernel: torch's attention runs, and no graph may record its length."""
 
     def record(*args: object) -> None:
         pytest.fail("a step that cannot be repeated was recorded")

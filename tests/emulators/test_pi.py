@@ -1,7 +1,8 @@
-"""The package on an emulated Raspberry Pi: the wheel for Arm, installed, computes and chats as on this machine.
+"""The package on an emulated Raspberry Pi: the Arm wheel, installed, computes and chats as on this machine.
 
-cortex-a72 is a Pi 4, cortex-a76 a Pi 5. qemu refuses what such a processor lacks, so this is also the proof that a Pi 4
-meets no dot product. Without the emulator these tests skip, unless TINYCHAT_REQUIRE_EMULATORS is set (as in CI).
+cortex-a72 is a Pi 4, cortex-a76 a Pi 5. qemu rejects instructions that such a processor lacks, so this also
+proves that a Pi 4 gets no dot product. Without the emulator these tests skip, unless
+TINYCHAT_REQUIRE_EMULATORS is set (as in CI).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from tiny_models import tiny
 
 TESTS = ROOT / "tests"
 PI, ARM = arm.PI, arm.ARM
-# Biases; caps, windows and a second norm; ALiBi; parallel layers with biases; experts; part of a head turned.
+# Biases; caps, windows and a second norm; ALiBi; parallel layers with biases; experts; partly rotated heads.
 FAMILIES = ("qwen2", "gemma2", "mpt", "gpt_neox", "mixtral", "phi")
 QUESTIONS = ("who are you?", "what is the capital of France?", "how many legs has a spider?")
 
@@ -61,9 +62,11 @@ def test_a_processor_is_offered_what_it_has(lane: arm.Lane, isa: str) -> None:
 
 @pytest.mark.parametrize("isa", ARM)
 def test_the_kernels_own_tests_pass(lane: arm.Lane, isa: str, tmp_path: Path) -> None:
-    """All but what is float64 NumPy for minutes under an emulator (attention is fuzzed in test_cpu_arm.py), the plain
-    C++, which knows no processor, fork (qemu 7 ends with a failed assertion when a forked child starts threads), and
-    busy loops, which would be programs of another processor.
+    """Runs all kernel tests except some that do not work under an emulator.
+
+    These are: tests with minutes of float64 NumPy (test_cpu_arm.py fuzzes attention), the plain C++, which is
+    processor-independent, fork (qemu 7 ends with a failed assertion when a forked child starts threads), and
+    busy loops, which would run on another processor.
     """
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     others = [f"[{name}{end}" for name in ("scalar", *ARM) if name != isa for end in "]-"]
@@ -90,7 +93,7 @@ def test_the_kernels_own_tests_pass(lane: arm.Lane, isa: str, tmp_path: Path) ->
 def test_the_graph_computes_transformers_logits(
     lane: arm.Lane, isa: str, tiny_root: Path, tmp_path: Path
 ) -> None:
-    """float32 sums of about 100 terms through 4 layers are good to 2e-5 of the largest logit: see test_support.py."""
+    """float32 sums of about 100 terms through 4 layers: errors of 2e-5 of the largest (test_support.py)."""
     models = {family: tiny(family, tiny_root) for family in FAMILIES}
     wanted = json.dumps({family: [str(t.folder), t.ids] for family, t in models.items()})
     made = tmp_path / "logits.npz"
@@ -115,7 +118,7 @@ def test_the_graph_computes_transformers_logits(
 
 
 def test_the_demo_answers_as_it_does_here(lane: arm.Lane, isa: str) -> None:
-    """A conversation through the real program: the first line on stderr names the processor's instruction set."""
+    """A conversation with the real program. The first line on stderr names the processor's instruction set."""
     arguments = (
         "-m",
         "tinychat_mlx",
@@ -149,7 +152,7 @@ def test_one_answer_on_stdout(lane: arm.Lane, isa: str) -> None:
 
 
 def test_the_chat_opens_at_once_on_a_pi_5(lane: arm.Lane) -> None:
-    """Computed from the instructions to the first prompt (startup.py says how): 0.45 s when this was written."""
+    """Computed from the instructions to the first prompt (see startup.py): 0.45 s when this was written."""
     pytest.importorskip("pexpect")
     from arm.startup import BOARDS, STARTS, on_board
 

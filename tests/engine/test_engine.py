@@ -55,7 +55,7 @@ def tokens(events: list[Event]) -> list[int]:
 
 
 def naive(model: tinychat_mlx.Model, prompt: list[int], n: int) -> list[int]:
-    """Greedy decoding with nothing clever: the whole text through the model for each token."""
+    """Greedy decoding without a cache: the whole text is computed for each token."""
     ids = list(prompt)
     for _ in range(n):
         ids.append(int(model.logits(ids)[-1].argmax()))
@@ -97,17 +97,18 @@ def test_the_same_prompt_again_computes_one_token(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("row_s", "expected"),
     [
-        (1e-9, [FIRST_ROWS, PREFILL_ROWS, 3]),  # a fast device computes all it may at a time
+        (1e-9, [FIRST_ROWS, PREFILL_ROWS, 3]),  # a fast device computes the maximum at a time
         # 150 rows in half a second: the next smaller step
         (1 / 300, [FIRST_ROWS, *[4 * FIRST_ROWS] * 5, 35]),
-        # A small board: 1.2 s between two points where it can be stopped. The end is too short for a step of its own.
+        # A small board: 1.2 s between two points where it can be stopped. The rest is too short for another
+        # step.
         (1 / 20, [FIRST_ROWS] * 21 + [35]),
     ],
 )
 def test_long_prompts_are_computed_in_pieces_of_half_a_second(
     model: tinychat_mlx.Model, monkeypatch: pytest.MonkeyPatch, row_s: float, expected: list[int]
 ) -> None:
-    """The pieces follow the speed that the first shows; the answer is that of one piece."""
+    """The pieces follow the speed of the first one. The answer equals that of one piece."""
     now, forward = 0.0, model.engine.decoder.forward
 
     def timed(ids: Any, cache: Any, **kw: Any) -> Any:
@@ -159,7 +160,7 @@ def test_closing_cancels_within_one_token_and_loses_nothing(
 def test_an_interrupt_inside_a_step_leaves_the_cache_right(
     model: tinychat_mlx.Model, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """KeyboardInterrupt may come out of any call; the next answer must not build on half a token."""
+    """KeyboardInterrupt can come out of any call; the next answer must not build on half a token."""
     backend, calls = engine.decoder.backend, 0
     original = backend.to_host
 
@@ -178,7 +179,8 @@ def test_an_interrupt_inside_a_step_leaves_the_cache_right(
 
 
 def test_a_stop_token_ends_the_answer_unseen(engine: Engine) -> None:
-    params = SamplingParams(temperature=2.0, seed=1, max_tokens=12)  # greedy, this toy repeats itself
+    # with greedy decoding this model repeats itself
+    params = SamplingParams(temperature=2.0, seed=1, max_tokens=12)
     whole = tokens(answer(engine, [5, 9, 33, 7], params))
     stop = next(t for i, t in enumerate(whole) if i > 1 and t not in whole[:i])
     events = answer(engine, [5, 9, 33, 7], params, stop_ids=frozenset({stop}))
@@ -192,7 +194,7 @@ def test_max_tokens_and_the_end_of_the_context_are_told_apart(model: tinychat_ml
     full = answer(engine, list(range(3, 13)), SamplingParams(temperature=0))[-1].stats
     assert short is not None and (short.finish_reason, short.completion_tokens) == ("length", 12)
     assert full is not None and full.finish_reason == "context"
-    assert full.completion_tokens == 16 - 10 + 1, "every place of the context is used"
+    assert full.completion_tokens == 16 - 10 + 1, "every position of the context is used"
     assert tokens(answer(engine, [5, 9], GREEDY)) == naive(model, [5, 9], 12)
 
 
@@ -237,7 +239,7 @@ def test_logits_ignore_what_was_cached(model: tinychat_mlx.Model, tiny_root: Pat
 
 
 def test_a_dropped_decoder_gives_its_memory_back_at_once(backend: Backend, tiny_root: Path) -> None:
-    """Not when the garbage collector comes by: two models would be in memory for a while."""
+    """Not at the next garbage collection: until then two models would be in memory."""
     source = Checkpoint.open(tiny("llama", tiny_root).folder)
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""What a model takes is one number everywhere; what does not fit is said before it is loaded, with what would."""
+"""A model's memory is the same figure everywhere, and a model that does not fit is refused before loading."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NOTHING: Any = None
 
 @pytest.fixture(scope="module")
 def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's weights, which say that they were made for 64K tokens: 201 MB of keys and values."""
+    """The demo's weights with a configured context of 64K tokens: 201 MB of keys and values."""
     folder = shutil.copytree(DEMO, tmp_path_factory.mktemp("fit") / "long")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 65536}))
@@ -63,7 +63,7 @@ def test_the_usual_context_shrinks_aloud_where_it_does_not_fit(
     assert main(run) == 0
     out, err = capfd.readouterr()
     assert json.loads(out)["context_max"] == 5000
-    assert "a context of 5,000 tokens, not 8,192" in err and "MB of memory would be needed" in err
+    assert "using a context of 5,000 tokens: 8,192 needs" in err and "MB of memory, " in err
 
 
 def test_a_context_that_was_asked_for_is_refused_with_one_that_fits(
@@ -89,14 +89,14 @@ def test_a_context_that_was_asked_for_is_refused_with_one_that_fits(
     assert "with a context of 6,000 tokens" in err and "use --context 5000" in err
     assert main([*run, "5000"]) == 0
     free(monkeypatch, takes.peak(100))
-    assert main(run[:-1]) == 1  # too few for a conversation: not even that is offered
+    assert main(run[:-1]) == 1  # too few for a conversation, so not even that is offered
     err = capfd.readouterr().err
     assert "--context" not in err and "close other programs" in err
-    assert main([*run, "90"]) == 0  # whoever asks for so few gets them
+    assert main([*run, "90"]) == 0  # an explicit small value is accepted
 
 
 def test_the_chosen_backend_is_what_counts(long: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the cpu backend holds in 10 MB takes more than twice as much in float32."""
+    """10 MB in the cpu backend take more than twice as much in float32."""
     found, said = facts.local("long", long), []
     cpu, reference = CpuBackend(threads=1), ReferenceBackend()
     free(monkeypatch, fit.cost(found, cpu).peak(8192))
@@ -118,7 +118,7 @@ def test_a_model_about_to_go_makes_room(long: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("layout", sorted(layouts.WRITERS))
 def test_every_layout_takes_what_packing_takes(tmp_path: Path, layout: str) -> None:
-    """Against the bytes that the cpu backend itself has handed out; AWQ's products of scale and zero need float32."""
+    """Compared with the bytes that the cpu backend allocates; AWQ's products of scale and zero need float32."""
     config = json.loads((DEMO / "config.json").read_text())
     for key in ("quantization", "quantization_config"):
         config.pop(key, None)
@@ -133,7 +133,7 @@ def test_every_layout_takes_what_packing_takes(tmp_path: Path, layout: str) -> N
 
 
 def test_what_convert_writes_is_foreseen(tmp_path: Path) -> None:
-    """Of a dense model: the files' bytes, the form of each part, and what the backends will hold of it."""
+    """For a dense model: the files' bytes, the form of each part, and the backends' memory."""
     dense, settings = facts.local("dense", DENSE), Settings(method="rtn")
     convert(Checkpoint.open(DENSE), tmp_path / "int4", settings, NOTHING, NOTHING)
     foreseen, made = facts.as_int4(dense, settings), facts.local("int4", tmp_path / "int4")
@@ -162,7 +162,7 @@ def test_measuring_two_models_looks_at_memory_too(
     free(monkeypatch, 20_000_000)
     text = str(DATA / "demo_heldout_text.jsonl")
     assert main(["eval", "-m", str(long), "--text", text, "--max-tokens", "64"]) == 1
-    assert "20.0 MB are free" in capfd.readouterr().err
+    assert "20.0 MB is free" in capfd.readouterr().err
 
 
 # conversions -------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def test_a_conversion_without_disk_is_refused_before_anything_is_written(
 
 
 def test_a_file_of_text_is_named_where_writing_it_takes_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With `--calib self` the whole model is held at 8 bits: of one with many layers that is the most."""
+    """With `--calib self` the peak is the whole model at 8 bits, if the model has many layers."""
     source = Checkpoint.open(DENSE)
     config = parse_config(source.config)
     deep = replace(config, num_hidden_layers=4000, window=config.window * 1000)

@@ -1,4 +1,4 @@
-"""A loaded model as a program sees it: chats that reuse what is computed, contexts that fill, names that fail."""
+"""A loaded model through the library API: chats that reuse computed tokens, full contexts, invalid names."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_second_turn_prefills_only_its_new_tokens(demo: tinychat_mlx.Model) ->
     rendered = demo.tokenizer.encode(demo.tokenizer.render(turn), special=False)
     assert second.prompt_tokens == len(rendered)
     new = second.prompt_tokens - second.cached_tokens
-    # the end of the last answer, the new turn and the opening of the answer: nothing of what stood before
+    # the end of the last answer, the new turn and the opening of the answer: nothing before them
     added = len(rendered) - len(demo.tokenizer.encode(demo.tokenizer.render([WHO]), special=False))
     assert new == added - (first.completion_tokens - 1)
     assert [e.total for e in events if e.kind == "prefill"] == [new]
@@ -132,7 +132,7 @@ def test_int8_activations_hardly_change_the_demo(demo: tinychat_mlx.Model) -> No
     ids = demo.tokenizer.encode(demo.tokenizer.render([WHO]), special=False) * 4
     a, b = demo.logits(ids), exact.logits(ids)
     assert (a.argmax(-1) == b.argmax(-1)).mean() > 0.9
-    assert not np.array_equal(a, b), "exact mode must be another computation"
+    assert not np.array_equal(a, b), "exact mode must compute differently"
 
 
 @pytest.fixture
@@ -174,10 +174,10 @@ def test_bad_input_is_one_clear_line(harm: str, broken: Path) -> None:
 
 @pytest.mark.parametrize("name", ["./nothing", "no/such/model/here", "~/nothing", "nonsense", "../x/y"])
 def test_a_name_that_leads_nowhere_is_refused_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before a hub is asked."""
+    """Before the hub is contacted."""
 
     def asked(*_: Any, **__: Any) -> Any:
-        raise AssertionError("a connection")
+        raise AssertionError("connected to the hub")
 
     monkeypatch.setattr("socket.socket.connect", asked)
     with pytest.raises(ModelNotFoundError, match="no such folder"):

@@ -1,4 +1,4 @@
-"""What a model takes is known before it is loaded, and packing holds no second copy of it."""
+"""A model's memory is stated before it is loaded, and packing needs no second copy of it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 
 from tinychat_mlx.apps import fit
-from tinychat_mlx.apps.bench.shapes import _LLAMA2, _shape
 from tinychat_mlx.apps.bench.synthetic import RandomSource
 from tinychat_mlx.apps.models import facts
 from tinychat_mlx.backends.cpu import CpuBackend
 from tinychat_mlx.backends.reference import ReferenceBackend
 from tinychat_mlx.formats.mlx import mlx_entries
+from tinychat_mlx.shapes import SHAPES
 from tinychat_mlx.tensorfile import entry, write
 
-TOKENS = 640  # a whole prefill step and some more
+TOKENS = 640  # more than one prefill step
 MEASURE = """
 import sys, tinychat_mlx
 from pathlib import Path
@@ -46,9 +46,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def model(path: Path, layers: int, heads: int = 16) -> Path:
     """Random int4 weights, 200 MB with 16 layers; embedding and head in int8 and apart."""
-    shape = _shape(
-        _LLAMA2, 1024, 4096, layers, heads, heads // 4, False, vocab_size=32000, max_position_embeddings=2048
-    )
+    shape = SHAPES["tinyllama-1.1b"] | {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": heads // 4,
+    }  # fmt: skip
     source = RandomSource(shape)
     sizes = {"q": (1024, 1024), "k": (256, 1024), "v": (256, 1024), "o": (1024, 1024)}
     sizes = {f"self_attn.{name}_proj": size for name, size in sizes.items()}
@@ -70,22 +71,25 @@ def model(path: Path, layers: int, heads: int = 16) -> Path:
 
 
 def measured(folder: Path, backend: str, tokens: int, env: dict[str, str]) -> tuple[int, int, float]:
-    """Peak of a process that answers, what the backend says it holds, the sum of the logits' magnitudes."""
+    """Return a process's peak, the backend's reported bytes, and the sum of the logits' magnitudes."""
     command = [sys.executable, "-c", MEASURE, str(folder), backend, str(tokens)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     peak, used, total = done.stdout.split()
     return int(peak), int(used), float(total)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a peak of this process alone is known on Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is only available on Linux")
 def test_the_peak_is_stated_before_loading(folder: Path, tmp_path: Path) -> None:
-    """Within a tenth, on a first start and on a second. Beside program, tokenizer and activations, which a larger
-    model hardly adds to, nothing exceeds 1.15 x the packed weights and the cache.
+    """Within a tenth, on a first and on a second start.
+
+    In addition to program, tokenizer and activations, which hardly grow with the model, the peak is at most
+    1.15 x the packed weights and the cache.
     """
     found = facts.local("model", folder)
     takes = fit.cost(found, CpuBackend(threads=2))
     stated, packed = takes.peak(TOKENS), takes.weights
-    # Scale and zero point of a group share 16 bits in the layers' tiles: 4.125 bits a weight of the file's 4.25.
+    # Scale and zero point of a group share 16 bits in the layers' tiles: 4.125 bits per weight of the file's
+    # 4.25.
     layers = next(p.nbytes for p in found.parts if p.name == "layers")
     assert packed == pytest.approx(found.nbytes - layers / 34, rel=1e-3)
     env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "TINYCHAT_WEIGHT_CACHE": str(1 << 30)}
@@ -101,10 +105,10 @@ def test_the_peak_is_stated_before_loading(folder: Path, tmp_path: Path) -> None
     assert len(logits) == 1
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a peak of this process alone is known on Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is only available on Linux")
 @pytest.mark.parametrize("tokens", [100, 1024])
 def test_the_references_peak_is_stated_as_well(tmp_path: Path, tokens: int) -> None:
-    """It keeps float32, makes the largest matrix in two pieces, and holds the scores of whole steps."""
+    """It keeps float32, creates the largest matrix in two pieces, and holds the scores of whole steps."""
     folder = model(tmp_path, 2, heads=64)
     stated = fit.cost(facts.local("model", folder), ReferenceBackend()).peak(tokens)
     peak = measured(folder, "reference", tokens, {**os.environ})[0]

@@ -1,4 +1,4 @@
-"""What was computed, kept on disk: given back exactly, bounded, and never believed when it is not what it should be."""
+"""The prefix store on disk: restores exactly, is bounded in size, and ignores damaged files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ KINDS = [
 
 
 def extend(backend: Backend, cache: Cache, k: np.ndarray, v: np.ndarray) -> list[np.ndarray]:
-    """Attention of some rows in every layer, one of them with a window -> what comes out."""
+    """Compute attention of some rows in every layer, one of them with a window. Returns the results."""
     step, q = backend.step((Segment(cache, len(k)),)), np.repeat(k, 2, 1)
     layers = [Attention(layer, 0.2, 7 if layer == 1 else 0) for layer in range(3)]
     outs = [backend.attention(backend.put(q), backend.put(k), backend.put(v), a, step) for a in layers]
@@ -51,7 +51,7 @@ def extend(backend: Backend, cache: Cache, k: np.ndarray, v: np.ndarray) -> list
 def test_a_cache_read_and_written_back_is_the_same_cache(
     name: str, env: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In pieces that cut the backends' own tiles; what is computed behind it is the same to the last bit."""
+    """In pieces that cut the backends' tiles; later results are bit-identical."""
     pytest.importorskip({"cuda": "torch", "mlx": "mlx.core"}.get(name, "numpy"))
     monkeypatch.setenv("TINYCHAT_CUDA_DEVICE", "cpu")
     for key, value in env.items():
@@ -181,7 +181,7 @@ def test_a_part_that_is_not_what_it_should_be_is_absent(tmp_path: Path, backend:
     save(store, backend, cache, IDS[:PART])
     (path,) = tmp_path.iterdir()
     rewrite(path, lambda arrays, metadata: None)
-    assert restored(store, backend, IDS).length == PART, "the harm alone makes the difference"
+    assert restored(store, backend, IDS).length == PART, "only the damage makes the difference"
     rewrite(path, HARMS[harm])
     assert restored(store, backend, IDS).length == 0
 
@@ -221,7 +221,7 @@ def test_the_folder_stays_within_its_bound_and_the_least_recently_used_goes(
     chats = [[1000 + chat, *IDS[: 2 * PART - 1]] for chat in range(3)]
     for chat in chats[:2]:
         save(store, backend, cache, chat)
-        time.sleep(0.01)  # files are told apart by the time of their last use
+        time.sleep(0.01)  # the time of last use must differ
     restored(store, backend, chats[0])
     time.sleep(0.01)
     save(store, backend, cache, chats[2])
@@ -234,7 +234,7 @@ def test_the_folder_stays_within_its_bound_and_the_least_recently_used_goes(
 
 
 def test_a_disk_that_is_full_is_quiet_and_leaves_nothing_half_written(tmp_path: Path) -> None:
-    """A real limit of the system on the size of files, in a process of its own."""
+    """A real system limit on the size of files, in a separate process."""
     pytest.importorskip("resource")
     code = (
         "import resource, sys; sys.path.insert(0, sys.argv[2]); from pathlib import Path\n"
@@ -286,7 +286,7 @@ def test_the_identity_changes_with_weights_config_backend_and_exactness(tmp_path
 def test_another_run_goes_on_where_this_one_ended(
     backend_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same tokens, none of them computed again, and the same answer as from the model that never stopped."""
+    """The same tokens, none computed again, and the same answer as without an interruption."""
     pytest.importorskip({"cuda": "torch", "mlx": "mlx.core"}.get(backend_name, "numpy"))
     monkeypatch.setenv("TINYCHAT_CUDA_DEVICE", "cpu")
 

@@ -1,4 +1,4 @@
-"""Sampling equals transformers' processors, and generation_config's meaning is kept."""
+"""Sampling equals transformers' processors, and generation_config keeps its meaning."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RNG = np.random.default_rng(0)
 
 
 def oracle(logits: np.ndarray, seen: list[int], p: SamplingParams) -> np.ndarray:
-    """Probabilities (V,) by transformers' own processors, in its order."""
+    """Return probabilities (V,) by transformers' processors, in its order."""
     import torch
     from transformers import (
         MinPLogitsWarper,
@@ -69,7 +69,7 @@ def test_distribution_equals_transformers(case: dict[str, Any]) -> None:
 
 
 def test_draws_follow_the_distribution() -> None:
-    """20,000 draws; each count within 5 standard deviations of its expectation."""
+    """20,000 draws; each count is within 5 standard deviations of its expectation."""
     logits = np.array([2.0, 1.0, 0.0, -1.0], np.float32)
     sampler = Sampler(SamplingParams(temperature=1.0, top_p=1.0, seed=1))
     counts = np.bincount([sampler(logits) for _ in range(20000)], minlength=4)

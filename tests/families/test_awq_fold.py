@@ -1,4 +1,4 @@
-"""Scaling without quantising leaves every layer of every family as it was (reference/awq: the best test there is)."""
+"""Scaling without quantising leaves the output of every layer of every family unchanged."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def opened(variant: str, root: Path) -> tuple[ModelConfig, Checkpoint]:
 
 
 class Whole:
-    """A layer in the making with its experts, as a source of one layer's weights."""
+    """A scaled layer with its experts, as a source of one layer's weights."""
 
     def __init__(self, weights: LayerWeights, parts: list[LayerWeights]) -> None:
         self.names = {w.name(module): w for w in (weights, *parts) for module in w.modules()}
@@ -44,7 +44,7 @@ class Whole:
 def output(
     config: ModelConfig, weights: LayerWeights, x: np.ndarray, parts: list[LayerWeights] | None = None
 ) -> np.ndarray:
-    """Rows (T, C) through the graph's own block, experts and all."""
+    """Run rows (T, C) through the graph's block, including experts."""
     backend, source = ReferenceBackend(), Whole(weights, parts or [])
     layer = Loader(config, source, backend).layer(weights.layer)
     layer = replace(layer, attention=replace(layer.attention, layer=0))
@@ -68,7 +68,10 @@ def random_scales(site: Site, config: ModelConfig, weights: LayerWeights) -> np.
 def folded(
     site: Site, config: ModelConfig, weights: LayerWeights, parts: list[LayerWeights]
 ) -> tuple[LayerWeights, list[LayerWeights]]:
-    """A layer and its experts with random scales at one site, every expert's own where an expert absorbs them."""
+    """Return a layer and its experts with random scales at one site.
+
+    An expert that absorbs scales has its own.
+    """
     weights, parts = weights.copy(), [part.copy() for part in parts]
     if not site.experts:
         fold(weights, site, random_scales(site, config, weights), shared(site, config))
@@ -84,7 +87,7 @@ def folded(
 
 @pytest.mark.parametrize("variant", ALL)
 def test_scaling_every_site_leaves_the_layer_unchanged(variant: str, tiny_root: Path) -> None:
-    """Routers included: an expert chosen in another's place changes a mixture's output by as much as itself."""
+    """Routers included: a different expert changes a mixture's output by as much as the output itself."""
     config, source = opened(variant, tiny_root)
     x = np.random.default_rng(0).normal(size=(24, config.hidden_size)).astype(np.float32)
     for layer in (0, 1, config.num_hidden_layers - 1):
@@ -102,8 +105,8 @@ def test_scaling_every_site_leaves_the_layer_unchanged(variant: str, tiny_root: 
             ]
             for new_one, old_one in held:
                 assert np.abs(new_one.stacked(site) - old_one.stacked(site)).max() > 0.1
-            # Products of ~100 terms, each off by 3 roundings of float32, through three matrices: 100 · 3 · 6e-8.
-            # A norm's bias divided in float32 and a float16 norm followed exactly by s add nothing larger.
+            # Products of ~100 terms, each with 3 float32 roundings, through three matrices: 100 · 3 · 6e-8. A
+            # norm's bias divided in float32 and a float16 norm matched exactly by s add nothing larger.
             assert np.abs(output(config, after, x, new) - before).max() < 2e-5 * np.abs(before).max(), site
     proven(variant, "AWQ", "invariant", "every site")
 
@@ -130,7 +133,7 @@ def test_routers_choose_as_before_when_the_norm_absorbs_scales(variant: str, tin
 
 @pytest.mark.parametrize("variant", REPRESENTATIVES)
 def test_a_layer_taken_apart_and_put_together_is_the_layer(variant: str, tiny_root: Path) -> None:
-    """And run as the conversion runs it, experts one at a time, it gives the same."""
+    """The conversion's path, one expert at a time, gives the same result too."""
     config, source = opened(variant, tiny_root)
     x = np.random.default_rng(1).normal(size=(12, config.hidden_size)).astype(np.float32)
     for layer in (0, 1):
@@ -172,7 +175,7 @@ def test_post_norm_families_scale_only_what_a_linear_can_absorb(tiny_root: Path)
 
 
 def test_recorded_inputs_are_those_of_the_linears(tiny_root: Path) -> None:
-    """What a site shows, put through its linears by hand, gives what the next norm or residual gets."""
+    """The recorded input, multiplied by the site's linears, equals what the next norm or residual receives."""
     config, source = opened("llama", tiny_root)
     weights = LayerWeights.read(config, 0, source)
     run = LayerRun(config, 0, weights, Recorder(ReferenceBackend()), window=12)
@@ -183,7 +186,7 @@ def test_recorded_inputs_are_those_of_the_linears(tiny_root: Path) -> None:
     mlp = seen["down_in"] @ weights.linears["down"].T + weights.biases["down"]
     assert np.allclose(x + attn + mlp, y, atol=1e-4 * float(np.abs(y).max()))
     short: dict[str, np.ndarray] = {}
-    for key in seen:  # and each by itself, without what follows it
+    for key in seen:  # each site also separately, without what follows it
         short[key] = run.input_of(key, x)
     assert all(np.array_equal(short[key], seen[key]) for key in seen)
 

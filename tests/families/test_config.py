@@ -1,4 +1,4 @@
-"""config.json is understood in both spellings, and refused by name where it is not."""
+"""config.json is read in both spellings, and unsupported keys are rejected by name."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_rope_frequencies_equal_transformers(scaling: dict[str, Any], spelling: 
             old["type"] = old.pop("rope_type")
         config |= {"rope_theta": theta, "rope_scaling": old}
     table = rope_table(config, 16, None)
-    # theirs is computed in float32 throughout (a power, a few products): 16 roundings at most
+    # transformers computes in float32 throughout (a power, a few products): 16 roundings at most
     np.testing.assert_allclose(table.inv_freq, oracle.inv_freq.numpy(), rtol=16 * 2**-23)
     assert table.factor == pytest.approx(oracle.attention_scaling, rel=1e-6)
 

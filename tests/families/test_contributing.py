@@ -1,4 +1,4 @@
-"""A family is added by the two lines in docs/architectures.md, and every check then passes for it."""
+"""A family is added with the two lines in docs/architectures.md, and all checks pass for it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tinychat_mlx.backend import Backend
 
 PAGE = ROOT / "docs" / "architectures.md"
 pytestmark = [
-    pytest.mark.skipif(not PAGE.exists(), reason="a checkout's documents are not here"),
+    pytest.mark.skipif(not PAGE.exists(), reason="the documents are in the checkout only"),
     pytest.mark.usefixtures("accepted"),
 ]
 
 
 def shown(start: str) -> Any:
-    """The one line of code on the page that starts so, evaluated."""
+    """Return the evaluated line of code on the page that starts with this text."""
     (line,) = re.findall(rf"^ +({re.escape(start)}.*),$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     return eval(f"{{{line}}}" if start.startswith('"') else line, {"ArchSpec": ArchSpec})
 

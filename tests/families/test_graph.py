@@ -1,4 +1,4 @@
-"""Laws of the one graph. test_support.py compares it with transformers for every family."""
+"""Laws of the graph. test_support.py compares it with transformers for every family."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_earlier_logits_do_not_see_later_tokens(tiny_root: Path) -> None:
 def test_a_wrong_spec_is_seen(
     field: str, value: object, tiny_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the tolerance above is worth: the smallest mistake in a row of the table exceeds it."""
+    """Checks the tolerance above: the smallest mistake in a row of the table exceeds it."""
     from dataclasses import replace
 
     t = tiny("llama", tiny_root)
@@ -43,7 +43,7 @@ def test_a_wrong_spec_is_seen(
 
 @pytest.mark.parametrize("variant", ["llama", "qwen2-window"])
 def test_a_window_or_rewind_forgets_nothing_it_should_keep(variant: str, tiny_root: Path) -> None:
-    """Going back and trying another continuation gives what a fresh cache gives."""
+    """Rewinding and trying another continuation gives the result of a fresh cache."""
     t = tiny(variant, tiny_root)
     model = load(t.folder, "reference")
     decoder, host = model.engine.decoder, model.backend.to_host

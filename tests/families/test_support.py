@@ -1,4 +1,4 @@
-"""Every model family on every backend, dense and int4, and through AWQ: the one pass over the family matrix.
+"""Every model family on every backend, dense and int4, and through AWQ: the only pass over the family matrix.
 
 `python tests/families/test_support.py` runs the pass, writes what it proved to tests/data/support.json, and prints the README's
 table from that file.
@@ -42,8 +42,9 @@ FAMILIES, ALL = sorted(ARCHITECTURES), [*VARIANTS, *RENAMED]
 TOKENS = 40  # longer than every window
 # Kernels differ for one row, for 2 to 8 and for more: a piece of each, then token by token past every window.
 CUTS = [7, 1, 15, *[1] * 17]
-# float32 throughout: a logit sums about 100 products through 4 layers, 100 · 6e-8 · 4 ≈ 2e-5 of the largest. The subtlest
-# wrong row of the table (interleaved rope) is off by 0.04. int4 changes the weights, not the sums.
+# float32 throughout: a logit sums about 100 products through 4 layers, 100 · 6e-8 · 4 ≈ 2e-5 of the largest.
+# The smallest error of a wrong row of the table (interleaved rope) is 0.04. int4 changes the weights, not the
+# sums.
 TOLERANCE = 1e-4
 
 
@@ -52,7 +53,7 @@ def family_of(variant: str) -> str:
 
 
 def variant_of(family: str, n: int = 0) -> str:
-    """The n-th tiny model of a family; after the last comes the first."""
+    """Return the n-th tiny model of a family, counting in a circle."""
     named = [v for v in ALL if family_of(v) == family]
     return named[n % len(named)]
 
@@ -66,7 +67,7 @@ def int4_of_reference(variant: str, root: Path) -> np.ndarray:
 @pytest.mark.parametrize("int4", [False, True], ids=["dense", "int4"])
 @pytest.mark.parametrize("variant", ALL)
 def test_family_runs_on(variant: str, int4: bool, backend: Backend, tiny_root: Path) -> None:
-    """Dense equals transformers; int4 equals the reference on the same codes: in one piece, in pieces and in steps."""
+    """Dense equals transformers, int4 equals the reference: in one piece, in pieces and in steps."""
     t = tiny(variant, tiny_root)
     want = int4_of_reference(variant, tiny_root) if int4 else t.logits
     made = decoder(t.folder, backend, int4)
@@ -81,7 +82,7 @@ def test_family_runs_on(variant: str, int4: bool, backend: Backend, tiny_root: P
 @pytest.mark.parametrize("name", ["reference", "cpu"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_weights_and_settings_of_a_family(family: str, name: str, seed: int, tiny_root: Path) -> None:
-    """As above with other random weights, norms, biases and tokens, in the family's other variants where it has some."""
+    """As above with other random weights, norms, biases and tokens, in other variants of the family."""
     t = tiny(variant_of(family, seed), tiny_root, seed)
     got = tinychat_mlx.load(t.folder, backend=name, exact=True, threads=2).logits(t.ids)
     assert np.abs(got - t.logits).max() < TOLERANCE * np.abs(t.logits).max()
@@ -99,7 +100,7 @@ def converted(variant: str, root: Path, target: Path, w_bit: int) -> Any:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family_converts_to_int4(family: str, tiny_root: Path, tmp_path: Path) -> None:
-    """Every linear of every layer but routers comes out in 4 bits, and cpu computes the folder as reference does."""
+    """Every linear of every layer except routers is in 4 bits, and cpu computes the folder like reference."""
     converted(variant_of(family), tiny_root, tmp_path / "out", w_bit=4)
     made = Checkpoint.open(tmp_path / "out")
     config = parse_config(made.config)
@@ -121,13 +122,14 @@ def test_family_converts_to_int4(family: str, tiny_root: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("variant", ALL)
 def test_eight_bits_hardly_move_the_logits(variant: str, tiny_root: Path, tmp_path: Path) -> None:
-    """Whatever is fused, folded or renamed.
+    """With every fusion, folding and renaming.
 
-    A step is 1/255 of a group's range, its rounding 0.3 % of a weight's size; over about 30 matrices, at random, 5 of
-    that. Rows in a wrong order, or a scale folded into the wrong place, give another model: 50 % and more.
+    A step is 1/255 of a group's range, its rounding 0.3 % of a weight's size, and at random 5 times that over
+    about 30 matrices. Rows in a wrong order, or a scale folded into the wrong place, give 50 % and more.
     """
     result = converted(variant, tiny_root, tmp_path / "out", w_bit=8)
-    # A site's error includes what the layers before it lost: 0.3 % for each of about 30 matrices, squared and added up.
+    # A site's error includes the loss of the layers before it: 0.3 % for each of about 30 matrices, squared
+    # and summed.
     assert max(site.error for layer in result.layers for site in layer.sites) < 5e-3
     t = tiny(variant, tiny_root)
     got = tinychat_mlx.load(tmp_path / "out", backend="reference").logits(t.ids)
@@ -147,7 +149,7 @@ COLUMNS = {
 
 
 def summary(found: set[proofs.Proof]) -> dict[str, Any]:
-    """What is kept of a pass: how many combinations it proved, and each family's claims per column."""
+    """Return the stored data of a pass: the number of proven combinations, and claims per family and column."""
     families: dict[str, dict[str, list[str]]] = {}
     for family in ARCHITECTURES:
         held = {(p.column, p.claim) for p in found if family_of(p.variant) == family}
@@ -165,7 +167,7 @@ def kind_of(spec: ArchSpec) -> str:
 
 
 def table(families: dict[str, dict[str, list[str]]]) -> str:
-    """Markdown: a line for the families of one kind that can do the same."""
+    """Format Markdown: one line for the families of one kind with equal support."""
     lines = dict[tuple[str, ...], list[str]]()
     for family, claims in families.items():
         cells = (", ".join(claims[column]) or "–" for column in COLUMNS)
@@ -185,7 +187,7 @@ def test_the_stored_summary_has_every_family_and_no_claim_that_the_pass_does_not
     assert all(set(c) == set(COLUMNS) and set(c[n]) <= set(COLUMNS[n]) for c in families.values() for n in c)
 
 
-@pytest.mark.skipif(not README.exists(), reason="a checkout's documents are not here")
+@pytest.mark.skipif(not README.exists(), reason="the documents are in the checkout only")
 def test_the_readmes_table_is_the_stored_summary() -> None:
     text = (
         README.read_text(encoding="utf-8").partition("<!-- support -->")[2].partition("<!-- /support -->")[0]

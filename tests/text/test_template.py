@@ -1,4 +1,4 @@
-"""Messages to text as transformers does it; templates that escape, loop or explode get nowhere."""
+"""Messages are rendered to the same text as in transformers; templates cannot escape, loop or explode."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tinychat_mlx.errors import TokenizerError
 from tinychat_mlx.template import ChatTemplate
 from tinychat_mlx.tokenizer import Tokenizer
 
-# Templates in the manner of well-known models, written for these tests.
+# Templates in the style of well-known models, written for these tests.
 CHATML = """\
 {% if messages[0]['role'] != 'system' %}
     {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
@@ -183,7 +183,7 @@ QWEN3 = """\
 {%- endif %}
 """
 
-# Corners of Jinja and of the environment that published templates lean on.
+# Corner cases of Jinja and of the environment that published templates use.
 CORNERS = """\
 {%- set found = [] -%}
 {%- for m in messages if m.role != 'system' -%}
@@ -239,7 +239,7 @@ CHATS: dict[str, list[dict[str, Any]]] = {
     "twice user": [user("a"), user("b")],
     "assistant first": [reply("a"), user("b")],
     "system later": [user("a"), SYSTEM, user("b")],
-    "system alone": [SYSTEM],
+    "only system": [SYSTEM],
     "thinking": [
         user("2+2?"),
         reply("<think>\nhm\n</think>\n\n4"),
@@ -287,7 +287,7 @@ def other(folder: Path) -> Any:
 
 
 def outcome(render: Any, chat: list[dict[str, Any]], **options: Any) -> str | None:
-    """What came of a rendering: the text, or None if it was refused."""
+    """Return the rendered text, or None if it was refused."""
     import jinja2
 
     try:
@@ -296,7 +296,7 @@ def outcome(render: Any, chat: list[dict[str, Any]], **options: Any) -> str | No
         return None
 
 
-# -- the same text as transformers
+# -- equal to transformers
 
 
 @pytest.mark.parametrize("chat", CHATS)
@@ -326,7 +326,7 @@ def test_rendered_text_equals_transformers(name: str, chat: str, folder: Path, o
 
 
 def test_the_comparison_sees_texts_and_refusals(folder: Path) -> None:
-    """The test above would pass if everything were refused: most must render, some must not."""
+    """The test above would pass if everything were refused, so most must render and some must not."""
     texts: dict[tuple[str, str], str | None] = {}
     for name in ("mistral", "qwen3", "llama3"):
         mine = Tokenizer.load(folder, chat_template=TEMPLATES[name])
@@ -405,7 +405,7 @@ def test_messages_of_the_caller_are_left_alone(folder: Path) -> None:
     assert json.dumps(chat) == before
 
 
-# -- where the template comes from
+# -- sources of the template
 
 
 def test_the_nearest_template_wins(tmp_path: Path) -> None:
@@ -458,7 +458,7 @@ def test_a_damaged_template_file_is_named(tmp_path: Path, damage: bytes) -> None
         Tokenizer.load(folder)
 
 
-# -- what goes wrong is said in one line
+# -- errors in one line
 
 
 def rendered(source: str, messages: Any = None, **variables: Any) -> str:
@@ -520,7 +520,7 @@ def test_tools_and_documents_are_objects(option: str) -> None:
 
 
 def test_variables_cannot_replace_what_renders() -> None:
-    """CVE-2025-62426 was a request overriding the renderer's own arguments: here they are variables only."""
+    """CVE-2025-62426: a request overrode the renderer's arguments. Here they are only variables."""
     variables: dict[str, Any] = {
         "chat_template": "evil",
         "tokenize": True,
@@ -583,7 +583,7 @@ ESCAPES = [
 
 @pytest.mark.parametrize("source", ESCAPES)
 def test_a_template_reaches_nothing_outside(source: str) -> None:
-    """Refused, or the unsafe attribute is undefined: no class, module, function body or frame is ever shown."""
+    """Refused, or the unsafe attribute is undefined: no class, module, function body or frame is visible."""
     messages = [user("Hi")]
     try:
         text = rendered(source, messages)

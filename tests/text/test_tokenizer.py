@@ -1,4 +1,4 @@
-"""Text to ids and back as transformers does it, and streams that equal decoding at once."""
+"""Text to ids and back equals transformers, and streamed text equals decoded text."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def theirs(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-# -- the same ids and the same text as transformers
+# -- the same ids and text as transformers
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -111,9 +111,12 @@ def test_ids_equal_the_class_that_transformers_builds_for_qwen(tmp_path: Path, t
 
 
 def test_ids_equal_the_llama_class_on_ordinary_text(tmp_path: Path) -> None:
-    """transformers 5's LlamaTokenizer rebuilds the pipeline: behind a special token and before a first space
-    it leaves out the space that tokenizer.json, like the SentencePiece model it was made from, puts there.
-    There the file is followed, as in transformers 4."""
+    """Follow tokenizer.json where transformers 5 differs from it.
+
+    transformers 5's LlamaTokenizer rebuilds the pipeline. After a special token and before a first space it
+    omits the space that tokenizer.json, like its SentencePiece model, adds. There we follow the file, like
+    transformers 4.
+    """
     folder = write_folder(tmp_path, "llama2", tokenizer_class="LlamaTokenizer")
     mine, other = Tokenizer.load(folder), theirs(folder)
     assert type(other).__name__ == "LlamaTokenizer"
@@ -169,7 +172,7 @@ def test_truncation_and_padding_in_the_file_do_not_cut_prompts(tmp_path: Path) -
     assert Tokenizer.load(folder).encode(CORPUS[0]) == theirs(folder).encode(CORPUS[0])
 
 
-# -- what ends an answer
+# -- the end of an answer
 
 
 CHATML = (
@@ -224,7 +227,7 @@ def test_text_beginning_with_an_added_token_splits_the_encoding_there(ours: dict
         assert tokenizer.starts_with_special(text)
         assert tokenizer.encode(before + text) == tokenizer.encode(before) + tokenizer.encode(text)
     assert not tokenizer.starts_with_special("me")
-    assert not ours["unigram"].starts_with_special("<extra>")  # it swallows spaces on its left
+    assert not ours["unigram"].starts_with_special("<extra>")  # it strips spaces on its left
 
 
 # -- streams
@@ -256,7 +259,7 @@ def test_streamed_text_equals_decoded_text(kind: str, ours: dict[str, Tokenizer]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_streamed_text_of_random_tokens_equals_decoded_text(kind: str, ours: dict[str, Tokenizer]) -> None:
-    """Models emit what no text encodes to: broken UTF-8, special tokens anywhere, ids past the vocabulary."""
+    """Models emit ids that no text encodes to: broken UTF-8, any special token, ids past the vocabulary."""
     tokenizer, rng = ours[kind], random.Random(kind)
     size = tokenizer.vocab_size
     likely = [i for i in range(size) if len(tokenizer.decode([i], skip_special=False)) <= 1] or range(size)
@@ -277,7 +280,7 @@ def test_a_stream_shows_no_half_characters(kind: str, ours: dict[str, Tokenizer]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stream_keeps_up_with_the_model(kind: str, ours: dict[str, Tokenizer]) -> None:
-    """Plain words come out at once: never more than one word behind what is decoded already."""
+    """Plain words appear at once: never more than one word behind the decoded tokens."""
     tokenizer = ours[kind]
     ids = tokenizer.encode("the quick brown fox jumps over the lazy dog", special=False)
     stream, shown = tokenizer.stream(), ""
@@ -289,7 +292,7 @@ def test_a_stream_keeps_up_with_the_model(kind: str, ours: dict[str, Tokenizer])
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_streaming_costs_the_same_for_every_token(kind: str, ours: dict[str, Tokenizer]) -> None:
-    """A loop of one token, whichever it is, must not make decoding quadratic: count decoded tokens."""
+    """A loop of any one token must not make decoding quadratic: count decoded tokens."""
     tokenizer = ours[kind]
     for token in [*range(0, tokenizer.vocab_size, 7), *tokenizer.encode("\ufffd😀  ▁", special=False)]:
         stream, work = tokenizer.stream(), 0
@@ -320,7 +323,7 @@ def test_any_text_streams_as_it_decodes(ours: dict[str, Tokenizer], text: str, k
 
 
 def test_the_librarys_own_stream_would_not_do(ours: dict[str, Tokenizer]) -> None:
-    """Why detokenizer.py exists. When this fails, tokenizers' DecodeStream may have become good enough."""
+    """The reason for detokenizer.py. If this fails, tokenizers' DecodeStream may have become sufficient."""
     from tokenizers.decoders import DecodeStream
 
     tokenizer, rng, wrong = ours["llama2"], random.Random(1), 0
@@ -355,7 +358,7 @@ def test_spaces_cleaned_in_a_stream_equal_spaces_cleaned_at_once(letters: str, l
 
 
 def until_stop(text: str, stops: list[str]) -> str:
-    """The definition: up to the stop string that is complete first; of several, the longest."""
+    """Return the text up to the stop string that is complete first; of several, the longest."""
     for end in range(1, len(text) + 1):
         starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
         if starts:
@@ -378,7 +381,7 @@ def test_stop_strings_are_found_wherever_the_text_breaks(
     for start, end in itertools.pairwise(borders):
         piece, stopped = matcher.push(text[start:end])
         shown += piece
-        assert until_stop(text, stops).startswith(shown)  # nothing that must be taken back
+        assert until_stop(text, stops).startswith(shown)  # nothing that must be removed again
     assert shown + matcher.flush() == until_stop(text, stops)
     assert stopped == any(stop in text for stop in stops)
     if stopped:
@@ -400,7 +403,7 @@ def test_an_empty_stop_string_is_refused() -> None:
         StopMatcher(["a", ""])
 
 
-# -- folders that are not whole
+# -- incomplete folders
 
 
 def test_missing_files_say_what_to_do(tmp_path: Path) -> None:
@@ -453,7 +456,7 @@ def test_a_truncated_tokenizer_json_is_refused_wherever_it_ends(tmp_path: Path) 
 
 
 def test_a_panic_of_the_library_is_an_error_of_ours(tmp_path: Path) -> None:
-    """Rust panics reach Python as a BaseException that `except Exception` lets through."""
+    """Rust panics reach Python as a BaseException, which `except Exception` does not catch."""
     folder = write_folder(tmp_path, "bytelevel")
     state = json.loads((folder / "tokenizer.json").read_text())
     state["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
@@ -468,7 +471,7 @@ def test_half_a_surrogate_pair_is_refused(ours: dict[str, Tokenizer]) -> None:
 
 
 def test_importing_the_text_modules_imports_no_library() -> None:
-    """`tinychat --help` must not pay for tokenizers, jinja2 or numpy, nor a chat for transformers."""
+    """`tinychat --help` must not load tokenizers, jinja2 or numpy, nor a chat transformers."""
     code = (
         "import sys, tinychat_mlx.tokenizer\n"
         "print([m for m in ('tokenizers', 'jinja2', 'numpy', 'torch', 'transformers') if m in sys.modules])\n"

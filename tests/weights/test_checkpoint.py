@@ -1,4 +1,4 @@
-"""A model folder gives the weights it says it has, or one line saying what is wrong with it."""
+"""A model folder gives the weights that it declares, or a one-line error."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tinychat_mlx.weight import Dense, Packed
 
 rng = np.random.default_rng(0)
 
-# What is read
+# Valid folders
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["one file", "shards"])
@@ -126,13 +126,13 @@ def test_mlx_bits_and_groups_come_from_the_entry_then_the_shape_then_the_default
     assert form("head") == (8, 32, (16, 256)) and form("head", (16, 256)) == (8, 32, (16, 256))
     assert form("plain") == (4, 64, (16, 256))
     assert form("other", (16, 256)) == (8, 128, (16, 256))
-    assert form("twin", (16, 256)) == (8, 32, (16, 256))  # its shapes alone could be (4, 64) and K = 512
+    assert form("twin", (16, 256)) == (8, 32, (16, 256))  # by shapes only it could be (4, 64) with K = 512
     assert isinstance(checkpoint.weight("gate"), Dense)
     with pytest.raises(FormatError, match="head.scales"):
-        checkpoint.weight("head", (16, 512))  # the entry says otherwise
+        checkpoint.weight("head", (16, 512))  # the entry declares another shape
 
 
-# What is refused, and how
+# Errors
 
 
 def test_a_missing_or_misshapen_weight_names_tensor_file_and_both_shapes(tmp_path: Path) -> None:
@@ -308,7 +308,7 @@ def test_a_config_that_is_no_file_or_not_utf8_or_huge_is_refused(tmp_path: Path)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_reading_a_large_model_keeps_its_pages_out_of_memory(tmp_path: Path) -> None:
-    """256 MiB read tensor by tensor of 16: hardly more than the one in use is resident."""
+    """256 MiB are read in tensors of 16 MiB: little more than the current one is resident."""
     size = 16 << 20
     header = {
         f"l{i}.weight": {"dtype": "F16", "shape": [4096, 2048], "data_offsets": [i * size, (i + 1) * size]}
@@ -316,7 +316,7 @@ def test_reading_a_large_model_keeps_its_pages_out_of_memory(tmp_path: Path) -> 
     }
     text = json.dumps(header).encode()
     (tmp_path / SINGLE).write_bytes(len(text).to_bytes(8, "little") + text)
-    os.truncate(tmp_path / SINGLE, 8 + len(text) + 16 * size)  # a hole in the file: zeros that no disk holds
+    os.truncate(tmp_path / SINGLE, 8 + len(text) + 16 * size)  # a sparse file: zeros that use no disk
     (tmp_path / "config.json").write_text("{}")
     code = """
         import sys
@@ -332,4 +332,4 @@ def test_reading_a_large_model_keeps_its_pages_out_of_memory(tmp_path: Path) -> 
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)], capture_output=True, check=True
     )
-    assert int(done.stdout) < 40  # MiB: one view is dropped after the next is made
+    assert int(done.stdout) < 40  # MiB: a view is dropped after the next one is made

@@ -1,4 +1,4 @@
-"""What config.json says of quantisation and what the tensors are must agree; all else is refused by name."""
+"""The quantisation in config.json and the tensors must agree; everything else is rejected by name."""
 
 from __future__ import annotations
 
@@ -113,13 +113,13 @@ def test_a_config_and_tensors_of_different_layouts_are_refused_saying_both(tmp_p
                 Checkpoint.open(tmp_path)
             assert "download the model again" in str(error.value) and "down_proj" in str(error.value)
     folder(tmp_path, layouts.config("awq-gemm", 64))
-    refused(tmp_path, "declares AWQ, but no tensor is quantised so")
+    refused(tmp_path, "declares AWQ, but no tensor has this format")
     tensors = (
         dense_and(layouts.mlx_affine(*layouts.golden()))
         + dense_and(layouts.autoawq_gemm(*layouts.golden()), "x")[4:]
     )
     folder(tmp_path, layouts.config("awq-gemm", 64), tensors)
-    refused(tmp_path, "is MLX affine, config.json says AWQ")
+    refused(tmp_path, "is MLX affine, config.json declares AWQ")
 
 
 def test_two_blocks_that_disagree_are_refused_and_equal_ones_are_not(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ JSON = st.recursive(
 def test_any_value_anywhere_in_the_block_is_understood_or_refused(
     layout: str, place: int, value: Any
 ) -> None:
-    """Never another exception, whatever a stranger wrote into config.json."""
+    """Any content of config.json gives a result or a TinychatError, never another exception."""
     config = copy.deepcopy(layouts.config(layout, 64))
     tables: list[tuple[dict[str, Any], str]] = [(config, key) for key in config]
     for table, key in tables:

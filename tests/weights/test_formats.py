@@ -1,4 +1,4 @@
-"""Every layout on disk means the same weights, and its codes are carried bit for bit."""
+"""Every layout on disk represents the same weights, and codes are carried bit for bit."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def packed(weight: Weight) -> Packed:
 
 
 def meaning(q: np.ndarray, z: np.ndarray, s: np.ndarray) -> np.ndarray:
-    """(q - z) * s in float64."""
+    """Return (q - z) * s in float64."""
     group = q.shape[1] // s.shape[1]
     return (q - z.repeat(group, 1)) * s.astype(np.float64).repeat(group, 1)
 
@@ -141,7 +141,7 @@ def test_scales_of_other_dtypes_become_float32_exactly(layout: str, dtype: str, 
 
 
 def test_biases_are_exact_for_every_scale_and_zero() -> None:
-    """All positive float16 scales with all zeros: float16 is kept only where nothing is lost."""
+    """All positive float16 scales with all zeros: float16 is kept only if nothing is lost."""
     scales = np.arange(1, 0x7C00, dtype=np.uint16).view(np.float16)[:, None].repeat(16, 1)
     zeros = np.arange(16, dtype=np.uint8)[None].repeat(len(scales), 0)
     exact = -(zeros * scales.astype(np.float64))
@@ -170,7 +170,7 @@ def test_symmetric_compressed_tensors_have_zero_eight(tmp_path: Path) -> None:
     tensors = layouts.compressed_tensors(q, z, s)
     config = layouts.config("compressed-tensors", 128)
     config["quantization_config"]["config_groups"]["group_0"]["weights"]["symmetric"] = True  # type: ignore[index]
-    with pytest.raises(FormatError, match="weight_zero_point' is there, config.json says symmetric: True"):
+    with pytest.raises(FormatError, match="weight_zero_point' exists, but config.json has symmetric: True"):
         Checkpoint.open(folder(tmp_path, config, stored(tensors))).weight(MODULE)
     del tensors["weight_zero_point"]
     weight = Checkpoint.open(folder(tmp_path, config, stored(tensors))).weight(MODULE)
@@ -202,7 +202,7 @@ def test_autoawq_comes_back_with_the_same_bytes(way: str, tmp_path: Path) -> Non
 
 
 def test_rounding_biases_to_float16_costs_less_than_a_hundredth_of_a_step(tmp_path: Path) -> None:
-    """float16 has 11 bits, so a product z s is off by at most z s / 2^11, and z is at most 15."""
+    """float16 has 11 bits, so a product z s has an error of at most z s / 2^11, and z is at most 15."""
     q, z, s = layouts.sample(64, 512, 128)
     tensors = mlx_entries(canonical(q, z, s))
     weight = Checkpoint.open(folder(tmp_path, layouts.config("mlx", 128), tensors)).weight(MODULE)

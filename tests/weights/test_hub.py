@@ -1,4 +1,4 @@
-"""A download from the hub: resumed, checked, never half; and every refusal says what to do."""
+"""Downloads from the hub: resumed, verified, never partial; every error has a remedy."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SIZE = (DEMO / WEIGHTS).stat().st_size
 
 @pytest.fixture
 def client(tmp_path: Path) -> Iterator[Client]:
-    """A hub with the demo as org/model, and what a model does not need beside it."""
+    """A hub with the demo as org/model, and files that a model does not need next to it."""
     folder = shutil.copytree(DEMO, tmp_path / "root" / "models" / "org" / "model")
     for name in (
         "modeling.py",
@@ -49,7 +49,7 @@ def client(tmp_path: Path) -> Iterator[Client]:
 
 
 def gets(client: Client) -> list[tuple[str, str]]:
-    """Files asked for since the log was cleared: name, Range."""
+    """Return (name, Range) of files requested since the log was cleared."""
     return [(path.rpartition("/")[2], span) for _, path, span in client.hub.log if "/resolve/" in path]
 
 
@@ -58,7 +58,7 @@ def test_a_pull_fetches_what_a_model_needs_and_no_code(client: Client) -> None:
     assert done.returncode == 0, done.stderr
     wanted = {p.name: p.read_bytes() for p in DEMO.iterdir()}
     assert client.files() == wanted
-    assert Path(done.stdout.strip()).is_dir() and "checksums right" in done.stderr
+    assert Path(done.stdout.strip()).is_dir() and "checksums correct" in done.stderr
     assert {name for name, _ in gets(client)} == set(wanted)
 
 
@@ -90,7 +90,7 @@ def test_a_new_upload_is_fetched_by_pull_and_by_nothing_else(client: Client) -> 
     changed.write_text("new")
     client.hub.log.clear()
     assert client.run("run", "-m", "org/model", "hi", "--max-tokens", "1").returncode == 0
-    assert not client.hub.log  # what is here runs without asking
+    assert not client.hub.log  # a downloaded model runs without requests
     client.run("models", "pull", "org/model")
     assert [name for name, _ in gets(client)] == ["README.md"]
     assert len(list((client.cache / "models--org--model" / "snapshots").iterdir())) == 2
@@ -108,7 +108,7 @@ def test_a_stopped_pull_goes_on_from_where_it_was(client: Client, how: signal.Si
     _, err = process.communicate(timeout=300)
     if how == signal.SIGINT:
         assert process.returncode == 130
-        assert "are kept; `tinychat models pull org/model` goes on" in err and "error" not in err
+        assert "is kept; `tinychat models pull org/model` resumes" in err and "error" not in err
     have = begun[0].stat().st_size
     client.hub.pause, client.hub.sent = 0.0, 0
     client.hub.log.clear()
@@ -122,7 +122,7 @@ def test_a_connection_that_breaks_is_taken_up_again_unasked(client: Client) -> N
     client.hub.spoil[f"models/org/model/{WEIGHTS}"] = "cut"
     assert "cannot be reached" in client.refused("models", "pull", "org/model")
     tried = [int(span[6:-1]) for name, span in gets(client) if span]
-    assert len(set(tried)) > 3 and tried == sorted(tried)  # it went on while bytes came
+    assert len(set(tried)) > 3 and tried == sorted(tried)  # it continued while bytes arrived
     client.hub.spoil.clear()
     assert client.run("models", "pull", "org/model").returncode == 0
     assert client.files()[WEIGHTS] == (DEMO / WEIGHTS).read_bytes()
@@ -130,7 +130,9 @@ def test_a_connection_that_breaks_is_taken_up_again_unasked(client: Client) -> N
 
 def test_a_file_that_arrives_damaged_is_not_kept(client: Client) -> None:
     client.hub.spoil[f"models/org/model/{WEIGHTS}"] = "corrupted"
-    assert "model.safetensors arrived twice with a checksum" in client.refused("models", "pull", "org/model")
+    assert "the checksum of model.safetensors differs from the hub's after two downloads" in client.refused(
+        "models", "pull", "org/model"
+    )
     assert not client.partial() and not (client.cache / "models--org--model" / "snapshots").exists()
     assert [name for name, _ in gets(client)].count(WEIGHTS) == 2
 
@@ -142,7 +144,7 @@ def test_a_damaged_file_in_the_cache_is_found_and_fetched_again(client: Client, 
     data = bytearray(blob.read_bytes())
     data[-1] ^= 1
     blob.write_bytes(data if damage == "one bit" else data[:-1000])
-    options = ["--verify"] if damage == "one bit" else []  # a wrong size is seen without reading
+    options = ["--verify"] if damage == "one bit" else []  # a wrong size is detected without reading
     assert client.run("models", "pull", "org/model", *options).returncode == 0
     assert client.files()[WEIGHTS] == (DEMO / WEIGHTS).read_bytes()
 
@@ -242,7 +244,7 @@ def test_weights_come_from_another_server_and_the_token_stays_behind(client: Cli
     shown = {port: {token for at, token in client.hub.shown if at == port} for port, _ in client.hub.shown}
     assert shown == {client.hub.port: {"Bearer hf_of_someone"}, client.hub.store: {""}}
     stored = [span for _, path, span in client.hub.log if path.startswith("/stored/")]
-    assert stored == [f"bytes={have}-"]  # the Range went along
+    assert stored == [f"bytes={have}-"]  # the Range was sent too
 
 
 def test_a_token_that_the_hub_rejects_is_called_so(client: Client) -> None:
@@ -253,7 +255,7 @@ def test_a_token_that_the_hub_rejects_is_called_so(client: Client) -> None:
 
 
 def test_the_command_that_logs_in_is_one_that_works(client: Client) -> None:
-    """For someone whose PATH has no venv in it."""
+    """For a user whose PATH has no virtual environment."""
     client.hub.refuse[f"models/org/model/{WEIGHTS}"] = 403
     line = client.refused("models", "pull", "org/model", PATH="/usr/bin:/bin")
     command = re.search(r"`([^`]+)`", line)
@@ -266,7 +268,7 @@ def test_the_command_that_logs_in_is_one_that_works(client: Client) -> None:
 
 
 def test_a_branch_and_a_tag_are_revisions(client: Client, tmp_path: Path) -> None:
-    """Each with files of its own, found again offline by its own name."""
+    """Each has different files, and is found again offline by its name."""
     named = {name: tmp_path / name.replace("/", "-") for name in ("v1.0", "refs/pr/1", "feature/long")}
     for name, folder in named.items():
         shutil.copytree(DEMO, folder)
@@ -281,7 +283,7 @@ def test_a_branch_and_a_tag_are_revisions(client: Client, tmp_path: Path) -> Non
         assert offline.returncode == 0, offline.stderr
     listed = json.loads(client.run("models", "list", "--json").stdout)
     (short,) = (r["name"] for r in listed if r["kind"] == "hub")
-    assert re.fullmatch(r"org/model@[0-9a-f]{8}", short)  # main itself is not here
+    assert re.fullmatch(r"org/model@[0-9a-f]{8}", short)  # main is not downloaded
     assert client.run("run", "-m", short, *run, HF_HUB_OFFLINE="1").returncode == 0
     assert "not in the local cache" in client.refused("run", "-m", "org/model", *run, HF_HUB_OFFLINE="1")
 
@@ -297,15 +299,15 @@ def test_the_licence_is_the_one_that_the_hub_tells(client: Client) -> None:
 def test_a_terminal_shows_a_bar_with_rate_and_time_left(client: Client) -> None:
     from chat_screen import Screen
 
-    client.hub.pause = 0.03  # 2 MB a second
+    client.hub.pause = 0.03  # 2 MB per second
     command = [sys.executable, "-c", PROGRAM.format(more=""), "models", "pull", "org/model"]
     screen = Screen(command, 12, 100, client.environ(TERM="xterm-256color", COLUMNS="100", LANG="C.UTF-8"))
     bar = r"org/model +[━╸╺ ]+ +[\d.]+/3\.5 MB +[\d.]+ MB/s left 0?0:0\d"
     screen.wait(lambda text: re.search(bar, text) is not None)
     client.hub.pause = 0.0
-    screen.wait("all checksums right")
+    screen.wait("all checksums correct")
     assert screen.exit_code() == 0
-    assert not re.search(bar, screen.text)  # it is gone when it is done
+    assert not re.search(bar, screen.text)  # it is removed at the end
 
 
 # damaged on the hub ------------------------------------------------------------------------------------
@@ -330,7 +332,7 @@ DAMAGED = {
 @pytest.mark.parametrize("command", ["show", "pull", "run"])
 @pytest.mark.parametrize("kind", DAMAGED)
 def test_what_is_damaged_on_the_hub_is_said_of_the_hub(client: Client, kind: str, command: str) -> None:
-    """Not of a defect of ours, as broken JSON once was; and nobody is told to download the same again."""
+    """The message does not blame our code, as it once did, and does not suggest the same download."""
     data, says = DAMAGED[kind]
     (client.hub.root / "models" / "org" / "model" / kind.partition(",")[0]).write_bytes(data)
     args = {"show": ("models", "show", "org/model"), "pull": ("models", "pull", "org/model"),
@@ -346,7 +348,7 @@ def test_an_unknown_revision_is_named_and_a_commit_is_pinned(client: Client) -> 
     (snapshot,) = (client.cache / "models--org--model" / "snapshots").iterdir()
     shutil.rmtree(client.cache)
     assert client.run("models", "pull", f"org/model@{snapshot.name}").returncode == 0
-    assert not (client.cache / "models--org--model" / "refs").exists()  # no branch was asked for
+    assert not (client.cache / "models--org--model" / "refs").exists()  # no branch was requested
     offline = client.run(
         "run", "-m", f"org/model@{snapshot.name}", "hi", "--max-tokens", "1", HF_HUB_OFFLINE="1"
     )
@@ -378,7 +380,7 @@ def test_too_little_disk_is_said_before_a_byte_is_fetched(client: Client) -> Non
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are POSIX's")
 def test_a_disk_that_refuses_half_way_leaves_what_arrived(client: Client) -> None:
-    """A limit on the size of files: the system itself refuses the write, as a full disk would."""
+    """A limit on the size of files: the system refuses the write, like a full disk."""
     more = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))"
     line = client.refused("models", "pull", "org/model", more=more)
     assert "File too large" in line and "repeat the command" in line
@@ -388,7 +390,7 @@ def test_a_disk_that_refuses_half_way_leaves_what_arrived(client: Client) -> Non
 
 
 def test_a_full_disk_leaves_what_arrived(client: Client) -> None:
-    """A real file system of 3 MB, where this machine lets us mount one."""
+    """A real file system of 3 MB, if this machine allows mounting one."""
     disk = client.home / "hf"
     disk.mkdir(parents=True)
     if (
@@ -399,9 +401,9 @@ def test_a_full_disk_leaves_what_arrived(client: Client) -> None:
     try:
         assert "make room" in client.refused("models", "pull", "org/model")
         more = "import shutil, collections\nU = collections.namedtuple('U', 'total used free')\n"
-        more += "shutil.disk_usage = lambda path: U(0, 0, 10**12)"  # it was free when the download began
+        more += "shutil.disk_usage = lambda path: U(0, 0, 10**12)"  # it was free when the download started
         line = client.refused("models", "pull", "org/model", more=more)
-        assert "No space left on device" in line and "are kept" in line
+        assert "No space left on device" in line and "is kept" in line
         assert client.partial()[0].stat().st_size > 2_000_000
     finally:
         os.system(f"umount '{disk}'")
@@ -445,7 +447,7 @@ def test_a_hub_that_gives_no_hashes_is_not_trusted() -> None:
     class Sibling:
         rfilename, lfs, blob_id = "config.json", None, "../../../evil"
 
-    with pytest.raises(DownloadError, match=r"gives no hash for 'config\.json'"):
+    with pytest.raises(DownloadError, match=r"returned no hash for 'config\.json'"):
         _digest(hubs.Ref("a/b"), Sibling())
 
 

@@ -1,4 +1,4 @@
-"""A quantised model in another format: the same codes, in a folder that its readers take, in bounded memory."""
+"""A change of format keeps the codes, writes a folder that other readers accept, in bounded memory."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ IDS = np.random.default_rng(9).integers(0, 80, 40).tolist()
 
 
 def quantised(folder: Path, layout: str, group: int, other: dict[str, int] | None = None) -> Path:
-    """A model whose layers' linears are random codes in a layout, written by its definition; group -1: one a row.
+    """Write a model whose linears are random codes in a layout, by its definition.
 
-    other: part of a name -> a group size of its own.
+    group -1: one per row. other: part of a name -> another group size.
     """
     config = tiny_dense.CONFIG | SIZES
     dense = tiny_dense.tensors(config)
@@ -64,7 +64,7 @@ def to(source: Path, form: str, target: Path, *more: str) -> int:
 
 
 def same_meaning(one: Path, two: Path) -> None:
-    """Codes times scales of every module that both have as codes, to float16's rounding of zero · scale."""
+    """Check codes times scales of all common modules, to float16's rounding of zero · scale."""
     a, b = Checkpoint.open(one), Checkpoint.open(two)
     assert a.modules and a.modules & b.modules
     for module in a.modules & b.modules:
@@ -78,7 +78,10 @@ def same_meaning(one: Path, two: Path) -> None:
 @pytest.mark.parametrize("group", [-1, 256, 128])
 @pytest.mark.parametrize("layout", ["awq-gemm", "awq-gemv", "llm-awq"])
 def test_every_group_size_becomes_one_that_is_read(layout: str, group: int, tmp_path: Path) -> None:
-    """A group of a whole row, or of 256, is several equal ones; AutoAWQ's config names what the tensors have."""
+    """A group of a whole row, or of 256, becomes several equal ones.
+
+    AutoAWQ's config has the tensors' group size.
+    """
     source = quantised(tmp_path / "source", layout, group)
     for form in ("awq", "mlx"):
         assert to(source, form, tmp_path / form) == 0
@@ -90,7 +93,7 @@ def test_every_group_size_becomes_one_that_is_read(layout: str, group: int, tmp_
 
 
 def test_a_module_with_a_group_of_its_own_keeps_it(tmp_path: Path) -> None:
-    """In MLX by name; AutoAWQ has one size for all, so the others are cut to it."""
+    """In MLX by name; AutoAWQ has one size for all, so the others are split to it."""
     source = quantised(tmp_path / "source", "mlx", 128, {"layers.0.mlp.down": 64, "layers.1.self_attn.q": 32})
     for form in ("mlx", "awq"):
         assert to(source, form, tmp_path / form) == 0
@@ -103,7 +106,7 @@ def test_a_module_with_a_group_of_its_own_keeps_it(tmp_path: Path) -> None:
 
 
 def test_the_size_of_most_is_the_bodys(tmp_path: Path) -> None:
-    """Rows of 256 and of 512 inputs, one group each, alike become groups of 128: nothing else need be named."""
+    """Rows of 256 and of 512 inputs with one group each become groups of 128, so no module needs an entry."""
     source = quantised(tmp_path / "source", "awq-gemm", -1)
     assert to(source, "mlx", tmp_path / "mlx") == 0
     block = json.loads((tmp_path / "mlx" / "config.json").read_text())["quantization"]
@@ -115,7 +118,7 @@ MIXTURES = ["mixtral", "qwen3_moe", "qwen2_moe-all", "olmoe"]
 
 @pytest.mark.parametrize("variant", [*MIXTURES, "qwen2_moe", "qwen3_moe-mixed"])
 def test_mixtures_go_from_one_format_to_the_other(variant: str, tiny_root: Path, tmp_path: Path) -> None:
-    """Routers are named as what they are, dense; and the codes come back to the byte."""
+    """Routers are listed as dense, and the codes come back byte-identical."""
     converted(variant, tiny_root, tmp_path / "gemm", method="rtn", format="awq")
     assert to(tmp_path / "gemm", "mlx", tmp_path / "mlx") == 0
     assert to(tmp_path / "mlx", "awq", tmp_path / "back") == 0
@@ -150,9 +153,10 @@ def test_mlx_lm_reads_a_mixture_that_came_from_autoawq(variant: str, tiny_root: 
 def test_what_mlx_quantised_becomes_autoawq_and_says_how_exactly(
     dtype: str, group: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """mx.quantize rounds a scale and a bias each, so that their quotient is no whole number to the last bit.
+    """mx.quantize rounds scale and bias separately, so their quotient is not an exact integer.
 
-    A float16 has 11 bits, a bfloat16 8: with zero points and codes up to 15, 15 · 2 · 2^-11 and 15 · 2 · 2^-8 of a step.
+    A float16 has 11 bits, a bfloat16 8: with zero points and codes up to 15, 15 · 2 · 2^-11 and 15 · 2 · 2^-8
+    of a step.
     """
     mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
     source = tiny_dense.save(tmp_path / "source", tiny_dense.tensors(tiny_dense.CONFIG | SIZES), **SIZES)
@@ -197,7 +201,7 @@ def test_what_mlx_quantised_becomes_autoawq_and_says_how_exactly(
 
 
 def test_what_no_format_holds_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A zero point that is no whole number is found before anything is written."""
+    """A zero point that is not an integer is found before anything is written."""
     source = quantised(tmp_path / "source", "mlx", 128)
     file = TensorFile(source / "model.safetensors")
     tensors = {name: np.array(file.read(name)) for name in file.names}
@@ -285,7 +289,7 @@ def test_what_only_quantising_obeys_is_refused(
 
 
 def test_the_report_tells_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Not the defaults of options that a change of format does not obey."""
+    """Not the defaults of options that a change of format ignores."""
     source, folder = quantised(tmp_path / "source", "awq-gemm", 64), tmp_path / "report"
     assert to(source, "mlx", tmp_path / "out", "--report", str(folder), "--json") == 0
     settings = {"format": "mlx", "w_bit": 4, "group_size": 64, "method": "codes kept"}
@@ -310,7 +314,7 @@ def test_a_dry_run_knows_the_size_and_writes_nothing(
 
 
 def test_a_head_keeps_its_bias(tiny_root: Path, tmp_path: Path) -> None:
-    """Phi's has one; AutoAWQ holds the head in float16."""
+    """Phi's has one; AutoAWQ stores the head in float16."""
     converted("phi", tiny_root, tmp_path / "mlx", method="rtn")
     assert to(tmp_path / "mlx", "awq", tmp_path / "awq") == 0
     ids = tiny("phi", tiny_root).ids
@@ -321,7 +325,7 @@ def test_a_head_keeps_its_bias(tiny_root: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["mlx", "awq"])
 def test_one_module_is_in_memory_at_a_time(form: str, tmp_path: Path) -> None:
-    """Of 24 modules of 2 MB of codes: what was a list of all of them is less than a fifth."""
+    """Of 24 modules with 2 MB of codes, less than a fifth is in memory."""
     rng, tensors = np.random.default_rng(0), []
     config = tiny_dense.CONFIG | {"hidden_size": 2048, "intermediate_size": 2048, "num_hidden_layers": 4,
                                   "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 128}  # fmt: skip
@@ -367,13 +371,13 @@ SPELT = ["llama-llama3", "llama-linear", "qwen2", "qwen2-yarn", "qwen3_moe", "sm
          "stablelm", "cohere", "phi", "exaone", "ernie4_5", "olmo3"]  # fmt: skip
 
 
-@pytest.mark.parametrize(  # mlx-lm reads no mixtures of AutoAWQ's
+@pytest.mark.parametrize(  # mlx-lm reads no mixtures in AutoAWQ's format
     ("variant", "form"), [(v, f) for v in SPELT for f in ("mlx", "awq") if (v, f) != ("qwen3_moe", "awq")]
 )
 def test_mlx_lm_finds_the_settings_that_transformers_5_spells_anew(
     variant: str, form: str, tiny_root: Path, tmp_path: Path
 ) -> None:
-    """It reads rope_theta, rope_scaling, partial_rotary_factor, num_experts; without them it goes by its defaults."""
+    """mlx-lm reads rope_theta, rope_scaling, partial_rotary_factor, num_experts; without them, defaults."""
     mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
     utils = pytest.importorskip("mlx_lm.utils", reason="mlx-lm is not installed")
     t = tiny(variant, tiny_root)

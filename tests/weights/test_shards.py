@@ -1,4 +1,7 @@
-"""A model folder is written whole: shards, index, side files, and nothing that a kill leaves looks whole."""
+"""A model folder is written completely: shards, index, side files.
+
+An interrupted one is never taken as complete.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,9 @@ import numpy as np
 import pytest
 from folders import UP, B, W, dense, refused, sharded
 
-from tinychat_mlx.checkpoint import INDEX, SINGLE, read_json
+from tinychat_mlx.checkpoint import INDEX, SINGLE
 from tinychat_mlx.errors import FormatError
+from tinychat_mlx.json_file import read_json
 from tinychat_mlx.shards import ShardWriter, copy_side_files
 
 

@@ -1,4 +1,4 @@
-"""A safetensors file is used only if every byte of it is accounted for, and written whole or not at all."""
+"""A safetensors file is used only if every byte is accounted for, and is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Header = dict[str, Any]
 
 
 def craft(path: Path, header: Header | bytes, data: bytes = b"", length: int | None = None) -> Path:
-    """A safetensors file from its parts, true to no rule."""
+    """Write a safetensors file from arbitrary parts, without checks."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
     return path
@@ -45,7 +45,7 @@ def two(first: tuple[int, int], second: tuple[int, int]) -> Header:
 
 
 GOOD = json.dumps(one()).encode()
-ATTACKS: dict[str, tuple[Header | bytes, int, str]] = {  # header, bytes of data, what the message must say
+ATTACKS: dict[str, tuple[Header | bytes, int, str]] = {  # header, bytes of data, required text of the message
     "data cut": (one(), 15, "'a' ends at byte"),
     "data absent": (one(), 0, "'a' ends at byte"),
     "data too long": (one(), 17, "the last tensor ends at byte"),
@@ -262,7 +262,7 @@ def test_reading_copies_nothing_and_the_map_outlives_the_file_object(tmp_path: P
 
 
 def test_an_unaligned_tensor_is_copied_to_an_aligned_place(tmp_path: Path) -> None:
-    """The format allows it; a native kernel handed such an address would fault on some processors."""
+    """The format allows it. A native kernel would fault at such an address on some processors."""
     header = {
         "a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
         "b": {"dtype": "F32", "shape": [2], "data_offsets": [1, 9]},
@@ -377,7 +377,7 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
 def test_a_mutated_file_is_refused_or_read_as_the_library_reads_it(
     fuzzed: tuple[Path, bytes], flips: list[tuple[int, int]], grown: int
 ) -> None:
-    """Never another exception, and never more lenient than safetensors itself."""
+    """Never another exception, and never more lenient than safetensors."""
     oracle = pytest.importorskip("safetensors.numpy")
     path, whole = fuzzed
     data = bytearray(whole)

@@ -1,4 +1,4 @@
-"""Canonical weights: packing is lossless, joining is stacking."""
+"""Canonical weights: packing is lossless, and joining is stacking."""
 
 from __future__ import annotations
 

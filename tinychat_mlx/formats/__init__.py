@@ -1,4 +1,4 @@
-"""One file per on-disk layout of quantised weights; `detect` says which one a checkpoint has.
+"""On-disk layouts of quantised weights, one per module. `detect` selects the layout of a checkpoint.
 
-Every layout turns the stored tensors of one module into a canonical `Packed`, with the same codes.
+Every layout converts the stored tensors of a module to a canonical `Packed` with the same codes.
 """

@@ -1,7 +1,7 @@
-"""AutoAWQ GEMM: what the Hub, vLLM, SGLang and transformers mean by "AWQ". Read and written.
+"""AutoAWQ GEMM: the layout called "AWQ" on the Hub and in vLLM, SGLang and transformers. Read and written.
 
 qweight int32 (K, N / 8)    packed along outputs; nibble i of word c is output 8 c + ORDER[i]
-qzeros  int32 (K / G, N / 8)  the same way
+qzeros  int32 (K / G, N / 8)  packed the same way
 scales  float16 (K / G, N)    w = (q - zero) * scale
 """
 
@@ -23,14 +23,14 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 @dataclass(frozen=True)
 class AwqGemm:
-    group_size: int  # -1: one group a row
+    group_size: int  # -1: one group per row
     w_bit = 4
     name = "awq-gemm"
     key = "qweight"
     suffixes = ("qweight", "qzeros", "scales")
 
     def read(self, stored: Stored) -> Packed:
-        """-> Packed: same codes, scales as stored, biases = -zero * scale exactly. Raises FormatError."""
+        """Return a Packed: same codes, scales as stored, biases = -zero * scale exactly. Raises FormatError."""
         k, words = stored.matrix("qweight", "I32")
         n = words * 8
         stored.expect(n, k, "qweight")
@@ -43,13 +43,13 @@ class AwqGemm:
 
     @staticmethod
     def fits(stored: Stored) -> bool:
-        """Whether a module's shapes are this layout's, and not those of GEMV, whose names are the same."""
+        """Whether a module's shapes match this layout rather than GEMV, which has the same names."""
         (dtype, qweight), (_, scales) = stored.info("qweight"), stored.info("scales")
         return dtype == "I32" and len(qweight) == len(scales) == 2 and scales[1] == 8 * qweight[1]
 
 
 def awq_config(group_size: int, not_converted: list[str] | None = None) -> dict[str, object]:
-    """The `quantization_config` that goes with `awq_entries`."""
+    """Return the `quantization_config` for `awq_entries`."""
     return {
         "quant_method": "awq",
         "bits": 4,
@@ -61,7 +61,7 @@ def awq_config(group_size: int, not_converted: list[str] | None = None) -> dict[
 
 
 def awq_entries(packed: Packed, dtype: str = "F16") -> list[Entry]:
-    """A weight as AutoAWQ GEMM tensors, the linear bias in `dtype`. Raises FormatError if it is none."""
+    """Return a weight as AutoAWQ GEMM tensors, the linear bias in `dtype`. Raises FormatError if it is not AWQ."""
     n = packed.shape[0]
     if packed.w_bit != 4 or n % 8:
         raise _not_awq(packed, f"{packed.w_bit} bits and {n} outputs: AWQ needs 4 bits and a multiple of 8")
@@ -76,10 +76,10 @@ def awq_entries(packed: Packed, dtype: str = "F16") -> list[Entry]:
 
 
 def with_zeros(packed: Packed) -> tuple[nibbles.Words, nibbles.Codes, Array]:
-    """-> qweight, zeros (N, K/G) uint8, scales (N, K/G) float16 > 0, with w = (q - zero) * scale.
+    """Return qweight, zeros (N, K/G) uint8 and scales (N, K/G) float16 > 0, with w = (q - zero) * scale.
 
-    A negative scale is turned round: q -> 15 - q, zero -> 15 - zero. Raises FormatError where a zero point is no
-    whole number of 0..15, or more than the rounding of scale and bias as stored would have to be undone.
+    A negative scale is replaced: q -> 15 - q, zero -> 15 - zero. Raises FormatError if a zero point is not an integer in
+    0..15, or if the change exceeds the rounding of scale and bias as stored.
     """
     zeros, scales, off = _nearest(packed)
     bad = ~((off <= _allowed(packed)) & (zeros >= 0) & (zeros <= 15))
@@ -94,26 +94,26 @@ def with_zeros(packed: Packed) -> tuple[nibbles.Words, nibbles.Codes, Array]:
     flip = scales < 0
     if not flip.any():
         return packed.qweight, zeros.astype(np.uint8), scales
-    ones = np.where(flip, np.uint32(0xFFFFFFFF), np.uint32(0))[..., None]  # 15 - q is q with its bits turned
+    ones = np.where(flip, np.uint32(0xFFFFFFFF), np.uint32(0))[..., None]  # 15 - q inverts the bits of q
     qweight = (packed.qweight.reshape(*flip.shape, -1) ^ ones).reshape(packed.qweight.shape)
     return qweight, np.where(flip, 15 - zeros, zeros).astype(np.uint8), np.abs(scales)
 
 
 def moved(packed: Packed) -> float:
-    """By how much of a step between codes a weight moves at most, where `awq_entries` writes it."""
+    """Return the largest change of a weight by `awq_entries`, in steps between codes."""
     return float(_nearest(packed)[2].max(initial=0))
 
 
 def _nearest(packed: Packed) -> tuple[F32, Array, F32]:
-    """-> zero points, float16 scales, and of each group how far a weight moves at most, in steps."""
+    """Return zero points, float16 scales, and the largest change of a weight per group, in steps."""
     scales, biases = packed.scales.astype(np.float32), packed.biases.astype(np.float32)
     with np.errstate(all="ignore"):
         zeros = np.rint(
             np.where(scales == 0, -biases, -biases / scales)
-        )  # scale 0: only weights 0 can be said
+        )  # scale 0 can represent only weights of 0
         half = scales.astype(np.float16)
         wide = half.astype(np.float32)
-        # Between codes a weight moves in proportion: code 0 and code 15 move most.
+        # The change of a weight is linear in its code: codes 0 and 15 change most.
         ends = np.maximum(
             np.abs(-zeros * wide - biases), np.abs(15 * (wide - scales) - zeros * wide - biases)
         )
@@ -122,9 +122,9 @@ def _nearest(packed: Packed) -> tuple[F32, Array, F32]:
 
 
 def _allowed(packed: Packed) -> float:
-    """The most that rounding can have moved a weight, in steps: scale and bias by half a unit in the last place each.
+    """Return the largest change by rounding, in steps: scale and bias by half a unit in the last place each.
 
-    bias / scale is at most 15, and so is the code. Numbers whose float32 ends in 16 zeros were bfloat16.
+    bias / scale is at most 15, and so is the code. float32 values whose low 16 bits are 0 were bfloat16.
     """
     unit = 2.0**-11
     if packed.scales.dtype == packed.biases.dtype == np.float32:

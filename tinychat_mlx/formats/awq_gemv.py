@@ -1,6 +1,6 @@
-"""AutoAWQ GEMV, which is llm-awq v1. Read only.
+"""AutoAWQ GEMV, the same as llm-awq v1. Read only.
 
-qweight int32 (N, K / 8)   nibble i of word c is input 8 c + i: the canonical codes as they are
+qweight int32 (N, K / 8)   nibble i of word c is input 8 c + i: the canonical order
 qzeros  int32 (N, Z)       nibble i of word c is group 8 c + i; groups past K / G are padding
 scales  float16 (N, 8 Z)
 """
@@ -17,7 +17,7 @@ from tinychat_mlx.weight import Packed
 
 
 def zeros_width(k: int, group_size: int) -> int:
-    """-> Z, words of zeros a row: enough for K / G, rounded up to what one warp reads at once."""
+    """Return Z, words of zeros per row: enough for K / G, rounded up to what one warp reads at once."""
     multiple = {32: 4, 64: 2}.get(group_size, 1)
     words = (k // group_size + 7) // 8
     return (words + multiple - 1) // multiple * multiple
@@ -25,14 +25,14 @@ def zeros_width(k: int, group_size: int) -> int:
 
 @dataclass(frozen=True)
 class AwqGemv:
-    group_size: int  # -1: one group a row
+    group_size: int  # -1: one group per row
     w_bit = 4
     name = "awq-gemv"
     key = "qweight"
     suffixes = ("qweight", "qzeros", "scales")
 
     def read(self, stored: Stored) -> Packed:
-        """-> Packed: codes a view, scales as stored, biases = -zero * scale exactly. Raises FormatError."""
+        """Return a Packed: codes as a view, scales as stored, biases = -zero * scale exactly. Raises FormatError."""
         n, words = stored.matrix("qweight", "I32")
         k = words * 8
         stored.expect(n, k, "qweight")
@@ -45,6 +45,6 @@ class AwqGemv:
 
     @staticmethod
     def fits(stored: Stored) -> bool:
-        """Whether a module's shapes are this layout's, and not those of GEMM."""
+        """Whether a module's shapes match this layout rather than GEMM."""
         (dtype, qweight), (_, scales) = stored.info("qweight"), stored.info("scales")
         return dtype == "I32" and len(qweight) == len(scales) == 2 and scales[0] == qweight[0]

@@ -1,4 +1,4 @@
-"""Which layout a checkpoint has: config.json says it, the tensors must agree; all else is refused by name."""
+"""Select the layout of a checkpoint from config.json, check it against the tensors, refuse all others by name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _UNREAD = {  # quant_method -> its name
     "bitnet": "BitNet", "exl2": "EXL2", "spqr": "SpQR", "quark": "Quark", "auto-round": "AutoRound",
     "intel/auto-round": "AutoRound", "fp_quant": "FP-Quant", "finegrained_fp8": "FP8",
 }  # fmt: skip
-_MARKS = {  # last part of a tensor's name -> whose it is
+_MARKS = {  # last part of a tensor's name -> its format
     "qweight": "AWQ", "scaled_zeros": "AWQ", "weight_packed": "compressed-tensors", "g_idx": "GPTQ",
     "weight_g_idx": "compressed-tensors with reordered columns", "weight_scale_inv": "FP8",
     "absmax": "bitsandbytes", "SCB": "bitsandbytes", "quant_map": "bitsandbytes", "W_q": "HQQ",
@@ -34,7 +34,7 @@ _MARKS = {  # last part of a tensor's name -> whose it is
 
 
 class Layout(Protocol):
-    """How a quantised module is stored."""
+    """A storage layout of quantised modules."""
 
     @property
     def name(self) -> str: ...
@@ -44,29 +44,29 @@ class Layout(Protocol):
 
     @property
     def group_size(self) -> int:
-        """Inputs a group; -1: one group a row."""
+        """Inputs per group; -1: one group per row."""
 
     @property
     def key(self) -> str:
-        """A module is quantised if and only if it has a tensor of this suffix."""
+        """Suffix of the tensor that exactly the quantised modules have."""
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """All tensors of a quantised module, its bias apart."""
+        """Suffixes of all tensors of a quantised module, except its bias."""
 
     def read(self, stored: Stored) -> Packed: ...
 
     def fits(self, stored: Stored) -> bool:
-        """Whether a module's tensors are of this layout, by their dtypes and shapes."""
+        """Whether the dtypes and shapes of a module's tensors match this layout."""
 
 
 _FAMILY = {Mlx: "MLX affine", CompressedTensors: "compressed-tensors"}
 
 
 def declared(config: dict[str, Any]) -> list[Layout]:
-    """-> the layouts that config.json allows: none if it speaks of no quantisation, else mostly one.
+    """Return the layouts that config.json allows: none without quantisation, else usually one.
 
-    Two where AWQ does not say its version: the tensors then decide. Raises ConfigError.
+    There are two if AWQ's version is not given; then the tensors decide. Raises ConfigError.
     """
     block = _block(config)
     if block is None:
@@ -83,9 +83,9 @@ def declared(config: dict[str, Any]) -> list[Layout]:
 
 
 def choose(layouts: list[Layout], tensors: Tensors, names: Iterable[str]) -> Layout | None:
-    """-> the declared layout that the tensors have, None for plain floats.
+    """Return the declared layout that the tensors have, None for plain floats.
 
-    Raises FormatError where config.json and the tensors say different things.
+    Raises FormatError if config.json and the tensors disagree.
     """
     found = families(tensors, names)
     expected = _FAMILY.get(type(layouts[0]), "AWQ") if layouts else None
@@ -97,12 +97,12 @@ def choose(layouts: list[Layout], tensors: Tensors, names: Iterable[str]) -> Lay
                 remedy=_REMEDY,
             )
         if family != expected:
-            said = f"says {expected}" if expected else "has no quantisation"
+            said = f"declares {expected}" if expected else "has no quantisation"
             raise _disagree(tensors, name, f"is {family}, config.json {said}")
     if not layouts:
         return None
     if expected not in found:
-        raise FormatError(f"declares {expected}, but no tensor is quantised so", where="config.json")
+        raise FormatError(f"declares {expected}, but no tensor has this format", where="config.json")
     name = found[expected]
     stored = Stored(tensors, name.rpartition(".")[0])
     for layout in layouts:
@@ -113,7 +113,7 @@ def choose(layouts: list[Layout], tensors: Tensors, names: Iterable[str]) -> Lay
 
 
 def families(tensors: Tensors, names: Iterable[str]) -> dict[str, str]:
-    """-> quantisation families among the tensors, each with the first tensor that shows it."""
+    """Return the quantisation families among the tensors, each with its first tensor."""
     found: dict[str, str] = {}
     for name in names:
         module, _, suffix = name.rpartition(".")
@@ -134,7 +134,7 @@ def families(tensors: Tensors, names: Iterable[str]) -> dict[str, str]:
 
 
 def _block(config: dict[str, Any]) -> dict[str, Any] | None:
-    """-> the one quantisation block; MLX writes it twice, multimodal models into text_config."""
+    """Return the quantisation block. MLX writes it twice, multimodal models into text_config."""
     nested = config.get("text_config")
     places = [config, nested] if isinstance(nested, dict) else [config]
     blocks = [(key, place[key]) for place in places for key in _BLOCKS if place.get(key) not in (None, {})]
@@ -255,10 +255,10 @@ def _disagree(tensors: Tensors, name: str, what: str) -> FormatError:
 
 
 def check_left_out(config: dict[str, Any], quantised: frozenset[str]) -> None:
-    """Raise ConfigError if a quantised module is one that config.json says is not.
+    """Raise ConfigError if a quantised module is listed as not quantised in config.json.
 
-    Names must match by their parts: "mlp.gate" is not in "mlp.gate_proj". Patterns ("re:…") match nothing:
-    they are not run, for a hostile one never ends, and the tensors decide in any case.
+    Names match by whole parts: "mlp.gate" does not match "mlp.gate_proj". Patterns ("re:…") are ignored, because a
+    malicious one may never finish; the tensors decide in any case.
     """
     block = _block(config) or {}
     listed = [module for module, value in block.items() if value is False]

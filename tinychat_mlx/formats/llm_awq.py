@@ -1,10 +1,10 @@
-"""llm-awq v2, which AutoAWQ calls GEMV_FAST. Read only, from safetensors.
+"""llm-awq v2, called GEMV_FAST by AutoAWQ. Read only, from safetensors.
 
     qweight int16 (N / 4, K)    four rows and 64 columns interleaved, below
     scales  float (8 Z, N)      groups past K / G are padding; Z as for GEMV
     scaled_zeros (llm-awq) or qzeros (GEMV_FAST), the same shape: -zero * scale
 
-Two neighbouring int16 make a word. For four rows, a block of 64 inputs, row r of 4, half h of 32 inputs:
+Two adjacent int16 form a word. For four rows, a block of 64 inputs, row r of 4, half h of 32 inputs:
 
     word j (0..3), nibble 4 b + i   is   input 32 h + 8 i + 2 j + b      (i 0..3, b 0..1)
 """
@@ -20,12 +20,12 @@ from tinychat_mlx.formats.nibbles import Words
 from tinychat_mlx.formats.stored import FLOATS, Stored
 from tinychat_mlx.weight import Packed
 
-_ROWS = 8  # of qweight at once: about 2^16 words at K = 4096, which stay in L2
+_ROWS = 8  # rows of qweight at a time: about 2^16 words at K = 4096, which fit in L2
 
 
 @dataclass(frozen=True)
 class LlmAwq:
-    group_size: int  # -1: one group a row
+    group_size: int  # -1: one group per row
     zeros: str = "scaled_zeros"  # or "qzeros"
     w_bit = 4
     key = "qweight"
@@ -39,12 +39,12 @@ class LlmAwq:
         return ("qweight", "scales", self.zeros)
 
     def read(self, stored: Stored) -> Packed:
-        """-> Packed with the same codes, scales and biases as stored. Raises FormatError."""
+        """Return a Packed with the same codes, scales and biases as stored. Raises FormatError."""
         quads, k = stored.matrix("qweight", "I16")
         n = quads * 4
         stored.expect(n, k, "qweight")
         if k % 64:
-            raise stored.wrong("qweight", f"has {k} inputs, no multiple of 64")
+            raise stored.wrong("qweight", f"has {k} inputs, not a multiple of 64")
         group = stored.group(self.group_size, k)
         table = (8 * zeros_width(k, group), n)
         scales, biases = (
@@ -60,10 +60,10 @@ class LlmAwq:
 
 
 def deinterleave(words: Words) -> Words:
-    """Words (N/4, K/2) of the drawing above -> canonical words (N, K/8)."""
+    """Convert words (N/4, K/2) in the layout above to canonical words (N, K/8)."""
     quads, width = words.shape
     blocks = width // 32
-    eight = np.dtype("V32")  # the words of one row and block, moved as one
+    eight = np.dtype("V32")  # the words of one row and block, copied as one item
     out = np.empty((quads, 4, blocks), eight)
     for q in range(0, quads, _ROWS):
         tile = words[q : q + _ROWS]

@@ -1,4 +1,4 @@
-"""MLX affine, the form this project writes: X.weight, X.scales, X.biases.
+"""MLX affine, the layout that this project writes: X.weight, X.scales, X.biases.
 
 weight  uint32 (N, K bits / 32)   codes from the lowest bits up; 3 bits are one little-endian stream
 scales, biases  float (N, K / G)  w = q * scale + bias
@@ -17,22 +17,22 @@ from tinychat_mlx.weight import Array, Dense, Packed, Weight, to_float32
 
 BITS = (3, 4, 8)
 GROUPS = (32, 64, 128)
-PIECE = 1 << 22  # numbers made float16 at once
+PIECE = 1 << 22  # values converted to float16 at a time
 
 
 @dataclass(frozen=True)
 class Mlx:
-    """`quantization` of config.json: bits and group of most modules, and of those named in `overrides`."""
+    """The `quantization` of config.json: bits and group size of most modules, and of those in `overrides`."""
 
     w_bit: int
     group_size: int
     overrides: dict[str, tuple[int, int]] = field(default_factory=dict)  # module -> (bits, group)
     name = "mlx"
-    key = "scales"  # a module is quantised if and only if it has this tensor
+    key = "scales"  # exactly the quantised modules have this tensor
     suffixes = ("weight", "scales", "biases")
 
     def read(self, stored: Stored) -> Packed:
-        """-> Packed, all views. Raises FormatError."""
+        """Return a Packed of views. Raises FormatError."""
         n, words = stored.matrix("weight", "U32")
         bits, group = self.form(stored, words, stored.matrix("scales", *FLOATS)[1])
         k = words * 32 // bits
@@ -43,9 +43,9 @@ class Mlx:
         return Packed(stored.module, qweight, scales, biases, bits, group, stored.bias(n))
 
     def form(self, stored: Stored, words: int, groups: int) -> tuple[int, int]:
-        """-> bits and group size of one module: as config.json names it, else as its shapes say.
+        """Return bits and group size of a module: as named in config.json, else from its shapes.
 
-        The shapes give bits * group; a caller who knows K settles which of (4, 64) and (8, 32) it is.
+        The shapes give bits * group. With a known K, that decides between e.g. (4, 64) and (8, 32).
         """
         named = self.overrides.get(stored.module)
         others = [] if named else [(b, g) for b in BITS for g in GROUPS]
@@ -64,10 +64,10 @@ class Mlx:
 
 
 def mlx_entries(weight: Weight, dtype: str = "F16") -> list[Entry]:
-    """A weight as tensors that mlx-lm loads; scales, biases and bias in `dtype`, that of the activations.
+    """Return a weight as tensors for mlx-lm; scales, biases and bias in `dtype`, that of the activations.
 
-    Codes are kept. Scales and biases that `dtype` cannot hold are rounded: for AWQ's -zero * scale in
-    float16 by at most 15 / 2048 steps of the codes.
+    Codes are unchanged. Scales and biases are rounded to `dtype`: AWQ's -zero * scale in float16 by at most 15 / 2048
+    steps of the codes.
     """
     name = weight.name
     if isinstance(weight, Dense):
@@ -82,23 +82,23 @@ def mlx_entries(weight: Weight, dtype: str = "F16") -> list[Entry]:
 
 
 def float_entry(name: str, array: Array, dtype: str) -> Entry:
-    """A float array rounded to F16, BF16 or F32. Raises FormatError for a number too large for F16."""
+    """Return a float array rounded to F16, BF16 or F32. Raises FormatError for a number too large for F16."""
     if dtype == "BF16":
         return entry(name, to_bfloat16(to_float32(array)), "BF16")
     return entry(name, half(name, array) if dtype == "F16" else to_float32(array))
 
 
 def half(name: str, array: Array) -> Array:
-    """Floats, bfloat16 as bits -> float16's nearest. Raises FormatError for what float16 cannot hold."""
+    """Convert floats (bfloat16 as bits) to the nearest float16. Raises FormatError for numbers out of range."""
     if array.dtype == np.float16:
         return array
     out, flat = np.empty(array.size, np.float16), array.reshape(-1)
-    for at in range(0, out.size, PIECE):  # so that a large matrix is never whole in float32
+    for at in range(0, out.size, PIECE):  # in pieces, so that a large matrix is never in memory as float32
         with np.errstate(over="ignore"):
             out[at : at + PIECE] = to_float32(flat[at : at + PIECE])
-    if (out.view(np.uint16) & 0x7FFF).max(initial=0) >= 0x7C00:  # all bits of the exponent: infinite, or NaN
+    if (out.view(np.uint16) & 0x7FFF).max(initial=0) >= 0x7C00:  # all exponent bits set: infinite or NaN
         raise FormatError(
-            "has numbers beyond 65504, the largest of float16, in which results are stored",
+            "has numbers beyond 65504, the largest float16, which is the type of the result",
             where=name,
             remedy="use another upload of the model",
         )
@@ -106,7 +106,7 @@ def half(name: str, array: Array) -> Array:
 
 
 def to_bfloat16(a: Array) -> Array:
-    """float32 -> bfloat16 bits in uint16, rounded half to even; NaN stays NaN."""
+    """Convert float32 to bfloat16 bits in uint16, rounding half to even. NaN stays NaN."""
     bits = np.ascontiguousarray(a, np.float32).view(np.uint32)
     half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
     rounded: Array = ((bits + half) >> np.uint32(16)).astype(np.uint16)

@@ -1,4 +1,4 @@
-"""Transposing 4-bit codes: between words packed along inputs and words packed along outputs."""
+"""Transpose 4-bit codes between words packed along inputs and words packed along outputs."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import numpy.typing as npt
 
 Words = npt.NDArray[np.uint32]
 Codes = npt.NDArray[np.uint8]
-# Columns of words handled at once: one cache line of each row read, and all of it stays in L2.
+# Columns of words per step: reads one cache line per row, and the block fits in L2.
 _COLUMNS = 16
 
 
 def transpose(words: Words, order: tuple[int, ...] = tuple(range(8)), inverse: bool = False) -> Words:
-    """Codes (A, B) packed along B, 8 a word -> the same codes packed along A: (A, B/8) -> (B, A/8).
+    """Convert codes (A, B) packed along B, 8 per word, to codes packed along A: (A, B/8) -> (B, A/8).
 
-    Nibble i of an input word c is column 8 c + order[i]. `inverse`: the input is in natural order and
-    nibble i of an output word c is row 8 c + order[i]. A and B are multiples of 8.
+    Nibble i of an input word c is column 8 c + order[i]. With `inverse`, the input is in natural order and nibble i of
+    an output word c is row 8 c + order[i]. A and B are multiples of 8.
     """
     a, columns = words.shape
     out = np.empty((columns, 8, a // 8), np.uint32)
@@ -34,8 +34,8 @@ def transpose(words: Words, order: tuple[int, ...] = tuple(range(8)), inverse: b
 def _swap_nibbles(rows: list[Words]) -> None:
     """Transpose in place: nibble j of rows[i] becomes nibble i of rows[j].
 
-    An 8 x 8 matrix is transposed by swapping its off-diagonal quarters, then theirs, then theirs
-    (Hacker's Delight, 7-3); all words of the arrays at once.
+    An 8 x 8 matrix is transposed by swapping its off-diagonal quarters, then those of each quarter, then again
+    (Hacker's Delight, 7-3), for all words of the arrays at once.
     """
     for step, mask in ((4, 0x0000FFFF), (2, 0x00FF00FF), (1, 0x0F0F0F0F)):
         shift = np.uint32(4 * step)
@@ -50,7 +50,7 @@ def _swap_nibbles(rows: list[Words]) -> None:
 
 
 def unpack(words: npt.NDArray[Any], order: tuple[int, ...] = tuple(range(8))) -> Codes:
-    """Small tables: (R, C) words -> (R, 8 C) codes; nibble i of word c is column 8 c + order[i]."""
+    """Unpack a small table: (R, C) words -> (R, 8 C) codes; nibble i of word c is column 8 c + order[i]."""
     shifts = np.empty(8, np.uint32)
     shifts[list(order)] = np.arange(0, 32, 4)
     wide = (words.view(np.uint32)[..., None] >> shifts) & np.uint32(15)

@@ -1,4 +1,4 @@
-"""MLX stacks a layer's experts in one tensor, switch_mlp; here each appears under its Hugging Face name."""
+"""Stacked experts: MLX stores a layer's experts in one tensor (switch_mlp); map them to Hugging Face names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
 
 class File(Protocol):
-    """What a checkpoint needs to know of a TensorFile."""
+    """The methods of TensorFile that a checkpoint needs."""
 
     @property
     def path(self) -> Path: ...
@@ -32,7 +32,7 @@ class File(Protocol):
 
 
 class ExpertFile:
-    """One expert's share of a stacked tensor (E, …), whatever name it is asked for by."""
+    """One expert of a stacked tensor (E, …). Ignores the requested name."""
 
     def __init__(self, file: File, stack: str, expert: int) -> None:
         self.path, self._file, self._stack, self._expert = file.path, file, stack, expert
@@ -50,7 +50,7 @@ class ExpertFile:
 
 
 def unstacked(files: dict[str, File]) -> Iterator[tuple[str, File]]:
-    """Tensor names and their files, each stack replaced by its experts."""
+    """Yield tensor names and their files, with each stack replaced by its experts."""
     for name, file in files.items():
         match = _STACK.fullmatch(name)
         shape = file.info(name)[1] if match else ()
@@ -64,7 +64,7 @@ def unstacked(files: dict[str, File]) -> Iterator[tuple[str, File]]:
 
 
 def stack_of(module: str) -> tuple[str, int] | None:
-    """An expert's linear, by its Hugging Face name -> MLX's name of the stack that holds it, its place there."""
+    """Return MLX's name of the stack that holds an expert's linear (by its Hugging Face name), and the expert's index."""
     match = _EXPERT.fullmatch(module)
     if match is None:
         return None
@@ -74,7 +74,7 @@ def stack_of(module: str) -> tuple[str, int] | None:
 
 
 def stack(experts: Sequence[Entry]) -> Entry:
-    """One tensor of every expert, in their order -> MLX's stacked tensor (E, …), made when it is written."""
+    """Stack one tensor of every expert, in order, into MLX's tensor (E, …). The data is read when it is written."""
     module, _, suffix = experts[0].name.rpartition(".")
     found = stack_of(module)
     assert found is not None, experts[0].name

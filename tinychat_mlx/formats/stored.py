@@ -1,4 +1,4 @@
-"""The stored tensors of one module: each is checked against what its layout promises when it is taken."""
+"""The stored tensors of one module. Each is checked against its layout when it is read."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class Tensors(Protocol):
     def __contains__(self, name: object, /) -> bool: ...
 
     def info(self, name: str) -> tuple[str, Shape]:
-        """-> dtype as safetensors spells it, shape."""
+        """Return the dtype as safetensors names it, and the shape."""
 
     def read(self, name: str) -> Array:
-        """-> the array, a view where possible; BF16 as bits in uint16."""
+        """Return the array, a view if possible; BF16 as bits in uint16."""
 
     def where(self, name: str) -> str:
-        """-> the file that holds it, for messages."""
+        """Return the file that holds the tensor, for messages."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One module's tensors. `shape` is the (N, K) that config.json asks for, or None if nobody knows."""
+    """One module's tensors. shape: the (N, K) that config.json requires, or None if unknown."""
 
     tensors: Tensors
     module: str
@@ -43,7 +43,7 @@ class Stored:
         return f"{self.module}.{suffix}" in self.tensors
 
     def info(self, suffix: str) -> tuple[str, Shape]:
-        """-> dtype, shape. Raises FormatError if the module lacks this tensor."""
+        """Return dtype and shape. Raises FormatError if the module lacks this tensor."""
         if not self.has(suffix):
             raise FormatError(
                 f"{show(self.module)} has no {suffix!r} tensor", where=self.tensors.where(self.module)
@@ -51,14 +51,14 @@ class Stored:
         return self.tensors.info(f"{self.module}.{suffix}")
 
     def matrix(self, suffix: str, *dtypes: str) -> tuple[int, int]:
-        """-> shape of a tensor that must have two axes, neither empty, and one of these dtypes."""
+        """Return the shape of a tensor that must have two axes, neither empty, and one of these dtypes."""
         dtype, shape = self.info(suffix)
         if dtype not in dtypes or len(shape) != 2 or 0 in shape:
             raise self.wrong(suffix, f"is {dtype} {list(shape)}, not a matrix of {' or '.join(dtypes)}")
         return shape[0], shape[1]
 
     def take(self, suffix: str, shape: Shape, *dtypes: str) -> Array:
-        """-> the stored array, which must have exactly this shape and one of these dtypes."""
+        """Return the stored array, which must have exactly this shape and one of these dtypes."""
         dtype, found = self.info(suffix)
         if found != shape or dtype not in dtypes:
             expected = f"{' or '.join(dtypes)} {list(shape)}"
@@ -68,21 +68,21 @@ class Stored:
         return self.tensors.read(f"{self.module}.{suffix}")
 
     def floats(self, suffix: str, shape: Shape) -> Array:
-        """-> float16 as it is stored; bfloat16, which float16 cannot always hold, as float32."""
+        """Return float16 as stored; bfloat16, which can exceed float16's range, as float32."""
         array = self.take(suffix, shape, *FLOATS)
         return array if array.dtype == np.float16 else to_float32(array)
 
     def bias(self, n: int) -> F32 | None:
-        """-> the linear layer's own bias (N,), if it has one."""
+        """Return the linear layer's own bias (N,), or None."""
         return to_float32(self.take("bias", (n,), *FLOATS)) if self.has("bias") else None
 
     def expect(self, n: int, k: int, suffix: str) -> None:
-        """Raise FormatError unless N and K are what config.json asks for."""
+        """Raise FormatError unless N and K are those that config.json requires."""
         if self.shape is not None and self.shape != (n, k):
             raise self.wrong(suffix, f"has {[n, k]} weights, config.json requires {list(self.shape)}")
 
     def group(self, group_size: int, k: int) -> int:
-        """-> G, where -1 stands for one group a row. Raises FormatError if K is not a multiple."""
+        """Return G; -1 means one group per row. Raises FormatError if K is not a multiple of it."""
         size = k if group_size == -1 else group_size
         if k % size:
             raise FormatError(
@@ -98,7 +98,7 @@ class Stored:
     def packed(
         self, qweight: npt.NDArray[np.uint32], scales: Array, biases: Array, w_bit: int, group: int
     ) -> Packed:
-        """-> Packed, its groups split into equal ones of 128, 64 or 32 inputs, which every device knows.
+        """Return a Packed with groups split into equal ones of 128, 64 or 32 inputs, which every device supports.
 
         A split repeats scale and bias and changes no weight. Raises FormatError for other group sizes.
         """
@@ -115,10 +115,10 @@ class Stored:
 
 
 def biases_of(zeros: npt.NDArray[np.uint8], scales: Array) -> Array:
-    """-> -zeros * scales, (N, K / G), exactly: float16 where that holds every product, else float32.
+    """Return -zeros * scales (N, K / G) exactly: float16 if it holds every product, else float32.
 
-    float16 has 11 bits and a zero has 4, so a product has at most 15 of float32's 24; float16 holds
-    about half of them; rounding the others moves a weight by up to 15 / 2048 steps of the codes.
+    float16 has 11 significant bits and a zero has 4, so a product has at most 15 of float32's 24. float16 holds about
+    half of the products; rounding the others changes a weight by up to 15 / 2048 steps of the codes.
     """
     exact = -(zeros * scales.astype(np.float32))
     if scales.dtype != np.float16:

@@ -1,4 +1,4 @@
-"""A Hugging Face id -> a folder of the hub's own cache: found there, or fetched, resumed and checked."""
+"""Resolve a Hugging Face id to a folder of the hub's cache. Downloads are resumed and verified."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ __all__ = [
 
 
 def find(name: str, watch: Watch = lambda done, total: None, say: Say = lambda text: None) -> Path:
-    """A hub id -> its folder, from the cache as it is, else fetched. Raises a TinychatError saying what to do."""
+    """Return the folder of a hub id, from the cache or downloaded. Raises TinychatError with a remedy."""
     ref = parse(name)
     if ref is None:
         raise ModelNotFoundError(

@@ -1,4 +1,4 @@
-"""What does the hub have under an id?"""
+"""Query the hub: the files, sizes and hashes of a repository, and the content of small files."""
 
 from __future__ import annotations
 
@@ -10,34 +10,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinychat_mlx.checkpoint import INDEX, SINGLE, UNREAD, check_json_size, parse_json
+from tinychat_mlx.checkpoint import INDEX, SINGLE, UNREAD
 from tinychat_mlx.errors import DownloadError, FormatError, ModelNotFoundError
 from tinychat_mlx.hub.cache import COMMIT, Ref, is_offline, repo_folder, shards_of
 from tinychat_mlx.hub.http import TIMEOUT, Say, endpoint, get, patiently
+from tinychat_mlx.json_file import check_json_size, parse_json
 from tinychat_mlx.tensorfile import described, header_end
 
-WANTED = (".json", ".jinja", ".model", ".txt")  # beside the weights: configs, tokenizer, template
+WANTED = (".json", ".jinja", ".model", ".txt")  # in addition to the weights: configs, tokenizer, template
 HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-HEAD_BYTES = 1 << 17  # of a file of weights: holds the header of most
+HEAD_BYTES = 1 << 17  # bytes of a weight file to read first: most headers are shorter
 SIDE = re.compile(r"(README\.md|(licen[sc]e|notice|use_policy)[\w.-]*)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class File:
-    """A file of a repository; `digest` is its SHA-256, or for small ones git's hash, and names its blob."""
+    """A file of a repository. `digest` is its SHA-256 (git's hash for small files) and the name of its blob."""
 
     path: str
     size: int
     digest: str
 
     def hasher(self) -> Any:
-        """-> a hash object that ends at `digest`."""
+        """Return a hash object; after all bytes it gives `digest`."""
         return hashlib.sha256() if len(self.digest) == 64 else hashlib.sha1(b"blob %d\0" % self.size)
 
 
 @dataclass(frozen=True)
 class Remote:
-    """What the hub has under an id: the files a model needs, at one commit."""
+    """The files that a model needs from a repository, at one commit."""
 
     ref: Ref
     commit: str
@@ -60,7 +61,7 @@ class Remote:
         return repo_folder(self.ref.repo) / "blobs" / file.digest
 
     def held(self, file: File) -> int:
-        """Bytes of a file that are here already, whole or begun."""
+        """Return the bytes of a file that are in the cache, complete or partial."""
         for path in (self.snapshot / file.path, self.blob(file)):
             if size_of(path) == file.size:
                 return file.size
@@ -68,12 +69,12 @@ class Remote:
 
     @property
     def missing(self) -> int:
-        """Bytes still to be fetched."""
+        """Bytes still to download."""
         return sum(f.size - self.held(f) for f in self.files)
 
 
 def look(ref: Ref, say: Say = lambda text: None) -> Remote:
-    """Ask the hub what there is. Raises ModelNotFoundError, DownloadError, FormatError."""
+    """Query the hub for a model's files. Raises ModelNotFoundError, DownloadError, FormatError."""
     if is_offline():
         raise ModelNotFoundError(
             "not in the local cache, and HF_HUB_OFFLINE is set",
@@ -90,7 +91,9 @@ def look(ref: Ref, say: Say = lambda text: None) -> Remote:
     info = patiently(ref, ask, say)
     if not COMMIT.fullmatch(str(info.sha)):
         raise DownloadError(
-            f"{endpoint()} names no commit", where=ref, remedy="check that HF_ENDPOINT is a Hugging Face hub"
+            f"{endpoint()} returned no commit",
+            where=ref,
+            remedy="check that HF_ENDPOINT is a Hugging Face hub",
         )
     files = {s.rfilename: File(s.rfilename, s.size or 0, _digest(ref, s)) for s in info.siblings or []}
     licence = next((t.partition(":")[2] for t in info.tags or [] if t.startswith("license:")), "")
@@ -101,7 +104,7 @@ def look(ref: Ref, say: Say = lambda text: None) -> Remote:
 
 
 def is_wanted(path: str) -> bool:
-    """Whether a model needs a file, weights apart: nothing that runs, nothing from other programs' folders."""
+    """Whether a model needs a file other than weights: no code, and no folders of other programs."""
     if set(path) & set('\\:*?"<>|\0'):
         return False
     if path.startswith("additional_chat_templates/") and path.count("/") == 1:
@@ -110,7 +113,7 @@ def is_wanted(path: str) -> bool:
 
 
 def _weight_files(remote: Remote, files: dict[str, File], say: Say) -> set[str]:
-    """The safetensors files that make up the model; a repository may hold others beside them."""
+    """Return the safetensors files of the model. A repository may have others in addition."""
     ref = remote.ref
     if "config.json" not in files:
         raise ModelNotFoundError(
@@ -140,7 +143,7 @@ def _weight_files(remote: Remote, files: dict[str, File], say: Say) -> set[str]:
 
 
 def read_json(remote: Remote, file: File, say: Say = lambda text: None) -> dict[str, Any]:
-    """-> the object in a JSON file. Raises FormatError."""
+    """Return the object in a JSON file. Raises FormatError."""
     with _uploads(remote):
         check_json_size(file.path, file.size)
         return parse_json(file.path, read(remote, file.path, say))
@@ -149,7 +152,7 @@ def read_json(remote: Remote, file: File, say: Say = lambda text: None) -> dict[
 def read_header(
     remote: Remote, file: File, say: Say = lambda text: None
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """-> dtype and shape of each tensor in a file of weights, from its first bytes. Raises FormatError."""
+    """Return dtype and shape of each tensor in a weight file, from its first bytes. Raises FormatError."""
     with _uploads(remote):
         head = read(remote, file.path, say, (0, min(HEAD_BYTES, file.size))) if file.size else b""
         end = header_end(file.path, head, file.size)
@@ -161,7 +164,7 @@ def read_header(
 
 @contextmanager
 def _uploads(remote: Remote) -> Iterator[None]:
-    """What is damaged on the hub is no fault of a download: another of the same would not help."""
+    """Change the remedy of FormatError: the file on the hub is damaged, so another download would not help."""
     try:
         yield
     except FormatError as error:
@@ -175,7 +178,7 @@ def _uploads(remote: Remote) -> Iterator[None]:
 def read(
     remote: Remote, path: str, say: Say = lambda text: None, span: tuple[int, int] | None = None
 ) -> bytes:
-    """-> a small file, or the bytes [begin, end) of a large one, without keeping it."""
+    """Return a small file, or the bytes [begin, end) of a large one, without storing it."""
 
     def ask() -> bytes:
         body = bytearray()
@@ -184,7 +187,7 @@ def read(
             for piece in pieces:
                 body += piece
                 if span and len(body) >= span[1] - span[0]:
-                    break  # a hub without ranges would send all of it
+                    break  # a server that ignores ranges would send the whole file
         return bytes(body)
 
     found: bytes = patiently(remote.ref, ask, say)
@@ -193,9 +196,9 @@ def read(
 
 def _digest(ref: Ref, sibling: Any) -> str:
     digest = str(sibling.lfs["sha256"] if sibling.lfs else sibling.blob_id)
-    if not HASH.fullmatch(digest):  # it becomes the name of a file
+    if not HASH.fullmatch(digest):  # it becomes a file name
         raise DownloadError(
-            f"{endpoint()} gives no hash for {sibling.rfilename!r}",
+            f"{endpoint()} returned no hash for {sibling.rfilename!r}",
             where=ref,
             remedy="check that HF_ENDPOINT is a Hugging Face hub",
         )
@@ -207,7 +210,7 @@ def partial(blob: Path) -> Path:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, -1 if there is none."""
+    """Return the size of a file in bytes, -1 if it does not exist."""
     try:
         return path.stat().st_size
     except OSError:

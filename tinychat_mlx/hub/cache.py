@@ -1,12 +1,12 @@
-"""Where does the hub's cache hold a model, and is it whole? Asks nobody.
+"""Find models in the hub's cache, and check that they are complete. Never uses the network.
 
-    models--ORG--NAME/refs/main              the commit a branch stood at when it was fetched
-                      snapshots/COMMIT/…     a link for each file into …
-                      blobs/HASH             … the files, named by their hash; HASH.incomplete grows as it arrives
+    models--ORG--NAME/refs/main              the commit of a branch at the time of the download
+                      snapshots/COMMIT/…     a link per file to …
+                      blobs/HASH             … the files, named by their hash; HASH.incomplete while downloading
 
-The layout is huggingface_hub's (its guide "Understand caching"), so every other program finds the files too. That
-library asks, logs in and names errors; the bytes are fetched here, because with it an interrupted file begins
-anew, and a model is mostly one file.
+The layout is huggingface_hub's (its guide "Understand caching"), so other programs find the files, too. That library
+makes the queries, logs in and names errors. This package downloads the bytes, because the library restarts an
+interrupted file from 0, and most of a model is one file.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tinychat_mlx.checkpoint import INDEX, SINGLE, is_plain_name, read_json
+from tinychat_mlx.checkpoint import INDEX, SINGLE, is_plain_name
 from tinychat_mlx.errors import FormatError, TinychatError
+from tinychat_mlx.json_file import read_json
 from tinychat_mlx.places import hub_cache
 
 _NAME = r"[A-Za-z0-9_](?:[\w.-]{0,94}[\w])?"
@@ -36,7 +37,7 @@ class Ref(NamedTuple):
 
 
 def parse(name: str) -> Ref | None:
-    """ "ORG/NAME" or "ORG/NAME@REVISION" -> Ref, or None for what is no such id."""
+    """Parse "ORG/NAME" or "ORG/NAME@REVISION". Return None for any other text."""
     match = HUB_ID.fullmatch(name)
     if match is None or "--" in match[1] or ".." in name or match[1].endswith(".git"):
         return None
@@ -48,20 +49,20 @@ def repo_folder(repo: str) -> Path:
 
 
 def repo_of(folder: Path) -> str | None:
-    """ORG/NAME of a snapshot, wherever its cache lies; None for any other folder."""
+    """Return ORG/NAME of a snapshot folder in any cache; None for any other folder."""
     snapshots = folder.resolve().parent
     found = re.fullmatch(r"models--(.+?)--(.+)", snapshots.parent.name)
     return f"{found[1]}/{found[2]}" if found and snapshots.name == "snapshots" else None
 
 
 def is_offline() -> bool:
-    """Whether the environment forbids asking the hub, by huggingface_hub's own rule."""
+    """Whether the environment disables network access, by huggingface_hub's rule."""
     said = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
     return said.upper() in ("1", "ON", "YES", "TRUE")
 
 
 def cached(ref: Ref) -> Path | None:
-    """-> the snapshot in the cache, if all its weights are there. A commit may be shortened. Asks nobody."""
+    """Return the snapshot in the cache if it is complete. A commit may be abbreviated. Never uses the network."""
     folder, commit = repo_folder(ref.repo), ref.revision
     if not COMMIT.fullmatch(commit):
         try:
@@ -88,7 +89,7 @@ def is_whole(snapshot: Path) -> bool:
 
 
 def shards_of(index: Any) -> set[str]:
-    """The files an index names. Raises FormatError."""
+    """Return the file names in an index. Raises FormatError."""
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     shards = set(weight_map.values()) if isinstance(weight_map, dict) and weight_map else {None}
     if not all(isinstance(s, str) and is_plain_name(s) for s in shards):

@@ -1,4 +1,4 @@
-"""How does a model come into the cache: resumed, checked, and never half?"""
+"""Download a model into the cache: resumed, verified, and visible only when complete."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tinychat_mlx.limits import disk_free
 from tinychat_mlx.places import hub_cache
 from tinychat_mlx.words import size
 
-Watch = Callable[[int, int], None]  # bytes here, bytes in all
+Watch = Callable[[int, int], None]  # bytes done, bytes in total
 
 
 def fetch(
@@ -25,10 +25,10 @@ def fetch(
     say: Say = lambda text: None,
     verify: bool = False,
 ) -> Path:
-    """Bring what is missing into the cache and check it -> the snapshot.
+    """Download the missing files into the cache and verify them -> the snapshot.
 
-    Interrupted, it leaves what has arrived, and goes on from there when called again. verify: also read what
-    was there before. Raises DownloadError, FormatError, ModelNotFoundError.
+    An interrupted download keeps the bytes received and continues from there on the next call. verify: also check the
+    files that were there before. Raises DownloadError, FormatError, ModelNotFoundError.
     """
     if verify:
         for file in remote.files:
@@ -54,7 +54,7 @@ def fetch(
 
 
 def check_room(remote: Remote) -> None:
-    """Raises DownloadError if the cache's disk cannot take what is missing."""
+    """Raise DownloadError if the cache's disk has too little space for the missing files."""
     folder = hub_cache()
     free = disk_free(folder)
     if remote.missing > free:
@@ -66,7 +66,7 @@ def check_room(remote: Remote) -> None:
 
 
 def _bring(remote: Remote, file: File, gained: Callable[[int], None], say: Say) -> None:
-    """One file into the cache's blobs, whatever is there of it already."""
+    """Download one file into the cache's blobs, starting from the bytes already there."""
     from huggingface_hub import utils
 
     library: Any = utils
@@ -74,7 +74,7 @@ def _bring(remote: Remote, file: File, gained: Callable[[int], None], say: Say) 
     blob.parent.mkdir(parents=True, exist_ok=True)
     lock = hub_cache() / ".locks" / repo_folder(remote.ref.repo).name / f"{file.digest}.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with library.WeakFileLock(lock):  # the library's own: another download of this file is waited for
+    with library.WeakFileLock(lock):  # the library's lock: waits for another download of this file
         if size_of(blob) == file.size:
             return
         blob.unlink(missing_ok=True)
@@ -85,16 +85,16 @@ def _bring(remote: Remote, file: File, gained: Callable[[int], None], say: Say) 
             gained(-file.size)
             partial(blob).unlink()
             if not last:
-                say(f"{file.path} arrived damaged: fetching it again")
+                say(f"{file.path} was damaged during the download: downloading it again")
     raise FormatError(
-        f"{file.path} arrived twice with a checksum that differs from the hub's; it was not kept",
+        f"the checksum of {file.path} differs from the hub's after two downloads; the file was deleted",
         where=remote.ref,
         remedy="try again later, or from another network",
     )
 
 
 def _receive(remote: Remote, file: File, gained: Callable[[int], None], say: Say) -> bool:
-    """Append to the partial file until it is complete -> whether its hash is right."""
+    """Append to the partial file until it is complete -> whether its hash is correct."""
     with open(partial(remote.blob(file)), "a+b", buffering=0) as out:
         have, hasher = _hashed(out, file)
 
@@ -105,7 +105,7 @@ def _receive(remote: Remote, file: File, gained: Callable[[int], None], say: Say
                 with get(
                     remote.ref, remote.commit, file.path, {"Range": f"bytes={have}-"} if have else {}
                 ) as (status, pieces):
-                    if have and status != 206:  # it sends all of it again
+                    if have and status != 206:  # the server sends the whole file again
                         out.truncate(0)
                         gained(-have)
                         have, hasher = 0, file.hasher()
@@ -123,7 +123,7 @@ def _receive(remote: Remote, file: File, gained: Callable[[int], None], say: Say
 
 
 def _hashed(out: Any, file: File) -> tuple[int, Any]:
-    """What a partial file holds: its length, the hash so far; more than the whole is nothing."""
+    """Return the length and hash of a partial file. A file that is too long is truncated to 0."""
     if os.fstat(out.fileno()).st_size > file.size:
         out.truncate(0)
     hasher, have = file.hasher(), 0
@@ -136,13 +136,13 @@ def _hashed(out: Any, file: File) -> tuple[int, Any]:
 
 def _write(out: Any, piece: bytes, remote: Remote) -> None:
     view = memoryview(piece)
-    with _disk_errors(remote):  # here, for the caller takes any OSError for the network's
+    with _disk_errors(remote):  # here, because the caller treats any OSError as a network error
         while view:
             view = view[out.write(view) :]
 
 
 def _link(remote: Remote, file: File) -> None:
-    """The snapshot's name for a blob; where the system has no links, the file itself."""
+    """Link a snapshot's file name to its blob; on systems without links, move the file."""
     name, blob = remote.snapshot / file.path, remote.blob(file)
     if size_of(name) == file.size:
         return
@@ -172,7 +172,7 @@ def _drop_if_damaged(remote: Remote, file: File, say: Say) -> None:
     with open(path, "rb") as data:
         _, hasher = _hashed(data, file) if size_of(path) <= file.size else (0, file.hasher())
     if hasher.hexdigest() != file.digest:
-        say(f"{file.path} in the cache is damaged: fetching it again")
+        say(f"{file.path} in the cache is damaged: downloading it again")
         path.unlink()
 
 
@@ -183,7 +183,7 @@ def _disk_errors(remote: Remote) -> Iterator[None]:
     except OSError as error:
         kept = remote.nbytes - remote.missing
         raise DownloadError(
-            f"{error.strerror or error}; {size(kept)} of {size(remote.nbytes)} of {remote.ref} are kept",
+            f"{error.strerror or error}; {size(kept)} of {size(remote.nbytes)} of {remote.ref} is kept",
             where=error.filename or hub_cache(),
             remedy="make room or set HF_HOME to a folder on another disk, and repeat the command",
         ) from None

@@ -1,4 +1,4 @@
-"""How is the hub asked, patiently, and what do its refusals mean?"""
+"""HTTP requests to the hub, with retries and plain error messages."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from typing import Any
 from tinychat_mlx.errors import DownloadError, ModelNotFoundError, TinychatError
 from tinychat_mlx.hub.cache import Ref
 
-# Seconds before a request is made again; bytes that arrive start them anew.
+# Pauses in seconds before each retry. Received bytes reset the sequence.
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
-PATIENCE = 60.0  # seconds; a hub that asks to wait longer gets no answer from here
-TIMEOUT = 20.0  # seconds without a byte
-PIECE = 1 << 16  # bytes handled at once
+PATIENCE = 60.0  # seconds; a longer Retry-After is an error
+TIMEOUT = 20.0  # seconds without a received byte
+PIECE = 1 << 16  # bytes per chunk
 
 Say = Callable[[str], None]
 
@@ -30,7 +30,7 @@ def endpoint() -> str:
 
 
 def login() -> str:
-    """The command that logs in to the hub, spelled so that it works from here: a venv need not be in the PATH."""
+    """Return the command that logs in to the hub, with a full path if it is not in the PATH (venv)."""
     for name, words in (("hf", "auth login"), ("huggingface-cli", "login")):
         if shutil.which(name):
             return f"{name} {words}"
@@ -41,14 +41,14 @@ def login() -> str:
 
 @contextmanager
 def get(ref: Ref, commit: str, path: str, headers: dict[str, str]) -> Iterator[tuple[int, Iterator[bytes]]]:
-    """GET a file at the commit -> status, its bytes piece by piece. Raises what the HTTP library raises."""
+    """GET a file at a commit -> status and its bytes in chunks. Raises the exceptions of the HTTP library."""
     from huggingface_hub import hf_hub_url, utils
 
-    library: Any = utils  # what it imports from its own parts, it does not declare as exported
+    library: Any = utils  # the module does not declare these names as exported
     url = hf_hub_url(ref.repo, path, revision=commit, endpoint=endpoint())
     headers = (
         library.build_hf_headers() | {"Accept-Encoding": "identity"} | headers
-    )  # ranges count the plain bytes
+    )  # ranges must count uncompressed bytes
     session = library.get_session()
     if callable(session.stream):  # httpx: huggingface_hub 1 and later
         with session.stream("GET", url, headers=headers, timeout=TIMEOUT, follow_redirects=True) as response:
@@ -61,18 +61,18 @@ def get(ref: Ref, commit: str, path: str, headers: dict[str, str]) -> Iterator[t
 
 
 def patiently(ref: Ref, ask: Callable[[], Any], say: Say, progress: Callable[[], int] = lambda: 0) -> Any:
-    """Call `ask` again after what may pass: a lost connection, a busy hub, a rate limit.
+    """Call `ask`, and retry after temporary errors: a lost connection, a busy hub, a rate limit.
 
-    progress: a number that grows as bytes arrive; when it has grown, the pauses begin anew.
+    progress: returns a number that grows as bytes arrive. Growth resets the pauses.
     """
     from huggingface_hub import errors
 
-    exported: Any = errors  # HTTPError, of httpx or of requests, is in it undeclared
+    exported: Any = errors  # has HTTPError of httpx or of requests, undeclared
     tries, reached = 0, progress()
     while True:
         try:
             return ask()
-        except (exported.HTTPError, OSError) as caught:  # those of requests are the latter
+        except (exported.HTTPError, OSError) as caught:  # exceptions of requests are OSErrors
             error = caught
             if progress() > reached:
                 tries, reached = 0, progress()
@@ -86,11 +86,11 @@ def patiently(ref: Ref, ask: Callable[[], Any], say: Say, progress: Callable[[],
 
 
 def _pause(error: Exception, tries: int) -> float | None:
-    """Seconds until it is worth asking again, None if it is not."""
+    """Return the seconds to wait before a retry, or None if a retry is useless."""
     status = _status(error)
     if tries >= len(PAUSES) or not (status in (0, 408, 429) or status >= 500):
         return None
-    if status == 0 and "ConnectError" in type(error).__name__ and tries:  # nobody is there: say so soon
+    if status == 0 and "ConnectError" in type(error).__name__ and tries:  # no server there: report it soon
         return None
     asked = _retry_after(error)
     return None if asked > PATIENCE else max(asked, PAUSES[tries])
@@ -101,7 +101,7 @@ def _status(error: Exception) -> int:
 
 
 def _retry_after(error: Exception) -> float:
-    """Seconds that the hub asks to wait: Retry-After, a number or a date, or t in RateLimit ("api";r=0;t=55)."""
+    """Return the seconds that the hub asks to wait: Retry-After (number or date), or t in RateLimit ("api";r=0;t=55)."""
     headers = getattr(getattr(error, "response", None), "headers", {})
     said = str(headers.get("Retry-After", "")).strip()
     if said.isdecimal():
@@ -124,7 +124,7 @@ def _reason(error: Exception) -> str:
 
 
 def explain(error: Exception, ref: Ref) -> TinychatError:
-    """An error of huggingface_hub or of the network -> one that says what to do."""
+    """Convert an error of huggingface_hub or of the network to a TinychatError with a remedy."""
     from huggingface_hub import errors, get_token
 
     page, status = f"{endpoint()}/{ref.repo}", _status(error)
@@ -165,7 +165,7 @@ def explain(error: Exception, ref: Ref) -> TinychatError:
             remedy="repeat the command later; files already downloaded are kept",
         )
     text = next((line for line in str(error).splitlines() if line), type(error).__name__)
-    found = re.search(r"\[Errno -?\d+\] [\w ]+", text)  # the library's own words can be a page of exceptions
+    found = re.search(r"\[Errno -?\d+\] [\w ]+", text)  # the library's message can be a page long
     reason = found[0] if found else text[:120]
     return DownloadError(
         f"{endpoint()} cannot be reached ({reason})",

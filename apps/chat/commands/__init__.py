@@ -1,4 +1,4 @@
-"""What do /words do? One function a command; its docstring is its help. Here: the table, and finding a command."""
+"""The /commands of the chat: one function each, whose docstring is its help. This module has the table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tinychat_mlx.apps.chat.app import Chat
 
 Run = Callable[["Chat", str], None]
-Words = Callable[["Chat", str], Iterable[tuple[str, int, str]]]  # what may follow the argument typed so far
+Words = Callable[["Chat", str], Iterable[tuple[str, int, str]]]  # completions of the argument
 
 
 class Leave(Exception):
@@ -38,7 +38,7 @@ ALIASES = {"?": "help", "quit": "exit", "bye": "exit", "q": "exit", "regen": "re
 
 
 def command(name: str, usage: str = "", words: Words | None = None) -> Callable[[Run], Run]:
-    """Enter a function into the table."""
+    """Return a decorator that registers a command."""
 
     def register(run: Run) -> Run:
         COMMANDS[name] = Command(name, usage, run, words)
@@ -48,12 +48,12 @@ def command(name: str, usage: str = "", words: Words | None = None) -> Callable[
 
 
 def one_of(*choices: str) -> Words:
-    """Completion for an argument with few values."""
+    """Complete an argument with a fixed set of values."""
     return lambda chat, typed: ((c, -len(typed), "") for c in choices if c.startswith(typed))
 
 
 def dispatch(chat: Chat, line: str) -> None:
-    """Run "/name argument"; an unknown name is answered with the nearest known one."""
+    """Run "/name argument". For an unknown name, print the nearest one."""
     name, _, argument = line[1:].strip().partition(" ")
     name = ALIASES.get(name, name)
     if name in COMMANDS:
@@ -65,7 +65,7 @@ def dispatch(chat: Chat, line: str) -> None:
 
 
 def complete(chat: Chat, before: str) -> Iterable[tuple[str, int, str]]:
-    """What may follow a slash command typed so far."""
+    """Complete a slash command."""
     name, space, typed = before[1:].partition(" ")
     if not space:
         yield from (
@@ -82,7 +82,7 @@ def show_help(chat: Chat, _: str) -> None:
     """List the commands and keys."""
     start = max(len(f"/{c.name} {c.usage}") for c in COMMANDS.values()) + 4
     width = chat.view.terminal.width
-    start = start if width > start + 28 else 4  # in a narrow terminal below the name
+    start = start if width > start + 28 else 4  # in a narrow terminal, below the name
     for c in COMMANDS.values():
         lines = textwrap.wrap(c.help, width - start, break_on_hyphens=False)
         name = f"  /{c.name} {c.usage}".rstrip()
@@ -100,5 +100,5 @@ def leave(chat: Chat, _: str) -> None:
     raise Leave
 
 
-# The other commands enter themselves into the table; they need what is above.
+# Importing the other modules registers their commands; they need the definitions above.
 from tinychat_mlx.apps.chat.commands import conversation, storage, tuning  # noqa: F401

@@ -1,4 +1,4 @@
-"""Commands that keep and find what was said: /save /load /sessions /search /export /file /copy."""
+"""Commands that save and find conversations: /save /load /sessions /search /export /file /copy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tinychat_mlx.errors import FormatError, UsageError
 if TYPE_CHECKING:
     from tinychat_mlx.apps.chat.app import Chat
 
-SHOWN = 20  # sessions or findings listed
+SHOWN = 20  # most sessions or matches in a list
 CLIPBOARDS = (["pbcopy"], ["wl-copy"], ["xclip", "-selection", "clipboard"], ["xsel", "-ib"], ["clip.exe"])
 
 
@@ -51,7 +51,7 @@ def _names(chat: Chat, typed: str) -> Iterable[tuple[str, int, str]]:
 
 @command("save", "[TITLE]")
 def save(chat: Chat, title: str) -> None:
-    """Give the conversation a title; it is saved as it goes anyway."""
+    """Set the conversation's title; it is saved automatically."""
     _data(chat)
     if not chat.session.messages:
         raise UsageError("the conversation is empty", where="/save", remedy="send a message first")
@@ -62,7 +62,7 @@ def save(chat: Chat, title: str) -> None:
 
 @command("load", "NAME", words=_names)
 def load(chat: Chat, name: str) -> None:
-    """Go on with a saved conversation, by its id or title."""
+    """Resume a saved conversation, by its id or title."""
     if not name:
         raise UsageError(
             "it needs the id or title of a saved chat", where="/load", remedy="list them with /sessions"
@@ -82,7 +82,7 @@ def sessions(chat: Chat, _: str) -> None:
         here = "*" if session.path == chat.session.path else " "
         chat.view.say(f"{here} {session.ident}  {when}  {len(session.messages):>3}  {session.name}")
     if len(found) > SHOWN:
-        chat.view.note(f"and {len(found) - SHOWN} older; /search finds words in all of them")
+        chat.view.note(f"and {len(found) - SHOWN} older; /search searches all of them")
     if not found:
         chat.view.note("no saved chats yet")
 
@@ -104,7 +104,7 @@ def search(chat: Chat, text: str) -> None:
                 begin = max(0, at - 25)
                 chat.view.say(f"{session.ident}  {message['role']:<9}  {flat[begin : at + len(text) + 35]}")
     if not count:
-        chat.view.note(f"{text!r} was never said")
+        chat.view.note(f"{text!r} was not found")
 
 
 def _export_words(chat: Chat, typed: str) -> Iterable[tuple[str, int, str]]:
@@ -145,7 +145,7 @@ def as_markdown(session: Session) -> str:
 
 
 def as_json(session: Session) -> str:
-    """The messages as the APIs have them, and what is known about them."""
+    """Return the messages in the format of chat APIs, with metadata."""
     head = [{"role": "system", "content": session.system}] if session.system else []
     made = {"id": session.ident, "title": session.name, "model": session.model, "created": session.created}
     said = [{key: value for key, value in m.items() if key != "ids"} for m in session.messages]
@@ -165,7 +165,7 @@ def file(chat: Chat, path: str) -> None:
 
 @command("copy", "[code]", words=one_of("code"))
 def copy(chat: Chat, what: str) -> None:
-    """Put the last answer, or its last code block, into the clipboard."""
+    """Copy the last answer, or its last code block, to the clipboard."""
     answers = [m["content"] for m in chat.session.messages if m["role"] == "assistant"]
     if not answers:
         raise UsageError("there is no answer yet", where="/copy", remedy="ask something first")
@@ -183,20 +183,20 @@ def copy(chat: Chat, what: str) -> None:
 
 
 def _to_clipboard(chat: Chat, text: str) -> str:
-    """-> how it was done."""
+    """Copy text to the clipboard -> a description of the way used."""
     for argv in CLIPBOARDS:
         if shutil.which(argv[0]):
             try:
                 subprocess.run(argv, input=text.encode(), check=True, timeout=5, stdout=subprocess.DEVNULL)
                 return f"with {argv[0]}"
             except (subprocess.SubprocessError, OSError):
-                continue  # installed, but with no display to serve
+                continue  # installed, but without a display
     if not chat.view.terminal.live:
         raise UsageError(
-            "there is no clipboard here",
+            "no clipboard was found",
             where="/copy",
             remedy="install wl-copy or xclip, or /export to a file",
         )
     sys.stdout.write(f"\x1b]52;c;{base64.b64encode(text.encode()).decode()}\x07")  # also works over SSH
     sys.stdout.flush()
-    return "through the terminal (if it allows that)"
+    return "through the terminal (if it supports that)"

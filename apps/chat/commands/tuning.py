@@ -1,4 +1,4 @@
-"""Commands that change who answers and how: /model /backend /system /set /show /think /stats /context."""
+"""Commands that change the model and its settings: /model /backend /system /set /show /think /stats /context."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ if TYPE_CHECKING:
 POLICIES: tuple[str, ...] = tuple(CHATTING["on_full"][0].choices)
 
 
-# who answers -------------------------------------------------------------------------------------------
+# model -------------------------------------------------------------------------------------------------
 @command(
     "model",
     "[NAME]",
     words=lambda chat, typed: ((m, -len(typed), "") for m in shelf.names() if m.startswith(typed)),
 )
 def model(chat: Chat, name: str) -> None:
-    """Show the models at hand, or switch to one (a folder, a hub id, demo)."""
+    """List the installed models, or switch to one (a folder, a hub id, demo)."""
     if name:
         switch(chat, chat.loading | {"model": name})
         return
     for each in shelf.names():
         chat.view.say(f"{'*' if each == chat.loading.get('model') else ' '} {each}")
-    chat.view.note("any folder with a config.json and any Hugging Face id will do too")
+    chat.view.note("also accepted: a folder with a config.json, or a Hugging Face id")
 
 
 @command("backend", "[NAME]", words=one_of(*BACKENDS))
 def backend(chat: Chat, name: str) -> None:
-    """Show where the model computes, or load it elsewhere."""
+    """Show the device, or load the model on another backend."""
     if name and name not in BACKENDS:
         raise UsageError(
             f"unknown backend {name!r}", where="/backend", remedy=f"use one of {', '.join(BACKENDS)}"
@@ -54,11 +54,11 @@ def backend(chat: Chat, name: str) -> None:
 
 
 def switch(chat: Chat, loading: dict[str, Any]) -> None:
-    """Load another model, or the same elsewhere; the conversation goes on. On failure the old one stays."""
+    """Load another model, or the same on another device. The conversation continues. On failure the old model stays."""
     if chat.load is None:
         raise UsageError("the model cannot be changed here", remedy="start `tinychat chat -m MODEL`")
     before, freed = chat.loading, chat.model.nbytes
-    # downloads, asks and converts while the old one is still here
+    # downloads, asks and converts before the old model is unloaded
     name = settle(loading, chat.view.note, freed)
     both = True
     if name != "demo" and (found := facts_of(name, loading)):
@@ -67,7 +67,7 @@ def switch(chat: Chat, loading: dict[str, Any]) -> None:
         fit.context_for(found, backend, asked, lambda text: None, freed)
         both = fit.fits(found, backend, asked)
     chat.model.keep(whole=True)
-    if not both:  # the old one must go first
+    if not both:  # the old one must be unloaded first
         del chat.model
         chat.last = None
         gc.collect()
@@ -85,7 +85,7 @@ def switch(chat: Chat, loading: dict[str, Any]) -> None:
     chat.prime()
 
 
-# how it answers ----------------------------------------------------------------------------------------
+# settings ----------------------------------------------------------------------------------------------
 @command("system", "[TEXT|@FILE|none]")
 def system(chat: Chat, text: str) -> None:
     """Show or change the system prompt."""
@@ -105,7 +105,7 @@ def _settings(chat: Chat, typed: str) -> Iterable[tuple[str, int, str]]:
 
 @command("set", "NAME VALUE", words=_settings)
 def set_(chat: Chat, text: str) -> None:
-    """Change a setting (temperature, top_p, seed, max_tokens, on_full …); the value "default" takes it back."""
+    """Change a setting (temperature, top_p, seed, max_tokens, on_full …); the value "default" resets it."""
     name, _, value = text.replace("=", " ").partition(" ")
     name, value = name.replace("-", "_"), value.strip()
     if name not in (*SAMPLING, "stop", "on_full") or not value:
@@ -137,7 +137,7 @@ def set_(chat: Chat, text: str) -> None:
 
 @command("show")
 def show(chat: Chat, only: str) -> None:
-    """Show the settings and where each comes from."""
+    """Show the settings and the source of each."""
     given, file = chat.settings.sampling, chat.model.generation_config
     rows: list[tuple[str, object, str]] = []
     for name in [*SAMPLING, "stop"]:
@@ -156,7 +156,7 @@ def show(chat: Chat, only: str) -> None:
 
 @command("think", "[on|off|show|hide|budget N]", words=one_of("on", "off", "show", "hide", "budget "))
 def think(chat: Chat, text: str) -> None:
-    """Let the model think or not, show its thoughts or fold them, bound them."""
+    """Turn thinking on or off, show or fold thoughts, or limit their length."""
     word, _, rest = text.partition(" ")
     s = chat.settings
     if word in ("on", "off"):
@@ -167,19 +167,19 @@ def think(chat: Chat, text: str) -> None:
         s.budget = int(rest)
     elif word:
         raise UsageError(
-            f"unknown word {word!r}",
+            f"unknown argument {word!r}",
             where="/think",
             remedy="use on, off, show, hide, or budget N (tokens; 0 is no limit)",
         )
-    state = {None: "as the model has it", True: "on", False: "off"}[s.think]
-    bound = f"at most {s.budget:,} tokens" if s.budget else "unbounded"
+    state = {None: "by the model's default", True: "on", False: "off"}[s.think]
+    bound = f"at most {s.budget:,} tokens" if s.budget else "no limit"
     chat.view.note(f"thinking {state}, {'shown' if s.unfold else 'folded'}, {bound}")
 
 
-# what it costs -----------------------------------------------------------------------------------------
+# statistics --------------------------------------------------------------------------------------------
 @command("stats")
 def stats(chat: Chat, _: str) -> None:
-    """Speed of this conversation's answers, and memory."""
+    """Show the speed of this conversation's answers, and the memory in use."""
     answers = [m for m in chat.session.messages if m.get("tokens")]
     held, view = chat.model.memory(), chat.view
     if answers:
@@ -187,7 +187,7 @@ def stats(chat: Chat, _: str) -> None:
         seconds = sum(m["tokens"] / m["decode_tok_s"] for m in answers if m.get("decode_tok_s"))
         first = sorted(m["ttft_s"] for m in answers)[len(answers) // 2]
         view.say(f"  answers         {len(answers)}, {tokens:,} tokens")
-        view.say(f"  speed           {tokens / seconds if seconds else 0:.1f} tok/s over all")
+        view.say(f"  speed           {tokens / seconds if seconds else 0:.1f} tok/s on average")
         view.say(f"  first token     {first:.2f} s (median)")
     if chat.last is not None and chat.last.stats is not None:
         s = chat.last.stats
@@ -196,12 +196,12 @@ def stats(chat: Chat, _: str) -> None:
     view.say(f"  weights         {size(chat.model.nbytes)}")
     if held.used:
         limit = f" of {size(held.limit)}" if held.limit else ""
-        view.say(f"  memory          {size(held.used)} now, {size(held.peak)} at most{limit}")
+        view.say(f"  memory          {size(held.used)} now, peak {size(held.peak)}{limit}")
 
 
 @command("context")
 def context(chat: Chat, _: str) -> None:
-    """What takes up the context, message by message."""
+    """Show the tokens of each message in the context."""
     view, most = chat.view, chat.model.context
     messages = chat.session.for_model()
     counts = [len(chat.model.tokenizer.encode(m["content"], special=False)) for m in messages]
@@ -211,8 +211,8 @@ def context(chat: Chat, _: str) -> None:
         view.say(Text(f"  {count:>7,}  {message['role']:<10}").append(flat[:room], "dim"))
     view.say(view.meter(max(chat.used, sum(counts)), most, 20))
     what = {
-        "stop": "an answer that does not fit is cut and said so",
-        "slide": "the oldest messages are dropped and said so",
-        "compact": "what was said is summed up",
+        "stop": "an answer that does not fit is cut, with a note",
+        "slide": "the oldest messages are dropped, with a note",
+        "compact": "earlier messages are summarised",
     }
     view.note(f"when it is full: {what[chat.settings.on_full]} (/set on_full)")

@@ -1,9 +1,9 @@
-// Something to count instructions in (tests/emulators/arm/icount.c): a linear layer, or a whole token.
+// Workloads for counting instructions (tests/emulators/arm/icount.c): a linear layer, or a whole token.
 //
 //   count ISA linear KIND ROWS N K GROUP REPEAT    KIND: 4, 8 (bits), head (8, for the largest); ROWS of activations
 //   count ISA token SHAPE LAYERS REPEAT            the first LAYERS layers, all int4, 32 tokens of context
 //
-// Count a run with REPEAT 0 as well: the difference is what the kernels did.
+// Subtract the count of a run with REPEAT 0; the difference is the work of the kernels.
 #include "shapes.h"
 
 static int linear(Engine* e, char** a) {

@@ -1,12 +1,12 @@
-// Random linear layers, heads, attentions and mixtures of experts against plain loops in double, for emulators and
-// sanitizers.
+// Compares random linear layers, heads, attentions and mixtures of experts with plain loops in double. It runs under
+// emulators and sanitizers.
 //
-//   fuzz ISA SEED COUNT [THREADS]       0: all within their bounds
+//   fuzz ISA SEED COUNT [THREADS]       exit code 0: all results are within their bounds
 //
 // `make sanitize` builds it with the address, undefined-behaviour and thread sanitizers and runs it on every
-// instruction set that the machine has.
+// instruction set of the machine.
 //
-// Outputs and inputs lie amid NaN: what is read or written beyond a row shows.
+// Inputs and outputs are surrounded by NaN, so reads and writes beyond a row are detected.
 #include <math.h>
 #include <stdio.h>
 
@@ -25,7 +25,7 @@ static void check(bool ok, const char* what, int a, int b, int c, int d) {
   fprintf(stderr, "wrong: %s %d %d %d %d\n", what, a, b, c, d);
 }
 
-// What the kernels make of a row: whole numbers within 127, a scale a group.
+// The kernels' quantisation of a row: integers up to ±127, one scale per group.
 static void quantise(const float* x, int k, int group, double* whole, double* scale) {
   for (int g = 0; g < k / group; g++) {
     float top = 0;
@@ -73,7 +73,8 @@ static void try_linear(Engine* e, Random& r) {
   }
 }
 
-// A head with and without a choice: the same token, whose tile has the same bits, and nothing beyond the row.
+// Compares a head with and without a choice: same token, its tile is bit-identical, and nothing beyond the row is
+// written.
 static void try_choice(Engine* e, Random& r) {
   const int group = 32 * (1 + r.below(4)), k = group * (1 + r.below(4)), n = 1 + r.below(700);
   RandomWeight w(INT8, n, k, group, false, r);
@@ -113,7 +114,7 @@ static void try_attention(Engine* e, Random& r) {
   op.q_stride = heads * dim, op.k_stride = op.v_stride = kv * dim, op.q_head = op.k_head = op.v_head = dim;
   op.y = y.data(), op.q = q.data(), op.k = k.data(), op.v = v.data();
   const int64_t zero = 0;
-  if (length) {  // first what is held
+  if (length) {  // first the tokens that the cache holds
     std::vector<float> queries((size_t)length * heads * dim, 0.1f), ignored(queries.size());
     op.q = queries.data(), op.y = ignored.data(), op.rows = s.rows = (int)length, s.length = &zero;
     run_one(e, &op);
@@ -140,7 +141,7 @@ static void try_attention(Engine* e, Random& r) {
         double sum = 0;
         for (int j = lo; j <= at; j++) sum += weight[(size_t)j] / total * v[((size_t)j * kv + g) * dim + d];
         const double got = y[((size_t)t * heads + h) * dim + d];
-        // a score of d products up to 4 * 0.3 each is off by (d + 4) eps times that; it scales values up to 2
+        // a score of d products up to 4 * 0.3 each has an error of (d + 4) eps times that; it scales values up to 2
         check(fabs(got - sum) <= EPS * (dim + 24) * 1.2 * dim * 2 * 2, "attention heads, dim, rows, length", heads, dim,
               rows, (int)length);
       }
@@ -148,7 +149,7 @@ static void try_attention(Engine* e, Random& r) {
   for (size_t i = q.size(); i < y.size(); i++) check(y[i] == 7.5f, "a write beyond the output", heads, dim, rows, 0);
 }
 
-// A product in double of a row as the kernels read it; *size: what its rounding errors are relative to.
+// Product in double of a row as the kernels read it. *size: the magnitude that rounding errors are relative to.
 static double product(const Weight& w, int j, const float* row, bool exact, double* size) {
   std::vector<double> whole((size_t)w.k), scale((size_t)w.k / 32 + 1);
   const bool rounds = w.kind <= INT8 && !exact;
@@ -191,7 +192,7 @@ struct Mixture {  // sorted rows, and each expert's weights
   }
 };
 
-// Each row to its k best, sorted; shares as the softmax of the logits says.
+// Checks that each row goes to its k best experts, sorted, with the shares of the softmax.
 static void check_places(const Mixture& m, const std::vector<float>& logits, int rows, bool normalise) {
   const int all = m.experts + m.shared, each = m.k + m.shared;
   std::vector<int> seen((size_t)rows);
@@ -273,7 +274,7 @@ static void try_experts(Engine* e, Random& r) {
         check(fabs(at[j] - fmax(gate, 0) * value) <= bound + EPS * fabs(gate * value), "h kind, f, k, rows", up.kind, f,
               up.k, rows);
       }
-      for (int j = 0; j < m.hidden; j++) {  // from the h that there is: rounding to int8 may fall either way
+      for (int j = 0; j < m.hidden; j++) {  // uses the computed h, because rounding to int8 may go either way
         double one;
         sum[(size_t)t * m.hidden + j] += m.share[(size_t)p] * product(down, j, at, exact, &one);
         size[(size_t)t * m.hidden + j] += m.share[(size_t)p] * one;

@@ -1,5 +1,4 @@
-// Random weights, and ops made by hand, for the programs beside this file. They talk to the kernels through the
-// same C interface as Python does.
+// Random weights and hand-made ops for the programs in this folder. They use the same C interface as Python.
 #pragma once
 #include <stdint.h>
 #include <stdlib.h>
@@ -29,7 +28,7 @@ struct Random {
   float unit() { return (float)next() * (2.f / (1 << 24)) - 1; }  // -1..1
 };
 
-inline uint16_t half_of(float f) {  // of a positive normal number, cut
+inline uint16_t half_of(float f) {  // of a positive normal number, truncated
   uint32_t bits;
   memcpy(&bits, &f, 4);
   return (uint16_t)((bits - (112u << 23)) >> 13);
@@ -42,7 +41,7 @@ inline float float_of(uint16_t h) {
   return f;
 }
 
-// Memory in huge pages where the system has them, as weights have it in earnest.
+// Memory in huge pages where the system has them, like the backend's weights.
 struct Area {
   uint8_t* data = nullptr;
   size_t size = 0;
@@ -57,8 +56,8 @@ struct Area {
   ~Area() { free(data); }
 };
 
-// A weight with random codes and plausible scales, straight in tiles: scale 1/128.., bias = -7.5 (or -127) scales,
-// or -8, which int4 keeps as a zero point.
+// A weight with random codes and plausible scales, created directly in tiles: scale 1/128.., bias = -7.5 (or -127)
+// scales, or -8, which int4 stores as a zero point.
 struct RandomWeight {
   Weight w;
   Area room;

@@ -1,4 +1,4 @@
-// One decode step of a model of a known shape, as the list of ops that a recording of the graph would hold.
+// One decode step of a model of a given shape, as the list of ops that a recording of the graph contains.
 #pragma once
 #include <stdio.h>
 
@@ -9,13 +9,9 @@ struct Shape {
   int layers, hidden, intermediate, heads, kv_heads, dim, vocab;
   bool qkv_bias;
 };
-static const Shape SHAPES[] = {
-    {"qwen2.5-0.5b", 24, 896, 4864, 14, 2, 64, 151936, true},
-    {"tinyllama-1.1b", 22, 2048, 5632, 32, 4, 64, 32000, false},
-    {"llama-3.2-1b", 16, 2048, 8192, 32, 8, 64, 128256, false},
-};
+#include "shapes_table.h"  // SHAPES, which CMake makes of tinychat_mlx/shapes.json
 
-// All layers share one layer's memory for everything but weights; the head is the embedding.
+// All layers share the memory of one layer for everything but weights. The head is the embedding.
 struct Token {
   Shape s;
   std::vector<std::unique_ptr<RandomWeight>> weights;

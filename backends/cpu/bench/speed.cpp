@@ -1,4 +1,4 @@
-// How near the kernels come to what the machine can do: decode against a plain read, prefill against the int8 peak.
+// Compares the kernels with the machine's limits: decode with a plain memory read, prefill with the int8 peak.
 //
 //   speed SHAPE [THREADS] [ISA]        alternating repetitions, best and median of each
 #include <algorithm>
@@ -7,7 +7,7 @@
 
 #include "shapes.h"
 
-static bool by_cpu = false;  // one thread: time that the processor gave, so that neighbours count less
+static bool by_cpu = false;  // with one thread, measure CPU time, which other programs disturb less
 
 static double now() {
   if (by_cpu) return (double)std::clock() / CLOCKS_PER_SEC;
@@ -34,7 +34,7 @@ struct Times {
 struct Product {
   static constexpr int ROWS = 512;
   RandomWeight w;
-  Area x, y;  // huge pages, as the backend's
+  Area x, y;  // huge pages, like the backend's
   LinearOp op = {};
   Product(int n, int k, Random& random) : w(INT4, n, k, 128, false, random, ZEROS) {
     const size_t inputs = (size_t)ROWS * (size_t)k;
@@ -79,7 +79,7 @@ int main(int argc, char** argv) {
   const auto line = [](const char* what, double a, double b) {
     printf("%s: best %.1f of %.1f (%.0f %%)\n", what, a, b, 100 * a / b);
   };
-  printf("%s, %d thread(s), %.0f MB a token\n", found->name, threads, (double)t.bytes / 1e6);
+  printf("%s, %d thread(s), %.0f MB per token\n", found->name, threads, (double)t.bytes / 1e6);
   line("decode GB/s, plain read", (double)t.bytes / decode.best() / 1e9, (double)area.size / plain.best() / 1e9);
   line("decode GB/s, plain read, medians", (double)t.bytes / decode.median() / 1e9,
        (double)area.size / plain.median() / 1e9);

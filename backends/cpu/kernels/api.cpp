@@ -18,13 +18,13 @@ struct Engine {
 
 enum Status : int32_t { OK, NO_MEMORY, BAD_ID };
 
-// Names of the instruction sets that run here, the best first; null beyond the last.
+// Names of the instruction sets of this processor, best first; null after the last.
 API const char* tc_isa(int i) {
   const Kernels* k = kernels_at(i);
   return k ? k->name : nullptr;
 }
 
-// Null if this processor has no such instruction set, or memory is short.
+// Returns null if this processor lacks the instruction set, or if memory is short.
 API Engine* tc_new(const char* isa, int threads) {
   for (int i = 0; const Kernels* k = kernels_at(i); i++) {
     if (strcmp(k->name, isa)) continue;
@@ -49,7 +49,7 @@ static bool ids_fit(const Op* op) {
   return true;
 }
 
-// Runs the ops in order. Ids are checked before anything runs.
+// Runs the ops in order. Token ids are checked before anything runs.
 API int32_t tc_run(Engine* e, const Op* const* ops, int n) {
   size_t scratch = 64, shared = 64;
   for (int i = 0; i < n; i++) {
@@ -62,12 +62,12 @@ API int32_t tc_run(Engine* e, const Op* const* ops, int n) {
   return pool_run(e->pool, e->kernels->walk, ops, n, scratch, shared) ? OK : NO_MEMORY;
 }
 
-// Threads that run the next ops: fewer than the pool has while other programs take the processors.
+// Threads that run the next ops: fewer than the pool has while other programs use the processors.
 API int32_t tc_team(const Engine* e) {
   return pool_team(e->pool);
 }
 
-// The rule by which a team becomes smaller, for tests (pool.h).
+// The rule that reduces the team, for tests (pool.h).
 API int32_t tc_fewer(int32_t team, double lost, double used) {
   return pool_fewer(team, lost, used);
 }
@@ -77,7 +77,7 @@ API int64_t tc_weight_bytes(const Weight* w) {
   return (int64_t)codes_bytes(*w) + (w->has_bias ? (int64_t)tiles_of(*w) * 64 : 0);
 }
 
-// Size of an op's struct here, for ctypes to compare with its own; code 0: a weight, -1: a norm, -2: a segment, -3: a
+// Size of an op's struct, for ctypes to compare with its own. Code 0: a weight, -1: a norm, -2: a segment, -3: a
 // choice.
 API int32_t tc_sizeof(int32_t code) {
   switch (code) {

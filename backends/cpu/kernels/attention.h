@@ -1,21 +1,22 @@
-// Causal attention with grouped heads over a KV cache, with an online softmax: keys in blocks of 64, a running
-// maximum and sum for each query, outputs rescaled when the maximum moves. All arithmetic float32; a cache in int8
-// keeps a scale for each token's key and value of a head, which scores and weights are multiplied with.
+// Causal attention with grouped heads over a KV cache, with an online softmax: keys are processed in blocks of 64 with
+// a running maximum and sum per query, and outputs are rescaled when the maximum changes. All arithmetic is float32. An
+// int8 cache has one scale per token and head for keys and for values, which multiplies scores and weights.
 //
-// A work item is a KV head of a segment with some of its rows: their queries of all heads of the group share the
-// keys. For few queries the keys are split in chunks of 256 as well; whoever finishes a head's last chunk adds
-// the chunks up, in order, so that results do not depend on the number of threads.
+// A work item is a KV head of a segment with some of its rows. The queries of all heads of the group share the keys.
+// For few queries the keys are also split into chunks of 256. The thread that finishes a head's last chunk adds the
+// chunks in order, so results do not depend on the number of threads.
 #pragma once
 #include "pool.h"
 #include "words.h"
 
 namespace {
 
-constexpr int KEYS = 64;                                           // a block: scores and converted keys stay in L1
-constexpr int CHUNK = 256;                                         // of keys, where they are split
-constexpr int SPLIT = 32;                                          // queries of an item up to which keys are split
-constexpr int QUERIES = 64;                                        // queries of an item where they are not
-constexpr int KV_TILES = W == 16 ? 2 : 1, NK = KV_TILES * 16 / W;  // tiles of 16 keys, and vectors, at a time
+constexpr int KEYS = 64;    // per block: scores and converted keys stay in L1
+constexpr int CHUNK = 256;  // keys per chunk, if they are split
+// maximum queries of an item for which keys are split
+constexpr int SPLIT = 32;
+constexpr int QUERIES = 64;                                        // queries of an item otherwise
+constexpr int KV_TILES = W == 16 ? 2 : 1, NK = KV_TILES * 16 / W;  // tiles of 16 keys, and vectors, per step
 constexpr float NEVER = -1e30f;
 
 struct Half {
@@ -76,7 +77,7 @@ inline Item item_at(const AttentionOp& op, int i) {
   return item;
 }
 
-// The factor that takes n numbers to within 127, and its inverse into *scale.
+// Returns the factor that scales n numbers to within 127. Stores its inverse in *scale.
 inline F to_bytes(const float* x, int n, float* scale) {
   float top = 0;
   for (int i = 0; i < n; i++) top = fabsf(x[i]) > top ? fabsf(x[i]) : top;
@@ -84,7 +85,7 @@ inline F to_bytes(const float* x, int n, float* scale) {
   return all(top > 1e-30f ? 127 / top : 0);
 }
 
-// One row's key and value of one head into the cache, at its position.
+// Writes one row's key and value of one head to the cache at its position.
 template <class KV>
 void append(const AttentionOp& op, const SegmentArg& s, int row, int head, int64_t at) {
   using T = typename KV::T;
@@ -145,7 +146,8 @@ inline void weigh(const float* p, const typename KV::T* values, int dim_pad, int
   }
 }
 
-// fn(Int<R>, first query): all queries in the widest steps the registers allow. n is 1, 2 or a multiple of 4.
+// Calls fn(Int<R>, first query) for all queries in the widest steps that the registers allow. n is 1, 2 or a multiple
+// of 4.
 template <class Fn>
 inline void by_queries(int n, Fn fn) {
   int i = 0;
@@ -159,7 +161,7 @@ inline int padded(int queries) {
   return queries <= 2 ? queries : (int)up_to(queries, 4);
 }
 
-// An item's state; queries beyond nq are zero and only fill the registers.
+// The state of an item. Queries beyond nq are zero and only fill the registers.
 struct State {
   float *q, *acc, *scores, *top, *sum;  // (nq, dim), (nq, dim_pad), (nq, KEYS), (nq), (nq)
 };
@@ -180,7 +182,7 @@ inline State state_at(const AttentionOp& op, uint8_t* room) {
   return s;
 }
 
-// Scores of one query against keys first.. -> weights; keys outside lo..hi count nothing.
+// Converts scores of one query against keys first.. to weights. Keys outside lo..hi are masked.
 inline void soften(const AttentionOp& op, const State& s, int i, float slope, int64_t position, int64_t first,
                    int64_t lo, int64_t hi) {
   float* x = s.scores + i * KEYS;
@@ -236,7 +238,7 @@ inline void end_item(const AttentionOp& op, const Item& it, int nq, const float*
   }
 }
 
-// Adds a head's chunks up: weights relative to the largest maximum of all.
+// Adds the chunks of a head, with weights relative to the largest maximum.
 inline void merge(const AttentionOp& op, const Item& it, const State& s, int nq) {
   const size_t one = (size_t)nq * (size_t)(op.dim_pad + 2);
   const float* parts = it.segment->partial + one * (size_t)it.chunks * (size_t)it.head;
@@ -260,7 +262,7 @@ inline void merge(const AttentionOp& op, const Item& it, const State& s, int nq)
   end_item(op, it, nq, s.acc, s.sum);
 }
 
-// Keys lo.. this item's queries may see at all, in whole blocks; up to hi.
+// The range of keys that the item's queries can see: lo in whole blocks, up to hi.
 struct Span {
   int64_t lo, hi;
 };
@@ -275,7 +277,7 @@ inline Span span_of(const AttentionOp& op, const Item& it) {
   return s;
 }
 
-// Scores or weights of a block times its tokens' scales.
+// Multiplies scores or weights of a block by the scales of its tokens.
 inline void rescale(float* x, int nq, const float* scales) {
   for (int i = 0; i < nq; i++, x += KEYS) map(KEYS, x, scales, x, [](F a, F b) { return mul(a, b); });
 }
@@ -320,7 +322,7 @@ void attend(const AttentionOp& op, const Item& it, const State& s) {
 
 template <class KV>
 void attention_of(const AttentionOp& op, const Worker& me) {
-  // A single row a segment: the item that reads the new key writes it, and nobody need wait.
+  // With one row per segment, the item that reads the new key also writes it, so no barrier is needed.
   const bool alone = op.rows == op.segments;
   if (!alone) {
     for (int i; (i = pool_take(me, 1)) < op.rows;) {

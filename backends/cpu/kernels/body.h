@@ -1,7 +1,8 @@
-// Every kernel, compiled once per instruction set: a file names ISA and its words (simd_*.h), and includes this.
+// Every kernel, compiled once per instruction set. A file defines ISA and its vector primitives (simd_*.h), and
+// includes this one.
 //
 // Nothing here may include a header with inline functions of external linkage (<algorithm>, <vector>, <atomic>, ...):
-// the linker keeps one copy of such a function for everybody, and it may be the AVX-512 one.
+// the linker keeps one copy of such a function for all files, and it may be the AVX-512 one.
 #include <math.h>
 #include <string.h>
 
@@ -20,7 +21,7 @@
 
 namespace {
 
-// An op so small that one thread does it alone, and several in a row without a meeting.
+// A small op that one thread runs without the others. Several of them in a row need no barrier between them.
 inline bool serial(const Op* op) {
   switch (op->code) {
     case EMBED:
@@ -56,7 +57,7 @@ void walk(const Worker& me, const void* list, int n) {
   for (int i = 0; i < n; i++) {
     const bool alone = serial(ops[i]);
     if (!alone || me.id == 0) run(ops[i], me);
-    if (i + 1 == n) break;  // the pool meets after the list
+    if (i + 1 == n) break;  // the pool has a barrier after the list
     if (!alone || !serial(ops[i + 1])) {
       pool_barrier(me);
     } else if (me.id == 0) {

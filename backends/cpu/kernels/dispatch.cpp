@@ -1,4 +1,4 @@
-// Asks the processor once which of the compiled instruction sets it runs.
+// Detects once which of the compiled instruction sets this processor supports.
 #include <stdint.h>
 
 #include "kernels.h"
@@ -18,7 +18,7 @@ static void cpuid(unsigned leaf, unsigned sub, unsigned r[4]) {
 #endif
 }
 
-// The register sets the operating system saves: bit 1 SSE, 2 AVX, 5..7 AVX-512.
+// The register sets that the operating system saves: bit 1 SSE, 2 AVX, 5..7 AVX-512.
 static uint64_t saved_state() {
 #if defined(_MSC_VER)
   return _xgetbv(0);
@@ -62,7 +62,7 @@ static bool has(const char* feature) {
 }
 #endif
 
-// Not /proc/cpuinfo: under user-mode emulation it shows the host's.
+// /proc/cpuinfo is not used: under user-mode emulation it shows the host's.
 static bool has_dotprod() {
 #if defined(__linux__)
   return getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP

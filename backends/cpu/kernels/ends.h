@@ -1,4 +1,4 @@
-// What closes a block of an int4 or int8 tile: scales and biases of 16 rows (op.h draws them).
+// The tail of a block of an int4 or int8 tile: scales and biases of 16 rows (layout in op.h).
 #pragma once
 #include "words.h"
 

@@ -1,7 +1,8 @@
-// A mixture of experts: which rows go to which, and each expert's products with its rows (RouteOp, ExpertsOp in op.h).
+// Mixture of experts: routes rows to experts, and multiplies each expert's weights with its rows (RouteOp, ExpertsOp in
+// op.h).
 //
-// Whoever has a row's results adds them up experts ascending, so sums are the same for one row and many, and for any
-// number of threads: a pair of output tiles belongs to one thread, for all experts.
+// A row's results are added in ascending order of experts. A pair of output tiles belongs to one thread for all
+// experts. Sums are therefore the same for one row and many, and for any number of threads.
 #pragma once
 #include "linear_float.h"
 #include "linear_int.h"
@@ -10,7 +11,7 @@ namespace {
 
 // Routing -------------------------------------------------------------------------------------------------
 
-// One row's experts, ascending, the shared one last. p (experts) is scratch.
+// One row's experts in ascending order, the shared one last. p (experts) is scratch.
 inline void choose(const RouteOp& op, int row, float* p, int32_t* choice, float* share) {
   const float* logits = op.logits + row * op.stride;
   float top = logits[0], total = 0, chosen = 0;
@@ -18,7 +19,7 @@ inline void choose(const RouteOp& op, int row, float* p, int32_t* choice, float*
   map(op.experts, logits, p, [&](F x) { return exponential(sub(x, all(top))); });
   for (int e = 0; e < op.experts; e++) total += p[e];
   for (int i = 0; i < op.k; i++) {
-    int best = -1;  // what is taken has p < 0; written so that NaN leads to some expert, too
+    int best = -1;  // chosen experts have p < 0; written so that NaN also leads to some expert
     for (int e = 0; e < op.experts; e++)
       if (!(p[e] < 0) && (best < 0 || logits[e] > logits[best])) best = e;
     const float part = p[best] / total;
@@ -46,7 +47,8 @@ inline void sort_places(const RouteOp& op, const int32_t* choice, const float* s
     const int place = first[choice[i]]++;
     op.row[place] = i / each, op.share[place] = share[i];
   }
-  for (int e = experts; e > 0; e--) first[e] = first[e - 1];  // each stands at its end now, the next one's start
+  // each entry is now its expert's end, the start of the next one
+  for (int e = experts; e > 0; e--) first[e] = first[e - 1];
   first[0] = 0;
 }
 
@@ -56,7 +58,7 @@ void route_op(const RouteOp& op, const Worker& me) {
   float* share = (float*)choice + (int64_t)op.rows * each;
   for (int row; (row = pool_take(me, 1)) < op.rows;)
     choose(op, row, (float*)me.scratch, choice + (int64_t)row * each, share + (int64_t)row * each);
-  if (op.rows > 1) pool_barrier(me);  // one row is done by one thread alone
+  if (op.rows > 1) pool_barrier(me);  // a single row is processed by one thread
   if (me.id == 0) sort_places(op, choice, share);
 }
 
@@ -67,7 +69,7 @@ inline void route_need(const RouteOp& op, size_t* scratch, size_t* shared) {
 
 // Products ------------------------------------------------------------------------------------------------
 
-// An expert that has rows: places first .. first + rows; where its h begins, and what its products read.
+// An expert that has rows: places first .. first + rows, the start of its h, and the inputs of its products.
 struct Part {
   const Weight* w;
   int first, rows;
@@ -79,12 +81,12 @@ inline bool in_floats(const ExpertsOp& op, const Weight& w) {
   return op.exact || w.kind > INT8;
 }
 
-// Bytes of a row as the products read it.
+// Bytes of an input row in the form that the products read.
 inline size_t input_row_bytes(const ExpertsOp& op, const Weight& w) {
   return in_floats(op, w) ? sizeof(float) * (size_t)w.k : (size_t)w.k + 8 * (size_t)(w.k / w.group);
 }
 
-// Few rows of h need no copy in float32: they lie in order already.
+// Few rows of h need no float32 copy, because they are already in order.
 inline size_t input_bytes(const ExpertsOp& op, const Weight& w, int rows) {
   size_t size = quantised_bytes(rows, w);
   if (in_floats(op, w))
@@ -104,7 +106,7 @@ inline void each_part(const ExpertsOp& op, Fn fn) {
   }
 }
 
-// fn(part, item) for the items of all parts, count(part) each: every item on one thread, ascending there.
+// Calls fn(part, item) for the items of all parts, count(part) each. Every item runs on one thread, in ascending order.
 template <class Count, class Fn>
 inline void share_out(const ExpertsOp& op, const Worker& me, int step, Count count, Fn fn) {
   int at = pool_take(me, step), end = at + step, base = 0;
@@ -118,7 +120,7 @@ inline void share_out(const ExpertsOp& op, const Worker& me, int step, Count cou
   });
 }
 
-// The part as a product of its own.
+// The part as a separate product.
 inline LinearOp product_of(const ExpertsOp& op, const Part& p) {
   LinearOp l = {};
   l.rows = p.rows, l.w = p.w, l.exact = op.exact;
@@ -132,7 +134,7 @@ inline LinearOp product_of(const ExpertsOp& op, const Part& p) {
   return l;
 }
 
-// Rows, or for the many-row kernel panels, that have to be made ready for a part's products.
+// The number of rows, or panels for the many-row kernel, to prepare for a part's products.
 inline int inputs_of(const ExpertsOp& op, const Part& p) {
   const bool floats = in_floats(op, *p.w);
   if (p.rows > FEW) return floats ? float_panels_of(p.rows) : panels_of(p.rows);
@@ -143,7 +145,7 @@ inline Quantised quantised_part(const Part& p, uint8_t* in) {
   return quantised_at(in, p.rows <= FEW ? p.rows : panels_of(p.rows) * PANEL, *p.w);
 }
 
-// Makes one of them ready in `in`. scratch: row_bytes.
+// Prepares one of them in `in`. scratch: row_bytes.
 inline void make_input(const ExpertsOp& op, const Part& p, int i, uint8_t* in, uint8_t* scratch) {
   const LinearOp l = product_of(op, p);
   if (in_floats(op, *p.w) && p.rows > FEW) {
@@ -198,7 +200,7 @@ inline void experts_up(const ExpertsOp& op, const Worker& me, uint8_t* inputs) {
   });
 }
 
-// Columns of a pair of tiles, before any expert has added to them.
+// Initialises the columns of a pair of tiles, before any expert adds to them.
 inline void start_columns(const ExpertsOp& op, int item) {
   const int column = item * 32;
   const size_t size = sizeof(float) * (size_t)lesser(32, op.w->n - column);
@@ -220,7 +222,7 @@ inline void experts_down(const ExpertsOp& op, const Worker& me, uint8_t* inputs)
     }
 }
 
-// One row is made ready by every thread for itself, more are shared out, as in linear_int.
+// Every thread prepares a single row itself. Several rows are distributed, as in linear_int.
 void experts_op(const ExpertsOp& op, const Worker& me) {
   uint8_t* inputs = op.rows == 1 ? me.scratch + work_bytes(op) : me.shared;
   const auto count = [&](const Part& p) { return inputs_of(op, p); };
@@ -236,8 +238,8 @@ void experts_op(const ExpertsOp& op, const Worker& me) {
   op.up ? experts_up(op, me, inputs) : experts_down(op, me, inputs);
 }
 
-// Which experts get how many rows is not known yet, only that each has at most all and each row has `each`: bounded by
-// the largest expert's and otherwise the second largest's rows, and every expert's padding.
+// The number of rows per expert is not known yet. Each expert has at most all rows, and each row has `each` places. The
+// bound is the row size of the largest expert, the second largest for the other places, and padding for every expert.
 inline void experts_need(const ExpertsOp& op, size_t* scratch, size_t* shared) {
   size_t largest = 0, second = 0;
   for (int e = 0; e < op.experts; e++) {

@@ -1,10 +1,10 @@
-// What happens to the sums of a tile before they are stored: bias, activation, gate, residual.
+// Applied to the sums of a tile before they are stored: bias, activation, gate, residual.
 #pragma once
 #include "words.h"
 
 namespace {
 
-// An item of work is a pair of tiles: two neighbours, or a gate tile and its up tile.
+// A work item is a pair of tiles: two neighbours, or a gate tile and its up tile.
 struct Pair {
   int first, second;  // second < 0: the last of an odd number
 };
@@ -24,7 +24,7 @@ inline Pair pair_at(const LinearOp& op, int item) {
   return {2 * item, 2 * item + 1 < tiles ? 2 * item + 1 : -1};
 }
 
-// Grows 16 outputs of row to[row] of y.
+// Adds 16 outputs to row to[row] of y.
 inline void add_tile(const LinearOp& op, int row, int tile, const F* sum) {
   float* y = op.y + op.to[row] * op.y_stride + tile * 16;
   const F share = all(op.share[row]);
@@ -38,7 +38,7 @@ inline void add_tile(const LinearOp& op, int row, int tile, const F* sum) {
   }
 }
 
-// Sums of 16 outputs of one row -> y, from column `tile * 16` on.
+// Stores the sums of 16 outputs of one row in y, starting at column `tile * 16`.
 inline void finish_tile(const LinearOp& op, int row, int tile, F* sum) {
   if (op.to) return add_tile(op, row, tile, sum);
   const int n = op.gated ? op.w->n / 2 : op.w->n, column = tile * 16;
@@ -79,7 +79,7 @@ inline void finish(const LinearOp& op, int row, Pair pair, F* a, F* b) {
   if (b) finish_tile(op, row, pair.second, b);
 }
 
-// How many items to claim at once: long runs for the prefetcher, but enough of them to even out the threads.
+// How many items to claim at once: long runs for the prefetcher, but enough of them to balance the threads.
 inline int claim(int items, int threads) {
   return greater(1, items / (threads * 8));
 }

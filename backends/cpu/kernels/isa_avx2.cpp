@@ -1,5 +1,5 @@
 #define ISA avx2_kernels
 #define NAME "avx2"
 #include "simd_avx2.h"
-// after the words
+// after the vector primitives
 #include "body.h"

@@ -1,5 +1,5 @@
 #define ISA avx512vnni_kernels
 #define NAME "avx512vnni"
 #include "simd_avx512.h"
-// after the words
+// after the vector primitives
 #include "body.h"

@@ -1,5 +1,5 @@
 #define ISA avxvnni_kernels
 #define NAME "avxvnni"
 #include "simd_avx2.h"
-// after the words
+// after the vector primitives
 #include "body.h"

@@ -1,5 +1,5 @@
 #define ISA neon_kernels
 #define NAME "neon"
 #include "simd_neon.h"
-// after the words
+// after the vector primitives
 #include "body.h"

@@ -1,5 +1,5 @@
 #define ISA neondot_kernels
 #define NAME "neondot"
 #include "simd_neon.h"
-// after the words
+// after the vector primitives
 #include "body.h"

@@ -1,5 +1,5 @@
 #define ISA neoni8mm_kernels
 #define NAME "neoni8mm"
 #include "simd_neon.h"
-// after the words
+// after the vector primitives
 #include "body.h"

@@ -1,5 +1,5 @@
 #define ISA scalar_kernels
 #define NAME "scalar"
 #include "simd_scalar.h"
-// after the words
+// after the vector primitives
 #include "body.h"

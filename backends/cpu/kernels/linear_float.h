@@ -1,5 +1,5 @@
-// Weights as float32, activations as float32: dense matrices, and int4 and int8 in the exact mode, whose
-// blocks are widened to w = q * scale + bias first. Sums are float32, over k in blocks.
+// float32 weights times float32 activations: dense matrices, and in exact mode int4 and int8, whose blocks are first
+// converted to w = q * scale + bias. Sums are float32, over k in blocks.
 #pragma once
 #include "finish.h"
 #include "linear_int.h"
@@ -7,8 +7,8 @@
 
 namespace {
 
-constexpr int DENSE_BLOCK = 128;  // inputs widened at a time: 128 x 16 floats, 8 kB, half of a small L1
-constexpr int FLOAT_SPAN = 504;   // rows whose sums of a tile stay in L2; whole panels of any size in use
+constexpr int DENSE_BLOCK = 128;  // inputs converted at a time: 128 x 16 floats, 8 kB, half of a small L1
+constexpr int FLOAT_SPAN = 504;   // rows whose sums of a tile stay in L2; a multiple of every panel size
 
 inline F ld_dense(int kind, const uint8_t* p, size_t i) {
   switch (kind) {
@@ -18,7 +18,7 @@ inline F ld_dense(int kind, const uint8_t* p, size_t i) {
   }
 }
 
-// Inputs k0..k0 + n of a tile -> out (n, 16) float32, lines `stride` apart.
+// Inputs k0..k0 + n of a tile -> out (n, 16) float32 with a line stride of `stride`.
 inline void widen(const Weight& w, int index, int k0, int n, float* out, int stride = 16) {
   const uint8_t* tile = tile_at(w, index);
   if (w.kind > INT8) {
@@ -100,7 +100,7 @@ inline void float_tile(const Weight& w, int index, const float* x, int64_t strid
   }
 }
 
-// Inputs widened at a time.
+// Inputs converted at a time.
 inline int float_block(const Weight& w) {
   return w.kind > INT8 ? DENSE_BLOCK : w.group;
 }
@@ -109,7 +109,7 @@ inline size_t float_bytes(const Weight& w) {
   return (FLOAT_SPAN * 2 * 16 + (size_t)float_block(w) * 32 + (size_t)w.k) * 4 + 192;
 }
 
-// All rows, normalised where the op says so: x itself, this thread's scratch (one row) or the shared room.
+// All rows, normalised if the op has a norm: x itself, this thread's scratch (one row) or the shared memory.
 inline const float* float_input(const LinearOp& op, const Worker& me, float* room, int64_t* stride) {
   *stride = op.x_stride;
   if (!op.norm) return op.x;
@@ -141,8 +141,8 @@ inline void float_pair(const LinearOp& op, Pair pair, const float* x, int64_t st
 
 // Many rows -----------------------------------------------------------------------------------------------
 
-// Inputs lie as they are read, x[block of k][panel][k][FLOAT_PANEL]: rows of a matrix stand a power of two apart and
-// would fight for the same lines of the cache. Strips are those of linear_int.h.
+// Inputs are stored in reading order, x[block of k][panel][k][FLOAT_PANEL]. Rows of a matrix have a stride of a power
+// of two and would compete for the same cache lines. Strips are those of linear_int.h.
 inline size_t float_panel_bytes(int rows, const Weight& w) {
   return sizeof(float) * (size_t)up_to(rows, FLOAT_PANEL) * (size_t)w.k;
 }
@@ -151,11 +151,12 @@ inline int float_panels_of(int rows) {
   return (rows + FLOAT_PANEL - 1) / FLOAT_PANEL;
 }
 
-// Makes one panel ready; room is for a row.
+// Prepares one panel. room: scratch for a row.
 inline void pack_floats(const LinearOp& op, int panel, float* out, float* room) {
   const int k = op.w->k, step = float_block(*op.w), panels = float_panels_of(op.rows);
   for (int i = 0; i < FLOAT_PANEL; i++) {
-    const float* x = input_row(op, lesser(panel * FLOAT_PANEL + i, op.rows - 1), room);  // the last again, never stored
+    // repeats the last row; its result is not stored
+    const float* x = input_row(op, lesser(panel * FLOAT_PANEL + i, op.rows - 1), room);
     for (int k0 = 0; k0 < k; k0 += step) {
       const int n = lesser(step, k - k0);
       float* to = out + ((int64_t)k0 * panels + (int64_t)panel * n) * FLOAT_PANEL + i;

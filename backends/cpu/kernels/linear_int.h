@@ -1,7 +1,7 @@
 // int4 and int8 weights times int8 activations, summed in int32 within a group and in float32 across groups:
 //   y[r] = sum over groups of  scale[r] * xs * dot(q, x8) + bias[r] * xsum
 //
-// One row and few rows read the packed nibbles; many rows unpack a pair of tiles once and use it for all.
+// One row and few rows read the packed nibbles. Many rows unpack a pair of tiles once and use it for all.
 #pragma once
 #include "ends.h"
 #include "finish.h"
@@ -10,8 +10,9 @@
 
 namespace {
 
-// What a pass over a tile reads: int4 codes, the upper halves of int8 ones, or both, q = 16 * upper + lower. The upper
-// halves alone, with 7.5 for each lower one, are already the product but for what the lower ones vary about their mean.
+// What a pass over a tile reads: int4 codes, the upper halves of int8 codes, or both (q = 16 * upper + lower). The
+// upper halves with 7.5 for each lower half give the product except for the deviation of the lower halves from their
+// mean.
 enum Pass { NARROW, UPPER, WIDE };
 
 }  // namespace
@@ -22,10 +23,10 @@ enum Pass { NARROW, UPPER, WIDE };
 
 namespace {
 
-constexpr int FEW = 8;  // rows up to here are done four at a time, straight from the nibbles
+constexpr int FEW = 8;  // maximum rows that are processed four at a time, directly from the nibbles
 
-// int8 activations of some rows. Few: x[row][k], scale[row][g]. Many: panels of PANEL rows,
-// x[g][panel][k / DEPTH][PANEL][DEPTH], scale[g][panel][PANEL]: a group's products read one stretch of memory.
+// int8 activations of some rows. Few rows: x[row][k], scale[row][g]. Many rows: panels of PANEL rows,
+// x[g][panel][k / DEPTH][PANEL][DEPTH], scale[g][panel][PANEL], so a group's products read contiguous memory.
 struct Quantised {
   int8_t* x;
   float *scale, *sum;
@@ -51,7 +52,7 @@ inline Tail tail_of_pass(const Weight& w, const uint8_t* ends) {
   return t;
 }
 
-// Sixteen inputs of a tile times R rows: 2 lines at q, and with wide codes their lower halves.
+// Sixteen inputs of a tile times R rows: 2 lines at q, and for wide codes their lower halves.
 template <Pass P, int R, int C, class A>
 inline void sixteen(const uint8_t* q, const uint8_t* lower, const Quads* x, A (*acc)[V][C]) {
   constexpr bool TIGHT = A::ROOM < 4 / C;
@@ -77,8 +78,8 @@ inline void sixteen(const uint8_t* q, const uint8_t* lower, const Quads* x, A (*
   });
 }
 
-// A whole tile times R rows of activations -> sum[R][V]. Nothing is fetched ahead: processors do, and by hand a Zen 4
-// was 10 % slower on one thread.
+// A whole tile times R rows of activations -> sum[R][V]. There is no software prefetch: the hardware prefetches, and a
+// software prefetch made a Zen 4 10 % slower on one thread.
 template <Pass P, int R>
 inline void tile_rows(const Weight& w, int index, const Quantised& a, int row, F (*sum)[V]) {
   constexpr int C = R == 1 ? CHAINS : CHAINS / R > 1 ? CHAINS / R : 1;
@@ -87,7 +88,7 @@ inline void tile_rows(const Weight& w, int index, const Quantised& a, int row, F
   const int groups = w.k / w.group, steps = w.group / 16;
   const size_t block = block_bytes(w);
   const uint8_t *tile = tile_at(w, index), *lower = P == WIDE ? lower_of(w, index) : nullptr;
-  F total[R][V];  // not sum itself, which may not live in registers
+  F total[R][V];  // not sum itself, which may not be kept in registers
   repeat<R>([&](auto r) ALWAYS { repeat<V>([&](auto v) ALWAYS { total[r.value][v.value] = all(0); }); });
   for (int g = 0; g < groups; g++, tile += block) {
     A acc[R][V][C];
@@ -154,12 +155,12 @@ constexpr int NV = W == 16 ? 2 : V, STRIPS = W == 16 ? 1 : 2, STRIP = NV * W;
 inline int panels_of(int rows) {
   return (rows + PANEL - 1) / PANEL;
 }
-// A last panel that is not full is computed by thirds of one.
+// A last panel that is not full is computed in thirds of a panel.
 constexpr int THIRD = (PANEL + 5) / 6 * 2, THIRDS = 2 * THIRD < PANEL ? 2 * THIRD : PANEL;
 constexpr int PANELS = 192 / PANEL;  // panels whose sums of a pair stay in L1: 192 * 32 floats, 25 kB
 
 #if !defined(MATRIX)
-constexpr int DEPTH = 4;  // inputs of a row that lie side by side in a panel
+constexpr int DEPTH = 4;  // consecutive inputs of a row in a panel
 using Peak = Acc<false>;
 
 template <Pass P>
@@ -213,9 +214,9 @@ inline size_t many_bytes(const Weight& w) {
   return (size_t)PANELS * PANEL * 32 * 4 + (size_t)w.group * STRIP + 64;
 }
 
-// A row's lines of y, and of the residual, that `finish` will want soon. They lie too far apart for a processor to see
-// a pattern: without this, and without rows that share no lines of a cache (_rows in ../__init__.py), stores took an
-// eighth of the time.
+// Prefetches a row's lines of y and of the residual for `finish`. They are too far from each other for the hardware to
+// detect a pattern. Without this, and without row strides that avoid shared cache lines (_rows in ../__init__.py),
+// stores took an eighth of the time.
 ALWAYS inline void fetch_output(const LinearOp& op, Pair pair, int row) {
   if (row >= op.rows || op.to) return;
   const int64_t column = pair.first * 16;
@@ -227,7 +228,7 @@ ALWAYS inline void fetch_output(const LinearOp& op, Pair pair, int row) {
   }
 }
 
-// Panels p0..p1 of a pair of tiles, sums left in room.acc.
+// Panels p0..p1 of a pair of tiles. The sums are left in room.acc.
 template <Pass P>
 inline void pair_panels(const LinearOp& op, Pair pair, const Quantised& a, int panels, int p0, int p1,
                         const ManyRoom& room) {
@@ -240,7 +241,7 @@ inline void pair_panels(const LinearOp& op, Pair pair, const Quantised& a, int p
     memset(acc, 0, sizeof(float) * (size_t)(p1 - p0) * PANEL * STRIP);
     for (int g = 0; g < groups; g++) {
       F scale[NV], bias[NV];
-      for (int t = 0; t < NV / V; t++) {  // the tiles of a strip: one, or two side by side
+      for (int t = 0; t < NV / V; t++) {  // the tiles of a strip: one, or two next to each other
         const uint8_t* b = tile_at(w, tiles[strip + t]) + block * (size_t)g;
         const uint8_t* lower = P == WIDE ? lower_of(w, tiles[strip + t]) + codes_size * (size_t)g : b;
         unpack<P>(b, lower, w.group, 4 * STRIP, room.codes + 64 * t);
@@ -251,7 +252,7 @@ inline void pair_panels(const LinearOp& op, Pair pair, const Quantised& a, int p
         const size_t at = ((size_t)g * panels + p) * PANEL;
         if (g + 1 == groups)
           for (int i = 0; i < PANEL; i++) fetch_output(op, pair, p * PANEL + i);
-        // Calls by name, which are inlined: through a pointer a Pi 5 executes 8 % more.
+        // Direct calls, which are inlined. Through a pointer a Pi 5 executes 8 % more instructions.
         const auto step = [&](auto rows) ALWAYS {
           micro<P, rows.value>(room.codes, steps, a.x + at * w.group, a.scale + at, a.sum + at, scale, bias,
                                acc + (size_t)(p - p0) * PANEL * STRIP);
@@ -302,11 +303,12 @@ void many_rows(const LinearOp& op, const Worker& me, const Quantised& a) {
   for (int i; (i = pool_take(me, 1)) < items;) many_pair<P>(op, pair_at(op, i), a, me.scratch);
 }
 
-constexpr int APART = 64;  // bytes between rows being packed: a power of two of them would share lines of L1
+// bytes between rows being packed; with a stride of a power of two they would share lines of L1
+constexpr int APART = 64;
 
 // Activations ---------------------------------------------------------------------------------------------
 
-// One row of op.x, normalised if the op says so, in float32: `room` (k) if it had to be made.
+// One row of op.x in float32, normalised if the op has a norm; then it is written to `room` (k).
 inline const float* input_row(const LinearOp& op, int row, float* room) {
   const float* x = op.x + (op.from ? op.from[row] : row) * op.x_stride;
   if (!op.norm) return x;
@@ -314,8 +316,8 @@ inline const float* input_row(const LinearOp& op, int row, float* room) {
   return room;
 }
 
-// Quantises one panel of rows and interleaves it; rows beyond the last are zero. All rows first, a little apart, and
-// then their inputs in the order of the panel: row by row, each line of the panel would come and go PANEL times.
+// Quantises one panel of rows and interleaves it. Rows beyond the last are zero. All rows are quantised first, with
+// padding between them, and then interleaved: row by row, each line of the panel would be loaded PANEL times.
 inline void pack_panel(const LinearOp& op, int panel, const Quantised& a, uint8_t* scratch) {
   const Weight& w = *op.w;
   const int groups = w.k / w.group, panels = panels_of(op.rows), apart = w.k + APART;
@@ -351,7 +353,7 @@ inline size_t row_bytes(const Weight& w) {
   return (size_t)w.k * 4 + (size_t)(w.k / w.group) * 8 + (size_t)PANEL * (size_t)(w.k + APART) + 192;
 }
 
-// One row is quantised by every thread for itself: cheaper than to meet. More rows are shared out.
+// Every thread quantises a single row itself, because that is cheaper than a barrier. Several rows are distributed.
 inline Quantised quantise_input(const LinearOp& op, const Worker& me) {
   const Weight& w = *op.w;
   if (op.rows == 1) {

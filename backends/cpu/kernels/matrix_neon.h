@@ -1,5 +1,5 @@
-// Many rows by the matrix instruction: two rows of activations times two of weights, 8 inputs at once, 32 products
-// where a dot product makes 16. Few rows keep to the dot product.
+// Many rows with the matrix instruction: two rows of activations times two rows of weights, 8 inputs at once: 32
+// products where a dot product has 16. Few rows use the dot product.
 //
 // A strip's codes, unpacked: codes[k / 8][16 / 2][2][8]; a panel: x[k / 8][PANEL / 2][2][8].
 #pragma once
@@ -21,7 +21,7 @@ struct Peak {  // the sums of 2 rows of activations by 2 of weights
   I sum() const { return s; }
 };
 
-// A tile's 8 inputs lie as 4 rows by 4 inputs, twice: their words interleaved are 2 rows by 8 inputs, twice.
+// A tile stores 8 inputs as two blocks of 4 rows by 4 inputs. Interleaving their words gives two blocks of 2 rows by 8.
 template <Pass P>
 inline void unpack(const uint8_t* q, const uint8_t* lower, int group, int, uint8_t* out) {
   for (int s = 0; s < group / 8; s++, q += 64, lower += 64)
@@ -46,7 +46,8 @@ inline void micro(const uint8_t* u, int quadruples, const int8_t* x, const float
     repeat<R / 2>([&](auto i) ALWAYS { pair[i.value] = quads(x + 16 * i.value); });
     repeat<2 * V>([&](auto j) ALWAYS {
       Codes w = codes(u + 16 * j.value);
-      __asm__ volatile("" : "+w"(w) : : "memory");  // or all 8 are loaded first, and four sums live on the stack
+      // otherwise all 8 are loaded first, and four sums are spilled to the stack
+      __asm__ volatile("" : "+w"(w) : : "memory");
       repeat<R / 2>([&](auto i) ALWAYS { a[i.value][j.value].template add<0>(w, pair[i.value]); });
     });
     u += 16 * DEPTH, x += PANEL * DEPTH;

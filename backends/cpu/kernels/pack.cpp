@@ -1,4 +1,4 @@
-// Canonical weights -> tiles (op.h draws both).
+// Canonical weights -> tiles (layouts in op.h).
 #include <string.h>
 
 #include "kernels.h"
@@ -23,7 +23,7 @@ static void pack_tail(const PackOp& op, int row, int g, int r, uint8_t* tail) {
   if (op.w->ends == HALVES) ((uint16_t*)tail)[16 + r] = ((const uint16_t*)op.biases)[at];
 }
 
-// Two words of 4 bytes, inputs 8s.. and 8s + 4.. -> their upper halves as a line has them, and their lower ones.
+// Two words of 4 bytes, inputs 8s.. and 8s + 4.. -> their upper halves in line order, and their lower halves.
 static void part(const uint32_t* q, uint32_t* upper, uint32_t* lower) {
   *upper = (q[0] >> 4 & 0x0f0f0f0f) | (q[1] & 0xf0f0f0f0);
   *lower = (q[0] & 0x0f0f0f0f) | (q[1] & 0x0f0f0f0f) << 4;

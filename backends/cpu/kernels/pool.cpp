@@ -37,14 +37,15 @@ static void relax() {
 }
 #endif
 
-// Long enough to bridge the gap between two ops and the Python between two calls; short enough that a thread
-// whose peer lost its core to another process gives up its own.
+// Long enough for the gap between two ops and the Python between two calls. Short enough that a thread frees its core
+// if its peer lost one to another process.
 static constexpr std::chrono::microseconds SPIN{60};
 
-// Where other programs take processors away, a thread that is preempted holds up all others at the next meeting.
-// So lists then run on fewer threads, and now and then on all again, to see whether the processors are free.
-static constexpr int64_t WINDOW = 30'000'000;  // ns of lists that are judged together: some time slices
-static constexpr int64_t FIRST_REST = 200'000'000, LONGEST_REST = 3'200'000'000;  // ns before all are tried again
+// If other programs use the processors, a preempted thread delays all others at the next barrier. Lists then run on
+// fewer threads, and from time to time on all of them to test whether the processors are free.
+static constexpr int64_t WINDOW = 30'000'000;  // ns of lists that are evaluated together: several time slices
+// ns before all threads are tried again
+static constexpr int64_t FIRST_REST = 200'000'000, LONGEST_REST = 3'200'000'000;
 static constexpr double LOST = 0.25;  // threads' worth of time that other programs may take
 
 static int64_t greater(int64_t a, int64_t b) {
@@ -55,7 +56,7 @@ static int64_t now_ns() {
   return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-// Processor time of this thread in ns; -1 where the system counts it in whole time slices or not at all.
+// CPU time of this thread in ns; -1 if the system counts it in whole time slices or not at all.
 static int64_t processor_ns() {
 #if defined(CLOCK_THREAD_CPUTIME_ID) && !defined(_WIN32)
   timespec t;
@@ -64,7 +65,7 @@ static int64_t processor_ns() {
   return -1;
 }
 
-// Waits until `a` is no longer `old`: spins briefly, then sleeps -> when it fell asleep, or 0.
+// Waits until `a` differs from `old`: spins briefly, then sleeps. Returns the time at which it fell asleep, or 0.
 static int64_t await(std::atomic<uint32_t>& a, uint32_t old) {
   auto end = std::chrono::steady_clock::time_point();
   for (int i = 1; a.load(std::memory_order_acquire) == old; i++) {
@@ -82,7 +83,7 @@ static int64_t await(std::atomic<uint32_t>& a, uint32_t old) {
 }
 
 namespace {
-struct Buffer {  // grows, aligned to a cache line, old contents lost
+struct Buffer {  // grows, aligned to a cache line, does not keep its contents
   std::unique_ptr<uint8_t[]> bytes;
   size_t size = 0;
   bool grow(size_t need) {
@@ -96,13 +97,13 @@ struct Buffer {  // grows, aligned to a cache line, old contents lost
 };
 
 struct alignas(64) Nanoseconds {
-  int64_t asleep = 0;  // of one thread, since its list began
+  int64_t asleep = 0;  // of one thread, since its list started
 };
 }  // namespace
 
 struct Pool {
-  int threads, team;  // of which `team` run the next list
-  int process = 0;    // the workers' process: a forked child has none of them
+  int threads, team;  // `team` threads run the next list
+  int process = 0;    // the workers' process; a forked child has none of them
   std::mutex one_caller;
   std::unique_ptr<std::vector<std::thread>> workers;
   std::vector<Buffer> scratch;
@@ -112,12 +113,13 @@ struct Pool {
   const void* list = nullptr;
   int n = 0;
   bool stop = false;
-  int64_t judged = 0, lost = 0, used = 0;  // ns since the last judgement: of lists, taken by others, of our threads
+  // ns since the last evaluation: of lists, taken by other programs, of our threads
+  int64_t judged = 0, lost = 0, used = 0;
   int64_t until = 0, rest = FIRST_REST;
-  std::atomic<int64_t> met{0};               // when the threads last met, or a list was announced
-  std::atomic<int64_t> taken{0};             // from the threads of this list by other programs, ns
-  std::atomic<int64_t> had{0};               // processor time of the threads of this list, ns
-  alignas(64) std::atomic<uint32_t> job{0};  // its number * TEAMS + its team
+  std::atomic<int64_t> met{0};               // time of the threads' last barrier, or of the announcement of a list
+  std::atomic<int64_t> taken{0};             // ns taken from the threads of this list by other programs
+  std::atomic<int64_t> had{0};               // CPU time of the threads of this list, ns
+  alignas(64) std::atomic<uint32_t> job{0};  // job number * TEAMS + its team
   alignas(64) std::atomic<uint32_t> generation{0};
   alignas(64) std::atomic<int> arrived{0};
   alignas(64) std::atomic<int> next{0};
@@ -130,7 +132,7 @@ void pool_barrier(const Worker& me) {
   if (me.threads == 1) return p.next.store(0, std::memory_order_relaxed);
   const uint32_t now = p.generation.load(std::memory_order_relaxed);
   if (p.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 < me.threads) {
-    // What passes after the meeting until the thread has a processor again is not its sleep: others hold that.
+    // Time after the barrier, until the thread has a processor again, is not sleep: other programs hold the processor.
     if (const int64_t since = await(p.generation, now))
       p.waits[(size_t)me.id].asleep += greater(p.met.load(std::memory_order_relaxed) - since, 0);
     return;
@@ -173,7 +175,7 @@ static void work(Pool* p, int id, uint32_t seen) {
     await(p->job, seen);
     seen = p->job.load(std::memory_order_acquire);
     if (p->stop) return;
-    // A list that is over may be missed: the team of one that is not over waits for its threads.
+    // A finished list may be missed. An unfinished one cannot: its team waits for all its threads.
     if (const int team = (int)(seen % TEAMS); id < team) walk_as(p, id, team);
   }
 }
@@ -188,12 +190,12 @@ static void announce(Pool* p, int team) {
 
 int pool_fewer(int team, double lost, double used) {
   if (lost < LOST) return team;
-  const int shared = lost > 0.75 ? (int)(2 * lost + 0.5) : 1;  // one that shares with another loses half its time
+  const int shared = lost > 0.75 ? (int)(2 * lost + 0.5) : 1;  // a thread that shares a processor loses half its time
   const int fewer = team - shared > 1 ? team - shared : 1;
   return used < fewer ? fewer : team;
 }
 
-// After a list of `wall` ns: decides how many threads run the next ones.
+// After a list of `wall` ns, decides how many threads run the next ones.
 static void judge(Pool* p, int64_t wall) {
   p->judged += wall;
   p->lost += p->taken.exchange(0, std::memory_order_relaxed);
@@ -212,7 +214,7 @@ static void judge(Pool* p, int64_t wall) {
 }
 
 static void start(Pool* p) {
-  // After a fork the old threads live on in the parent only; their objects must not be joined or destroyed here.
+  // After a fork the old threads exist only in the parent. Their objects must not be joined or destroyed here.
   (void)p->workers.release();
   p->workers = std::make_unique<std::vector<std::thread>>();
   p->process = process_id();

@@ -1,11 +1,11 @@
-// The limits of this machine with these vectors: how fast memory reads, how fast int8 dot products go.
+// The machine's limits with these vectors: memory bandwidth and int8 dot products.
 #pragma once
 #include "linear_int.h"
 #include "pool.h"
 
 namespace {
 
-// Every byte once, in stretches that threads claim, through the dot product unit: a product a load.
+// Reads every byte once, in stretches that threads claim, through the dot product unit: one product per load.
 inline void probe_read(const ProbeOp& op, const Worker& me) {
   constexpr int64_t STRETCH = 1 << 20;
   constexpr int N = 4;
@@ -23,7 +23,7 @@ inline void probe_read(const ProbeOp& op, const Worker& me) {
   });
 }
 
-// As many sums as the many-row kernel keeps, operands in registers.
+// As many sums as in the many-row kernel, with operands in registers.
 inline void probe_dots(const ProbeOp& op) {
   using A = Peak;
   A a[PANEL][NV];
@@ -37,7 +37,7 @@ inline void probe_dots(const ProbeOp& op) {
       [&](int) ALWAYS {
         repeat<PANEL>([&](auto p) ALWAYS {
           repeat<NV>([&](auto v) ALWAYS {
-            hide(c);  // or the product is made once for all
+            hide(c);  // otherwise the product is computed once for all
             a[p.value][v.value].template add<0>(c, q);
           });
         });

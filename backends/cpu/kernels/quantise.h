@@ -1,10 +1,10 @@
-// Activations to int8, a scale for each group of inputs: x ~ q * scale, |q| <= 127.
+// Quantises activations to int8 with a scale per group of inputs: x ~ q * scale, |q| <= 127.
 #pragma once
 #include "words.h"
 
 namespace {
 
-// x (k) -> q (k), scales (k / group), sums (k / group): the sum of a group's q * scale, which a weight's bias meets.
+// x (k) -> q (k), scales (k / group), sums (k / group): the sum of a group's q * scale, multiplied by a weight's bias.
 inline void quantise_row(const float* x, int k, int group, int8_t* q, float* scales, float* sums) {
   for (int g = 0; g < k / group; g++, x += group, q += group) {
     F peak = all(0);

@@ -1,4 +1,4 @@
-// Ops that work row by row: embed, norm, rope, and the elementwise ones.
+// Ops that work row by row: embed, norm, rope, and elementwise ops.
 #pragma once
 #include "ends.h"
 #include "pool.h"
@@ -6,7 +6,7 @@
 
 namespace {
 
-// One row of n: x -> y (may be the same). Statistics in float32; the mean first, then the squares about it.
+// One row of n: x -> y (may be the same). Statistics are float32: first the mean, then the squares of the differences.
 inline void norm_row(const float* x, float* y, int n, const NormArg& norm) {
   float mean = 0;
   if (norm.kind == LAYER) {
@@ -87,7 +87,7 @@ void map_op(const MapOp& op, const Worker& me) {
     }
 }
 
-// Plain numbers out of a tile: row `id` of the table.
+// Single numbers of a tile: row `id` of the table.
 inline float half_number(const uint8_t* p) {
   uint16_t line[W];
   memcpy(line, p, 2);

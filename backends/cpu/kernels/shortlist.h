@@ -1,11 +1,11 @@
-// A head's logits where one token is to be chosen from them (op.h, Choice): every tile is read at half its width, and
-// at the whole where it may matter.
+// A head's logits when one token is chosen from them (op.h, Choice). Every tile is read at half its width, and at full
+// width if it may matter.
 //
-// What the upper pass leaves out of a logit is a sum of scale * (lower - 7.5) * x. Lower halves are as good as random
-// on 0..15, so it is as good as normal, with a deviation d = sqrt(85/4 * sum over groups of scale^2 |x|^2). The
-// difference of two logits is off by sqrt(2) d: a token 6 of those below the largest is that one in truth once in 10^9
-// times. Where a token is drawn, one of an estimate y weighs e^(y / T + (d / T)^2 / 2) in the mean. Tiles read whole
-// have the very bits that they have without a shortlist.
+// The upper pass omits a sum of scale * (lower - 7.5) * x from a logit. Lower halves are close to uniform on 0..15, so
+// the sum is close to normal, with a deviation d = sqrt(85/4 * sum over groups of scale^2 |x|^2). The difference of two
+// logits has a deviation of sqrt(2) d. A token 6 of those below the largest is the true maximum once in 10^9 times. If
+// a token is sampled, one with estimate y has a mean weight of e^(y / T + (d / T)^2 / 2). Tiles read at full width are
+// bit-identical to those without a shortlist.
 #pragma once
 #include "linear_int.h"
 
@@ -18,7 +18,7 @@ inline bool shortens(const LinearOp& op) {
 }
 
 struct Estimates {
-  float *top, *reach;  // (tiles): a tile's largest logit by its upper halves, and what that is to be taken for
+  float *top, *reach;  // (tiles): a tile's largest logit by its upper halves, and the bound to compare
 };
 inline Estimates estimates_at(const Worker& me, int tiles) {
   float* top = (float*)me.shared;
@@ -54,7 +54,7 @@ inline float variance_of(const Weight& w, int tile, const float* squares) {
   return VARIANCE * largest;
 }
 
-// The largest of a tile's sums; lanes beyond the last row are no tokens.
+// The largest of a tile's sums. Lanes beyond the last row are not tokens.
 inline float top_of(const Weight& w, int tile, const F* sum) {
   float line[16], largest = -3e38f;
   for (int v = 0; v < V; v++) st(line + v * W, sum[v]);
@@ -62,8 +62,9 @@ inline float top_of(const Weight& w, int tile, const F* sum) {
   return largest;
 }
 
-// Tiles that may reach this much matter. Where a token is drawn, tiles of least reach are left out in steps of half a
-// temperature, as long as all their tokens together cannot be as probable as `tail`, be they all as large as the step.
+// Tiles whose reach is at least this value matter. If a token is sampled, tiles of least reach are dropped in steps of
+// half a temperature, as long as the total probability of their tokens is at most `tail`, assuming that all of them are
+// as large as the step.
 inline float least_reach(const Choice& c, const Estimates& e, int tiles) {
   float best = -3e38f;
   for (int t = 0; t < tiles; t++) best = e.top[t] > best ? e.top[t] : best;
@@ -112,7 +113,7 @@ void shortlist(const LinearOp& op, const Worker& me) {
   const float least = least_reach(*op.choice, e, tiles);
   for (int at; (at = pool_take(me, 16)) < tiles;)
     for (int t = at; t < lesser(tiles, at + 16); t++) {
-      if (e.reach[t] < least) continue;  // so that one that is no number is read
+      if (e.reach[t] < least) continue;  // written so that a NaN is read at full width
       whole_tile(op, t, a);
       pool_arrive(&op.choice->tiles);
     }

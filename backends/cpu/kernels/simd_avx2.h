@@ -1,4 +1,4 @@
-// AVX2 + FMA + F16C, with AVX-VNNI where the compiler's flags give it. Words: see simd_scalar.h.
+// AVX2 + FMA + F16C, and AVX-VNNI if the compiler's flags enable it. Primitives: see simd_scalar.h.
 #pragma once
 #include <immintrin.h>
 #include <stdint.h>
@@ -114,13 +114,13 @@ inline void hide(Codes&) {}
 #else
 inline void hide(Codes& c) {
   __asm__ volatile("" : "+x"(c));
-}  // no compiler knows what c holds now
+}  // hides the value of c from the compiler
 #endif
-// Inlined by force: gcc takes a function that only fetches for one that does nothing, and drops its calls.
+// Inlined by force: gcc treats a function that only prefetches as one without effect and drops its calls.
 [[gnu::always_inline]] inline void fetch(const uint8_t* p) {
   _mm_prefetch((const char*)p, _MM_HINT_T0);
 }
-// Not prefetchw, as in simd_avx512.h: a Haswell has none.
+// Not prefetchw, as in simd_avx512.h: a Haswell does not have it.
 [[gnu::always_inline]] inline void fetch_to_write(float* p) {
   fetch((const uint8_t*)p);
 }
@@ -138,7 +138,7 @@ inline I quad(Quads x) {
   return _mm256_set1_epi32(four);
 }
 
-// gcc keeps a sum in one register only if its type is the one that the instruction is defined on; __m256i counts as
+// gcc keeps a sum in one register only if its type is the one that the instruction is defined on. __m256i counts as
 // four 64-bit numbers, and every step would copy it.
 #if defined(__GNUC__)
 typedef int32_t Sum __attribute__((vector_size(32)));
@@ -180,7 +180,7 @@ struct Acc {
   }
   I sum() const { return (I)s; }
 };
-// Codes up to 255 overflow maddubs' int16: even and odd bytes as int16 each.
+// Codes up to 255 overflow maddubs' int16, so even and odd bytes are widened to int16 separately.
 template <>
 struct Acc<true> {
   static constexpr int ROOM = 1 << 20;

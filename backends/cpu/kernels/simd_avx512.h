@@ -1,4 +1,4 @@
-// AVX-512 F, BW, VL, DQ, VNNI. Words: see simd_scalar.h.
+// AVX-512 F, BW, VL, DQ, VNNI. Primitives: see simd_scalar.h.
 #pragma once
 #include <immintrin.h>
 #include <stdint.h>
@@ -19,7 +19,7 @@ inline F ld(const float* p) {
 inline F ldh(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }
-// 16-bit numbers of two parts: an fp16 whose lowest four bits are nought, and a whole number in their place.
+// 16-bit numbers of two parts: an fp16 whose lowest four bits are zero, and an integer in their place.
 inline void ldz(const uint16_t* p, F& half, F& whole) {
   const __m256i u = _mm256_loadu_si256((const __m256i*)p), low = _mm256_set1_epi16(15);
   half = _mm512_cvtph_ps(_mm256_andnot_si256(low, u));
@@ -109,14 +109,14 @@ inline void hide(Codes&) {}
 #else
 inline void hide(Codes& c) {
   __asm__ volatile("" : "+v"(c));
-}  // no compiler knows what c holds now
+}  // hides the value of c from the compiler
 #endif
-// Inlined by force: gcc takes a function that only fetches for one that does nothing, and drops its calls.
+// Inlined by force: gcc treats a function that only prefetches as one without effect and drops its calls.
 [[gnu::always_inline]] inline void fetch(const uint8_t* p) {
   _mm_prefetch((const char*)p, _MM_HINT_T0);
 }
-// And takes the line from other cores: a store need not ask for it again. With two threads whose cores share no cache
-// an up product is 9 % faster.
+// Also takes the line from other cores, so that a store need not request it again. With two threads whose cores share
+// no cache an up product is 9 % faster.
 [[gnu::always_inline]] inline void fetch_to_write(float* p) {
 #if defined(_MSC_VER)
   _m_prefetchw(p);
@@ -132,7 +132,7 @@ inline Quads quads(const int8_t* p) {
   return {p};
 }
 
-// gcc keeps a sum in one register only if its type is the one that the instruction is defined on; __m512i counts as
+// gcc keeps a sum in one register only if its type is the one that the instruction is defined on. __m512i counts as
 // eight 64-bit numbers, and every step would copy it.
 #if defined(__GNUC__)
 typedef int32_t Sum __attribute__((vector_size(64)));

@@ -1,5 +1,5 @@
-// NEON of any 64-bit Arm, with the dot product and int8 matrix instructions where the compiler's flags give them.
-// Words: see simd_scalar.h.
+// NEON of any 64-bit Arm, with the dot product and int8 matrix instructions if the compiler's flags enable them.
+// Primitives: see simd_scalar.h.
 #pragma once
 #include <arm_neon.h>
 #include <stdint.h>
@@ -99,7 +99,7 @@ inline Codes low(Codes c) {
 inline Codes high(Codes c) {
   return vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(c), 4));
 }
-// Wide codes become signed: 128 less, which WIDE_OFFSET gives back.
+// Wide codes become signed by subtracting 128, which WIDE_OFFSET adds again.
 inline Codes wide_low(Codes upper, Codes lower) {
   return veorq_s8(vsliq_n_s8(lower, upper, 4), vdupq_n_s8(-128));
 }
@@ -116,9 +116,9 @@ inline void hide(Codes&) {}
 #else
 inline void hide(Codes& c) {
   __asm__ volatile("" : "+w"(c));
-}  // no compiler knows what c holds now
+}  // hides the value of c from the compiler
 #endif
-inline void fetch(const uint8_t*) {}  // the hardware's own prefetch does as well
+inline void fetch(const uint8_t*) {}  // the hardware prefetcher is as fast
 inline void fetch_to_write(float*) {}
 
 using Quads = int8x16_t;
@@ -140,14 +140,14 @@ struct Acc {
   I sum() const { return s; }
 };
 #if defined(__ARM_FEATURE_MATMUL_INT8)
-#define MATRIX "matrix_neon.h"  // the many-row step has a file of its own
+#define MATRIX "matrix_neon.h"  // the many-row step has a separate file
 constexpr int CHAINS = 1, PANEL = 6;
 #else
 constexpr int CHAINS = 1, PANEL = 4;
 #endif
 #else
-// A lane of t0, t1 is one input of one row: products of at most 15 * 127 = 1905, so 17 fit int16;
-// wide ones of at most 128 * 127, so 2 fit.
+// A lane of t0, t1 is one input of one row: products of at most 15 * 127 = 1905, so 17 fit int16. Wide ones are at most
+// 128 * 127, so 2 fit.
 template <bool WIDE>
 struct Acc {
   static constexpr int ROOM = WIDE ? 2 : 16;

@@ -1,7 +1,7 @@
-// The vector words in plain C++: the version to read, and the one for processors nobody thought of.
+// The vector primitives in plain C++: the version to read, and the fallback for other processors.
 //
-// F    W floats                                  Acc<WIDE>   dot products of W rows, 4 inputs a step
-// A file that defines these words makes every kernel in body.h.
+// F    W floats                                  Acc<WIDE>   dot products of W rows, 4 inputs per step
+// A file that defines these primitives makes every kernel in body.h.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -64,7 +64,7 @@ inline F ld(const float* p) {
 inline F ldh(const uint16_t* p) {
   return each([&](int i) { return half_to_float(p[i]); });
 }
-// 16-bit numbers of two parts: an fp16 whose lowest four bits are nought, and a whole number in their place.
+// 16-bit numbers of two parts: an fp16 whose lowest four bits are zero, and an integer in their place.
 inline void ldz(const uint16_t* p, F& half, F& whole) {
   half = each([=](int i) { return half_to_float((uint16_t)(p[i] & 0xfff0)); });
   whole = each([=](int i) { return (float)(p[i] & 15); });
@@ -86,7 +86,7 @@ inline void st(float* p, F x) {
 inline void sth(uint16_t* p, F x) {
   for (int i = 0; i < W; i++) p[i] = float_to_half(x.v[i]);
 }
-inline void st8(int8_t* p, F x) {  // whole numbers within int8
+inline void st8(int8_t* p, F x) {  // integers within int8
   for (int i = 0; i < W; i++) p[i] = (int8_t)x.v[i];
 }
 inline F add(F a, F b) {
@@ -116,7 +116,7 @@ inline F magnitude(F a) {
 inline F nearest(F a) {
   return each([&](int i) { return nearbyintf(a.v[i]); });
 }
-inline F power_of_two(F n) {  // 2^n for whole n in -126..127
+inline F power_of_two(F n) {  // 2^n for integer n in -126..127
   return each([&](int i) { return ldexpf(1.f, (int)n.v[i]); });
 }
 inline float sum_of(F a) {
@@ -137,7 +137,7 @@ inline F field(const uint8_t* p, int shift, uint32_t mask) {
   return each([&](int i) { return (float)(u[i] >> shift & mask); });
 }
 
-// Codes of W rows, 4 inputs each; WIDE codes reach 255, others 15.
+// Codes of W rows, 4 inputs each. WIDE codes reach 255, others 15.
 struct Codes {
   uint8_t v[4 * W];
 };
@@ -171,12 +171,12 @@ inline void hide(Codes&) {}
 #else
 inline void hide(Codes& c) {
   __asm__ volatile("" : "+m"(c));
-}  // no compiler knows what c holds now
+}  // hides the value of c from the compiler
 #endif
-inline void fetch(const uint8_t*) {}  // hints that a cache line will be wanted
+inline void fetch(const uint8_t*) {}  // prefetches a cache line
 inline void fetch_to_write(float*) {}
 
-// Activations, 4 inputs to a 32-bit lane. add<L> multiplies with lane L.
+// Activations, 4 inputs per 32-bit lane. add<L> multiplies with lane L.
 struct Quads {
   const int8_t* p;
 };
@@ -186,7 +186,7 @@ inline Quads quads(const int8_t* p) {
 
 template <bool WIDE>
 struct Acc {
-  static constexpr int ROOM = 1 << 20;  // how many `add`s may come before a `flush`
+  static constexpr int ROOM = 1 << 20;  // number of `add` calls before a `flush` is needed
   I s;  // set by `clear`, not here: an array's constructor is a loop, and keeps the sums out of registers
   void clear() { s = {}; }
   template <int L>
@@ -197,10 +197,10 @@ struct Acc {
   void flush() {}
   I sum() const { return s; }
 };
-constexpr float WIDE_OFFSET = 0;  // what wide_low and wide_high took away from each code
+constexpr float WIDE_OFFSET = 0;  // the offset that wide_low and wide_high subtract from each code
 constexpr int CHAINS = 1;         // accumulators that hide the latency of one row's dot product
-constexpr int PANEL = 4;          // rows of activations a step of the many-row kernel
+constexpr int PANEL = 4;          // rows of activations per step of the many-row kernel
 constexpr int FLOAT_ROWS = 4;     // the same for float weights, few rows
-constexpr int FLOAT_PANEL = 4;    // and many
+constexpr int FLOAT_PANEL = 4;    // the same for float weights, many rows
 
 }  // namespace

@@ -1,8 +1,8 @@
-// Words made of the words in simd_*.h: tails, exp, activations, and loops unrolled at compile time.
+// Helpers built from the primitives of simd_*.h: tails, exp, activations, and loops unrolled at compile time.
 #pragma once
 #include "op.h"
 
-// Lambdas of unrolled loops must be gone before gcc decides which arrays may live in registers.
+// Lambdas of unrolled loops must be inlined before gcc decides which arrays are kept in registers.
 #if defined(__GNUC__)
 #define ALWAYS __attribute__((always_inline))
 #else
@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int V = 16 / W;  // vectors a line of 16 rows
+constexpr int V = 16 / W;  // vectors per line of 16 rows
 
 template <int N>
 struct Int {
@@ -27,7 +27,8 @@ ALWAYS inline void repeat(Fn&& fn) {
 }
 
 // step(0), ... step(n - 1), n > 0, and flush() after every ROOM of them and at the end. Sums that need no flush get a
-// single loop that runs at least once: otherwise gcc keeps two copies of each, more than there are registers.
+// single loop that runs at least once. Otherwise gcc keeps two copies of each, which need more registers than there
+// are.
 template <int ROOM, class Step, class Flush>
 ALWAYS inline void in_runs(int n, Step step, Flush flush) {
   if constexpr (ROOM >= 1 << 16) {
@@ -80,9 +81,9 @@ inline void map(int n, const float* a, const float* b, float* y, Fn fn) {
   if (i < n) st_part(y + i, fn(ld_part(a + i, n - i), ld_part(b + i, n - i)), n - i);
 }
 
-// e^x within 2 units in the last place; below e^-87 it stays there (1e-38: nothing, beside 1).
-// x = n ln 2 + r, |r| <= ln 2 / 2; ln 2 in two parts so that n * (first part) is exact; Taylor's polynomial of
-// degree 7 leaves r^8 / 8! = 5e-9.
+// e^x within 2 units in the last place. x is clamped at -87, where e^x is 1e-38, negligible compared with 1. x = n ln 2
+// + r, |r| <= ln 2 / 2; ln 2 has two parts so that n * (first part) is exact. The Taylor polynomial of degree 7 leaves
+// r^8 / 8! = 5e-9.
 inline F exponential(F x) {
   x = least(most(x, all(-87.3f)), all(88.3f));
   const F n = nearest(mul(x, all(1.44269504f)));

@@ -1,18 +1,17 @@
-// Attention of one new position over a cache, split along it: flash decoding in one launch.
+// Attention of one new position over a cache, split along the cache: flash decoding in one launch.
 //
-// HEAD is the head's size (a multiple of 8, at most 256), QUERIES the query heads of a block (at most 4:
-// registers; all of one key/value head, so that keys and values are read once for them), INT8 whether the cache is
-// int8. Grid (Hkv · ceil(n_rep / QUERIES), splits), 128 threads. The number of positions is read from device memory: a
-// captured launch serves every length. Blocks beyond it end at once; the last of a head's blocks to finish joins the
-// splits. The new key and value are stored by the block whose split they fall into.
+// HEAD is the head size (a multiple of 8, at most 256). QUERIES is the number of query heads per block (at most 4,
+// limited by registers); all belong to one key/value head, so keys and values are read once for them. INT8 is set for
+// an int8 cache. Grid (Hkv · ceil(n_rep / QUERIES), splits), 128 threads. The number of positions is read from device
+// memory, so a captured launch serves every length. Blocks beyond it return at once. The last block of a head to finish
+// merges the splits. The block whose split contains the new position stores its key and value.
 //
-// Keys and values are read 16 bytes a lane, a position by HEAD / 8 neighbouring lanes: whole lines of the cache,
-// each once; scores and sums are float32. Four loads a lane are in flight:
-// 8 KiB a block.
+// Keys and values are read 16 bytes per lane, a position by HEAD / 8 neighbouring lanes: whole cache lines, each once.
+// Scores and sums are float32. Four loads per lane are in flight: 8 KiB per block.
 
 constexpr int LANES = HEAD <= 64 ? 8 : HEAD <= 128 ? 16 : 32;  // of a position
-constexpr int AT_ONCE = 128 / LANES;                           // positions a block works on
-constexpr int SPAN = 64;                                       // positions between two looks at the maximum
+constexpr int AT_ONCE = 128 / LANES;                           // positions that a block processes at once
+constexpr int SPAN = 64;                                       // positions between two updates of the maximum
 constexpr int STEPS = SPAN / AT_ONCE;
 
 #if INT8
@@ -31,7 +30,7 @@ DEVICE void read8(float (&x)[8], const u16* p, float) {
 }
 #endif
 
-// One head's new key or value (HEAD) -> the cache; one warp. int8: the largest magnitude is 127.
+// Stores one head's new key or value (HEAD) in the cache; one warp. int8: the largest magnitude is 127.
 DEVICE void store(Stored* to, u16* scale, const float* from, int lane) {
 #if INT8
   float most = 0.f;
@@ -49,9 +48,9 @@ DEVICE void store(Stored* to, u16* scale, const float* from, int lane) {
 #endif
 }
 
-// q (H, HEAD), k, v (Hkv, HEAD) float; keys, values (Hkv, capacity, HEAD), their scales (Hkv, capacity) half;
-// position (1): how many are in the cache. partial (H, splits, HEAD + 2) float and tickets (Hkv · chunks), zero
-// before the first launch, are scratch. alibi (H) may be null; window, softcap 0: off. q and k are turned here by
+// q (H, HEAD), k, v (Hkv, HEAD) float; keys, values (Hkv, capacity, HEAD), their scales (Hkv, capacity) half; position
+// (1): the number of positions in the cache. partial (H, splits, HEAD + 2) float and tickets (Hkv · chunks), zero
+// before the first launch, are scratch. alibi (H) may be null; window, softcap 0: off. q and k are rotated here with
 // turn.cuh's inv_freq, half, factor, interleaved. y (H, HEAD) half.
 KERNEL(128, 4)
 attend(const float* q, const float* k, const float* v, Stored* keys, Stored* values, u16* k_scales, u16* v_scales,
@@ -73,7 +72,7 @@ attend(const float* q, const float* k, const float* v, Stored* keys, Stored* val
     const size_t base = size_t(kv_head) * capacity;
     if (end == last + 1 && warp < 2) {
       const float* in = (warp ? v : k) + kv_head * HEAD;
-      for (int d = lane; d < HEAD; d += 32)  // the lane that `store` has read it
+      for (int d = lane; d < HEAD; d += 32)  // read again by the same lane in `store`
         fresh[warp][d] = turned(in, d, warp ? nullptr : inv_freq, half, factor, interleaved, last);
       const size_t at = base + last;
       store((warp ? values : keys) + at * HEAD, (warp ? v_scales : k_scales) + at, fresh[warp], lane);
@@ -89,7 +88,7 @@ attend(const float* q, const float* k, const float* v, Stored* keys, Stored* val
     float sum[QUERIES][8] = {};
     for (int at = begin; at < end; at += SPAN) {
 #pragma unroll 4
-      for (int step = 0; step < STEPS; step++) {  // scores: each position's lanes add up their eights
+      for (int step = 0; step < STEPS; step++) {  // scores: the lanes of a position add up their eight products each
         const int s = at + step * AT_ONCE + place;
         float dot[QUERIES] = {}, x[8];
         if (s < end && part * 8 < HEAD) {
@@ -112,7 +111,7 @@ attend(const float* q, const float* k, const float* v, Stored* keys, Stored* val
         }
       }
       __syncthreads();
-      for (int h = warp; h < QUERIES; h += 4) {  // softmax so far: a warp a head
+      for (int h = warp; h < QUERIES; h += 4) {  // running softmax: one warp per head
         const float a = score[h][lane], b = score[h][lane + 32];
         float top = fmaxf(a, b);
 #pragma unroll
@@ -167,7 +166,7 @@ attend(const float* q, const float* k, const float* v, Stored* keys, Stored* val
     }
   }
 
-  __threadfence();  // what this block wrote is there before its ticket
+  __threadfence();  // this block's writes are visible before its ticket
   __syncthreads();
   if (threadIdx.x == 0) ticket = atomicAdd(tickets + blockIdx.x, 1u);
   __syncthreads();

@@ -1,9 +1,9 @@
-// The chosen experts of up to eight rows, each weight found by its expert's number on the device.
+// The chosen experts of up to eight rows. Weights are found on the device by expert number.
 //
-// weights holds three addresses an expert: codes, scales, bias (or 0); all experts have one shape and form. choice
-// (rows, slots) are experts, share (rows, shares) their weights, that of the shared expert last if shares > slots.
-// A table of addresses costs a dependent read a block, about 0.5 us, where a stack of weights would cost none;
-// but a stack needs all of a layer's experts a second time while it is made.
+// weights has three addresses per expert: codes, scales, bias (or 0). All experts have one shape and form. choice
+// (rows, slots) are experts; share (rows, shares) their factors, with that of the shared expert last if shares > slots.
+// A table of addresses costs a dependent read of about 0.5 us per block, which a stack of weights avoids. But building
+// a stack needs memory for all of a layer's experts a second time.
 //
 // Arithmetic and layout: matvec.cu.
 
@@ -22,7 +22,7 @@ DEVICE Chosen chosen(const u64* weights, int expert, float share) {
           reinterpret_cast<const float*>(w[2]), share};
 }
 
-// All slots' weights side by side along K: as many units on their way as for one weight of that size.
+// The weights of all slots concatenated along K: as many units in flight as for one weight of that size.
 struct Several {
   const Chosen* slot;
   const u16* x;  // (slots, K)
@@ -34,7 +34,7 @@ struct Several {
   DEVICE int pieces(int units) const { return slots * units; }
 };
 
-// h (rows, slots, F) half = act(gate) * up of x (rows, K), gate the weight's first F rows, up the rest.
+// h (rows, slots, F) half = act(gate) * up of x (rows, K). gate: the weight's first F rows, up: the rest.
 // Grid: (F / 16, rows * slots), F % 16 == 0.
 KERNEL(256, 2)
 experts_up(const u64* weights, const int* choice, const u16* x, u16* h, int F, int K, int slots, int act) {

@@ -1,15 +1,15 @@
-// Many rows of activations times a weight in tiles: y (T, N) = x (T, K) wᵀ, on tensor cores.
+// Multiplies many rows of activations with a tiled weight: y (T, N) = x (T, K) wᵀ, on tensor cores.
 //
-// A block makes 128 outputs of 128 rows with eight warps, each 32 outputs of 64 rows. Codes go straight from
-// global memory to the registers of the warp that needs them, already in mma order, and become halves there:
-// q - offset (exact), then scale * q + bias, rounded once, as a dequantised fp16 weight would be. Activations
-// come through shared memory in three stages of 64 inputs (3 x 16 KiB, all that a block may have without
-// asking), copied asynchronously. They lie in planes of 32 inputs, 64 bytes a row, so that the eight lanes of
-// one phase of a 16-byte read touch all 32 banks once, and one such read is the B operand of two mma.
+// A block computes 128 outputs of 128 rows with eight warps, each 32 outputs of 64 rows. Codes go from global memory
+// directly to the registers of the warp that needs them, already in mma order, and are converted to halves there: q -
+// offset (exact), then scale * q + bias, rounded once, like a dequantised fp16 weight. Activations go through shared
+// memory in three stages of 64 inputs (3 x 16 KiB, the maximum of a block without opting in to more), copied
+// asynchronously. They are stored in planes of 32 inputs, 64 bytes per row, so that the eight lanes of one phase of a
+// 16-byte read touch all 32 banks once, and one such read is the B operand of two mma.
 //
-// Per 64 inputs a warp has 64 mma, 16 reads of shared memory, 2 of codes and about 2 x 52 operations on codes:
-// the tensor cores are the bound (on an H200 2 clocks an mma and SM, 8 warps: 1024 clocks; the codes of two
-// warps a scheduler 416 issue slots). Meant for 9 to about 256 rows; beyond, unpack.cu and cuBLAS win.
+// Per 64 inputs a warp executes 64 mma, 16 reads of shared memory, 2 of codes and about 2 x 52 operations on codes. The
+// tensor cores are the limit (on an H200 2 clocks per mma and SM, 8 warps: 1024 clocks; the codes of two warps per
+// scheduler take 416 issue slots). Intended for 9 to about 256 rows; above that, unpack.cu and cuBLAS are faster.
 
 constexpr int STAGES = 3, ROWS = 128, OUTPUTS = 128, PLANE = ROWS * 4;  // in 16 bytes
 
@@ -41,7 +41,7 @@ DEVICE void multiply(uint4 (&staged)[STAGES][2][PLANE], const uint4* codes, cons
     if (step >= steps) return;
 #pragma unroll
     for (int m = 0; m < 2; m++) {
-      const int tile = min(first_tile + m, tiles - 1);  // past the edge: anything that is there
+      const int tile = min(first_tile + m, tiles - 1);  // beyond the edge any valid tile is read
       const uint4* from = codes + unit_at(tile, step / 2, units) + step % 2 * HALF_LOADS * 32 + lane;
 #pragma unroll
       for (int i = 0; i < HALF_LOADS; i++) coming[m][i] = from[32 * i];
@@ -57,7 +57,7 @@ DEVICE void multiply(uint4 (&staged)[STAGES][2][PLANE], const uint4* codes, cons
   fetch(0);
   for (int step = 0; step < steps; step++) {
     copy_wait<1>();
-    __syncthreads();  // everyone's copies of this step are there, and everyone is done with the step before
+    __syncthreads();  // all copies of this step have arrived, and all warps have finished the previous step
     stage(step + 2);
     uint4 here[2][LOADS];  // `operand` counts from the unit's start; only this half is filled
     uint2 scale[2][HALF_GROUPS];
@@ -115,8 +115,8 @@ DEVICE void multiply(uint4 (&staged)[STAGES][2][PLANE], const uint4* codes, cons
       }
 }
 
-// Grid (ceil(N / 128), ceil(T / 128)), 256 threads. bias (N), residual (T, N) float may be null; exactly one of
-// y_half, y_float is not null. K % 32 == 0; x is 16-byte aligned. N % 2 == 0 where y_half is used.
+// Grid (ceil(N / 128), ceil(T / 128)), 256 threads. bias (N), residual (T, N) float may be null. Exactly one of y_half,
+// y_float is not null. K % 32 == 0; x is 16-byte aligned. N % 2 == 0 if y_half is used.
 KERNEL(256, 1)
 gemm(const uint4* codes, const uint2* scales, const u16* x, const float* bias, const float* residual, u16* y_half,
      float* y_float, int N, int K, int T) {
@@ -124,10 +124,10 @@ gemm(const uint4* codes, const uint2* scales, const u16* x, const float* bias, c
   multiply(staged, codes, scales, x, nullptr, bias, residual, y_half, y_float, N, K, blockIdx.y * ROWS, T);
 }
 
-// Rows sorted by expert: y (P, N) half, row p by expert e where first[e] <= p < first[e + 1]. from (P): row p reads row
-// from[p] of x; null: row p. weights: three addresses an expert, codes, scales, bias or 0. Block (., b) makes the b-th
-// piece of 128 rows, where expert e has pieces[e] .. pieces[e + 1]: how many there are only the device knows, so
-// the grid is (ceil(N / 128), P / 128 + experts) at most, and blocks beyond the last piece end at once.
+// Rows sorted by expert: y (P, N) half, row p by expert e with first[e] <= p < first[e + 1]. from (P): row p reads row
+// from[p] of x; null: row p. weights: three addresses per expert: codes, scales, bias or 0. Block (., b) computes the
+// b-th piece of 128 rows; expert e has pieces[e] .. pieces[e + 1]. Their number is known only on the device, so the
+// grid is at most (ceil(N / 128), P / 128 + experts), and blocks beyond the last piece return at once.
 KERNEL(256, 1)
 gemm_experts(const u64* weights, const int* first, const int* pieces, const int* from, const u16* x, u16* y, int N,
              int K, int experts) {

@@ -1,23 +1,23 @@
-// One to eight rows of activations times a weight in tiles, on tensor cores: y (rows, N) = x (rows, K) wᵀ.
+// Multiplies one to eight rows of activations with a tiled weight, on tensor cores: y (rows, N) = x (rows, K) wᵀ.
 //
-// Why tensor cores for one row: on an H200 (4.8 TB/s, 132 SMs at 1.75 GHz) an SM must take 41 four-bit weights
-// a clock, and it issues 128 lane-instructions a clock: 3.1 a weight. Turning codes into halves and multiplying
-// by fma costs 2.1. Here a warp-wide mma takes 8 weights a lane: per 64 weights of a lane (a unit) there are
-// 2 loads of codes, 4 of activations, 40 logical operations, 16 mma, 18 for each group and about 10 for
-// addresses: 90 / 64 = 1.4 a weight at G = 128, 45 % of what the SM can issue. Orin: 28 weights a clock, 4.6
-// instructions a weight, more room still. Eight rows cost what one costs: an mma has eight columns.
+// Reason for tensor cores with one row: on an H200 (4.8 TB/s, 132 SMs at 1.75 GHz) an SM must process 41 four-bit
+// weights per clock and issues 128 lane-instructions per clock: 3.1 per weight. Converting codes to halves and
+// multiplying with fma costs 2.1. A warp-wide mma processes 8 weights per lane. Per 64 weights of a lane (a unit) there
+// are 2 loads of codes, 4 of activations, 40 logical operations, 16 mma, 18 per group and about 10 for addresses: 90 /
+// 64 = 1.4 per weight at G = 128, 45 % of what the SM can issue. Orin: 28 weights per clock, 4.6 instructions per
+// weight, which leaves more room. Eight rows cost the same as one, because an mma has eight columns.
 //
-// Bandwidth: every load of codes is 512 contiguous bytes a warp. A block holds 8 warps x 32 lanes x 128 bytes of
-// codes in flight = 32 KiB, two blocks an SM: 64 KiB, and 4.8 TB/s x 0.8 us / 132 = 29 KiB are needed. N / 16
-// blocks: 256 at N = 4096 on 2 x 132 places (97 % even). The eight warps of a block take every eighth unit of K
-// and add their sums in a fixed order: results do not depend on timing.
+// Bandwidth: every load of codes is 512 contiguous bytes per warp. A block has 8 warps x 32 lanes x 128 bytes of codes
+// in flight = 32 KiB, with two blocks per SM 64 KiB; 4.8 TB/s x 0.8 us / 132 = 29 KiB are needed. N / 16 blocks: 256 at
+// N = 4096 on 2 x 132 places (97 % used). The eight warps of a block process every eighth unit of K and add their sums
+// in a fixed order, so results do not depend on timing.
 //
-// Arithmetic: codes stay offset (1024 + q, exact in a half); sums of products in float32 within a group; a
-// second mma with a matrix of ones gives the sum of x in the same place, so that
+// Arithmetic: codes stay offset (1024 + q, exact in a half). Sums of products are float32 within a group. A second mma
+// with a matrix of ones gives the sum of x in the same place, so that
 //     y += scale * sum((1024 + q) x) + (bias - 1024 scale) * sum(x).
-// The offset costs log2(1024 / 7.5) = 7 of float32's 24 bits: 2^-17, under a half's 2^-11.
+// The offset costs log2(1024 / 7.5) = 7 of float32's 24 bits: 2^-17, less than a half's 2^-11.
 //
-// x is half, K % 32 == 0, rows of x are K apart and 16-byte aligned; y is float32.
+// x is half, K % 32 == 0, rows of x have a stride of K and are 16-byte aligned; y is float32.
 
 // y = x wᵀ [+ bias] [+ residual]. Grid: tiles. bias (N), residual (rows, N) may be null.
 KERNEL(256, 2)
@@ -36,7 +36,7 @@ matvec(const uint4* codes, const uint2* scales, const u16* x, const float* bias,
   y[size_t(row) * N + n] = sum;
 }
 
-// y (rows, F) half = act(gate) * up, gate the weight's first F rows, up the rest. Grid: F / 16; F % 16 == 0.
+// y (rows, F) half = act(gate) * up. gate: the weight's first F rows, up: the rest. Grid: F / 16; F % 16 == 0.
 KERNEL(256, 2)
 matvec_glu(const uint4* codes, const uint2* scales, const u16* x, const float* bias, u16* y, int F, int K, int rows,
            int act) {

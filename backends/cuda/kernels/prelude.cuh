@@ -33,20 +33,20 @@ DEVICE u32 fma2(u32 a, u32 b, u32 c) {
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
   return r;
 }
-// Bytes of a (0..3) and b (4..7) chosen by the four nibbles of s.
+// Bytes of a (0..3) and b (4..7) selected by the four nibbles of s.
 DEVICE u32 bytes(u32 a, u32 b, u32 s) {
   return __byte_perm(a, b, s);
 }
 
-// c (16 x 8) += a (16 x 16) b (16 x 8), one warp. With g = lane / 4, t = lane % 4: a[0..3] are the pairs at
-// (row g, k 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8); b0, b1 those at k 2t, 2t + 8 of column g;
-// c[0..3] are (row g, columns 2t, 2t + 1), (row g + 8, the same).
+// c (16 x 8) += a (16 x 16) b (16 x 8), one warp. With g = lane / 4, t = lane % 4: a[0..3] are the pairs at (row g, k
+// 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8); b0, b1 those at k 2t, 2t + 8 of column g; c[0..3] are (row g, columns
+// 2t, 2t + 1), (row g + 8, the same).
 DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 #if __CUDA_ARCH__ >= 800
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#else  // Turing has half of it
+#else  // Turing has an instruction of half the depth
   asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(b0));
@@ -56,7 +56,7 @@ DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 #endif
 }
 
-// 16 bytes that are read once: they need not stay in the first cache.
+// 16 bytes that are read once; they need not stay in the L1 cache.
 DEVICE uint4 load_stream(const uint4* p) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -64,7 +64,7 @@ DEVICE uint4 load_stream(const uint4* p) {
                : "l"(p));
   return v;
 }
-// 16 bytes global -> shared in the background; `full` false fills with zeros. Turing waits for them.
+// Copies 16 bytes from global to shared memory in the background; `full` false fills with zeros. Turing waits for them.
 DEVICE void copy_async(void* shared, const void* global, bool full) {
 #if __CUDA_ARCH__ >= 800
   u32 to = static_cast<u32>(__cvta_generic_to_shared(shared));

@@ -1,10 +1,10 @@
-// One to eight rows of activations times tiles of a weight, shared out among a block's warps: the loop that
-// matvec.cu explains, and the sums it leaves.
+// One to eight rows of activations times tiles of a weight, distributed among a block's warps: the loop that matvec.cu
+// describes, and the sums of its warps.
 #pragma once
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
 
-// Where a unit's codes, scales and activations (rows K apart) are, and what its products count.
+// A unit's codes, scales and activations (row stride K), and the factor of its products.
 struct Piece {
   const uint4* codes;
   const uint2* scales;
@@ -26,7 +26,7 @@ struct Whole {
 template <int TILES, class Source>
 DEVICE void multiply(const Source& source, const int (&tile)[TILES], int K, int rows, float (&y)[TILES][4]) {
   constexpr int REGISTERS = TILES * (4 * LOADS + 2 * GROUPS);                      // a unit's codes and scales
-  constexpr int AHEAD = REGISTERS > 56 ? 1 : REGISTERS < 14 ? 4 : 56 / REGISTERS;  // units on their way
+  constexpr int AHEAD = REGISTERS > 56 ? 1 : REGISTERS < 14 ? 4 : 56 / REGISTERS;  // units in flight
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, units = (K + 127) / 128;
   const int pieces = source.pieces(units);
   const u32 one[4] = {0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u};

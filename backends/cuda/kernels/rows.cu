@@ -1,9 +1,9 @@
-// What happens to whole rows: norms, rotary positions. Statistics and angles in float32.
+// Row-wise kernels: norms, rotary positions. Statistics and angles are float32.
 
 DEVICE float block_sum(float v, float* shared) {  // every thread gets the sum; at most 32 warps
 #pragma unroll
   for (int o = 16; o; o /= 2) v += SHUFFLE_XOR(v, o);
-  __syncthreads();  // the last call's readers are done
+  __syncthreads();  // all threads have read the last call's values
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
   __syncthreads();
   float sum = 0.f;
@@ -11,8 +11,8 @@ DEVICE float block_sum(float v, float* shared) {  // every thread gets the sum; 
   return sum;
 }
 
-// RMSNorm (layer 0) or LayerNorm (layer 1) of x (T, H, C), whose T rows are `stride` apart, heads C apart.
-// Exactly one of y_half, y_float (T, H, C) is not null. bias may be null. Grid: (H, T); threads % 32 == 0.
+// RMSNorm (layer 0) or LayerNorm (layer 1) of x (T, H, C) with row stride `stride` and head stride C. Exactly one of
+// y_half, y_float (T, H, C) is not null. bias may be null. Grid: (H, T); threads % 32 == 0.
 KERNEL(1024, 1)
 norm_rows(const float* x, const float* weight, const float* bias, u16* y_half, float* y_float, int C, int stride,
           float eps, int layer) {
@@ -36,8 +36,8 @@ norm_rows(const float* x, const float* weight, const float* bias, u16* y_half, f
   }
 }
 
-// y (T, H, D) = x (T, H, D), rows `stride` apart, with its first 2 · half inputs rotated by positions (T).
-// Grid: (H, T), threads D rounded up to 32. y must not be x.
+// y (T, H, D) = x (T, H, D) with row stride `stride`, its first 2 · half inputs rotated by positions (T). Grid: (H, T),
+// threads D rounded up to 32. y must not be x.
 KERNEL(1024, 1)
 rope_rows(const float* x, const float* inv_freq, const int* positions, float* y, int D, int half, int stride,
           float factor, int interleaved) {
@@ -56,9 +56,9 @@ KERNEL(256, 2) glu_rows(const u16* x, u16* y, int F, int act) {
   y[size_t(blockIdx.y) * F + f] = to_half(activation(from_half(in[f]), act) * from_half(in[F + f]));
 }
 
-// Each row's k best experts, the best first, the lower of two alike: choice (T, k), share (T, shares) the softmax over
-// the E logits; normalise: over those of the k. shares > k: the last is the sigmoid of logit E. Logits' rows are
-// `stride` apart, E <= 1024. Grid: T, 32 threads.
+// Each row's k best experts, best first, the lower index of equal ones: choice (T, k), share (T, shares) the softmax
+// over the E logits; normalise: over those of the k. shares > k: the last is the sigmoid of logit E. Row stride of the
+// logits: `stride`. E <= 1024. Grid: T, 32 threads.
 KERNEL(32, 1)
 route_rows(const float* logits, int* choice, float* share, int E, int k, int shares, int stride, int normalise) {
   const float* in = logits + size_t(blockIdx.x) * stride;
@@ -74,7 +74,7 @@ route_rows(const float* logits, int* choice, float* share, int E, int k, int sha
   u32 taken = 0;
   for (int i = 0; i < k; i++) {
     float value = -INFINITE;
-    int best = E;  // of no expert: all lanes together always find one, also among NaN
+    int best = E;  // of no expert; all lanes together always find one, also among NaN
     for (int e = lane, bit = 0; e < E; e += 32, bit++) {
       const float v = in[e] == in[e] ? in[e] : -INFINITE;
       if (!(taken >> bit & 1) && (v > value || (v == value && e < best))) value = v, best = e;
@@ -96,8 +96,8 @@ route_rows(const float* logits, int* choice, float* share, int E, int k, int sha
   if (shares > k) out[k] = 1.f / (1.f + expf(-in[E]));
 }
 
-// y (T, N) = [residual +] the sum over slots of share * z[place] [+ the last share * other (T, N)]; z (P, N) half,
-// place (T, slots) where a row's results lie. Grid: (ceil(N / 256), T), 256 threads.
+// y (T, N) = [residual +] the sum over slots of share * z[place] [+ the last share * other (T, N)]. z (P, N) half,
+// place (T, slots): indices of a row's results. Grid: (ceil(N / 256), T), 256 threads.
 KERNEL(256, 2)
 combine_rows(const u16* z, const int* place, const float* share, const float* other, const float* residual, float* y,
              int N, int slots, int shares) {

@@ -1,11 +1,11 @@
-// The next token from one row of logits, as sampler.py's `distribution` draws it: temperature, top-k (ties
-// stay), top-p (the smallest set that reaches it), min-p, then the token at which the mass, summed from the most
-// likely on, passes `chance`. One block; nothing depends on the order in which its threads run.
+// Samples the next token from one row of logits like sampler.py's `distribution`: temperature, top-k (ties are kept),
+// top-p (the smallest set that reaches it), min-p, then the token at which the cumulative mass, from the most likely
+// on, exceeds `chance`. One block; the result does not depend on the order of its threads.
 //
-// z = (largest - logit) / temperature, in units of 2^-26, is a token's key: the smaller the likelier. Its mass is
-// exp(-z) in units of 2^-40, an integer, so that sums are exact in any order; tokens of mass 0 (z > 27.7) are left
-// out at once, usually nearly all. Where in the order a sum is reached is found by histograms of the keys' upper
-// 11, middle 11 and lower 10 bits: no sorting.
+// A token's key is z = (largest - logit) / temperature in units of 2^-26: the smaller, the more likely. Its mass is
+// exp(-z) in units of 2^-40, an integer, so that sums are exact in any order. Tokens of mass 0 (z > 27.7), usually
+// nearly all, are dropped first. The position at which a sum is reached is found with histograms of the keys' upper 11,
+// middle 11 and lower 10 bits, without sorting.
 
 constexpr int THREADS = 1024, BINS = 2048;
 
@@ -20,8 +20,8 @@ DEVICE u64 mass_of(u32 key) {
   return u64(expf(-float(key) * 1.4901161e-8f) * 1.0995116e12f);
 }
 
-// Where the keys' running sum (of masses, or of ones) first reaches `target` > 0, in ascending order of keys up to
-// `limit`: -> that key; `before` is the sum of all smaller ones. The whole sum must reach target.
+// Finds the key at which the running sum (of masses, or of ones) first reaches `target` > 0, in ascending order of keys
+// up to `limit`. `before` is the sum of all smaller keys. The total must be at least target.
 DEVICE u32 reach(Shared& s, const u32* keys, u32 limit, u64 target, bool by_mass, u64& before) {
   u32 prefix = 0;
   before = 0;
@@ -61,8 +61,8 @@ DEVICE u64 block_sum(Shared& s, u64 v) {
   return sum;
 }
 
-// logits (V) float; keys, ids (V) scratch; token (1), -1 if a logit is not finite. temperature 0: the largest,
-// the first of equals. top_k 0, top_p 1, min_p 0: off. chance in [0, 1). Grid: 1, 1024 threads.
+// logits (V) float; keys, ids (V) scratch; token (1), -1 if a logit is not finite. temperature 0: the largest, the
+// first of equals. top_k 0, top_p 1, min_p 0: off. chance in [0, 1). Grid: 1, 1024 threads.
 KERNEL(1024, 1)
 sample(const float* logits, u32* keys, int* ids, int* token, int V, float temperature, int top_k, float top_p,
        float min_p, double chance) {
@@ -123,9 +123,9 @@ sample(const float* logits, u32* keys, int* ids, int* token, int V, float temper
   u64 target = u64(chance * double(kept)) + 1;
   if (target > kept) target = kept;
   const u32 key = reach(s, keys, limit, target, true, before);
-  u32 skip = u32((target - 1 - before) / mass_of(key));  // of those with this key, in the order of their ids
+  u32 skip = u32((target - 1 - before) / mass_of(key));  // of the tokens with this key, in the order of their ids
 
-  // Each thread counts its own stretch of the vocabulary; the one that holds the wanted token knows.
+  // Each thread counts its stretch of the vocabulary. The one whose stretch contains the token writes it.
   const int stretch = (V + THREADS - 1) / THREADS, begin = threadIdx.x * stretch, end = min(begin + stretch, V);
   u32 mine = 0;
   __syncthreads();

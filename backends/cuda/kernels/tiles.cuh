@@ -1,13 +1,13 @@
-// Reading a weight in tiles (the layout is drawn in weights.py). BITS is 4 or 8, GROUP 32, 64 or 128.
+// Access to a tiled weight (layout in weights.py). BITS is 4 or 8, GROUP 32, 64 or 128.
 #pragma once
 
-constexpr int LOADS = BITS / 2;                     // 16-byte loads of a lane a unit (16 rows x 128 inputs)
+constexpr int LOADS = BITS / 2;                     // 16-byte loads per lane and unit (16 rows x 128 inputs)
 constexpr int GROUPS = 128 / GROUP;                 // groups in a unit
-constexpr int OFFSET = 1024;                        // what a code is offset by as it stands in a half: rows 0..7
+constexpr int OFFSET = 1024;                        // offset of a code in a half before conversion: rows 0..7
 constexpr int OFFSET_HIGH = BITS == 4 ? 64 : 1024;  // and rows 8..15
 
-// The A operand of mma (c, j) of a unit: a[2p + r] = halves OFFSET + q. Under a half's exponent 2^10 the
-// low four bits of the mantissa count ones, under 2^6 bits 4..7 do: no shift for every other nibble.
+// The A operand of mma (c, j) of a unit: a[2p + r] = halves OFFSET + q. With a half's exponent 2^10 the low four bits
+// of the mantissa count ones; with 2^6 bits 4..7 do. So every other nibble needs no shift.
 DEVICE void operand(u32 (&a)[4], const uint4* unit, int c, int j) {
   if constexpr (BITS == 4) {
     const uint4& v = unit[c / 2];

@@ -1,7 +1,7 @@
-// Rotary positions: input d of a head x, turned by its position. Angles in float32.
+// Rotary positions: input d of a head x, rotated by its position. Angles are float32.
 #pragma once
 
-// inv_freq (half), or null: nothing is turned. Pairs are (i, i + half), or (2i, 2i + 1) if interleaved.
+// inv_freq (half), or null: no rotation. Pairs are (i, i + half), or (2i, 2i + 1) if interleaved.
 DEVICE float turned(const float* x, int d, const float* inv_freq, int half, float factor, int interleaved,
                     int position) {
   const float v = x[d];

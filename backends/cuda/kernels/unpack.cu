@@ -1,7 +1,7 @@
-// Weights in tiles -> numbers again: rows of an embedding, and slabs of fp16 for a large prefill.
+// Converts weights in tiles back to numbers: rows of an embedding, and slabs of fp16 for a large prefill.
 
-// y (tiles, 16, K) half: tiles first, first + 1, … made dense, rounded once. Grid: (ceil(units / 8), tiles), 256
-// threads: a warp a unit. Four lanes write 64 contiguous bytes of a row.
+// y (tiles, 16, K) half: dequantises tiles first, first + 1, …, rounded once. Grid: (ceil(units / 8), tiles), 256
+// threads: one warp per unit. Four lanes write 64 contiguous bytes of a row.
 KERNEL(256, 2) dequantise(const uint4* codes, const uint2* scales, u16* y, int first, int K, int rows) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, units = (K + 127) / 128;
   const int unit = blockIdx.x * 8 + threadIdx.x / 32;

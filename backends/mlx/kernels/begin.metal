@@ -1,22 +1,22 @@
 // y[m, n] = [residual[m, n] +] sum_k W[n, k] * h[m, k] [+ bias[n]],   h = x, or x's RMSNorm (NORM)
 // GLU: W's first N rows are the gate, the other N the up projection: y = act(gate . h) * (up . h).
 //
-// A kernel is begin.metal, then one.metal or few.metal, then end.metal, in one function.
-// x (M, K), scales, biases, bias, residual (M, N): half, bfloat or float, each its own; y (M, N) T;
-// norm_weight (K,) float; eps float; K a multiple of 32; any N.
-// Threadgroup (64, 1, 1): two SIMD-groups, each reading R rows of W. Accumulates in float.
-// Grid (64 * threadgroups, M / ROWS, 1).
+// A kernel is begin.metal, then one.metal or few.metal, then end.metal, in one function. x (M, K), scales, biases,
+// bias, residual (M, N): half, bfloat or float, independently; y (M, N) T; norm_weight (K,) float; eps float; K a
+// multiple of 32; any N. Threadgroup (64, 1, 1): two SIMD-groups, each reading R rows of W. Accumulates in float. Grid
+// (64 * threadgroups, M / ROWS, 1).
 //
-// RMSNorm costs next to nothing here: its factor is one number a row of x, applied to the finished sum,
-// and sum(x * x) falls out of the pass that is made anyway.
+// RMSNorm costs almost no time here: its factor is one number per row of x, applied to the finished sum, and sum(x * x)
+// is computed in the same pass.
 //
-// Loops index from a pointer made once a turn: an index in uint that might wrap would keep loads apart.
+// Loops index from a pointer computed once per iteration: an index in uint that could wrap would prevent the compiler
+// from merging loads.
 constexpr int R = 4, OUTPUTS = GLU ? R / 2 : R;
 const uint K = x_shape[1], N = w_shape[0] / (GLU ? 2 : 1);
 const uint lane = thread_index_in_simdgroup, first_m = threadgroup_position_in_grid.y * ROWS;
 const uint first_n = (threadgroup_position_in_grid.x * 2 + simdgroup_index_in_threadgroup) * OUTPUTS;
-if (first_n >= N) return;  // a whole SIMD-group leaves, and no barrier follows
-uint row[R];               // rows of W; past the end of a ragged N the last is read again, and not written
+if (first_n >= N) return;  // a whole SIMD-group returns, and no barrier follows
+uint row[R];               // rows of W; beyond a ragged N the last row is read again, and not written
 UNROLLED for (int r = 0; r < R; r++) {
   const uint n = metal::min(first_n + (GLU ? r / 2 : r), N - 1);
   row[r] = GLU && r % 2 ? N + n : n;

@@ -1,6 +1,6 @@
-// ROWS (2 to 8) rows of x at once: a weight is read and decoded once for all of them. M1 and M2 have no such
-// kernel in MLX: checking drafted tokens, or several conversations, reads the weights once per token there.
-// Eight inputs of R rows are 32 registers, and acc is at most as many: all fits 128.
+// ROWS (2 to 8) rows of x at once: a weight is read and decoded once for all of them. M1 and M2 have no such kernel in
+// MLX: checking drafted tokens, or several conversations, reads the weights once per token there. Eight inputs of R
+// rows are 32 registers, and acc is at most as many: all fits in 128.
 for (uint k = lane * 8; k < K; k += 32 * 8) {
   float weight[R][8];
   UNROLLED for (int r = 0; r < R; r++) {

@@ -1,11 +1,12 @@
-// The least reach that matters (head.py), found by one threadgroup of (THREADS, 1, 1).
+// The least reach that matters (head.py), computed by one threadgroup of (THREADS, 1, 1).
 //
 // top, reach (tiles,) float; choice (2,) float: temperature, tail -> least (1,) float.
 //
-// Where the largest is taken, it is the best estimate. Where a token is drawn, it is the largest number below which all
-// tokens together weigh at most `tail` beside the best, be each as likely as its tile may reach: one of WAYS - 1 at
-// equal distances from 64 temperatures below the best on (e^-64 of it is nothing), then one of as many between that and
-// the next, and so on: ROUNDS passes over what a Mac's cache holds. It ends temperature / 8 below the best at most.
+// Greedy: it is the best estimate. If a token is sampled, it is the largest number below which all tokens together
+// weigh at most `tail` relative to the best, each counted with its tile's reach. The search starts 64 temperatures
+// below the best (e^-64 of it is negligible). It takes one of WAYS - 1 equally spaced numbers, then one of as many
+// between that and the next, and so on: ROUNDS passes over data that a Mac's cache holds. It ends at most temperature /
+// 8 below the best.
 constexpr uint SIMD_GROUPS = THREADS / 32;
 constexpr int WAYS = 8, ROUNDS = 3, R = 4;
 const uint tiles = top_shape[0], lane = thread_index_in_simdgroup, index = thread_index_in_threadgroup;
@@ -33,7 +34,7 @@ if (temperature > 0) {  // the same for all threads
     int steps = 0;
     UNROLLED for (int i = 0; i < WAYS - 1; i++) {
       const float sum = simd_sum(mass[i]);
-      threadgroup_barrier(mem_flags::mem_threadgroup);  // what stands there has been read
+      threadgroup_barrier(mem_flags::mem_threadgroup);  // all threads have read the previous values
       if (lane == 0) parts[simdgroup_index_in_threadgroup] = sum;
       threadgroup_barrier(mem_flags::mem_threadgroup);
       steps += simd_sum(lane < SIMD_GROUPS ? parts[lane] : 0.0f) <= tail ? 1 : 0;

@@ -1,5 +1,5 @@
-// One row of x: 16 inputs a lane and turn, prescaled, so that a code costs a mask, a conversion and an fma.
-// K % 512 only leaves some lanes idle in the last turn, where MLX's own kernel goes over to 8 inputs a lane.
+// One row of x: 16 inputs per lane and iteration, prescaled, so that a code costs a mask, a conversion and an fma. If
+// K % 512 is not 0, some lanes are idle in the last iteration, where MLX's kernel switches to 8 inputs per lane.
 for (uint k = lane * 16; k < K; k += 32 * 16) {
   const auto inputs = x + first_m * K + k;
 #if NORM
@@ -28,7 +28,7 @@ for (uint k = lane * 16; k < K; k += 32 * 16) {
     const float scale = float(scales[g]);
     acc[0][r] += 16 * scale * codes + (float(biases[g]) + 7.5f * scale) * total;
     spread[r] += scale * scale * size;
-#elif LOWER  // what that left out
+#elif LOWER  // the part omitted above
     acc[0][r] += float(scales[g]) * (codes - 7.5f * total);
 #else
     acc[0][r] += float(scales[g]) * codes + float(biases[g]) * total;

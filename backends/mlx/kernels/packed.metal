@@ -1,23 +1,23 @@
-// Reading MLX's affine layout, and activations: the header of every kernel here. ASCII only, as Apple's compiler
-// is given it.
+// Reads MLX's affine layout, and defines activations: the header of every kernel here. ASCII only, for Apple's
+// compiler.
 //
 // w (N, K * BITS / 32) uint32, codes of a word from the lowest bits up:
 //     BITS 4   word c:  | 8c+7 | 8c+6 | ... | 8c+1 | 8c |      four bits each
 //     BITS 8   word c:  | 4c+3 | 4c+2 | 4c+1 | 4c |            eight bits each
 // scales, biases (N, K / G): the weight is code * scale + bias.
 //
-// Words are loaded several at once as packed vectors, which need no more than a word's alignment: a weight that
-// lies in a mapped file begins where that file put it.
+// Words are loaded several at once as packed vectors, which only need a word's alignment: a weight in a mapped file can
+// start at any word.
 //
-// The launcher defines BITS, ROWS, NORM, GLU, ACT, BIAS and RESIDUAL above this text, for half of a head's codes BITS,
-// NORM and UPPER or LOWER; G and T are templates.
+// The launcher defines BITS, ROWS, NORM, GLU, ACT, BIAS and RESIDUAL above this text; for half of a head's codes BITS,
+// NORM and UPPER or LOWER. G and T are templates.
 
-// Loops over registers: unrolled, or the compiler may put an indexed array into memory.
+// Loops over registers must be unrolled, or the compiler may put an indexed array into memory.
 #define UNROLLED _Pragma("clang loop unroll(full)")
 
 #if BITS == 4
-// A 16-bit word holds four codes; masked in place they are 1, 16, 256 and 4096 times too large, so the
-// inputs are divided by that beforehand (exact in float), and nothing is shifted.
+// A 16-bit word has four codes. Masked in place they are 1, 16, 256 and 4096 times too large, so the inputs are divided
+// by that beforehand (exact in float), and nothing is shifted.
 inline float prescale(int i) {
   return i % 4 == 0 ? 1.0f : i % 4 == 1 ? 1.0f / 16 : i % 4 == 2 ? 1.0f / 256 : 1.0f / 4096;
 }

@@ -3,4 +3,4 @@ set(CMAKE_SYSTEM_NAME Linux)
 set(CMAKE_SYSTEM_PROCESSOR aarch64)
 set(CMAKE_C_COMPILER aarch64-linux-gnu-gcc)
 set(CMAKE_CXX_COMPILER aarch64-linux-gnu-g++)
-set(CMAKE_EXE_LINKER_FLAGS_INIT -static)  # programs run under qemu-user without an Arm system beside them
+set(CMAKE_EXE_LINKER_FLAGS_INIT -static)  # static programs run under qemu-user without an Arm system

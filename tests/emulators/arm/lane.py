@@ -1,10 +1,10 @@
-"""A Raspberry Pi without one: an Arm Python with the cross-built wheel in it, run by qemu-user.
+"""An emulated Raspberry Pi: an Arm Python with the cross-built wheel, run by qemu-user.
 
     python tests/emulators/arm/lane.py cortex-a76 -m tinychat_mlx run "who are you?"       # cortex-a72: a Pi 4; -a76: a Pi 5
 
-Debian or a child of it, with: apt install qemu-user g++-aarch64-linux-gnu mmdebstrap. Everything lies in build/pi (300 MB)
-and is made once; the wheel is brought up to date on every start. No chroot, no binfmt, and dpkg knows no second
-architecture: packages are unpacked, none of their scripts runs.
+Needs Debian or a derivative with: apt install qemu-user g++-aarch64-linux-gnu mmdebstrap. All files are in
+build/pi (300 MB) and made once. The wheel is updated on every start. There is no chroot and no binfmt, and
+dpkg gets no second architecture: packages are unpacked, and none of their scripts runs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[3]
 WORK = ROOT / "build" / "pi"
 BUILD = (
     ROOT / "build" / "py3-none-linux_aarch64"
-)  # where scikit-build-core builds this wheel: programs lie there too
+)  # where scikit-build-core builds this wheel, and the programs
 PI = {"neon": "cortex-a72", "neondot": "cortex-a76"}
 ARM = PI | {"neoni8mm": "max"}  # the matrix instruction: Apple's M2, Graviton 3; no Raspberry Pi has it yet
 TOOLS = {
@@ -39,15 +39,15 @@ TESTS_NEED = ["pytest>=8"]
 
 
 def missing(tools: tuple[str, ...] = tuple(TOOLS)) -> str:
-    """What to install before anything here works; empty if nothing."""
+    """Return what must be installed first; empty if nothing."""
     absent = [package for tool, package in TOOLS.items() if tool in tools and shutil.which(tool) is None]
     if absent:
         return f"an Arm is not emulated here: apt install {' '.join(absent)}"
-    return "" if (ROOT / "backends/cpu/CMakeLists.txt").exists() else "there is no source beside these tests"
+    return "" if (ROOT / "backends/cpu/CMakeLists.txt").exists() else "these tests come without the source"
 
 
 def run(*command: str | Path, **environment: str) -> str:
-    """In the project's folder -> stdout and stderr; RuntimeError with their ends if it fails."""
+    """Run in the project's folder. Returns stdout and stderr; raises RuntimeError with their ends on failure."""
     env = os.environ | environment
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=ROOT)
     if done.returncode:
@@ -60,7 +60,7 @@ def run(*command: str | Path, **environment: str) -> str:
 
 @dataclass(frozen=True)
 class Lane:
-    """An Arm system in a folder. `packages` come before everything else that its Python imports."""
+    """An Arm system in a folder. Its Python imports from `packages` first."""
 
     root: Path
     python: Path
@@ -72,8 +72,9 @@ class Lane:
         kept = {k: v for k, v in os.environ.items() if k in ("PATH", "LANG", "TMPDIR")}
         return kept | {
             "PYTHONPATH": os.pathsep.join(map(str, (*more, *self.packages))),
-            "PYTHONDONTWRITEBYTECODE": "1",  # bytecode comes from `compile_all`: a Pi has it since the install
-            "PYTHONSAFEPATH": "1",  # nothing from the folder it is started in
+            # bytecode comes from `compile_all`; a Pi has it since the installation
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONSAFEPATH": "1",  # no imports from the current folder
             "PYTHONHASHSEED": "0",
             "OPENBLAS_NUM_THREADS": "1",
             "HOME": str(home),
@@ -83,7 +84,7 @@ class Lane:
         return ["qemu-aarch64", "-cpu", cpu, "-L", str(self.root), str(self.python), *map(str, arguments)]
 
     def run(self, cpu: str, *arguments: str | Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-        """Python with these arguments on that processor, outside the checkout."""
+        """Run Python with these arguments on that processor, outside the checkout."""
         return subprocess.run(
             self.command(cpu, *arguments), capture_output=True, text=True, check=False,
             env=self.environment(), cwd=WORK, timeout=timeout,
@@ -91,7 +92,7 @@ class Lane:
 
 
 def make() -> Lane:
-    """Bring everything up to date. RuntimeError says what went wrong, and stays cheap to ask again."""
+    """Update everything. Raises RuntimeError with the reason; further calls fail fast."""
     WORK.mkdir(parents=True, exist_ok=True)
     root = _system(WORK / "root")
     python = (root / "usr/bin/python3").resolve()
@@ -113,7 +114,7 @@ def make() -> Lane:
 
 
 def build_wheel() -> Path:
-    """The project's wheel for Arm; the programs of backends/cpu/bench come with it, in BUILD."""
+    """Build the project's wheel for Arm, and the programs of backends/cpu/bench in BUILD."""
     builder = _once(WORK / "builder", BUILDER, lambda new, what: _pip(new, *what))
     made = WORK / "wheel"
     shutil.rmtree(made, ignore_errors=True)
@@ -130,7 +131,7 @@ def build_wheel() -> Path:
 
 
 def _system(root: Path) -> Path:
-    """The release of this machine for arm64, from the mirror that apt uses."""
+    """Unpack this machine's release for arm64, from apt's mirror."""
     if (root / "complete").exists():
         return root
     shutil.rmtree(root, ignore_errors=True)
@@ -139,7 +140,7 @@ def _system(root: Path) -> Path:
     known = [line.split() for line in run("apt-get", "indextargets", "--format", form).splitlines()]
     mirrors = [uri for uri, *rest in known if release and rest == [release[1], "main"]]
     if not release or not mirrors:
-        raise RuntimeError("apt has no source of this release's `main`: this needs Debian or a child of it")
+        raise RuntimeError("apt has no source of this release's `main`: this needs Debian or a derivative")
     source = f"deb {mirrors[0]} {release[1]} main"
     run(
         "mmdebstrap", "--quiet", "--variant=extract", "--architectures=arm64", f"--include={SYSTEM}",
@@ -150,7 +151,7 @@ def _system(root: Path) -> Path:
 
 
 def _once(folder: Path, what: list[str], make: Callable[[Path, list[str]], None]) -> Path:
-    """Make the folder anew if it was made of something else, or not to the end."""
+    """Make the folder again if it was made from something else or is incomplete."""
     note = folder / "made-of"
     if not note.exists() or note.read_text() != "\n".join(what):
         shutil.rmtree(folder, ignore_errors=True)
@@ -164,14 +165,14 @@ def _pip(target: Path, *arguments: str) -> None:
 
 
 def _arm_wheels(target: Path, what: list[str], version: str) -> None:
-    """Ready wheels for the Arm Python: glibc 2.35 is older than any Debian that this runs on."""
+    """Install binary wheels for the Arm Python. glibc 2.35 is older than that of any supported Debian."""
     platforms = ["manylinux2014_aarch64", *(f"manylinux_2_{minor}_aarch64" for minor in range(17, 36))]
     tags = [f"--platform={p}" for p in platforms]
     _pip(target, *tags, f"--python-version={version}", "--only-binary=:all:", *what)
 
 
 def _dependencies() -> list[str]:
-    """The project's own, without those of other systems and Pythons."""
+    """Return the project's dependencies, without those of other systems and Python versions."""
     listed = re.search(
         r"^dependencies = (\[.*?^\])", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL
     )
@@ -180,7 +181,10 @@ def _dependencies() -> list[str]:
 
 
 def _compile_all(lane: Lane, folders: list[Path]) -> None:
-    """Bytecode by this machine's Python if it is the same version: an emulated one takes ten times as long."""
+    """Compile bytecode with this machine's Python if it has the same version.
+
+    An emulated one is ten times slower.
+    """
     same = f"python{sys.version_info.major}.{sys.version_info.minor}" == lane.python.name
     command = [sys.executable] if same else lane.command("max")
     subprocess.run([*command, "-m", "compileall", "-q", *map(str, folders)], check=False, capture_output=True)

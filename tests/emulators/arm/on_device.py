@@ -1,4 +1,4 @@
-"""Runs on the emulated device: logits of tiny models by two backends, dense and int4.
+"""Runs on the emulated device: logits of tiny models on two backends, dense and int4.
 
 python on_device.py OUT.npz < {"llama": ["/a/folder", [3, 14, 15]], ...}       arrays are named llama-cpu-int4
 """

@@ -1,15 +1,16 @@
-"""How long does the chat take to open on a Raspberry Pi? Computed from its instructions, for want of one.
+"""Estimate the chat's start-up time on a Raspberry Pi from its instruction count.
 
     python tests/emulators/arm/startup.py          about a minute; needs what lane.py needs, and pexpect, pyte
 
-The whole program is counted, from the first instruction of the loader through Python, its imports, the model and the
-first prompt to the last of the exit (Ctrl-D at the prompt), in a pseudo-terminal, with one thread, files in the page
-cache. time = instructions / (instructions a cycle x clock).
+The whole program is counted, from the first instruction of the loader through Python, its imports, the model
+and the first prompt to the last of the exit (Ctrl-D at the prompt), in a pseudo-terminal, with one thread and
+files in the page cache. time = instructions / (instructions per cycle x clock).
 
-Instructions a cycle are an assumption. Starting Python is cold, branchy code, each part of which runs once: far below
-what these cores reach in a loop (3 and 4 instructions wide). 0.7 is taken for the Cortex-A72 and 1.0 for the wider A76
-with its larger caches; what this machine reaches on its own count of the same start is printed beside them, as an
-upper bound for a smaller core. A slow card comes on top at the first start after boot.
+Instructions per cycle are an assumption. Starting Python is cold, branchy code that runs once, far below what
+these cores reach in a loop (3 and 4 instructions wide). The assumption is 0.7 for the Cortex-A72 and 1.0 for
+the wider A76 with its larger caches. The value that this machine reaches for the same start is printed too,
+as an upper bound for a smaller core. At the first start after boot, reading from a slow card takes additional
+time.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from chat_screen import CTRL_D, Screen
 @dataclass(frozen=True)
 class Board:
     name: str
-    cpu: str  # as qemu calls it
+    cpu: str  # qemu's name
     hertz: float
     per_cycle: float  # instructions, assumed
 
@@ -50,7 +51,10 @@ STARTS = {
 
 
 def start(argv: list[str], environment: dict[str, str], prompts: bool) -> float:
-    """Run the program, leave at its first prompt if it has one -> seconds until then, or to its end."""
+    """Run the program and leave at its first prompt, if it has one.
+
+    Returns the seconds until then, or to its end.
+    """
     began = time.monotonic()
     screen = Screen(argv, 24, 80, environment | {"TERM": "xterm-256color"})
     if prompts:
@@ -66,7 +70,7 @@ def start(argv: list[str], environment: dict[str, str], prompts: bool) -> float:
 
 
 def count(emulator: list[str], rest: list[str], environment: dict[str, str]) -> int:
-    """Instructions of one whole run."""
+    """Return the instructions of one whole run."""
     log, plugin = arm.WORK / "count.log", arm.WORK / "icount.so"
     arm.run("gcc", "-O2", "-shared", "-fPIC", arm.ROOT / "tests/emulators/arm/icount.c", "-o", plugin)
     counting = ["-plugin", str(plugin), "-d", "plugin", "-D", str(log)]
@@ -92,7 +96,7 @@ def main() -> int:
             n = on_board(lane, board, arguments)
             print(
                 f"{what}: {board.name} {board.seconds(n):.2f} s, computed: {n / 1e6:.0f} million instructions at "
-                f"{board.per_cycle} a cycle, {board.hertz / 1e9} GHz"
+                f"{board.per_cycle} per cycle, {board.hertz / 1e9} GHz"
             )
         if platform.machine() == "x86_64":
             show_here(what, arguments)
@@ -100,7 +104,7 @@ def main() -> int:
 
 
 def show_here(what: str, arguments: tuple[str, ...]) -> None:
-    """The same on this machine: counted, and on the clock."""
+    """Count instructions and measure the time on this machine too."""
     python = str(Path(sys.executable).resolve())
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}
     rest = [
@@ -112,7 +116,7 @@ def show_here(what: str, arguments: tuple[str, ...]) -> None:
     seconds = sorted(start([python, *rest], environment, prompts) for _ in range(5))[2]
     n = count(["qemu-x86_64"], [python, *rest], environment)
     print(
-        f"{what}: here {seconds:.2f} s, measured; {n / 1e6:.0f} million instructions, {n / seconds / 1e9:.1f} a ns"
+        f"{what}: here {seconds:.2f} s, measured; {n / 1e6:.0f} million instructions, {n / seconds / 1e9:.1f} per ns"
     )
 
 

@@ -1,10 +1,10 @@
-"""Runs the project's CUDA kernels on a CPU: their text compiled as C++ with emulator.h's names.
+"""Runs the project's CUDA kernels on a CPU: their source compiled as C++ with emulator.h's names.
 
     emulator = Emulator(order=3)     # bit 0 reverses lanes and warps, bit 1 blocks: results must not change
     emulator.launch("matvec", {"BITS": 4, "GROUP": 128}, "matvec", grid, block, arguments)
 
-`launch` has the form of the driver's launcher, so a whole backend can run on it. `guarded` gives arrays that
-end where a forbidden page begins: a read or a write past the end is an error that names the block.
+`launch` has the signature of the driver's launcher, so a whole backend can run on it. `Guarded` creates
+arrays that end at a forbidden page: a read or a write past the end is an error that names the block.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def compiler() -> str | None:
 
 
 def kernels(text: str) -> dict[str, list[str]]:
-    """Each kernel of a file -> the types of its parameters."""
+    """Return each kernel of a file with the types of its parameters."""
     found = re.findall(r"KERNEL\([^)]*\)\s*(\w+)\((.*?)\)\s*\{", text, re.DOTALL)
     return {
         name: [re.sub(r"\s*\w+$", "", " ".join(p.split())) for p in parameters.split(",")]
@@ -44,7 +44,7 @@ Change = tuple[str, str]
 
 
 def build(program: str, defines: Mapping[str, int], change: Change | None = None) -> ctypes.CDLL:
-    """Compile one program for the CPU; cached by content. change (old, new): a bug put in on purpose."""
+    """Compile one program for the CPU; cached by content. change (old, new): a deliberate bug."""
     text = programs.source(program, defines, prelude=False)
     if change is not None:
         assert change[0] in text
@@ -67,7 +67,7 @@ class Emulator:
     def __init__(self, order: int = 0, change: Change | None = None) -> None:
         self.order, self.change = order, change
         self.loaded: dict[tuple[str, str], ctypes.CDLL] = {}
-        self.launched: dict[str, int] = {}  # kernel -> how often
+        self.launched: dict[str, int] = {}  # kernel -> number of launches
 
     def launch(
         self,
@@ -98,7 +98,7 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
 class Guarded:
-    """Arrays between forbidden pages; freed together by `close`."""
+    """Arrays between forbidden pages, freed together by `close`."""
 
     def __init__(self) -> None:
         self.mappings: list[tuple[int, int]] = []
@@ -111,7 +111,7 @@ class Guarded:
             _libc.munmap(start, size)
 
     def copy(self, array: np.ndarray) -> np.ndarray:
-        """A copy whose last byte is the last before a forbidden page (another lies in front of its page)."""
+        """Return a copy that ends at a forbidden page. Another forbidden page precedes its first page."""
         page = mmap.PAGESIZE
         size = max(-(-array.nbytes // page), 1) * page
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS

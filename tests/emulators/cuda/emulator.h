@@ -1,8 +1,8 @@
-// CUDA for one CPU thread: the built-ins and prelude.cuh's instructions, over fibers.h.
+// CUDA for one CPU thread: the built-ins and prelude.cuh's instructions, on top of fibers.h.
 //
-// Every thread of a block is a fiber; a shuffle, an mma and a barrier are meetings, so a warp operation in
-// divergent flow and a barrier that not all reach are errors with a line. Asynchronous copies are held back
-// until they are waited for: a missing wait reads NaN. Shared memory starts as NaN in every block.
+// Every thread of a block is a fiber. A shuffle, an mma and a barrier are meetings, so a warp operation in divergent
+// flow and a barrier that not all threads reach are errors with a line. Asynchronous copies are delayed until the wait,
+// so a missing wait reads NaN. Shared memory starts as NaN in every block.
 #pragma once
 #include <setjmp.h>
 #include <signal.h>
@@ -98,7 +98,7 @@ inline T shuffle_xor(T v, unsigned mask, int line = __builtin_LINE()) {
 }
 #define SHUFFLE_XOR(v, mask) shuffle_xor(v, mask)
 
-// Eight products and the sum so far are added exactly, then truncated to float: no tensor core keeps less.
+// Adds eight products and the sum so far exactly, then truncates to float. Every tensor core keeps at least as much.
 inline float truncated(double v) {
   float f = float(v);
   return std::fabs(double(f)) > std::fabs(v) ? std::nextafterf(f, 0.f) : f;
@@ -138,7 +138,7 @@ inline uint4 load_stream(const uint4* p) {
   return *p;
 }
 
-// cp.async: what a thread has begun, in groups. Copies land when waited for.
+// cp.async: the copies that a thread has started, in groups. They complete when waited for.
 struct Copy {
   void* to;
   uint4 value;
@@ -184,7 +184,7 @@ inline T __ldcg(const T* p) {
   return *p;
 }
 
-// ---- running one kernel: emulate.py appends `body`, which takes its parameters as cuLaunchKernel does ------
+// ---- running one kernel: emulate.py appends `body`, which takes its parameters like cuLaunchKernel ------
 
 __attribute__((section("emushared"), used)) static uint32_t some_shared = 0;  // the section is never empty
 extern uint32_t __start_emushared[], __stop_emushared[];

@@ -1,9 +1,9 @@
-// Runs a grid of GPU threads on one CPU thread: every thread of a block is a fiber, and
-// warp operations and barriers are points where fibers meet. CUDA's names are given by emulator.h.
+// Runs a grid of GPU threads on one CPU thread. Every thread of a block is a fiber, and fibers meet at warp operations
+// and barriers. emulator.h defines CUDA's names.
 //
-// What it finds: a barrier that not every thread reaches, a warp operation in divergent flow
-// (both reported with a source line), and a missing barrier, because the order in which lanes run
-// between two meetings is the caller's choice: results of two orders must agree.
+// It detects a barrier that not every thread reaches and a warp operation in divergent flow (both reported with a
+// source line). It also detects a missing barrier, because the caller chooses the order in which lanes run between two
+// meetings: the results of two orders must agree.
 #pragma once
 #include <sys/mman.h>
 
@@ -21,7 +21,7 @@
 
 namespace shim {
 
-constexpr unsigned kLanes = 32;              // threads in a warp
+constexpr unsigned kLanes = 32;              // threads per warp
 constexpr size_t kStack = size_t(64) << 10;  // bytes of stack per GPU thread
 
 enum State { RUN, AT_WARP, AT_BARRIER, DONE };
@@ -38,8 +38,8 @@ struct Lane {
 #endif
   char* stack;
   State state;
-  int line;           // source line of the meeting it waits at
-  unsigned meetings;  // parity picks the slot: a fast lane must not overwrite what a slow one reads
+  int line;           // source line of the meeting where it waits
+  unsigned meetings;  // its parity selects the slot: a fast lane must not overwrite what a slow one reads
   unsigned mask;      // lanes that took part in the last warp meeting
   unsigned index, lane, warp;
   U3 in_group, in_grid;
@@ -139,7 +139,7 @@ __attribute__((noinline)) inline void wait(State at, int line) {
   suspend(l);
 }
 
-// What the lanes of one warp brought to a meeting.
+// The values that the lanes of one warp brought to a meeting.
 struct Group {
   Lane* base;
   unsigned n, parity, mask;
@@ -151,12 +151,12 @@ struct Group {
     return t;
   }
   template <class T>
-  const T& at(unsigned i) const {  // until the next meeting
+  const T& at(unsigned i) const {  // valid until the next meeting
     return *reinterpret_cast<const T*>(base[i].slot[parity]);
   }
 };
 
-// Leave `v` for the others, wait until all live lanes of the warp have done so, see theirs.
+// Stores `v` for the others, waits until all live lanes of the warp have done so, and returns their values.
 template <class T>
 inline Group meet(const T& v, int line) {
   static_assert(sizeof(T) <= sizeof(Lane::slot[0]));
@@ -164,14 +164,14 @@ inline Group meet(const T& v, int line) {
   unsigned parity = l.meetings++ & 1;
   memcpy(l.slot[parity], &v, sizeof v);
   wait(AT_WARP, line);
-  // The mask was taken when all had arrived: a lane may have ended since, yet its value counts.
+  // The mask was taken when all had arrived. A lane may have ended since, but its value counts.
   unsigned first = l.warp * kLanes, rest = C.n - first;
   return {C.lanes + first, rest < kLanes ? rest : kLanes, parity, l.mask};
 }
 
 // ---- schedule ---------------------------------------------------------------------------------
 
-// Runs lanes [b, e) until all wait at a barrier or have ended. False: divergence, told in C.error.
+// Runs lanes [b, e) until all wait at a barrier or have ended. Returns false for divergence and sets C.error.
 inline bool run_warp(unsigned b, unsigned e, bool reversed, unsigned& left) {
   Context& c = C;
   for (;;) {
@@ -219,7 +219,7 @@ inline bool run_block(bool reversed) {
       unsigned b = (reversed ? warps - 1 - k : k) * kLanes, e = b + kLanes < c.n ? b + kLanes : c.n;
       if (!run_warp(b, e, reversed, left)) return false;
     }
-    // Everyone left waits at a barrier: it must be one barrier, and nobody may have gone home.
+    // All remaining threads wait at a barrier. It must be the same barrier, and no thread may have ended.
     int line = -1;
     bool mixed = false;
     for (unsigned i = 0; i < c.n; i++) {
@@ -237,8 +237,8 @@ inline bool run_block(bool reversed) {
   return true;
 }
 
-// grid counts threads and is a multiple of the block.
-// order: bit 0 reverses lanes and warps, bit 1 reverses blocks. 0 on success.
+// grid counts threads and is a multiple of the block. order: bit 0 reverses lanes and warps, bit 1 reverses blocks.
+// Returns 0 on success.
 inline int run(void (*body)(void**), void** buffers, const unsigned* grid, const unsigned* threads, int order,
                char* error) {
   Context& c = C;

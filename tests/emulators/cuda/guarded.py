@@ -1,4 +1,4 @@
-"""Kernels on guarded memory: every tensor ends where a forbidden page begins, every output starts as NaN."""
+"""Kernels on guarded memory: every tensor ends at a forbidden page, and every output starts as NaN."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tinychat_mlx.backends.cuda.kernels import Kernels
 
 
 class GuardedKernels(Kernels):
-    """Outputs and scratch are guarded; `put` copies an input into guarded memory."""
+    """Kernels whose outputs and scratch are guarded. `put` copies an input into guarded memory."""
 
     def __init__(self, memory: Guarded, order: int = 0, change: Change | None = None) -> None:
         super().__init__(Emulator(order, change), torch.device("cpu"), 8)
@@ -37,13 +37,13 @@ class GuardedKernels(Kernels):
         return made
 
     def handle(self, w: Any) -> Any:
-        """A packed weight with its tensors in guarded memory."""
+        """Copy a packed weight's tensors into guarded memory."""
         bias = None if w.bias is None else self.put(w.bias)
         return replace(w, codes=self.put(w.codes), scales=self.put(w.scales), bias=bias)
 
 
 def both_orders(run: Any, change: Change | None = None) -> np.ndarray:
-    """run(kernels) -> tensor, in both orders of lanes and blocks: the results must be the same bits."""
+    """Call run(kernels) -> tensor in both orders of lanes and blocks. The results must be bit-identical."""
     results = []
     for order in (0, 3):
         with Guarded() as memory:

@@ -1,14 +1,14 @@
 """Correctness on the GPU at hand, then its speed: python tests/emulators/cuda/measure.py --out cuda.json [--dry]
 
 1. every tiny architecture against `reference`, in fp16 with our kernels; nothing is timed if one is wrong;
-2. read bandwidth: the best of torch's own copy and sum over 1 GiB;
-3. for each shape, with random int4 weights (group 128, head int8): the matvec alone over more weights than the
-   second cache holds, as a share of that bandwidth, beside torch's own int4 product and a Triton kernel of the
-   usual AWQ kind; decoding from end to end with sampling on the device; graph launches counted; 2048 tokens of
-   prefill beside torch's fp16 products of the same shapes.
+2. read bandwidth: the best of torch's copy and sum over 1 GiB;
+3. for each shape, with random int4 weights (group 128, head int8): the matvec over more weights than the L2
+   cache holds, as a share of that bandwidth, compared with torch's int4 product and a Triton kernel of the
+   usual AWQ kind; end-to-end decoding with sampling on the device; graph launches; 2048 tokens of prefill,
+   compared with torch's fp16 products of the same shapes.
 
-Prints a Markdown table for docs/devices.md and writes all of it as JSON. --dry goes through the same code on CPU
-tensors with a toy shape: its figures mean nothing and say so.
+Prints a Markdown table for docs/devices.md and writes everything as JSON. --dry runs the same code on CPU
+tensors with a toy shape; its figures are meaningless and are marked as such.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 SHAPES = ("llama-2-7b", "llama-3.1-8b")
-ROUNDS = 5  # of each timing: the best is taken, the spread is kept
+ROUNDS = 5  # of each timing; the best is used, the spread is recorded
 
 
 def clock(device: Any, work: Callable[[], object], repeat: int) -> dict[str, float]:
-    """Seconds of one `work`: best and median of ROUNDS, each of `repeat` calls after one unmeasured."""
+    """Return seconds per `work`: best and median of ROUNDS, each of `repeat` calls after a warm-up."""
     import torch
 
     def wait() -> None:
@@ -51,7 +51,7 @@ def clock(device: Any, work: Callable[[], object], repeat: int) -> dict[str, flo
 
 
 def correct(make: Callable[[], Any], dry: bool) -> dict[str, float]:
-    """Family -> largest error over the bound of its fp16 arithmetic (see test_cuda_backend.py): below 1."""
+    """Return family -> largest error relative to the fp16 bound (see test_cuda_backend.py), at most 1."""
     import models
 
     from tinychat_mlx.arch import ARCHITECTURES
@@ -73,7 +73,7 @@ def correct(make: Callable[[], Any], dry: bool) -> dict[str, float]:
 
 
 def bandwidth(device: Any, size: int) -> float:
-    """Bytes a second that torch reads (sum) or reads and writes (copy), the better."""
+    """Return the bytes per second that torch reads (sum) or reads and writes (copy), whichever is larger."""
     import torch
 
     x = torch.ones(size // 4, dtype=torch.float32, device=device)
@@ -83,7 +83,7 @@ def bandwidth(device: Any, size: int) -> float:
 
 
 def products(config: Any) -> list[tuple[int, int]]:
-    """(N, K) of a layer's matrices: qkv, o, gate and up, down."""
+    """Return (N, K) of a layer's matrices: qkv, o, gate and up, down."""
     c = config
     heads = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
     return [
@@ -95,7 +95,7 @@ def products(config: Any) -> list[tuple[int, int]]:
 
 
 def round_robin(makes: list[Callable[[], object]]) -> Callable[[], object]:
-    """Call each in turn, once around: no weight stays in a cache."""
+    """Return a function that calls each once in turn, so that no weight stays in a cache."""
 
     def around() -> None:
         for make in makes:
@@ -105,7 +105,7 @@ def round_robin(makes: list[Callable[[], object]]) -> Callable[[], object]:
 
 
 def recorded(device: Any, work: Callable[[], object]) -> Callable[[], object]:
-    """work as one CUDA graph, so that what Python takes to start a kernel is not in the time."""
+    """Record `work` as one CUDA graph, so that launches from Python are not timed."""
     import torch
 
     if device.type != "cuda":
@@ -120,7 +120,10 @@ def recorded(device: Any, work: Callable[[], object]) -> Callable[[], object]:
 
 
 def matvecs(backend: Any, config: Any, cold: int) -> dict[str, Any]:
-    """One row times a layer's matrices, over copies that together exceed `cold` bytes; peers likewise."""
+    """Time the products of one row with a layer's matrices, over copies that exceed `cold` bytes in total.
+
+    Also times the peers.
+    """
     import peers
     from models import random_packed
 
@@ -145,12 +148,12 @@ def matvecs(backend: Any, config: Any, cold: int) -> dict[str, Any]:
         if name not in missing:
             timed[name] = clock(device, recorded(device, round_robin(calls)), 4)
     for result in timed.values():
-        result["gb_s"] = held / result["best_s"] / 1e9  # the same weights, in our bytes, for all
+        result["gb_s"] = held / result["best_s"] / 1e9  # the same weights, counted in our bytes, for all
     return {**timed, "missing": missing}
 
 
 def decode(model: Any, tokens: int, context: int) -> dict[str, Any]:
-    """tokens after context, drawn greedily; on a GPU on the device, one step ahead, as the chat does."""
+    """Time `tokens` after `context`, greedy; on a GPU sampled on the device, one step ahead, like the chat."""
     backend, cache = model.backend, model.new_cache(context + tokens + 8)
     model.forward([i % 1000 + 1 for i in range(context)], cache)
     draw = backend.sampler(0.0, 0, 1.0, 0.0, 0)
@@ -177,7 +180,7 @@ def decode(model: Any, tokens: int, context: int) -> dict[str, Any]:
 
 
 def prefill(model: Any, config: Any, tokens: int) -> dict[str, Any]:
-    """tokens in the engine's pieces, beside torch's fp16 products of the same shapes alone (no attention)."""
+    """Time `tokens` in the engine's pieces, and torch's fp16 products of the same shapes (without attention)."""
     import torch
 
     from tinychat_mlx.generate import PREFILL_ROWS
@@ -202,7 +205,7 @@ def prefill(model: Any, config: Any, tokens: int) -> dict[str, Any]:
 
 
 def token_bytes(model: Any) -> int:
-    """What one step reads: every weight but the rows of the embedding that are not asked for."""
+    """Return the bytes that one step reads: every weight except the embedding rows that are not needed."""
     handles = [h for layer in model.layers for h in (*layer.qkv, layer.o, layer.mlp.gate_up, layer.mlp.down)]
     return sum(h.nbytes for h in handles) + int(model.head.nbytes)
 
@@ -227,13 +230,13 @@ def measured(shape: str, make: Callable[[], Any], rate: float, dry: bool) -> dic
 
 
 def table(report: dict[str, Any]) -> str:
-    """Markdown for docs/devices.md: a row per shape."""
+    """Format Markdown for docs/devices.md: a row per shape."""
     dry = " A dry run on a CPU: these figures are no measurement." if report["dry"] else ""
     lines = [
         f"{report['device']}, {report['date']}: reads {report['bandwidth_gb_s']:.0f} GB/s.{dry}",
         "",
-        "| shape | decode tok/s | share of bandwidth | matvec alone | torch int4 | Triton AWQ | prefill tok/s "
-        + "| of torch fp16 | graph launches a token |",
+        "| shape | decode tok/s | share of bandwidth | only matvec | torch int4 | Triton AWQ | prefill tok/s "
+        + "| of torch fp16 | graph launches per token |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for shape, r in report["shapes"].items():
@@ -253,7 +256,7 @@ def table(report: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Check, then time, the cuda backend.")
     parser.add_argument("--out", type=Path, default=Path("cuda-measured.json"))
-    parser.add_argument("--dry", action="store_true", help="go through it on CPU tensors with a toy shape")
+    parser.add_argument("--dry", action="store_true", help="run on CPU tensors with a toy shape")
     parser.add_argument("--shape", action="append", help=f"default: {', '.join(SHAPES)}")
     options = parser.parse_args()
     if options.dry:

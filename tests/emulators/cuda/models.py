@@ -1,4 +1,4 @@
-"""Tiny random models of every family in ARCHITECTURES, for tests: the oracle is the reference backend."""
+"""Tiny random models of every family in ARCHITECTURES, with the reference backend as oracle."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BASE: dict[str, Any] = {
     "sliding_window": 5,
     "layer_types": ["full_attention", "sliding_attention"],
 }
-NOT_NEUTRAL = {  # for the families that read them
+NOT_NEUTRAL = {  # values for the families that read these keys
     "attn_logit_softcapping": 2.0,
     "final_logit_softcapping": 3.0,
     "query_pre_attn_scalar": 24,
@@ -47,7 +47,7 @@ EXPERTS = {
 
 
 def config_of(family: str, **changes: Any) -> ModelConfig:
-    """A family's tiny config; every scalar the family reads has a value that is not neutral."""
+    """Return a family's tiny config. Every scalar that the family reads has a non-neutral value."""
     from tinychat_mlx.arch import ARCHITECTURES
 
     spec = ARCHITECTURES[family]
@@ -58,7 +58,10 @@ def config_of(family: str, **changes: Any) -> ModelConfig:
 
 
 class RandomSource:
-    """Weights made on demand from their names. form: dense | int4 | int8 | int3. Biases everywhere."""
+    """A source of random weights created on demand from their names. form: dense | int4 | int8 | int3.
+
+    With biases.
+    """
 
     def __init__(self, config: ModelConfig, form: str = "dense", group_size: int = 32) -> None:
         self.config, self.form, self.group_size = config, form, group_size
@@ -89,7 +92,7 @@ class RandomSource:
 def random_packed(
     rng: np.random.Generator, n: int, k: int, w_bit: int, group: int, name: str = "w", bias: F32 | None = None
 ) -> Packed:
-    """Codes over the whole range; the matrix has about unit gain."""
+    """Return codes over the whole range. The matrix has a gain of about 1."""
     top = 2**w_bit - 1
     q = rng.integers(0, top + 1, (n, k), dtype=np.uint8)
     scales = (rng.uniform(0.5, 1.5, (n, k // group)) * 3.4 / top / k**0.5).astype(np.float16)
@@ -102,12 +105,12 @@ def decoder(config: ModelConfig, backend: Backend, form: str = "dense", group_si
 
 
 def whole(model: Decoder, ids: Sequence[int]) -> F32:
-    """One prefill -> logits (T, V)."""
+    """Compute logits (T, V) in one prefill."""
     return model.backend.to_host(model.forward(ids, model.new_cache(len(ids)), last_only=False))
 
 
 def together(model: Decoder, parts: Sequence[Sequence[int]]) -> F32:
-    """Several conversations in one pass, each after a prefill of its first half -> logits (T, V)."""
+    """Run several conversations in one pass, each after a prefill of its first half -> logits (T, V)."""
     backend, segments, ids = model.backend, [], []
     for part in parts:
         cache, half = model.new_cache(len(part)), len(part) // 2

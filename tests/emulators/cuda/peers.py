@@ -1,4 +1,4 @@
-"""Other int4 products to be faster than, on the same weights in the same run."""
+"""Other int4 products for comparison, on the same weights in the same run."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ Calls = list[Callable[[], object]]
 
 
 class MissingError(Exception):
-    """A peer that this machine cannot run, and why."""
+    """This machine cannot run a peer; the text gives the reason."""
 
 
 def torch_int4(weight: Packed, x: torch.Tensor, copies: int, device: torch.device) -> Calls:
-    """torch's own tinygemm: bfloat16 activations, int4 codes repacked by torch, scale and zero in bfloat16."""
+    """torch's tinygemm: bfloat16 activations, int4 codes repacked by torch, scale and zero in bfloat16."""
     if device.type != "cuda":
         raise MissingError("torch's int4 product is for CUDA")
     octets = torch.from_numpy(np.array(weight.qweight.view(np.uint8))).to(device)
-    flipped = (octets << 4) | (octets >> 4)  # torch wants the even input in the high nibble
+    flipped = (octets << 4) | (octets >> 4)  # torch expects the even input in the high nibble
     scales = torch.from_numpy(weight.scales.astype(np.float32)).to(device)
     biases = torch.from_numpy(weight.biases.astype(np.float32)).to(device)
     middle = biases + 8 * scales  # w = (q - 8) * scale + middle
@@ -38,7 +38,7 @@ def torch_int4(weight: Packed, x: torch.Tensor, copies: int, device: torch.devic
 
 
 def triton_awq(weight: Packed, x: torch.Tensor, copies: int, device: torch.device) -> Calls:
-    """A Triton kernel as AWQ libraries have it: a block of outputs, K in steps, dequantised, tl.dot."""
+    """A Triton kernel like those of AWQ libraries: a block of outputs, K in steps, dequantised, tl.dot."""
     if device.type != "cuda":
         raise MissingError("Triton needs a GPU")
     try:

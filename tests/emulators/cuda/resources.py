@@ -19,7 +19,7 @@ from tinychat_mlx.backends.cuda import programs
 
 TABLE = Path(__file__).with_name("resources.json")
 ARCHITECTURES = ("sm_75", "sm_87", "sm_90")
-# The variants that models use most, and those that need most of something.
+# The variants that models use most, and those with the largest use of a resource.
 VARIANTS: list[tuple[str, dict[str, int]]] = [
     *(("matvec", {"BITS": bits, "GROUP": group}) for bits in (4, 8) for group in (32, 64, 128)),
     *(("experts", {"BITS": bits, "GROUP": group}) for bits in (4, 8) for group in (32, 64, 128)),
@@ -47,7 +47,7 @@ def label(program: str, defines: dict[str, int]) -> str:
 
 
 def compiled(program: str, defines: dict[str, int], arch: str) -> dict[str, dict[str, int]]:
-    """nvcc's account of each kernel: registers, shared bytes, spilled bytes, threads of a block."""
+    """Return nvcc's figures of each kernel: registers, shared bytes, spilled bytes, threads per block."""
     text = programs.source(program, defines)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{program}.cu"

@@ -1,4 +1,4 @@
-"""An int4 product in Triton, of the kind AWQ libraries carry: a peer for measure.py, not part of the package."""
+"""An int4 product in Triton, of the kind in AWQ libraries: a peer for measure.py, not part of the package."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Address-space check of generated Metal text: clang's front end with real address spaces.
+"""Address-space check of generated Metal source with clang's front end.
 
 The emulator drops `device`, `constant`, `threadgroup` and `thread`, and so accepts pointers that Metal
-refuses. This pass finds them. g++ has no address spaces.
+rejects. This check finds them. g++ has no address spaces.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CLANG = next((n for n in ("clang++", "clang++-19") if shutil.which(n)), None)
 
 
 def errors(text: str) -> list[str]:
-    """The generated text of one kernel -> clang's error lines; empty if all is well."""
+    """Return clang's error lines for the generated source of one kernel; empty if there are none."""
     assert CLANG is not None
     instance = r"\ntemplate \[\[host_name.*?(decltype\(\w+<[^;]*?>\)) ([^;]*);\n"
     text = re.sub(instance, r"\ntemplate \1 \2;\n", threadgroup_variables(text), flags=re.DOTALL)

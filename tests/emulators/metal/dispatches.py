@@ -1,8 +1,8 @@
-"""How many kernels a decode step starts on Metal, counted from MLX's own trace of it.
+"""Count the kernels that a decode step launches on Metal, from MLX's trace of it.
 
-On a CPU MLX traces mx.fast's operations and dequantize as their parts; here each is one opaque kernel, as on
-Metal. A trace runs back through all that is not evaluated, and merges equal parts: `placeholder` makes weights
-that have no history, no twin and no memory.
+On a CPU MLX traces mx.fast's operations and dequantize as their parts. Here each is one opaque kernel, as on
+Metal. A trace includes everything that is not evaluated, and merges equal parts. `placeholder` creates
+weights without history, duplicates or memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 from metal.emulator import primitives
 
-# Operations that only describe memory. Contiguous copies only what is not, and nothing here is not.
+# Operations that only describe memory. Contiguous copies only non-contiguous arrays, and there are none here.
 VIEWS = {
     "AsStrided", "Broadcast", "Contiguous", "Copy", "ExpandDims", "Flatten", "Reshape", "Slice", "Split",
     "Squeeze", "StopGradient", "Transpose", "Unflatten", "View",
@@ -25,10 +25,11 @@ SEVERAL = {"DynamicSliceUpdate": 2, "DynamicSlice": 2}
 
 
 def opaque(name: str) -> Callable[..., Any]:
-    """A function (x, ...) -> x's shape, as one kernel that is traced and never run."""
+    """Return a function (x, ...) -> x's shape, as one kernel that is traced and never run."""
 
     def call(x: Any, *others: Any, **options: Any) -> Any:
-        # It must read every array the operation reads, or what they came from would drop out of the trace
+        # It must read every array that the operation reads, otherwise their producers are dropped from the
+        # trace
         inputs = [a for a in (x, *others, *options.values()) if isinstance(a, mx.array)]
         dtype = options.get("dtype", x.dtype)
         kernel = mx.fast.metal_kernel(
@@ -46,14 +47,14 @@ def opaque(name: str) -> Callable[..., Any]:
 
 
 def dequantize(w: Any, scales: Any, biases: Any, **options: Any) -> Any:
-    """As mx.dequantize, by shape."""
-    codes = 32 // options["bits"]  # of a word
+    """Replace mx.dequantize by shape."""
+    codes = 32 // options["bits"]  # per word
     wide = mx.broadcast_to(mx.expand_dims(w, -1), (*w.shape, codes)).reshape(*w.shape[:-1], -1)
     return opaque("dequantize")(mx.view(wide, mx.uint32), scales, biases, dtype=scales.dtype)
 
 
 def placeholder(shape: tuple[int, ...], dtype: Any) -> Any:
-    """An array of this shape whose trace is one view of one element of its own."""
+    """Return an array of this shape whose trace is one view of one element."""
     one = mx.zeros((1,) * len(shape), dtype)
     mx.eval(one)
     return mx.broadcast_to(one, shape)
@@ -61,7 +62,7 @@ def placeholder(shape: tuple[int, ...], dtype: Any) -> Any:
 
 @contextmanager
 def opaque_fast_operations() -> Iterator[None]:
-    """mx.fast's operations as kernels that are traced and never run."""
+    """Replace mx.fast's operations with kernels that are traced and never run."""
     fast = ("rms_norm", "layer_norm", "rope", "scaled_dot_product_attention")
     kept = {(mx.fast, n): getattr(mx.fast, n) for n in fast} | {(mx, "dequantize"): mx.dequantize}
 
@@ -75,7 +76,7 @@ def opaque_fast_operations() -> Iterator[None]:
 
 
 def count(step: Callable[..., Any], *inputs: Any) -> Counter[str]:
-    """-> {operation or kernel: dispatches} of one call."""
+    """Return {operation or kernel: dispatches} of one call."""
     found: Counter[str] = Counter()
     for name, arguments in primitives(step, *inputs):
         if name not in VIEWS:

@@ -1,12 +1,12 @@
-"""Runs kernels made with mx.fast.metal_kernel on a CPU: the very text MLX generates, compiled as C++.
+"""Runs kernels made with mx.fast.metal_kernel on a CPU: the source that MLX generates, compiled as C++.
 
-    launches = traced(call, *inputs)          # MLX's own trace: text, grid, threadgroup of every kernel in it
+    launches = traced(call, *inputs)          # MLX's own trace: source, grid, threadgroup of its kernels
     kernels = build([l.text for l in launches])
-    run(kernels[0], buffers, launches[0].grid, launches[0].threadgroup)   # inputs then outputs, in MLX's order
+    run(kernels[0], buffers, launches[0].grid, launches[0].threadgroup)   # buffers: inputs, then outputs
 
-MLX without Metal refuses to call a metal_kernel, but traces it for export, so shapes, dtypes, address spaces,
-attributes and template instantiation are MLX's own. Where a text names an input's shape, strides or ndim, MLX
-passes it as a further buffer behind the input: int32 shape, int64 strides, int32 ndim.
+MLX without Metal refuses to call a metal_kernel, but traces it for export. So shapes, dtypes, address spaces,
+attributes and template instantiation are MLX's own. If a source names an input's shape, strides or ndim, MLX
+passes it as another buffer after the input: int32 shape, int64 strides, int32 ndim.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 FLAGS = ["-std=c++17", "-O1", "-march=native", "-w", "-shared", "-fPIC", "-fno-strict-aliasing"]
-# Metal's half rounds after every operation; on x86 both compilers must be told. A load from an address that is no
-# multiple of what is loaded must trap: x86 allows it, Metal does not.
+# Metal's half rounds after every operation; on x86 both compilers need an option for that. A misaligned load
+# must trap: x86 allows it, Metal does not.
 OWN = {
     "g++": ["-fexcess-precision=16", "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"],
     "clang++": [
@@ -43,21 +43,21 @@ INSTANCE = re.compile(r"\ntemplate \[\[host_name.*?decltype\((\w+<[^;]*?>)\) [^;
 
 
 def works(name: str) -> bool:
-    """Whether a compiler is here that has _Float16 and can be told to round it."""
+    """Return whether a compiler is installed that has _Float16 and can round it after every operation."""
     if not shutil.which(name):
         return False
     probe = [name, "-std=c++17", *OWN[name], "-march=native", "-fsyntax-only", "-x", "c++", "-"]
     return subprocess.run(probe, check=False, input=b"_Float16 x;", capture_output=True).returncode == 0
 
 
-# None on a Mac: there the kernels themselves run
+# None on a Mac, where the kernels run on the GPU
 COMPILERS = [] if mx.metal.is_available() else [name for name in OWN if works(name)]
 CXX = COMPILERS[0] if COMPILERS else None
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel of a trace, as MLX would start it. A grid counts threads."""
+    """One kernel of a trace, as MLX would launch it. A grid counts threads."""
 
     name: str
     text: str
@@ -66,7 +66,7 @@ class Launch:
 
 
 def traced(call: Callable[..., Any], *inputs: Any) -> list[Launch]:
-    """Every metal_kernel launched by call(*inputs), in order."""
+    """Return every metal_kernel launched by call(*inputs), in order."""
     return [
         Launch(a[0], a[1], (a[2], a[3], a[4]), (a[5], a[6], a[7]))
         for name, a in primitives(call, *inputs)
@@ -75,19 +75,19 @@ def traced(call: Callable[..., Any], *inputs: Any) -> list[Launch]:
 
 
 def primitives(call: Callable[..., Any], *inputs: Any) -> list[tuple[str, list[Any]]]:
-    """(name, arguments) of every operation in MLX's trace of call(*inputs), in order."""
+    """Return (name, arguments) of every operation in MLX's trace of call(*inputs), in order."""
     events: list[dict[str, Any]] = []
     mx.export_function(events.append, call, *inputs)
     return [(e["name"], e["arguments"]) for e in events if e["type"] == "primitive"]
 
 
 def threadgroup_variables(text: str) -> str:
-    """Mark `threadgroup T name[...]` as a variable: a macro cannot tell it from a pointer."""
+    """Mark `threadgroup T name[...]` as a variable, because a macro cannot distinguish it from a pointer."""
     return re.sub(r"\bthreadgroup\s+((?:const\s+)?[\w:<>, ]+?\s+\w+\s*\[)", r"MTL_TG_STATIC \1", text)
 
 
 def entry(text: str, number: int) -> str:
-    """The text of one kernel -> C++ in a namespace of its own, with an entry point emulate_<number>."""
+    """Convert the source of one kernel to C++ in a separate namespace, with an entry point emulate_<number>."""
     found = re.search(r"\[\[kernel\]\] void (\w+)\(\n(.*?)\) \{\n", text, re.DOTALL)
     assert found, "not a kernel that MLX generated"
     instance = INSTANCE.search(text)
@@ -103,7 +103,7 @@ def entry(text: str, number: int) -> str:
 
 
 def argument(parameter: str) -> str:
-    """A parameter of the generated signature -> what is passed: a buffer, or an attribute's value."""
+    """Convert a parameter of the generated signature to an argument: a buffer, or an attribute's value."""
     buffer = re.match(r"\s*(const )?(?:device|constant) (.+?)([*&]) (\w+) \[\[buffer\((\d+)\)\]\]", parameter)
     if buffer:
         const, dtype, kind, _, index = buffer.groups()
@@ -114,7 +114,7 @@ def argument(parameter: str) -> str:
 
 
 def build(texts: Sequence[str], cxx: str | None = CXX) -> list[Any]:
-    """Compile kernels as one file, which costs one start of the compiler; cached by content."""
+    """Compile kernels as one file, with one start of the compiler; cached by content."""
     assert cxx is not None, "needs g++ or clang++ 16"
     unit = f'#include "{HERE}/msl_shim.h"\n' + "".join(entry(t, i) for i, t in enumerate(texts))
     headers = [HERE / "msl_shim.h", HERE.parent / "cuda" / "fibers.h"]
@@ -125,9 +125,10 @@ def build(texts: Sequence[str], cxx: str | None = CXX) -> list[Any]:
 def run(
     kernel: Any, buffers: Sequence[Any], grid: Sequence[int], threadgroup: Sequence[int], order: int = 0
 ) -> None:
-    """order: bit 0 reverses lanes and SIMD-groups, bit 1 threadgroups; results must not depend on it.
+    """Run a kernel. order: bit 0 reverses lanes and SIMD-groups, bit 1 threadgroups.
 
-    Raises RuntimeError for divergence, a barrier not all reach, an access beside a guarded buffer, and a misaligned one.
+    Results must not depend on the order. Raises RuntimeError for divergence, a barrier that not all reach, an
+    access outside a guarded buffer, and a misaligned one.
     """
     pointers = (ctypes.c_void_p * len(buffers))(*[b.ctypes.data for b in buffers])
     three, error = ctypes.c_uint * 3, ctypes.create_string_buffer(256)
@@ -141,12 +142,14 @@ LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, cty
 LIBC.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
-END, BEGIN, ODD = "end", "begin", "odd"  # where an array lies between its forbidden pages
+END, BEGIN, ODD = "end", "begin", "odd"  # position of an array between its forbidden pages
 
 
 def guarded(array: Any, at: str = END) -> Any:
-    """The array again, in pages of its own: ending where a forbidden page begins, or beginning where one ends; or
-    odd, at an address that is a multiple of one item's size alone. The pages go with the last array upon them.
+    """Copy an array to separate pages.
+
+    It ends at a forbidden page, begins after one, or is at an odd address: a multiple of the item size only.
+    The pages are freed with the last array that uses them.
     """
     page, odd = mmap.PAGESIZE, array.itemsize if at == ODD else 0
     size = -(-(array.nbytes + odd) // page) * page or page
@@ -156,7 +159,7 @@ def guarded(array: Any, at: str = END) -> Any:
     LIBC.mprotect(start + page + size, page, 0)
     place = start + page + (size - array.nbytes if at == END else odd)
     memory = (ctypes.c_char * array.nbytes).from_address(place)
-    # A test that fails shows its arrays later: they must still be there
+    # A failing test shows its arrays later, so they must still exist
     weakref.finalize(memory, LIBC.munmap, start, size + 2 * page).atexit = False
     copy = np.frombuffer(memory, array.dtype).reshape(array.shape)
     copy[...] = array
@@ -164,25 +167,25 @@ def guarded(array: Any, at: str = END) -> Any:
 
 
 def host(a: Any) -> Any:
-    """An MLX array as NumPy's; bfloat16, which NumPy lacks, as its bits."""
+    """Convert an MLX array to NumPy; bfloat16, which NumPy lacks, to its bits."""
     return np.ascontiguousarray(np.array(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a))
 
 
 def floats(a: Any) -> Any:
-    """NumPy float64 of a host array; uint16 is bfloat16's bits."""
+    """Convert a host array to float64; uint16 is read as bfloat16's bits."""
     wide = (a.astype(np.uint32) << 16).view(np.float32) if a.dtype == np.uint16 else a
     return wide.astype(np.float64)
 
 
 def unwritten(shape: Sequence[int], dtype: Any) -> Any:
-    """An output filled with NaN (of bfloat16: a NaN's bits), so that what is never written is seen."""
+    """Return an output filled with NaN, so that unwritten values are detected."""
     if dtype == np.uint16:
         return np.full(shape, 0x7FFF, np.uint16)
     return np.full(shape, np.nan, dtype)
 
 
 def buffers_of(names: Sequence[str], inputs: Sequence[Any], source: str) -> list[Any]:
-    """Host arrays as MLX passes them, with the shapes, strides and ranks that the source names."""
+    """Return host arrays as MLX passes them, with the shapes, strides and ranks that the source names."""
     out: list[Any] = []
     for name, value in zip(names, inputs, strict=True):
         out.append(value)

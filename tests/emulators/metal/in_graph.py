@@ -1,4 +1,4 @@
-"""mx.fast.metal_kernel replaced by the emulator, so that a whole model runs with our kernels and no Metal.
+"""Replaces mx.fast.metal_kernel with the emulator, so that a whole model runs with our kernels without Metal.
 
 with emulated_metal() as calls:
     ...make kernels and call the model as on a Mac...; calls counts launches by kernel name
@@ -20,7 +20,7 @@ real_metal_kernel = mx.fast.metal_kernel
 
 
 def emulated(calls: Counter[str], order: int) -> Callable[..., Any]:
-    """-> a function with the signature of mx.fast.metal_kernel; outputs are floats, and start as NaN."""
+    """Return a function with the signature of mx.fast.metal_kernel. Outputs are floats and start as NaN."""
 
     def metal_kernel(
         name: str, input_names: list[str], output_names: list[str], source: str, header: str = ""
@@ -31,7 +31,7 @@ def emulated(calls: Counter[str], order: int) -> Callable[..., Any]:
         built: dict[Any, Any] = {}
 
         def call(inputs: list[Any], **launch: Any) -> list[Any]:
-            # what the generated text depends on: a small input becomes `constant`, not `device`
+            # the generated source depends on it: a small input becomes `constant`, not `device`
             key = (str(launch.get("template")), tuple((i.dtype, i.ndim, i.size < 8) for i in inputs))
             if key not in built:
                 (found,) = traced(lambda *a: kernel(inputs=list(a), **launch)[0], *inputs)

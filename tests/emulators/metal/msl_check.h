@@ -1,6 +1,6 @@
-// For `clang++ -fsyntax-only`: Metal's names with real address spaces and clang's own vector types
-// (swizzles included). Declarations only; nothing here can run.
-// Vectors are clang's, not classes, because C++ cannot load a class object from an address space.
+// For `clang++ -fsyntax-only`: Metal's names with real address spaces and clang's vector types (with swizzles). It has
+// only declarations and cannot run. Vectors are clang's, not classes, because C++ cannot load a class object from an
+// address space.
 #pragma once
 #include <stdint.h>
 
@@ -10,7 +10,7 @@ typedef unsigned char uchar;
 typedef unsigned long ulong;
 typedef _Float16 half;
 typedef half float16_t;
-typedef _Float16 bfloat;  // for this check any 16-bit float will do
+typedef _Float16 bfloat;  // any 16-bit float is sufficient for this check
 typedef bfloat bfloat16_t;
 
 #define device __attribute__((address_space(1)))
@@ -53,7 +53,7 @@ typedef uint packed_uint4 __attribute__((ext_vector_type(4), aligned(4)));
 MAKE(float) MAKE(half) MAKE(uint) MAKE(int) MAKE(ulong)
 // clang-format on
 
-// A function-like macro is left alone where no "(" follows, so only constructor calls are rewritten.
+// A function-like macro is not expanded if no "(" follows, so only constructor calls are rewritten.
 #define float2(...) make_float2(__VA_ARGS__)
 #define float3(...) make_float3(__VA_ARGS__)
 #define float4(...) make_float4(__VA_ARGS__)

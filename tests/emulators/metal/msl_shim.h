@@ -1,8 +1,8 @@
-// The part of the Metal Shading Language that the project's kernels use, on top of fibers.h (one file for both
-// languages), where a "warp" is a SIMD-group and a "block" a threadgroup.
+// The part of the Metal Shading Language that the project's kernels use, on top of fibers.h (shared with CUDA), where a
+// "warp" is a SIMD-group and a "block" a threadgroup.
 //
-// Address spaces are dropped here (msl_check.h checks them); [[attributes]] are ignored by the compilers, and
-// emulator.py passes their values as arguments: attr_<name>().
+// Address spaces are dropped here (msl_check.h checks them). The compilers ignore [[attributes]], and emulator.py
+// passes their values as arguments: attr_<name>().
 #pragma once
 #include <setjmp.h>
 #include <signal.h>
@@ -80,7 +80,7 @@ struct alignas(sizeof(T) * 4) mslvec<T, 4> {
   SHIM_VEC(4)
   mslvec(T a, T b, T c, T d) : x(a), y(b), z(c), w(d) {}
 };
-// A packed vector needs no more than its number's alignment; it becomes a vector, and does nothing else.
+// A packed vector only needs its element's alignment. It converts to a vector and has no other operations.
 template <class T, int N>
 struct packed {
   T v[N];
@@ -173,7 +173,7 @@ SHIM_VEC_NAMES(ushort) SHIM_VEC_NAMES(short) SHIM_VEC_NAMES(ulong) SHIM_VEC_NAME
     return r;
   }
 
-  // ---- barriers and SIMD-group operations: a meeting is known by its source line, so keep one a line --
+  // ---- barriers and SIMD-group operations: the source line identifies a meeting, so write one per line --
 
   enum class mem_flags { mem_none = 0, mem_device = 1, mem_threadgroup = 2 };
 #define SHIM_LINE int line = __builtin_LINE()
@@ -185,7 +185,7 @@ SHIM_VEC_NAMES(ushort) SHIM_VEC_NAMES(short) SHIM_VEC_NAMES(ulong) SHIM_VEC_NAME
     shim::meet(0, line);
   }
 
-  // The hardware's order of a float sum is not specified: this is the order of a xor butterfly.
+  // The hardware's order of a float sum is not specified; this is the order of a xor butterfly.
   template <class T>
   inline T simd_sum(T v, SHIM_LINE) {
     auto g = shim::meet(v, line);
@@ -211,7 +211,7 @@ SHIM_VEC_NAMES(ushort) SHIM_VEC_NAMES(short) SHIM_VEC_NAMES(ulong) SHIM_VEC_NAME
       if (g.live(i) && g.template get<T>(i) < r) r = g.template get<T>(i);
     return r;
   }
-  // Reading a lane that is not there is undefined in Metal; here it gives the caller's own value.
+  // Reading an absent lane is undefined in Metal; here it returns the caller's own value.
   template <class T>
   inline T read_lane(const shim::Group& g, unsigned i, T own) {
     return g.live(i) ? g.template get<T>(i) : own;
@@ -397,8 +397,8 @@ inline void on_fault(int signal) {
   siglongjmp(outside, signal);
 }
 
-// run() that survives an access to a page beside a guarded buffer, or to an address that is no multiple of what is
-// loaded (the compiler was told to trap then), and says who made it.
+// Like run(), but reports an access to a guard page or a misaligned load (for which the compiler emits a trap), with
+// the thread that made it.
 inline int emulate(void (*body)(void**), void** buffers, const unsigned* grid, const unsigned* threads, int order,
                    char* error) {
   const int signals[] = {SIGSEGV, SIGBUS, SIGILL, SIGTRAP};

@@ -1,4 +1,4 @@
-"""`bench --kernels` measures what the model at hand computes, in its forms; with the emulator in Metal's place."""
+"""`bench --kernels` measures the products of the given model. The emulator replaces Metal."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tinychat_mlx.errors import BackendError
 
 @pytest.fixture
 def m1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An M1 whose measurements begin here."""
+    """Simulate an M1 without measurements."""
     chip = replace(find_chip(), metal=True, name="Apple M1")
     for module in ("bench", "backend"):
         monkeypatch.setattr(f"tinychat_mlx.backends.mlx.{module}.find_chip", lambda: chip)
@@ -39,7 +39,7 @@ def m1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def asked(d: Any, rows: int) -> set[str]:
-    """Keys that a decoder asks for, where no kernel is chosen, and where all are."""
+    """Return the keys that a decoder requests if no kernel is chosen, and if all are."""
     keys: set[str] = set()
     for chosen in (False, True):
         kernels = fused.Kernels(lambda key, chosen=chosen: keys.add(key) or chosen)
@@ -90,7 +90,7 @@ def test_a_product_is_measured_in_the_form_the_model_has(
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("shape", [(96, 64), (64, 96), (64, 64)])
 def test_each_product_of_a_chain_needs_the_one_before(shape: tuple[int, int], residual: bool) -> None:
-    """And numbers stay numbers, though a round has hundreds of them."""
+    """Values also stay finite through a round of hundreds of products."""
     trial = bench.Trial(
         *shape, 4, 32, mx.float16, 1, mx.float16, False, None, False, mx.float32 if residual else None
     )
@@ -114,7 +114,7 @@ def test_each_product_of_a_chain_needs_the_one_before(shape: tuple[int, int], re
 
 
 class StandIn:
-    """A worker whose decoding takes 2 s, 1 s where steps are captured."""
+    """A worker whose decoding takes 2 s, or 1 s with captured steps."""
 
     opened_with: list[tuple[str, Any, str]] = []  # noqa: RUF012
 
@@ -134,7 +134,7 @@ class StandIn:
 def test_the_command_measures_keeps_and_says_the_winners(
     m1: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it measures here is slow, but it is the same program."""
+    """The emulated measurements are slow, but the program is the same."""
     if CXX is None:
         absent("no g++ or clang++ with _Float16, or a Mac")
     for name, value in {"COLD": 0, "ROUNDS": 1, "ROWS": (1, 3)}.items():
@@ -164,7 +164,7 @@ def test_the_command_measures_keeps_and_says_the_winners(
 
 @pytest.fixture
 def small_heads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Heads of 1024 rows are large enough; and mx.compile on a CPU starts a C++ compiler for each fused kernel."""
+    """Accept heads of 1024 rows, without mx.compile: on a CPU it starts a C++ compiler for each kernel."""
     if CXX is None:
         absent("no g++ or clang++ with _Float16, or a Mac")
     monkeypatch.setattr(halves, "LEAST_ROWS", 1024)
@@ -177,7 +177,10 @@ def small_heads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_head_of_8_bits_is_measured_in_halves(
     m1: None, small_heads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beside the stock product; where it wins, the next model's head is kept so, and measured so again."""
+    """The stock product is measured too.
+
+    If the kernels win, the next model's head is stored and measured in halves.
+    """
     for name, value in {"COLD": 0, "ROUNDS": 1, "ROWS": (1, 3)}.items():
         monkeypatch.setattr(bench, name, value)
     key, options = "head 1024x256 int8 g128 float32", {"backend": "mlx", "shape": "tiny"}
@@ -187,7 +190,7 @@ def test_a_head_of_8_bits_is_measured_in_halves(
         result = bench.measure(trial, fused.Kernels(lambda key: True))
     assert result.key == key and result.ours_us > 0 and result.stock_us > 0
     assert sorted(name.split("_")[1] for name in calls) == ["least", "lower", "upper"]
-    assert set(calls.values()) == {2}  # a round to compile, and one that counts
+    assert set(calls.values()) == {2}  # a round to compile, and a measured one
     for ours, kept_as in ((2.0, PackedHandle), (1.0, halves.HalvedHandle)):
         winners.save("Apple M1", {key: (ours, 2.0)})
         head = mac.Subject(**options, pp=2, tg=1, depth=0).decoder.head
@@ -198,7 +201,7 @@ def test_a_head_of_8_bits_is_measured_in_halves(
 def test_bytes_a_token_are_those_of_the_tiles_that_were_read(
     m1: None, small_heads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """tiny: 256 tiles of 4 rows of 256 inputs, in groups of 128, all in float32 but the codes."""
+    """tiny: 256 tiles of 4 rows of 256 inputs, in groups of 128; everything but the codes in float32."""
     n, k, ends, made = 1024, 256, 1024 * 2 * 4, {}
     for kernels in ("off", "head"):
         monkeypatch.setenv(winners.SWITCH, kernels)
@@ -206,7 +209,7 @@ def test_bytes_a_token_are_those_of_the_tiles_that_were_read(
             subject = mac.Subject(shape="tiny", backend="mlx", pp=8, tg=2, depth=0)
             made[kernels] = subject.bytes_per_token()
         assert calls.total() == (0 if kernels == "off" else 3 * 4)  # two of eight tokens at a time
-    # halves of the codes stay, and some tiles' others with their scales; 15 bytes a row are handed on
+    # the upper halves, and the lower ones of some tiles with their scales; 15 bytes per row are passed on
     tiles = (made["head"] - made["off"] + n * k / 2 - 15 * n) / ((n * k / 2 + ends) / 256)
     assert 1 <= tiles < 64 and abs(4 * tiles - round(4 * tiles)) < 0.01, "a mean of four"
 
@@ -216,7 +219,7 @@ def test_doctor_shows_what_won(m1: None, monkeypatch: pytest.MonkeyPatch) -> Non
     times |= {"rows 8x64 int4 g32 float16 3 rows": (3.0, 9.0), "gate_up 8x64 int4 g32 float16": (2.0, 1.0)}
 
     class Child:
-        """As doctor asks a backend, but here, where it is an M1."""
+        """doctor's query of a backend, in this process with the simulated M1."""
 
         def __init__(self, backend: str, measure: bool) -> None:
             self.backend = backend
@@ -232,7 +235,7 @@ def test_doctor_shows_what_won(m1: None, monkeypatch: pytest.MonkeyPatch) -> Non
 
     assert "not measured on this Mac yet (tinychat bench --kernels)" in line()
     winners.save("Apple M1", times)
-    assert "our kernels where they won here, 3 of 4: norm 2, rows 1" in line()
+    assert "our kernels where they were faster here, 3 of 4: norm 2, rows 1" in line()
 
 
 def test_another_machine_has_nothing_to_measure() -> None:

@@ -1,4 +1,4 @@
-"""The emulator catches bugs put in on purpose, and agrees with a kernel known to be right on Apple's GPUs."""
+"""The emulator detects deliberate bugs, and agrees with a kernel known to be correct on Apple's GPUs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def launch_of(
     names: tuple[str, ...] = ("x",),
     **template: Any,
 ) -> Any:
-    """MLX's text of a one-output float kernel."""
+    """Generate MLX's source of a float kernel with one output."""
     kernel = mx.fast.metal_kernel(name="k", input_names=list(names), output_names=["y"], source=body)
     options: dict[str, Any] = {"template": list(template.items())} if template else {}
     (launch,) = traced(
@@ -127,7 +127,7 @@ def test_an_access_past_the_end_is_an_error(body: str, order: int) -> None:
     run(good, buffers, (64, 1, 1), (32, 1, 1), order)
     with pytest.raises(RuntimeError, match=r"outside a buffer in threadgroup \(1,0,0\), thread 31"):
         run(bad, buffers, (64, 1, 1), (32, 1, 1), order)
-    run(good, buffers, (64, 1, 1), (32, 1, 1), order)  # and the emulator goes on
+    run(good, buffers, (64, 1, 1), (32, 1, 1), order)  # and the emulator still works afterwards
 
 
 def test_an_access_before_the_beginning_is_an_error() -> None:
@@ -135,14 +135,17 @@ def test_an_access_before_the_beginning_is_an_error() -> None:
     launch = launch_of(body, (64,), (64, 1, 1), (32, 1, 1), mx.zeros(64))
     (kernel,) = build([launch.text])
     x, y = np.zeros(64, np.float32), np.zeros(64, np.float32)
-    run(kernel, [guarded(x, END), y], (64, 1, 1), (32, 1, 1))  # what lies there is not forbidden
+    run(kernel, [guarded(x, END), y], (64, 1, 1), (32, 1, 1))  # the memory there is not forbidden
     with pytest.raises(RuntimeError, match=r"outside a buffer in threadgroup \(0,0,0\), thread 0"):
         run(kernel, [guarded(x, BEGIN), y], (64, 1, 1), (32, 1, 1))
 
 
 @pytest.mark.parametrize("kind, fails", [("uint2", True), ("packed_uint2", False)])
 def test_a_misaligned_access_is_an_error(kind: str, fails: bool) -> None:
-    """A file's tensors begin anywhere; a vector must begin at a multiple of its size, a packed one of a number's."""
+    """A file's tensors start at any address.
+
+    A vector must be aligned to its size, a packed vector to its element's.
+    """
     body = f"""
       const uint t = thread_position_in_grid.x;
       y[t] = float(uint2(((const device {kind}*)x)[t]).y);
@@ -164,7 +167,7 @@ def test_a_misaligned_access_is_an_error(kind: str, fails: bool) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="maps are read as Linux shows them")
 def test_guarded_pages_go_with_the_last_array_upon_them() -> None:
-    """pytest shows a failed test's arrays when the test is long over."""
+    """pytest shows a failed test's arrays long after the test."""
 
     def mapped(place: int) -> bool:
         lines = Path("/proc/self/maps").read_text().splitlines()
@@ -183,7 +186,7 @@ def test_guarded_pages_go_with_the_last_array_upon_them() -> None:
 
 @pytest.mark.parametrize("cxx", ["g++", "clang++"])
 def test_both_compilers_emulate(cxx: str) -> None:
-    """Each has bugs and freedoms of its own; the kernels are run with the first one found."""
+    """Each compiler has its own bugs and undefined behaviour; kernels run with the first one found."""
     if cxx not in COMPILERS:
         pytest.skip(f"{cxx} is not installed or lacks _Float16 (clang++ 16 has it)")
     x = np.random.default_rng(0).standard_normal(1024).astype(np.float32)
@@ -206,7 +209,7 @@ def test_what_is_never_written_stays_nan() -> None:
 
 
 def test_half_rounds_after_every_operation() -> None:
-    """2048 + 1 is 2048 in half; a compiler that keeps the sum in float would give 2050 after two."""
+    """2048 + 1 is 2048 in half. A compiler that keeps the sum in float would give 2050 after two additions."""
     body = "uint t = thread_position_in_grid.x;\n half a = half(x[t]);\n y[t] = float(a + half(1) + half(1));"
     launch = launch_of(body, (64,), (64, 1, 1), (32, 1, 1), mx.zeros(64))
     (kernel,) = build([launch.text])
@@ -259,7 +262,7 @@ QMV_FAST = (
 
 
 def mlx_header() -> str:
-    """From the installed wheel: everything above the block loader, and qmv_fast_impl itself."""
+    """Return the installed wheel's source above the block loader, and qmv_fast_impl."""
     file = Path(mx.__file__).parent / "include/mlx/backend/metal/kernels/quantized.h"
     lines = file.read_text().splitlines()
     loader = next(i for i, t in enumerate(lines) if "struct QuantizedBlockLoader" in t)
@@ -276,10 +279,10 @@ def mlx_header() -> str:
 
 @pytest.mark.skipif(
     not mx.__version__.startswith("0.32") or mx.__version__ in ("0.32.0", "0.32.1"),
-    reason="the cut fits the text of MLX 0.32, which up to 0.32.1 sums inputs in half",
+    reason="the excerpt matches the source of MLX 0.32, which sums inputs in half up to 0.32.1",
 )
 def test_mlx_own_kernel_gives_the_right_product() -> None:
-    """If this fails, the emulator is wrong, not the kernel: it runs on every Mac."""
+    """A failure means that the emulator is wrong, not the kernel, which runs on every Mac."""
     rows, n, k = 2, 64, 1024
     names = ["x", "w", "scales", "biases"]
     kernel = mx.fast.metal_kernel(

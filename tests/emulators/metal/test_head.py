@@ -1,4 +1,4 @@
-"""A head in halves on mlx, its kernels emulated: the token is the one that all of it gives, and what a drawn one may be stays."""
+"""A head in halves on mlx with emulated kernels: same greedy token, nearly the same distribution."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from tinychat_mlx.weight import F32, Dense, Packed, Weight, join, pack_codes
 GREEDY = Choice()
 TILE = 4
 READ_AT_MOST = (
-    0.18  # of a head's tiles: for every shape of the roofline fewer bytes than mlx-lm's at that, too
+    0.18  # of a head's tiles; at that share every shape of the roofline also reads fewer bytes than mlx-lm
 )
 
 
 @pytest.fixture(autouse=True)
 def small_heads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Vocabularies of tests are smaller; and mx.compile on a CPU starts a C++ compiler for each fused kernel."""
+    """Test vocabularies are smaller, and on a CPU mx.compile starts a C++ compiler for each fused kernel."""
     monkeypatch.setattr(halves, "LEAST_ROWS", 32)
     mx.disable_compile()
     yield
@@ -77,7 +77,7 @@ def backend_of(dtype: str, monkeypatch: pytest.MonkeyPatch) -> MlxBackend:
 
 
 def head_of(backend: MlxBackend, w: Weight, kind: str = "rms") -> Any:
-    """-> (logits of a row under a choice, the share of tiles that were read whole for them)."""
+    """Return (logits of a row under a choice, the share of tiles read at full width)."""
     norm = Norm("n", kind, backend.put(np.ones(w.shape[1], np.float32)), None, 1e-6)
     handle = backend.pack(w)
     assert backend.kernels is not None
@@ -90,7 +90,7 @@ def head_of(backend: MlxBackend, w: Weight, kind: str = "rms") -> Any:
     return run
 
 
-# which weights, and what they are -------------------------------------------------------------------
+# selection and storage of the weights -----------------------------------------------------------------
 def eight_bits(n: int, k: int, group: int = 64, bias: F32 | None = None) -> Packed:
     return round_to_nearest(0.05 * randn(n, k), 8, group).packed("w", bias)
 
@@ -123,7 +123,10 @@ def test_a_head_that_won_on_this_mac_is_kept_in_halves() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("group", [32, 64, 128, 256])
 def test_its_rows_are_the_very_numbers_of_the_8_bit_weight(group: int, dtype: str, monkeypatch: Any) -> None:
-    """It may be the embedding as well. All codes occur, and all pairs of neighbours' halves; blocks end within it."""
+    """It may be the embedding too.
+
+    All codes and all pairs of neighbouring halves occur; blocks end inside it.
+    """
     monkeypatch.setattr(halves, "BLOCK", 128)
     codes = RNG.integers(0, 256, (300, 256), dtype=np.uint8)
     codes[0], codes[1] = np.arange(256), np.arange(256)[::-1]
@@ -142,7 +145,7 @@ def test_its_rows_are_the_very_numbers_of_the_8_bit_weight(group: int, dtype: st
 
 
 def test_taking_it_apart_needs_no_memory_beside_its_planes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The weight, as `weight_bytes` has it, and a few blocks; another copy of its words would be 4 MB more."""
+    """Memory is the weight by `weight_bytes` and a few blocks; a copy of its words would be 4 MB more."""
     monkeypatch.setattr(halves, "BLOCK", 64)
     w, b = eight_bits(4096, 1024), MlxBackend(exact=True, kernels="head")
     before = mx.get_active_memory()
@@ -155,13 +158,13 @@ def test_taking_it_apart_needs_no_memory_beside_its_planes(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("rows", [1, 2, 9])
 def test_several_rows_are_multiplied_by_both_halves(rows: int) -> None:
-    """float32: as the 8-bit product, 1e-4; K sums of products of 7e-3 · 1 in both."""
+    """float32: 1e-4 like the 8-bit product; K sums of products of 7e-3 · 1 in both."""
     w, x = eight_bits(70, 256), randn(rows, 256)
     b = MlxBackend(exact=True, kernels="head")
     agree(b.to_host(b.linear(b.put(x), b.pack(w))), x @ w.to_float32().T)
 
 
-# what is promised -----------------------------------------------------------------------------------
+# guarantees -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize(("n", "k", "group"), [(1000, 256, 128), (3072, 128, 32), (37, 64, 64)])
 def test_the_largest_logit_is_found_and_its_tile_has_all_its_bits(
@@ -209,11 +212,11 @@ def test_an_estimate_errs_as_much_as_its_lower_halves_can(calls: Counter[str]) -
         size = np.abs(x / np.sqrt((x**2).mean() + 1e-6)).reshape(2, 64).sum(1)
         bound = 7.5 * w.scales.astype(np.float64) @ size
         assert np.all(np.abs(y - whole) <= bound * 1.0001)
-        assert np.abs(y - whole).max() > bound.mean() / 100  # it is one
+        assert np.abs(y - whole).max() > bound.mean() / 100  # the estimate is not exact
 
 
 def test_tokens_that_are_nearly_as_good_are_all_read_whole(calls: Counter[str]) -> None:
-    """Rows that differ in their lower halves alone have one estimate: only all bits tell which is the largest."""
+    """Rows that differ only in their lower halves have one estimate; only all bits show which is the largest."""
     codes = RNG.integers(0, 256, (640, 128), dtype=np.uint8)
     x = randn(1, 128)
     rows = [5, 100, 250, 333, 639]
@@ -231,13 +234,13 @@ def test_tokens_that_are_nearly_as_good_are_all_read_whole(calls: Counter[str]) 
 def test_a_rounded_estimate_does_not_beat_a_logit_that_is_larger(
     calls: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float16 logits of 1000 are half a unit apart, here 37 times as much as an estimate is off.
+    """In float16 logits of 1000 have a spacing of half a unit, here 37 times the error of an estimate.
 
-    A row's estimate of 1000.2505 would be rounded up to 1000.5, all of it is 1000.236 and rounded down; the largest,
-    1000.298, is far enough above the estimate for its error, but not for the rounding.
+    A row's estimate of 1000.2505 would be rounded up to 1000.5; its exact value 1000.236 is rounded down. The
+    largest, 1000.298, is far enough above the estimate for its error, but not for the rounding.
     """
     codes = np.zeros((64, 32), np.uint8)
-    codes[8] = spread_over(242) << 4  # its lower halves are 0: 7.5 · 32 scales less than was thought
+    codes[8] = spread_over(242) << 4  # its lower halves are 0: 7.5 · 32 scales less than assumed
     codes[40] = spread_over(290) << 4 | np.tile([7, 8], 16)
     scales, biases = np.full((64, 1), 2.0**-14, np.float16), np.full((64, 1), 31.25, np.float16)
     run = head_of(
@@ -249,7 +252,7 @@ def test_a_rounded_estimate_does_not_beat_a_logit_that_is_larger(
 
 
 def spread_over(total: int) -> Any:
-    """32 halves of this sum."""
+    """Return 32 halves with this sum."""
     return np.full(32, total // 32, np.uint8) + (np.arange(32) < total % 32).astype(np.uint8)
 
 
@@ -263,7 +266,7 @@ def test_flat_logits_are_all_read_whole_and_peaked_ones_are_not(calls: Counter[s
         Choice(0.005, TAIL),
         Choice(1e-30, TAIL),
         Choice(1.0, 2000.0),
-    ):  # the last: all may be coarse
+    ):  # the last: all may be approximate
         y, share = run(x, choice)
         assert share < 0.3 and y.argmax() == whole.argmax()
 
@@ -280,7 +283,7 @@ def test_logits_that_are_no_numbers_stay_so(calls: Counter[str]) -> None:
         assert not np.isfinite(y[5]) and np.isfinite(np.delete(y, 5)).all()
 
 
-# the model -------------------------------------------------------------------------------------------
+# whole models -----------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def demo() -> Any:
     return load("demo", backend="cpu", threads=2)
@@ -295,7 +298,7 @@ def on_mlx(demo: Any) -> Decoder:
 
 @pytest.fixture(scope="module")
 def text(demo: Any) -> Any:
-    """-> (last hidden states of held-out text, a row each, and the logits of all bits), once they are asked for."""
+    """Return (last hidden states of held-out text, one row each; the exact logits) on demand."""
 
     @cache
     def run() -> tuple[Any, list[F32]]:
@@ -319,10 +322,11 @@ def text(demo: Any) -> Any:
 def test_what_may_be_drawn_on_real_text_stays_as_it_was(
     text: Any, on_mlx: Decoder, given: dict[str, float], most: float
 ) -> None:
-    """The largest logit is the same. What is drawn: at worst the tokens with coarse logits lose or gain all their
-    probability, and half of that is what moves; in truth errors mostly cancel, to the KL that head.py states.
+    """The largest logit is the same.
 
-    most: of the tiles are read whole. As chats choose, the roofline's share covers it.
+    In the worst case the tokens with approximate logits lose or gain all their probability, and half of that
+    is the change. In practice errors mostly cancel, to the KL that head.py states. `most`: the share of tiles
+    read at full width. With the chat's defaults it is covered by the roofline's share.
     """
     params, (rows, everything) = SamplingParams(**given), text()
     choice, backend = choice_of(params), on_mlx.backend
@@ -363,7 +367,7 @@ def chances(logits: F32, params: SamplingParams) -> Any:
 
 
 def test_the_demo_says_what_it_says_with_stock_operations(demo: Any, on_mlx: Decoder) -> None:
-    """Whole answers: one step in flight, each with the choice of its sampler; drawn ones from seeded numbers."""
+    """Compares whole answers with one step in flight. Sampled ones use seeded numbers."""
     stock = decoder(demo.folder, MlxBackend(exact=True, kernels="off"))
     for given in ({"temperature": 0.0}, {"temperature": 0.7, "seed": 5}):
         for question in ("who are you?", "what is 3 + 4?"):
@@ -375,7 +379,7 @@ def test_the_demo_says_what_it_says_with_stock_operations(demo: Any, on_mlx: Dec
 
 
 def test_a_captured_step_obeys_each_calls_choice(tiny_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The program of a step is made once: a choice must be an input of it. Kernels that say what they were given."""
+    """A step's program is compiled once, so a choice must be an input. The kernels record what they receive."""
     monkeypatch.setitem(VARIANTS, "mlx-tied", ("llama", {"tie_word_embeddings": True}))
     seen: list[Choice | None] = []
 

@@ -1,4 +1,4 @@
-"""The three kernels of a head in halves, run by the emulator: each against float64, in both lane orders, at guard pages."""
+"""The kernels of a head in halves in the emulator: against float64, both lane orders, at guard pages."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Case:
     n: int
     k: int
     norm: bool
-    wide: bool  # x is float32, as what is added up through the layers
+    wide: bool  # x is float32, like the residual
     temperature: float
 
     def __str__(self) -> str:
@@ -72,17 +72,17 @@ def cases() -> list[Case]:
 
 @dataclass(frozen=True)
 class Operands:
-    """A case's arrays, and the numbers that they stand for."""
+    """A case's arrays and their values in float64."""
 
     x: Any
     w: HalvedHandle
     norm: Norm | None
     codes: Any  # (N, K)
-    h: Any  # (K,), normed
+    h: Any  # (K,), normalised
 
     @property
     def named(self) -> Arrays:
-        """What both kernels are given, but for a plane."""
+        """Return the inputs of both kernels, except for a plane."""
         norm = {} if self.norm is None else {"norm_weight": self.norm.weight, "eps": mx.array(self.norm.eps)}
         return {"scales": self.w.scales, "biases": self.w.biases, **norm}
 
@@ -111,17 +111,17 @@ def operands(c: Case) -> Operands:
 
 
 def words(halves: Any) -> Any:
-    """Halves (N, K) -> uint32 (N, K / 8), by arithmetic."""
+    """Pack halves (N, K) to uint32 (N, K / 8) by arithmetic."""
     place = np.uint64(16) ** np.arange(8, dtype=np.uint64)
     return (halves.reshape(len(halves), -1, 8) * place).sum(-1).astype(np.uint32)
 
 
-# running a kernel ------------------------------------------------------------------------------------
+# running a kernel -------------------------------------------------------------------------------------
 Outputs = list[tuple[Sequence[int], Any]]  # shape, NumPy's dtype
 
 
 def results(call: Callable[[], Any], launch: Launch, kernel: Any, named: Arrays, outputs: Outputs) -> list[Any]:  # fmt: skip
-    """Its outputs in float64, the same in both orders of lanes and wherever arrays lie, or a Mac's."""
+    """Return a kernel's outputs in float64. Emulated, they must not depend on lane order or array position."""
     if METAL:
         return [floats(host(y)) for y in call()]
     found = []
@@ -136,7 +136,7 @@ def results(call: Callable[[], Any], launch: Launch, kernel: Any, named: Arrays,
 
 
 def launched(call: Callable[[Any], Any], first: Any, named: Arrays) -> Launch:
-    """MLX's trace of it; what is not evaluated would be an input that the trace does not know."""
+    """Return MLX's trace. Everything must be evaluated first, or it would be an input unknown to the trace."""
     mx.eval(named)
     (launch,) = traced(call, first)
     return launch
@@ -149,7 +149,7 @@ def need_a_device() -> None:
 
 @cache
 def emulated(compiler: str | None) -> dict[str, Any]:
-    """Every text that the cases need -> its kernel: one start of the compiler."""
+    """Compile every source that the cases need, with one start of the compiler."""
     every = [f(c)[1] for c in cases() for f in (upper, lower)] + [least(*some())[1]]
     texts = list(dict.fromkeys(launch.text for launch in every))
     return dict(zip(texts, build(texts, compiler), strict=True))
@@ -173,7 +173,7 @@ def upper(c: Case) -> tuple[Callable[[], Any], Launch, Arrays, Outputs]:
 
 
 def check_upper(c: Case, compiler: str | None = CXX) -> None:
-    """Estimates as float32 sums give them; top is the largest of four; a reach is what head.py says of it."""
+    """Check estimates against float32 sums, top against four estimates, reach against head.py's formula."""
     call, launch, named, outputs = upper(c)
     o = operands(c)
     y, top, reach = results(call, launch, kernel_of(launch, compiler), named, outputs)
@@ -202,7 +202,7 @@ def test_an_estimate_is_the_upper_halves_product_and_reaches_as_far_as_it_may_er
 
 # lower -----------------------------------------------------------------------------------------------
 def lower(c: Case) -> tuple[Callable[[], Any], Launch, Arrays, Outputs]:
-    """Every third tile matters, and one whose reach is no number."""
+    """Every third tile matters, and one whose reach is NaN."""
     o, rng, tiles = operands(c), np.random.default_rng(c.n), -(-c.n // TILE)
     estimate = mx.array(rng.standard_normal((1, c.n)).astype(np.float32))
     far = np.arange(tiles, dtype=np.float32) % 3
@@ -269,7 +269,7 @@ def alone(text: str) -> Any:
 def check_least(
     tiles: int, choice: tuple[float, float], spread: float, dtype: str = "float16", cxx: str | None = CXX
 ) -> None:
-    """Of 512 steps of an eighth of a temperature, the last below which all tiles' tokens weigh no more than tail."""
+    """Check the search: of 512 steps of T / 8, the last below which the tiles weigh at most `tail`."""
     (temperature, tail), (top, reach) = choice, some(tiles, spread)
     call, launch, named, outputs = least(top, reach, choice, dtype)
     kernel = alone(launch.text) if cxx == CXX else emulated(cxx)[launch.text]
@@ -285,7 +285,7 @@ def check_least(
     at = int(np.argmin(np.abs(thresholds - found)))
     rounding = SLACK * 64 * 2.0**-23 * max(temperature, abs(best))
     assert abs(thresholds[at] - found) <= rounding
-    # a tile may lie on a threshold but for that rounding, and sums are float32
+    # a tile may be on a threshold except for that rounding, and sums are float32
     close = weight[np.abs(reach - thresholds[at]) <= 2 * rounding].sum()
     assert at == 0 or mass[at] <= tail * 1.0001 + close
     if at < 511:
@@ -319,7 +319,7 @@ def test_what_is_no_number_leaves_nothing_out_that_matters() -> None:
 
 # all of them -----------------------------------------------------------------------------------------
 def test_the_other_compiler_gives_the_same_numbers() -> None:
-    """A compiler may read what is undefined in its own way."""
+    """Undefined behaviour differs between compilers."""
     if len(COMPILERS) < 2:
         pytest.skip("one compiler with _Float16 is here (clang++ 16 has it)")
     for case in cases()[3::7]:
@@ -348,7 +348,10 @@ def test_kernels_respect_address_spaces(dtype: str) -> None:
 
 
 def test_texts_are_ascii_and_a_name_means_one_text() -> None:
-    """MLX keeps a compiled kernel under its name: one text a name, or it would compile anew, or take the wrong one."""
+    """MLX caches a compiled kernel by name.
+
+    Two sources with one name would give a recompilation or the wrong kernel.
+    """
     named: dict[str, str] = {}
     every = [f(c)[1] for c in cases() for f in (upper, lower)]
     every += [least(*some(tiles), dtype=d)[1] for d in DTYPES for tiles in (3, 100)]

@@ -1,4 +1,4 @@
-"""Our Metal kernels, run by the emulator: each form against float64, in both lane orders, at guard pages."""
+"""Our Metal kernels in the emulator: each form against float64, in both lane orders, at guard pages."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ ROWS = (2, 3, 4, 5, 6, 7, 8, 2, 8)
 
 @dataclass(frozen=True)
 class Case:
-    """One product. n: outputs; act: W has twice as many rows, gate first."""
+    """One product. n: outputs. act: W has twice as many rows, gate first."""
 
     dtype: str
     group: int
@@ -67,7 +67,7 @@ class Case:
     act: str | None = None
     bias: bool = False
     residual: bool = False
-    wide: bool = False  # x and the residual are float32, as what is added up through the layers
+    wide: bool = False  # x and the residual are float32
 
     def __str__(self) -> str:
         on = [w for w in ("norm", "bias", "residual", "wide") if getattr(self, w)] + (
@@ -96,7 +96,7 @@ def cases(kind: str) -> list[Case]:
 
 @dataclass(frozen=True)
 class Operands:
-    """A case's arrays on MLX, and how the kernel is called with them."""
+    """A case's arrays on MLX, and the call of the kernel with them."""
 
     x: Any
     w: PackedHandle
@@ -133,7 +133,7 @@ def operands(c: Case) -> Operands:
 
 
 def launch(c: Case) -> tuple[Any, Operands]:
-    """-> (MLX's trace of the kernel for this case, its operands)."""
+    """Return (MLX's trace of the kernel for this case, its operands)."""
     o, kernels = operands(c), Kernels(lambda key: True)
     (found,) = traced(lambda x: kernels.launch(x, o.w, o.norm, c.act, o.residual), o.x)
     return found, o
@@ -141,7 +141,7 @@ def launch(c: Case) -> tuple[Any, Operands]:
 
 @cache
 def compiled(kind: str) -> dict[str, Any]:
-    """Every text that the cases of a kind need -> its emulated kernel: one start of the compiler."""
+    """Compile every source that the cases of a kind need, with one start of the compiler."""
     texts = list(dict.fromkeys(launch(c)[0].text for c in cases(kind)))
     return dict(zip(texts, build(texts), strict=True))
 
@@ -155,12 +155,12 @@ ACTS = {
 
 
 def meaning(c: Case, o: Operands) -> tuple[Any, Any]:
-    """-> (the result in float64, the error that float32 sums and one rounding to T may make)."""
+    """Return (the result in float64, the error bound of float32 sums and one rounding to T)."""
     x, s, b = (floats(host(a)) for a in (o.x, o.w.scales, o.w.biases))
     shape = (s.shape[0], s.shape[1], c.group)
     codes = Packed("w", host(o.w.w), s, b, c.bits, c.group).codes().astype(np.float64).reshape(shape)
     dense = (codes * s[..., None] + b[..., None]).reshape(-1, c.k)
-    parts = (codes * np.abs(s)[..., None] + np.abs(b)[..., None]).reshape(-1, c.k)  # summed apart
+    parts = (codes * np.abs(s)[..., None] + np.abs(b)[..., None]).reshape(-1, c.k)  # summed separately
     if o.norm is not None:
         x = x / np.sqrt((x**2).mean(-1, keepdims=True) + o.norm.eps) * floats(host(o.norm.weight))
     y, magnitude = x @ dense.T, np.abs(x) @ parts.T
@@ -185,7 +185,8 @@ def test_a_kernel_means_the_product(kind: str, case: Case) -> None:
     y64, bound = meaning(case, o)
     if METAL:
         y = floats(host(Kernels(lambda key: True).launch(o.x, o.w, o.norm, case.act, o.residual)))
-        assert (np.abs(y - y64) <= 4 * SLACK * bound).all()  # exp and tanh of a GPU are a few units off
+        # exp and tanh of a GPU have errors of a few units
+        assert (np.abs(y - y64) <= 4 * SLACK * bound).all()
         return
     if CXX is None:
         absent("no g++ or clang++ with _Float16, and no Metal")
@@ -195,7 +196,7 @@ def test_a_kernel_means_the_product(kind: str, case: Case) -> None:
 
 
 def emulated(kernel: Any, case: Case, found: Any, o: Operands) -> list[Any]:
-    """Results in both orders of lanes, of arrays that end, begin, or do neither at a forbidden page."""
+    """Return results in both lane orders, for arrays that end, begin, or do neither at a forbidden page."""
     narrow = np.uint16 if case.dtype == "bfloat16" else np.dtype(case.dtype)
     dtype = np.float32 if case.wide and case.residual else narrow
     results = []
@@ -208,7 +209,7 @@ def emulated(kernel: Any, case: Case, found: Any, o: Operands) -> list[Any]:
 
 
 def test_the_other_compiler_gives_the_same_numbers() -> None:
-    """One case of each kind and dtype: a compiler may read what is undefined in its own way."""
+    """One case of each kind and dtype. Undefined behaviour differs between compilers."""
     if len(COMPILERS) < 2:
         pytest.skip("one compiler with _Float16 is here (clang++ 16 has it)")
     for kind in fused.KINDS:
@@ -229,7 +230,7 @@ def test_each_kernel_has_at_least_forty_cases_and_a_twin(kind: str) -> None:
         o = operands(case)
         form = (o.norm, case.act)
         assert fused.applies(o.x, o.w, *form) and fused.kind_of(case.rows, *form) == kind
-        if case.dtype == "float32":  # MLX's CPU loops of the narrow types sum in that type
+        if case.dtype == "float32":  # MLX's CPU loops sum narrow types in that type
             twin = floats(host(stock(o.x, o.w, o.norm, case.act, o.residual)))
             y64, bound = meaning(case, o)
             assert (np.abs(twin - y64) <= 4 * SLACK * bound).all()  # it rounds after every operation
@@ -247,7 +248,10 @@ def test_kernels_respect_address_spaces(dtype: str) -> None:
 
 
 def test_texts_are_ascii_and_a_name_means_one_text() -> None:
-    """MLX keeps a compiled kernel under its name: one text a name, or it would compile anew, or take the wrong one."""
+    """MLX caches a compiled kernel by name.
+
+    Two sources with one name would give a recompilation or the wrong kernel.
+    """
     named: dict[str, str] = {}
     for case in (c for kind in fused.KINDS for c in cases(kind)):
         found = launch(case)[0]
@@ -281,7 +285,7 @@ def test_winners_are_kept_for_this_chip_this_mlx_and_these_kernels(tmp_path: Any
     winners.save("Apple M1", times)
     winners.save("Apple M1", {"gate_up 8x64 int4 g32 float16": (3.0, 2.0)})
     takes, why = winners.choice(None, True, "Apple M1")
-    assert takes is not None and why == "our kernels where they won here, 1 of 3: matvec 1"
+    assert takes is not None and why == "our kernels where they were faster here, 1 of 3: matvec 1"
     assert len(winners.measured("Apple M1")) == 3
     assert [takes(k) for k in times] == [True, False]  # one per cent is noise
     assert winners.read("Apple M2") == frozenset()

@@ -1,4 +1,4 @@
-"""A whole model with our kernels in it: the same logits, and fewer dispatches a token than mlx-lm."""
+"""A whole model with our kernels gives the same logits, with fewer dispatches per token than mlx-lm."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ emulator = pytest.mark.usefixtures("_emulator")
 
 
 class Quantised:
-    """A checkpoint's matrices as int4 g32, the same for every backend."""
+    """A checkpoint's matrices as int4 g32, identical for every backend."""
 
     def __init__(self, folder: Path) -> None:
         self.inner = Checkpoint.open(folder)
@@ -69,7 +69,7 @@ def logits(folder: Path, backend: Any, cuts: list[int], ids: list[int]) -> F32:
 @emulator
 @pytest.mark.parametrize("variant", ["llama", "qwen3", "gemma2"])
 def test_logits_with_emulated_kernels_equal_the_reference(variant: str, tiny_root: Path) -> None:
-    """float32: as the stock operations do, 1e-4. Nine rows are prefill; then one row, three rows, one row."""
+    """float32: 1e-4, like the stock operations. Nine rows are prefill; then one row, three rows, one row."""
     t, cuts = tiny(variant, tiny_root), [9, 1, 3, 1]
     expected = logits(t.folder, ReferenceBackend(), cuts, t.ids[:14])
     results = []
@@ -85,14 +85,15 @@ def test_logits_with_emulated_kernels_equal_the_reference(variant: str, tiny_roo
 
 @emulator
 def test_float16_with_emulated_kernels_agrees_with_stock(tiny_root: Path, monkeypatch: Any) -> None:
-    """Both against the reference in float32, which is what they round.
+    """Both are compared with the reference in float32.
 
-    A rounding to half is off by 2^-11 of its number at most, u / sqrt(3) of it in the mean, up or down by chance. Ours
-    keeps float32 inside a product and rounds 8 results a layer (normed input, qkv, q and k turned, the heads' sums, o,
-    gated, down) and those of embedding and head: were each to reach the logits undiminished, their relative errors
-    would add up to sqrt(roundings / 3) * u in the mean. MLX's CPU loop also sums in half: a sum of K terms passes
-    through K partial sums whose mean square is half its own at the end, sqrt(K / 6) * u a product more. On Metal it sums
-    in float like ours. Of the 582 logits none should be off by 4.5 times the mean (one in 250 such tests would be).
+    A rounding to half has an error of at most 2^-11 of its number, u / sqrt(3) of it in the mean, with random
+    sign. Ours keeps float32 inside a product and rounds 8 results per layer (normed input, qkv, rotated q and
+    k, the heads' sums, o, gated, down) and those of embedding and head. If each reached the logits
+    undiminished, their relative errors would add up to sqrt(roundings / 3) * u in the mean. MLX's CPU loop
+    also sums in half: a sum of K terms has K partial sums whose mean square is half its own at the end,
+    sqrt(K / 6) * u more per product. On Metal it sums in float like ours. None of the 582 logits should have
+    an error of 4.5 times the mean (one in 250 such tests would).
     """
     t, cuts = tiny("llama", tiny_root), [4, 1, 1]
     exact = logits(t.folder, ReferenceBackend(), cuts, t.ids[:6])
@@ -115,7 +116,7 @@ def test_float16_with_emulated_kernels_agrees_with_stock(tiny_root: Path, monkey
     )
 
 
-# dispatches ------------------------------------------------------------------------------------------
+# dispatches -------------------------------------------------------------------------------------------
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
@@ -126,7 +127,7 @@ LLAMA = {
 
 
 class Shapes:
-    """A source that has every weight's shape and no numbers."""
+    """A source with the shapes of all weights and no values."""
 
     def has(self, name: str) -> bool:
         return "lm_head" not in name and "bias" not in name
@@ -140,7 +141,7 @@ class Shapes:
 
 
 class Lazy(MlxBackend):
-    """Weights as arrays that nobody evaluates, so that a model of a billion takes no memory."""
+    """A backend whose weights are never evaluated, so that a model of a billion parameters takes no memory."""
 
     head_bits = 4
 
@@ -172,7 +173,7 @@ def llama_step(monkeypatch: pytest.MonkeyPatch, kernels: str, head_bits: int = 4
 
 
 def joined(name: str, parts: list[Weight]) -> Weight:
-    """weight.join of shapes: it would write out the zeros."""
+    """Join shapes. weight.join would materialise the zeros."""
     shape = (sum(p.shape[0] for p in parts), parts[0].shape[1])
     return Dense(name, np.broadcast_to(np.float16(0), shape))
 
@@ -228,7 +229,7 @@ def mlx_lm_step(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 def test_a_token_needs_at_most_sixty_per_cent_of_mlx_lm_s_dispatches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted from MLX's trace; the roofline's formula must say the same. A head of 8 bits is what we make unless asked."""
+    """Counted from MLX's trace; the roofline formula must agree. The default head has 8 bits."""
     shape = cost.Shape.of(LLAMA)
     assert shape == cost.SHAPES["llama-3.2-1b"]
     theirs, fused = mlx_lm_step(monkeypatch), ours(monkeypatch, "all")
@@ -240,7 +241,7 @@ def test_a_token_needs_at_most_sixty_per_cent_of_mlx_lm_s_dispatches(monkeypatch
     assert sum(default.values()) == cost.launches_per_token(shape, cost.OURS[8])
     assert sum(fused.values()) < sum(default.values()) <= 0.6 * sum(theirs.values())
     assert sum(count for name, count in default.items() if re.search("_(upper|least|lower)_", name)) == 3
-    # A captured step writes its cache at a traced position, two launches each time: why it is not the default
+    # A captured step writes its cache at a traced position, two launches each time, so it is not the default
     assert sum(fused.values()) < sum(captured(monkeypatch).values()) < sum(theirs.values())
 
 
@@ -250,11 +251,12 @@ def test_a_token_reads_fewer_bytes_than_with_mlx_lm(name: str) -> None:
     shape = cost.SHAPES[name]
     for (
         bits
-    ) in cost.OURS:  # mlx_lm.convert's default, every weight in 4 bits, beside ours, which has 8 in the head
+        # mlx_lm.convert's default, 4 bits for every weight, compared with ours, which has 8 in the head
+    ) in cost.OURS:
         assert cost.bytes_per_token(shape, cost.OURS[bits]) < cost.bytes_per_token(shape, cost.MLX_LM)
     rows = {row["chip"]: row for row in cost.table(shape, 2048)}
     assert len(rows) >= 10 and all(r[cost.OURS[4].name] < r["ceiling"] for r in rows.values())
-    for bits in (4, 8):  # like beside like, in the table as well
+    for bits in (4, 8):  # comparable forms, as in the table
         ours, theirs = cost.OURS[bits], cost.MLX_LMS[bits]
         assert cost.bytes_per_token(shape, ours) < cost.bytes_per_token(shape, theirs)
         assert all(r[ours.name] > r[theirs.name] for r in rows.values())
@@ -296,6 +298,6 @@ def test_bytes_are_those_of_the_packed_arrays() -> None:
         96 * 64 // 2,
         96 * 1 * 4,
         96 * 15,
-    )  # half the lower ones, with a scale of a group and no bias
+    )  # half of the lower ones, with a scale per group and no bias
     assert halves == held - 96 * (64 // 2 + 4) + upper + scales + (upper + scales // 2) // 2 + between
     assert "M1 Max" in cost.report("qwen3-0.6b", 100)
