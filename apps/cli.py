@@ -18,7 +18,7 @@ import click
 
 from tinychat_mlx import __version__
 from tinychat_mlx.apps.terminal import forgive_encodings, wrapped
-from tinychat_mlx.errors import TinychatError, UsageError, one_line
+from tinychat_mlx.base.errors import TinychatError, UsageError, one_line
 
 # name -> module under tinychat_mlx, its click command, help. A row is hidden if its module is missing.
 COMMANDS = {

@@ -16,8 +16,8 @@ from typing import Any
 
 import click
 
-from tinychat_mlx.errors import SettingsError
-from tinychat_mlx.words import refusal
+from tinychat_mlx.base.errors import SettingsError
+from tinychat_mlx.base.wording import refusal
 
 EXAMPLE = """\
 model = "demo"

@@ -17,17 +17,17 @@ import click
 
 from tinychat_mlx.apps.options import BACKENDS, check_writable
 from tinychat_mlx.apps.terminal import wrapped
-from tinychat_mlx.errors import UsageError
-from tinychat_mlx.words import lasting, size
+from tinychat_mlx.base.errors import UsageError
+from tinychat_mlx.base.wording import lasting, size
 
 if TYPE_CHECKING:
     from tinychat_mlx.awq.convert import Result
-    from tinychat_mlx.awq.cost import Cost
-    from tinychat_mlx.awq.estimate import Estimate
+    from tinychat_mlx.awq.layer_stream import Progress
+    from tinychat_mlx.awq.quality.quality_loss import Cost
     from tinychat_mlx.awq.settings import Settings
-    from tinychat_mlx.awq.stream import Progress
-    from tinychat_mlx.backend import Backend
-    from tinychat_mlx.checkpoint import Checkpoint
+    from tinychat_mlx.awq.time_estimate import Estimate
+    from tinychat_mlx.contract import Backend
+    from tinychat_mlx.weights.checkpoint import Checkpoint
 
 
 # Options that affect only the quantisation and its report.
@@ -75,8 +75,8 @@ def convert(source: str, target: Path | None, **options: Any) -> None:
     from tinychat_mlx.apps.models.download import folder_of
     from tinychat_mlx.awq.parallel import limited
     from tinychat_mlx.awq.settings import Settings
-    from tinychat_mlx.checkpoint import Checkpoint
-    from tinychat_mlx.config import parse_config
+    from tinychat_mlx.model.config import parse_config
+    from tinychat_mlx.weights.checkpoint import Checkpoint
 
     if target is None and not options["dry_run"]:
         raise click.UsageError("missing -o DST, the folder to write")
@@ -107,7 +107,7 @@ def _group_size(option: str) -> int:
 
 def _check_places(source: str, target: Path, options: dict[str, Any]) -> None:
     """Check the output paths before any download. Raises UsageError."""
-    from tinychat_mlx.awq.target import check_target
+    from tinychat_mlx.awq.output_path import check_target
 
     if not options["resume"]:  # with --resume the finished folder may exist
         check_target(Path(source) if Path(source).is_dir() else None, target, options["force"])
@@ -143,13 +143,13 @@ def _refuse_unused(source: Checkpoint) -> None:
 
 
 def _backend(options: dict[str, Any], exact: bool) -> Backend:
-    from tinychat_mlx.loading import choose, create
+    from tinychat_mlx.open import choose, create
 
     return create(choose(options["backend"])[0], exact, options["threads"])
 
 
 def _convert(source: Checkpoint, target: Path, settings: Settings, options: dict[str, Any]) -> None:
-    from tinychat_mlx.awq.calibrate import calibration_ids
+    from tinychat_mlx.awq.calibration.tokens import calibration_ids
     from tinychat_mlx.awq.convert import convert as run
 
     _check_report(source, options)
@@ -179,7 +179,7 @@ def _identity(folder: Path) -> int | None:
 
 def _check_report(source: Checkpoint, options: dict[str, Any]) -> None:
     """Check the report's text before any work. Raises UsageError."""
-    from tinychat_mlx.awq.cost import check_text
+    from tinychat_mlx.awq.quality.quality_loss import check_text
 
     if options["report_text"] is not None:
         check_text(source, options["report_text"])
@@ -193,9 +193,9 @@ def _report(
     screen: Screen,
 ) -> Cost | None:
     """Measure the finished model and write the report. A change of format is not measured."""
-    from tinychat_mlx.awq.cost import cost
-    from tinychat_mlx.awq.report import write_report
-    from tinychat_mlx.checkpoint import Checkpoint
+    from tinychat_mlx.awq.quality.quality_loss import cost
+    from tinychat_mlx.awq.quality.report import write_report
+    from tinychat_mlx.weights.checkpoint import Checkpoint
 
     measured = None
     if source.quantization.format == "dense":
@@ -219,7 +219,7 @@ def _report(
 def _say(source: Checkpoint, result: Result, seconds: float, cost: Cost | None, as_json: bool) -> None:
     from dataclasses import asdict
 
-    from tinychat_mlx.awq.report import about, moved_text, site_name
+    from tinychat_mlx.awq.quality.report import about, moved_text, site_name
 
     fallen = [site_name(i, s) for i, layer in enumerate(result.layers) for s in layer.sites if s.fell_back]
     if as_json:
@@ -259,8 +259,8 @@ def _say(source: Checkpoint, result: Result, seconds: float, cost: Cost | None, 
 def _dry_run(source: Checkpoint, target: Path, settings: Settings, options: dict[str, Any]) -> None:
     from dataclasses import asdict
 
-    from tinychat_mlx.awq.estimate import estimate
-    from tinychat_mlx.awq.needs import shortage
+    from tinychat_mlx.awq.resources import shortage
+    from tinychat_mlx.awq.time_estimate import estimate
 
     found = estimate(source, settings, lambda exact: _backend(options, exact))
     lacks = shortage(found, target)

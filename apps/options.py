@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from tinychat_mlx import backend_names
-from tinychat_mlx.errors import UsageError
-from tinychat_mlx.words import refusal
+from tinychat_mlx.base import backend_names
+from tinychat_mlx.base.errors import UsageError
+from tinychat_mlx.base.wording import refusal
 
 if TYPE_CHECKING:
-    from tinychat_mlx.model import Model
+    from tinychat_mlx.loaded_model import Model
 
 F = TypeVar("F", bound=Callable[..., Any])
 BACKENDS = ("auto", *backend_names.BACKENDS)
@@ -194,12 +194,12 @@ def load_model(
 
     name, context = str(options["model"]), options["context"]
     if name != "demo":
-        from tinychat_mlx.apps import fit
-        from tinychat_mlx.apps.models.opening import facts_of, settle
+        from tinychat_mlx import memory_plan
+        from tinychat_mlx.apps.models.prepare import facts_of, settle
 
         name = settle(options, say, freed)
         if found := facts_of(name, options):
-            context = fit.context_for(found, fit.chosen(options), context, say, freed)
+            context = memory_plan.context_for(found, memory_plan.chosen(options), context, say, freed)
     loading = {key: options[key] for key in LOADING if key not in ("model", "convert")} | {"context": context}
     if progress is not None:
         loading["progress"] = progress

@@ -16,8 +16,8 @@ from tinychat_mlx.apps.chat.view import View
 
 if TYPE_CHECKING:
     from tinychat_mlx.apps.chat.stream import MarkdownAnswer, PlainAnswer
-    from tinychat_mlx.generate import Event, Stats
-    from tinychat_mlx.model import Model
+    from tinychat_mlx.engine.engine import Event, Stats
+    from tinychat_mlx.loaded_model import Model
 
 PATIENCE_S = 1.0  # seconds; a longer wait shows a status line
 

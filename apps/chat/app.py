@@ -15,11 +15,11 @@ from tinychat_mlx.apps.chat.prompt import Fragments, Reader, make_reader
 from tinychat_mlx.apps.chat.session import Message, Session
 from tinychat_mlx.apps.chat.settings import Settings
 from tinychat_mlx.apps.chat.view import View, colour_of
-from tinychat_mlx.errors import ContextFullError, TinychatError, one_line
-from tinychat_mlx.words import size
+from tinychat_mlx.base.errors import ContextFullError, TinychatError, one_line
+from tinychat_mlx.base.wording import size
 
 if TYPE_CHECKING:
-    from tinychat_mlx.model import Model
+    from tinychat_mlx.loaded_model import Model
 
 COMPACT_AT = 0.85  # share of the context at which the policy "compact" summarises
 

@@ -24,14 +24,14 @@ from tinychat_mlx.apps.options import (
     text_or_file,
 )
 from tinychat_mlx.apps.terminal import Terminal, detect, quiet_keys
-from tinychat_mlx.words import of_the_system
+from tinychat_mlx.base.wording import of_the_system
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tinychat_mlx.apps.chat.session import Session
     from tinychat_mlx.apps.chat.view import View
-    from tinychat_mlx.model import Model
+    from tinychat_mlx.loaded_model import Model
 
 
 @click.command()
@@ -120,8 +120,8 @@ def load(options: dict[str, Any], view: View, freed: int = 0, save: bool = False
 
 def keep_prefixes(model: Model, exact: bool) -> None:
     """Keep what is computed of chats, in at most TINYCHAT_PREFIX_MB (1024; 0: not at all). Raises UsageError."""
-    from tinychat_mlx import disk_cache
-    from tinychat_mlx.errors import UsageError
+    from tinychat_mlx.base import disk_cache
+    from tinychat_mlx.base.errors import UsageError
 
     text = os.environ.get("TINYCHAT_PREFIX_MB", "1024")
     if not text.isdecimal():

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from tinychat_mlx import hub
 from tinychat_mlx.apps import environment
 from tinychat_mlx.apps.doctor.finding import BROKEN, NOTE, OK, Finding, Section
-from tinychat_mlx.errors import ConfigError, TinychatError
-from tinychat_mlx.words import size
+from tinychat_mlx.base.errors import ConfigError, TinychatError
+from tinychat_mlx.base.wording import size
 
 if TYPE_CHECKING:
-    from tinychat_mlx.apps.models import facts
+    from tinychat_mlx import inspect
 
 
 def configuration() -> Section:
@@ -85,9 +85,9 @@ def default_model(options: dict[str, str], backend: str) -> Section:
 
 
 def _model(name: str, origin: str, backend: str) -> Finding:
-    from tinychat_mlx.apps.models.facts import local
-    from tinychat_mlx.apps.models.opening import converted
-    from tinychat_mlx.loading import at_hand
+    from tinychat_mlx.apps.models.prepare import converted
+    from tinychat_mlx.inspect import local
+    from tinychat_mlx.open import at_hand
 
     path = Path(name).expanduser()
     ref = None if name == "demo" or path.is_dir() else hub.parse(name)
@@ -121,8 +121,8 @@ def _model(name: str, origin: str, backend: str) -> Finding:
     return Finding("model", value, f"{name} ({about}; {origin}) {why}", OK, "", f"{kind} ({about}) {why}")
 
 
-def _context(found: facts.Facts, backend: str) -> int:
+def _context(found: inspect.Facts, backend: str) -> int:
     """Return the tokens of context that fit."""
-    from tinychat_mlx.apps import fit
+    from tinychat_mlx import memory_plan
 
-    return fit.room(found, fit.chosen({"backend": backend})).context if backend else 0
+    return memory_plan.room(found, memory_plan.chosen({"backend": backend})).context if backend else 0

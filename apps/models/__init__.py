@@ -28,7 +28,7 @@ def list_(recommended: bool, everything: bool, as_json: bool) -> None:
         from tinychat_mlx.apps.models.recommended import show_recommended
 
         return show_recommended(everything, as_json)
-    from tinychat_mlx.apps.models.shelf import show_shelf
+    from tinychat_mlx.apps.models.installed import show_shelf
 
     show_shelf(as_json)
 

@@ -6,9 +6,9 @@ import time
 
 import numpy as np
 
-from tinychat_mlx.backends.cpu import library as c
-from tinychat_mlx.backends.cpu.engine import Engine
+from tinychat_mlx.backends.cpu import native_abi as c
 from tinychat_mlx.backends.cpu.memory import address, raw
+from tinychat_mlx.backends.cpu.thread_pool import Engine
 
 _READ = 512 << 20  # bytes; much larger than any cache
 

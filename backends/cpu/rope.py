@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from tinychat_mlx.backend import Rope
 from tinychat_mlx.backends.cpu.memory import raw
+from tinychat_mlx.contract import Rope
 
 _AHEAD = 256  # positions computed at a time while decoding
 

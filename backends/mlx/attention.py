@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from tinychat_mlx.backend import Attention
 from tinychat_mlx.backends.mlx.cache import View, seen
 from tinychat_mlx.backends.mlx.device import MB, mx
+from tinychat_mlx.contract import Attention
 
 SCORES = (
     32 * MB

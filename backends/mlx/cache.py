@@ -2,7 +2,7 @@
 
 A layer's k and v are (1, Hkv, held, D), with space for `held` tokens of the capacity. Zeroing the whole
 capacity would take memory from other programs that few conversations need. What MLX cannot write in place
-(see flight.py) it copies with all its space. The backend counts the missing part as used, so that no answer
+(see pipelining.py) it copies with all its space. The backend counts the missing part as used, so that no answer
 runs out of memory.
 """
 
@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy.typing as npt
 
-from tinychat_mlx.backend import Cache, CacheShape
 from tinychat_mlx.backends.mlx.device import mx
-from tinychat_mlx.errors import BackendError
+from tinychat_mlx.base.errors import BackendError
+from tinychat_mlx.contract import Cache, CacheShape
 
 KV_BITS = "TINYCHAT_MLX_KV_BITS"  # 4 or 8: a PackedCache
 SPAN = 256  # initial tokens that a cache has space for, and that a captured step reads; then doubled

@@ -16,19 +16,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tinychat_mlx import backend
-from tinychat_mlx.backend import Choice, Norm
+from tinychat_mlx import contract
 from tinychat_mlx.backends.mlx.activations import glu_of
 from tinychat_mlx.backends.mlx.device import mx
-from tinychat_mlx.backends.mlx.halves import HalvedHandle
 from tinychat_mlx.backends.mlx.head import Shortlist
-from tinychat_mlx.backends.mlx.texts import defined, text
+from tinychat_mlx.backends.mlx.shader_source import defined, text
+from tinychat_mlx.backends.mlx.split_int8 import HalvedHandle
 from tinychat_mlx.backends.mlx.weights import MlxHandle, PackedHandle
+from tinychat_mlx.contract import Choice, Norm
 
 KINDS = ("matvec", "norm", "gate_up", "rows")
 MOST_ROWS = 8
 ACTS = tuple(
-    act for act in backend.ACTS if act != "gelu"
+    act for act in contract.ACTS if act != "gelu"
 )  # as packed.metal numbers them; Metal has no erf for gelu
 THREADS, ROWS_A_THREADGROUP = 64, 8  # two SIMD-groups of four rows of W, or of two gate and two up rows
 

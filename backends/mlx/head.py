@@ -21,10 +21,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from tinychat_mlx.backend import Choice, Norm
 from tinychat_mlx.backends.mlx.device import mx
-from tinychat_mlx.backends.mlx.halves import HalvedHandle
-from tinychat_mlx.backends.mlx.texts import defined, text
+from tinychat_mlx.backends.mlx.shader_source import defined, text
+from tinychat_mlx.backends.mlx.split_int8 import HalvedHandle
+from tinychat_mlx.contract import Choice, Norm
 
 KIND = "head"
 TILE = 4  # rows of a SIMD-group in upper.metal, R there

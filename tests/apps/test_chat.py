@@ -22,7 +22,7 @@ from rich.console import Console
 
 from tinychat_mlx.apps.chat import answer, stream
 from tinychat_mlx.apps.terminal import Terminal, detect
-from tinychat_mlx.generate import Event
+from tinychat_mlx.engine.engine import Event
 
 if sys.platform == "win32":
     pytest.skip("needs a POSIX pseudo-terminal", allow_module_level=True)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from tinychat_mlx.apps.chat.commands import command
 from tinychat_mlx.apps.chat.session import Session
-from tinychat_mlx.errors import UsageError
+from tinychat_mlx.base.errors import UsageError
 
 if TYPE_CHECKING:
     from tinychat_mlx.apps.chat.app import Chat

@@ -215,7 +215,7 @@ inline size_t many_bytes(const Weight& w) {
 }
 
 // Prefetches a row's lines of y and of the residual for `finish`. They are too far from each other for the hardware to
-// detect a pattern. Without this, and without row strides that avoid shared cache lines (_rows in ../__init__.py),
+// detect a pattern. Without this, and without row strides that avoid shared cache lines (_rows in ../backend.py),
 // stores took an eighth of the time.
 ALWAYS inline void fetch_output(const LinearOp& op, Pair pair, int row) {
   if (row >= op.rows || op.to) return;

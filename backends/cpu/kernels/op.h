@@ -1,4 +1,4 @@
-// The C ABI: the memory layout of the ops. ctypes declares the same structs in ../library.py, and tc_sizeof lets it
+// The C ABI: the memory layout of the ops. ctypes declares the same structs in ../native_abi.py, and tc_sizeof lets it
 // check that both agree.
 //
 // Every pointer is borrowed for the duration of the call. Strides count elements. All tensors are float32 with a stride

@@ -1,4 +1,4 @@
-// Logits of a head in halves (halves.py), estimated from the upper halves, and the reach of each tile of R rows
+// Logits of a head in halves (split_int8.py), estimated from the upper halves, and the reach of each tile of R rows
 // (head.py).
 //
 // x (1, K): half, bfloat or float; w (N, K / 8) uint32: the upper halves; scales, biases (N, K / G); norm_weight (K,)

@@ -21,17 +21,18 @@ from metal.in_graph import emulated_metal
 from mlx_models import agree, answer, decoder, tokens
 from tiny_models import VARIANTS, tiny
 
-from tinychat_mlx.awq.calibrate import encoded
-from tinychat_mlx.awq.quantizer import round_to_nearest
-from tinychat_mlx.backend import Choice, Norm, Segment
-from tinychat_mlx.backends.mlx import MlxBackend, cost, halves, head
-from tinychat_mlx.backends.mlx.halves import HalvedHandle
+from tinychat_mlx.awq.calibration.tokens import encoded
+from tinychat_mlx.awq.search.quantizer import round_to_nearest
+from tinychat_mlx.backends.mlx import cost, head, split_int8
+from tinychat_mlx.backends.mlx.backend import MlxBackend
+from tinychat_mlx.backends.mlx.split_int8 import HalvedHandle
 from tinychat_mlx.backends.mlx.weights import PackedHandle, pack
-from tinychat_mlx.decoder import Decoder
-from tinychat_mlx.generate import Engine
-from tinychat_mlx.loading import load
-from tinychat_mlx.sampler import TAIL, SamplingParams, choice_of, distribution
-from tinychat_mlx.weight import F32, Dense, Packed, Weight, join, pack_codes
+from tinychat_mlx.contract import Choice, Norm, Segment
+from tinychat_mlx.engine.engine import Engine
+from tinychat_mlx.engine.sampler import TAIL, SamplingParams, choice_of, distribution
+from tinychat_mlx.model.decoder import Decoder
+from tinychat_mlx.open import load
+from tinychat_mlx.weights.weight import F32, Dense, Packed, Weight, join, pack_codes
 
 GREEDY = Choice()
 TILE = 4
@@ -43,7 +44,7 @@ READ_AT_MOST = (
 @pytest.fixture(autouse=True)
 def small_heads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Test vocabularies are smaller, and on a CPU mx.compile starts a C++ compiler for each fused kernel."""
-    monkeypatch.setattr(halves, "LEAST_ROWS", 32)
+    monkeypatch.setattr(split_int8, "LEAST_ROWS", 32)
     mx.disable_compile()
     yield
     mx.enable_compile()
@@ -127,7 +128,7 @@ def test_its_rows_are_the_very_numbers_of_the_8_bit_weight(group: int, dtype: st
 
     All codes and all pairs of neighbouring halves occur; blocks end inside it.
     """
-    monkeypatch.setattr(halves, "BLOCK", 128)
+    monkeypatch.setattr(split_int8, "BLOCK", 128)
     codes = RNG.integers(0, 256, (300, 256), dtype=np.uint8)
     codes[0], codes[1] = np.arange(256), np.arange(256)[::-1]
     scales = (RNG.random((300, 256 // group)) + 0.5).astype(np.float16)
@@ -146,7 +147,7 @@ def test_its_rows_are_the_very_numbers_of_the_8_bit_weight(group: int, dtype: st
 
 def test_taking_it_apart_needs_no_memory_beside_its_planes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory is the weight by `weight_bytes` and a few blocks; a copy of its words would be 4 MB more."""
-    monkeypatch.setattr(halves, "BLOCK", 64)
+    monkeypatch.setattr(split_int8, "BLOCK", 64)
     w, b = eight_bits(4096, 1024), MlxBackend(exact=True, kernels="head")
     before = mx.get_active_memory()
     mx.reset_peak_memory()

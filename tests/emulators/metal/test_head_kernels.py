@@ -33,9 +33,9 @@ from metal.emulator import (
 )
 from virtual_gpu import SLACK
 
-from tinychat_mlx.backend import Choice, Norm
-from tinychat_mlx.backends.mlx.halves import HalvedHandle
 from tinychat_mlx.backends.mlx.head import Shortlist, array_of
+from tinychat_mlx.backends.mlx.split_int8 import HalvedHandle
+from tinychat_mlx.contract import Choice, Norm
 
 METAL = mx.metal.is_available()
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
