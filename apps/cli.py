@@ -38,13 +38,6 @@ COMMANDS = {
     "completion": ("apps.completion", "completion", "Let bash, zsh or fish complete commands and models."),
 }
 
-EXIT_CODES = {
-    0: "success",
-    1: "failure: the last line on stderr states the reason",
-    2: "usage error: an option, argument or file is not valid",
-    130: "interrupted (Ctrl-C)",
-}
-
 
 class Lazy(click.Group):
     """A group that imports a command when it is called."""
@@ -105,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line -> its exit code. Every error becomes one line here."""
     forgive_encodings()
     if "_TINYCHAT_COMPLETE" in os.environ:
-        return int(_completion().answer())
+        return int(_completion().answer(cli))
     args = list(sys.argv[1:] if argv is None else argv)
     options = args[: args.index("--")] if "--" in args else args
     debug = "--debug" in options

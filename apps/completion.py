@@ -106,10 +106,8 @@ def completion(shell: str) -> None:
     click.echo(SCRIPTS[shell].replace("PROGRAM", " ".join(map(quote, program()))), nl=False)
 
 
-def answer() -> int:
+def answer(cli: click.Command) -> int:
     """Print the completions at the cursor, one per line -> exit code."""
-    from tinychat_mlx.apps.cli import cli
-
     shell, line = os.environ[VARIABLE], os.environ.get("COMP_LINE", "")
     *words, last = split_arg_string(
         f"{line}x"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tinychat_mlx.apps.options import BACKENDS
+from tinychat_mlx.apps.setting_table import BACKENDS
 from tinychat_mlx.base.errors import UsageError
 
 if TYPE_CHECKING:

@@ -24,7 +24,6 @@ from tinychat_mlx.apps.bench.worker import Worker
 from tinychat_mlx.apps.models.prepare import facts_of
 from tinychat_mlx.base.errors import BackendError, UsageError
 from tinychat_mlx.engine.engine import PREFILL_ROWS
-from tinychat_mlx.inspect import of_shape
 from tinychat_mlx.model.config import parse_config
 from tinychat_mlx.open import create
 
@@ -90,6 +89,8 @@ def check(plan: Plan) -> None:
             memory_plan.context_for(found, backend, tokens, lambda text: None)
         return
     shape = shapes.find(plan.shape)
+    from tinychat_mlx.apps.models.int4_plan import of_shape
+
     found = of_shape(plan.shape, parse_config(shape), bool(shape["tie_word_embeddings"]), plan.head)
     takes = memory_plan.cost(found, backend)
     memory_plan.refuse(plan.shape, takes, tokens, memory_plan.free_on(backend), backend.name)

@@ -14,7 +14,6 @@ from click.core import ParameterSource
 
 from tinychat_mlx.apps.chat.settings import Settings
 from tinychat_mlx.apps.options import (
-    LOADING,
     chat_options,
     load_model,
     model_options,
@@ -23,6 +22,7 @@ from tinychat_mlx.apps.options import (
     sampling_options,
     text_or_file,
 )
+from tinychat_mlx.apps.setting_table import LOADING
 from tinychat_mlx.apps.terminal import Terminal, detect, quiet_keys
 from tinychat_mlx.base.wording import of_the_system
 
@@ -61,6 +61,7 @@ def open_chat(
     system = text_or_file(options["system"])
     notice(f"loading {terminal.glyphs.ellipsis}", terminal)
     from tinychat_mlx.apps.chat.app import Chat
+    from tinychat_mlx.apps.chat.loop import run
     from tinychat_mlx.apps.chat.session import Session
     from tinychat_mlx.apps.chat.view import View
 
@@ -86,7 +87,7 @@ def open_chat(
         lambda wanted, freed: load(wanted, view, freed, data is not None),
     )
     made.origins = origins(ctx)
-    return made.run()
+    return run(made)
 
 
 def load(options: dict[str, Any], view: View, freed: int = 0, save: bool = False) -> Model:

@@ -24,7 +24,7 @@ def configuration() -> Section:
 
 
 def _config_file() -> Finding:
-    from tinychat_mlx.apps.config import config_path, settings
+    from tinychat_mlx.apps.config_file import config_path, settings
 
     path = config_path()
     origin = "TINYCHAT_CONFIG" if os.environ.get("TINYCHAT_CONFIG") else "the platform's config folder"
@@ -62,8 +62,8 @@ def _variables() -> list[Finding]:
 
 def defaults() -> dict[str, str]:
     """Return the default model and backend of `tinychat`, and `origin`: the source of the model."""
-    from tinychat_mlx.apps.config import settings
-    from tinychat_mlx.apps.options import DEFAULTS
+    from tinychat_mlx.apps.config_file import settings
+    from tinychat_mlx.apps.setting_table import DEFAULTS
 
     try:
         file = settings(os.environ.get("TINYCHAT_PRESET"))

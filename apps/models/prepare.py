@@ -147,8 +147,8 @@ def _offer(ref: hub.Ref, options: Options, say: Say, freed: int) -> str:
 def _ask(
     ref: hub.Ref, folder: Path, found: Facts, settings: Settings, options: Options, say: Say, freed: int
 ) -> str:
+    from tinychat_mlx.apps.models.int4_plan import as_int4
     from tinychat_mlx.awq.resources import shortage
-    from tinychat_mlx.inspect import as_int4
 
     say(f"{ref} is in {found.quantization}: estimating a conversion to int4")
     plan = _estimate(folder, settings, options)
@@ -196,7 +196,7 @@ def _convert(ref: hub.Ref, folder: Path, settings: Settings, options: Options, s
     """Quantise into `places.conversions()`, resuming an interrupted attempt -> the folder."""
     from dataclasses import replace
 
-    from tinychat_mlx.apps.convert import Screen
+    from tinychat_mlx.apps.conversion_progress import Screen
     from tinychat_mlx.awq.calibration.tokens import calibration_ids
     from tinychat_mlx.awq.convert import convert
     from tinychat_mlx.awq.parallel import limited
@@ -221,7 +221,7 @@ def _convert(ref: hub.Ref, folder: Path, settings: Settings, options: Options, s
 
 def remember(say: Say) -> None:
     """Write convert = "always" as the first line of the config file."""
-    from tinychat_mlx.apps.config import config_path
+    from tinychat_mlx.apps.config_file import config_path
 
     path = config_path()
     try:

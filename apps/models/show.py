@@ -12,6 +12,7 @@ import click
 
 from tinychat_mlx import hub, inspect, memory_plan
 from tinychat_mlx.apps.models.download import note
+from tinychat_mlx.apps.models.int4_plan import as_int4
 from tinychat_mlx.apps.models.prepare import converted, int4_settings
 from tinychat_mlx.apps.models.table import hanging, print_table
 from tinychat_mlx.apps.terminal import safe
@@ -64,7 +65,7 @@ def show(name: str, as_json: bool, modules: bool = False) -> None:
     """Print a model's properties. modules: also those of each module."""
     found = find(name)
     settings = None if found.trouble else int4_settings(found)
-    int4 = inspect.as_int4(found, settings) if settings else None
+    int4 = as_int4(found, settings) if settings else None
     both = [] if found.trouble else list(memory_plan.rooms(found, int4) if int4 else memory_plan.rooms(found))
     rooms, small = [r[0] for r in both], [r[-1] for r in both if len(r) > 1]
     if as_json:

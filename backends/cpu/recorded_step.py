@@ -10,19 +10,16 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from tinychat_mlx.backends.cpu.memory import Scratch
-from tinychat_mlx.backends.cpu.native_abi import Op
-from tinychat_mlx.backends.cpu.thread_pool import OpList
+from tinychat_mlx.backends.cpu.native_abi import CChoice, Op
+from tinychat_mlx.backends.cpu.rope import RopeTable
+from tinychat_mlx.backends.cpu.thread_pool import Engine, OpList
 from tinychat_mlx.contract import Cache, Step, StepFn, Tensor
-
-if TYPE_CHECKING:
-    from tinychat_mlx.backends.cpu.backend import CpuBackend
-    from tinychat_mlx.backends.cpu.rope import RopeTable
 
 
 class Tape:
@@ -62,6 +59,14 @@ class Tape:
         self.list, self.result = OpList(self.ops, self.keep), y
 
 
+class Recordable(Protocol):
+    """The attributes of CpuBackend that this module uses."""
+
+    engine: Engine
+    tape: Tape | None  # of the step being recorded
+    choice: CChoice  # of the current step
+
+
 def _root(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
     while isinstance(x.base, np.ndarray):
         x = x.base
@@ -71,7 +76,7 @@ def _root(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
 class Captured:
     """A step function that is recorded per cache. The next call on the cache overwrites its result."""
 
-    def __init__(self, fn: StepFn, backend: CpuBackend) -> None:
+    def __init__(self, fn: StepFn, backend: Recordable) -> None:
         self._fn, self._backend = fn, backend
         self._tapes: weakref.WeakKeyDictionary[Cache, Tape] = weakref.WeakKeyDictionary()
 

@@ -26,8 +26,8 @@ from tinychat_mlx import inspect, memory_plan
 from tinychat_mlx.apps.bench.ours import layer_weights
 from tinychat_mlx.apps.bench.shapes import SHAPES
 from tinychat_mlx.apps.cli import main
-from tinychat_mlx.apps.config import settings
-from tinychat_mlx.apps.models import prepare
+from tinychat_mlx.apps.config_file import settings
+from tinychat_mlx.apps.models import int4_plan, prepare
 from tinychat_mlx.apps.models.recommended import recommended, with_fit
 from tinychat_mlx.awq.output.tensors import rounded_rows
 from tinychat_mlx.awq.settings import Settings
@@ -204,7 +204,7 @@ def test_projections_in_another_form_have_rows_of_their_own(
 def test_a_dense_model_is_shown_as_int4_as_well(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "show", str(DENSE), "--json"]) == 0
     told = json.loads(capfd.readouterr().out)
-    int4 = inspect.as_int4(inspect.local("dense", DENSE), Settings())
+    int4 = int4_plan.as_int4(inspect.local("dense", DENSE), Settings())
     assert told["as_int4"]["bytes"] == int4.nbytes < 0.4 * told["bytes"]
     weights = {r["backend"]: r["weights"] for r in told["as_int4"]["fits"]}
     assert weights["cpu"] == memory_plan.cost(int4, CpuBackend(threads=1)).weights

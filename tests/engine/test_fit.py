@@ -15,6 +15,7 @@ from folders import quantised
 
 from tinychat_mlx import inspect, memory_plan
 from tinychat_mlx.apps.cli import main
+from tinychat_mlx.apps.models import int4_plan
 from tinychat_mlx.awq import resources, sizes
 from tinychat_mlx.awq.convert import convert
 from tinychat_mlx.awq.settings import Settings
@@ -135,7 +136,7 @@ def test_what_convert_writes_is_foreseen(tmp_path: Path) -> None:
     """For a dense model: the files' bytes, the form of each part, and the backends' memory."""
     dense, settings = inspect.local("dense", DENSE), Settings(method="rtn")
     convert(Checkpoint.open(DENSE), tmp_path / "int4", settings, NOTHING, NOTHING)
-    foreseen, made = inspect.as_int4(dense, settings), inspect.local("int4", tmp_path / "int4")
+    foreseen, made = int4_plan.as_int4(dense, settings), inspect.local("int4", tmp_path / "int4")
     assert foreseen.nbytes == made.nbytes
     rows = lambda f: sorted((p.name, p.form, p.parameters, p.nbytes) for p in f.parts)
     assert rows(foreseen) == rows(made)
@@ -149,7 +150,7 @@ def test_what_convert_writes_is_foreseen(tmp_path: Path) -> None:
 def test_a_shape_takes_what_the_model_of_that_shape_takes() -> None:
     found = inspect.local("demo", DEMO)
     assert found.config is not None
-    shape = inspect.of_shape("demo", found.config, True, "int8")
+    shape = int4_plan.of_shape("demo", found.config, True, "int8")
     cpu = CpuBackend(threads=1)
     vectors = next(p for p in found.parts if p.name == "norms and biases")
     assert (

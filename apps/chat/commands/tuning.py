@@ -10,10 +10,11 @@ import click
 from rich.text import Text
 
 from tinychat_mlx import memory_plan
-from tinychat_mlx.apps.chat.commands import command, one_of
+from tinychat_mlx.apps.chat.commands.table import command, one_of
 from tinychat_mlx.apps.models import installed
 from tinychat_mlx.apps.models.prepare import facts_of, settle
-from tinychat_mlx.apps.options import BACKENDS, CHATTING, SAMPLING, text_or_file
+from tinychat_mlx.apps.options import text_or_file
+from tinychat_mlx.apps.setting_table import BACKENDS, CHATTING, SAMPLING
 from tinychat_mlx.base.errors import TinychatError, UsageError
 from tinychat_mlx.base.wording import size
 
