@@ -29,7 +29,7 @@ KINDS = ("matvec", "norm", "gate_up", "rows")
 MOST_ROWS = 8
 ACTS = tuple(
     act for act in contract.ACTS if act != "gelu"
-)  # as packed.metal numbers them; Metal has no erf for gelu
+)  # as affine.metal numbers them; Metal has no erf for gelu
 THREADS, ROWS_A_THREADGROUP = 64, 8  # two SIMD-groups of four rows of W, or of two gate and two up rows
 
 Takes = Callable[[str], bool]
@@ -138,8 +138,8 @@ class Kernels:
                 name="tinychat_" + "_".join(str(v) for v in defines.values()),
                 input_names=["x", "w", "scales", "biases", *given],
                 output_names=["y"],
-                header=defined(defines) + text("packed"),
-                source=text("begin") + text("one" if rows == 1 else "few") + text("end"),
+                header=defined(defines) + text("affine"),
+                source=text("qmv"),
             )
         return self._made[variant]
 

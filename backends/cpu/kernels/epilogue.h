@@ -1,6 +1,6 @@
 // Applied to the sums of a tile before they are stored: bias, activation, gate, residual.
 #pragma once
-#include "words.h"
+#include "simd_util.h"
 
 namespace {
 
@@ -27,7 +27,7 @@ inline Pair pair_at(const LinearOp& op, int item) {
 // Adds 16 outputs to row to[row] of y.
 inline void add_tile(const LinearOp& op, int row, int tile, const F* sum) {
   float* y = op.y + op.to[row] * op.y_stride + tile * 16;
-  const F share = all(op.share[row]);
+  const F share = set1(op.share[row]);
   for (int v = 0; v < V; v++) {
     const int room = op.w->n - tile * 16 - v * W;
     if (room >= W) {
@@ -81,7 +81,7 @@ inline void finish(const LinearOp& op, int row, Pair pair, F* a, F* b) {
 
 // How many items to claim at once: long runs for the prefetcher, but enough of them to balance the threads.
 inline int claim(int items, int threads) {
-  return greater(1, items / (threads * 8));
+  return max(1, items / (threads * 8));
 }
 
 }  // namespace

@@ -8,7 +8,7 @@
 
 #include "kernels.h"
 #include "pool.h"
-#include "words.h"
+#include "simd_util.h"
 // clang-format off
 #include "rows.h"
 #include "linear_int.h"

@@ -44,10 +44,10 @@ ALWAYS inline void in_runs(int n, Step step, Flush flush) {
   }
 }
 
-inline int lesser(int a, int b) {
+inline int min(int a, int b) {
   return a < b ? a : b;
 }
-inline int greater(int a, int b) {
+inline int max(int a, int b) {
   return a > b ? a : b;
 }
 inline int64_t up_to(int64_t x, int64_t multiple) {
@@ -85,50 +85,50 @@ inline void map(int n, const float* a, const float* b, float* y, Fn fn) {
 // + r, |r| <= ln 2 / 2; ln 2 has two parts so that n * (first part) is exact. The Taylor polynomial of degree 7 leaves
 // r^8 / 8! = 5e-9.
 inline F exponential(F x) {
-  x = least(most(x, all(-87.3f)), all(88.3f));
-  const F n = nearest(mul(x, all(1.44269504f)));
-  F r = fma(n, all(-0.693359375f), x);
-  r = fma(n, all(2.12194440e-4f), r);
-  F p = all(1.f / 5040);
-  p = fma(p, r, all(1.f / 720));
-  p = fma(p, r, all(1.f / 120));
-  p = fma(p, r, all(1.f / 24));
-  p = fma(p, r, all(1.f / 6));
-  p = fma(p, r, all(.5f));
-  p = fma(p, r, all(1.f));
-  p = fma(p, r, all(1.f));
+  x = min(max(x, set1(-87.3f)), set1(88.3f));
+  const F n = nearest(mul(x, set1(1.44269504f)));
+  F r = fma(n, set1(-0.693359375f), x);
+  r = fma(n, set1(2.12194440e-4f), r);
+  F p = set1(1.f / 5040);
+  p = fma(p, r, set1(1.f / 720));
+  p = fma(p, r, set1(1.f / 120));
+  p = fma(p, r, set1(1.f / 24));
+  p = fma(p, r, set1(1.f / 6));
+  p = fma(p, r, set1(.5f));
+  p = fma(p, r, set1(1.f));
+  p = fma(p, r, set1(1.f));
   return mul(p, power_of_two(n));
 }
 
 inline F sigmoid(F x) {
-  return quot(all(1), add(all(1), exponential(sub(all(0), x))));
+  return div(set1(1), add(set1(1), exponential(sub(set1(0), x))));
 }
 inline F hyperbolic_tangent(F x) {
-  return sub(mul(all(2), sigmoid(add(x, x))), all(1));
+  return sub(mul(set1(2), sigmoid(add(x, x))), set1(1));
 }
 
 // erf within 1.5e-7 (Abramowitz and Stegun 7.1.26).
 inline F error_function(F x) {
-  const F a = magnitude(x), t = quot(all(1), fma(a, all(.3275911f), all(1)));
-  F p = fma(t, all(1.061405429f), all(-1.453152027f));
-  p = fma(p, t, all(1.421413741f));
-  p = fma(p, t, all(-.284496736f));
-  p = fma(p, t, all(.254829592f));
-  const F e = sub(all(1), mul(mul(p, t), exponential(sub(all(0), mul(a, a)))));
-  return mul(e, quot(x, most(a, all(1e-30f))));  // with the sign of x
+  const F a = magnitude(x), t = div(set1(1), fma(a, set1(.3275911f), set1(1)));
+  F p = fma(t, set1(1.061405429f), set1(-1.453152027f));
+  p = fma(p, t, set1(1.421413741f));
+  p = fma(p, t, set1(-.284496736f));
+  p = fma(p, t, set1(.254829592f));
+  const F e = sub(set1(1), mul(mul(p, t), exponential(sub(set1(0), mul(a, a)))));
+  return mul(e, div(x, max(a, set1(1e-30f))));  // with the sign of x
 }
 
 inline F act(F x, int kind) {
   switch (kind) {
     case SILU: return mul(x, sigmoid(x));
-    case GELU: return mul(mul(all(.5f), x), add(all(1), error_function(mul(x, all(.70710678f)))));
+    case GELU: return mul(mul(set1(.5f), x), add(set1(1), error_function(mul(x, set1(.70710678f)))));
     case GELU_TANH: {  // 0.5 x (1 + tanh u) = x sigmoid(2 u)
-      const F u = mul(x, fma(mul(x, x), all(2 * .7978845608f * .044715f), all(2 * .7978845608f)));
+      const F u = mul(x, fma(mul(x, x), set1(2 * .7978845608f * .044715f), set1(2 * .7978845608f)));
       return mul(x, sigmoid(u));
     }
-    case RELU: return most(x, all(0));
+    case RELU: return max(x, set1(0));
     case RELU2: {
-      const F r = most(x, all(0));
+      const F r = max(x, set1(0));
       return mul(r, r);
     }
     default: return x;
@@ -136,7 +136,7 @@ inline F act(F x, int kind) {
 }
 
 inline F softcap(F x, float cap) {
-  return mul(all(cap), hyperbolic_tangent(mul(x, all(1 / cap))));
+  return mul(set1(cap), hyperbolic_tangent(mul(x, set1(1 / cap))));
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 // Logits of a head in halves: the estimate, plus the lower halves if a tile's reach matters (head.py).
 //
-// x, scales, norm_weight, eps as in upper.metal; w (N, K / 8) uint32: the lower halves; estimate (1, N), reach
-// (tiles,), least (1,) float -> y (1, N) T. K a multiple of 32, any N. Threadgroup (64, 1, 1): two SIMD-groups of 32
-// rows each, one per lane where estimates are copied. Accumulates in float.
+// x, scales, norm_weight, eps as in head_1_estimate.metal; w (N, K / 8) uint32: the lower halves; estimate (1, N),
+// reach (tiles,), least (1,) float -> y (1, N) T. K a multiple of 32, any N. Threadgroup (64, 1, 1): two SIMD-groups of
+// 32 rows each, one per lane where estimates are copied. Accumulates in float.
 constexpr int R = 4;
 constexpr uint TILES = 32 / R;
 const uint K = x_shape[1], N = w_shape[0], lane = thread_index_in_simdgroup, first_m = 0;
@@ -18,7 +18,7 @@ for (uint tile = first_tile; tile < first_tile + TILES && tile * R < N; tile++) 
 #if NORM
   float squares[1] = {0};
 #endif
-#include "one.metal"
+#include "qmv_one_row.metal"
   float factor = 1;
 #if NORM
   factor = metal::rsqrt(simd_sum(squares[0]) / float(K) + eps);

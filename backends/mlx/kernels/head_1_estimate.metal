@@ -15,7 +15,7 @@ float acc[1][R] = {{0}}, spread[R] = {0};
 #if NORM
 float squares[1] = {0};
 #endif
-#include "one.metal"
+#include "qmv_one_row.metal"
 float factor = 1;
 #if NORM
 factor = metal::rsqrt(simd_sum(squares[0]) / float(K) + eps);

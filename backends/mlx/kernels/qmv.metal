@@ -1,7 +1,7 @@
 // y[m, n] = [residual[m, n] +] sum_k W[n, k] * h[m, k] [+ bias[n]],   h = x, or x's RMSNorm (NORM)
 // GLU: W's first N rows are the gate, the other N the up projection: y = act(gate . h) * (up . h).
 //
-// A kernel is begin.metal, then one.metal or few.metal, then end.metal, in one function. x (M, K), scales, biases,
+// The loop over K is qmv_one_row.metal for one row of x, qmv_few_rows.metal for 2 to 8. x (M, K), scales, biases,
 // bias, residual (M, N): half, bfloat or float, independently; y (M, N) T; norm_weight (K,) float; eps float; K a
 // multiple of 32; any N. Threadgroup (64, 1, 1): two SIMD-groups, each reading R rows of W. Accumulates in float. Grid
 // (64 * threadgroups, M / ROWS, 1).
@@ -25,3 +25,40 @@ float acc[ROWS][R] = {{0}};
 #if NORM
 float squares[ROWS] = {0};
 #endif
+#if ROWS == 1
+#include "qmv_one_row.metal"
+#else
+#include "qmv_few_rows.metal"
+#endif
+UNROLLED for (int m = 0; m < ROWS; m++) {
+  float factor = 1;
+#if NORM
+  factor = metal::rsqrt(simd_sum(squares[m]) / float(K) + eps);
+#endif
+  UNROLLED for (int r = 0; r < R; r++) acc[m][r] = simd_sum(acc[m][r]) * factor;
+}
+if (lane == 0) {
+  UNROLLED for (int m = 0; m < ROWS; m++) {
+    UNROLLED for (int o = 0; o < OUTPUTS; o++) {
+      if (first_n + o >= N) continue;
+      const uint n = first_n + o, at = (first_m + m) * N + n;
+#if GLU
+      float gate = acc[m][2 * o], value = acc[m][2 * o + 1];
+#if BIAS
+      gate += float(bias[n]);
+      value += float(bias[N + n]);
+#endif
+      value *= act(gate);
+#else
+      float value = acc[m][o];
+#if BIAS
+      value += float(bias[n]);
+#endif
+#endif
+#if RESIDUAL
+      value += float(residual[at]);
+#endif
+      y[at] = T(value);
+    }
+  }
+}
