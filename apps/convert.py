@@ -20,7 +20,7 @@ from tinychat_mlx.base.wording import lasting, size
 
 if TYPE_CHECKING:
     from tinychat_mlx.awq.convert import Result
-    from tinychat_mlx.awq.quality.quality_loss import Cost
+    from tinychat_mlx.awq.quality.quality_loss import QualityLoss
     from tinychat_mlx.awq.settings import Settings
     from tinychat_mlx.awq.time_estimate import Estimate
     from tinychat_mlx.contract import Backend
@@ -188,7 +188,7 @@ def _report(
     options: dict[str, Any],
     seconds: float,
     screen: Screen,
-) -> Cost | None:
+) -> QualityLoss | None:
     """Measure the finished model and write the report. A change of format is not measured."""
     from tinychat_mlx.awq.quality.quality_loss import cost
     from tinychat_mlx.awq.quality.report import write_report
@@ -213,7 +213,7 @@ def _report(
     return measured
 
 
-def _say(source: Checkpoint, result: Result, seconds: float, cost: Cost | None, as_json: bool) -> None:
+def _say(source: Checkpoint, result: Result, seconds: float, cost: QualityLoss | None, as_json: bool) -> None:
     from dataclasses import asdict
 
     from tinychat_mlx.awq.quality.report import about, moved_text, site_name

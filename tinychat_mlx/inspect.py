@@ -24,7 +24,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True)
-class Facts:
+class ModelInfo:
     """Properties of a model that need no computation. trouble: the reason why it does not run here."""
 
     name: str
@@ -72,7 +72,7 @@ class Facts:
         }
 
 
-def local(name: str, folder: Path) -> Facts:
+def local(name: str, folder: Path) -> ModelInfo:
     """Return the facts of a folder. Raises a TinychatError if its files are damaged or inconsistent."""
     checkpoint = Checkpoint.open(folder)
     files = sorted(hub.shards_of(read_json(folder / INDEX))) if (folder / INDEX).exists() else [SINGLE]
@@ -85,7 +85,7 @@ def local(name: str, folder: Path) -> Facts:
     return _facts(name, folder, *about, checkpoint)
 
 
-def remote(found: hub.Remote, say: hub.Say = lambda text: None) -> Facts:
+def remote(found: hub.Remote, say: hub.Say = lambda text: None) -> ModelInfo:
     """Return the facts of a model on the hub. Reads its small files and headers, and stores nothing.
 
     Raises FormatError for damaged files, and DownloadError.
@@ -130,7 +130,7 @@ def _facts(
     template: bool,
     licence: str,
     checkpoint: Checkpoint | None = None,
-) -> Facts:
+) -> ModelInfo:
     trouble: TinychatError | None = None
     parsed, layout = None, None
     try:
@@ -143,7 +143,7 @@ def _facts(
     nbytes = sum(listing.size(n)[1] for n in listing.tensors)
     architecture = str(config.get("model_type", "unknown"))
     about = nbytes, parsed, generation, template, licence, trouble
-    return Facts(name, folder, architecture, parts, modules, *about)
+    return ModelInfo(name, folder, architecture, parts, modules, *about)
 
 
 def _licence(folder: Path) -> str:

@@ -14,7 +14,7 @@ from tinychat_mlx.base.wording import size
 
 if TYPE_CHECKING:
     from tinychat_mlx.contract import Backend
-    from tinychat_mlx.inspect import Facts
+    from tinychat_mlx.inspect import ModelInfo
     from tinychat_mlx.parts import Part
 
 BASE = 150 << 20  # bytes of Python, NumPy, the tokenizer and a step's activations, where no file says more
@@ -23,7 +23,7 @@ TOKENIZER = 10  # bytes of memory for one of tokenizer.json: 131 MB for 13 MB, w
 LEAST_CONTEXT = 512  # tokens; less is no conversation
 
 
-class Cost(NamedTuple):
+class MemoryCost(NamedTuple):
     """Bytes of memory that a model needs on a backend."""
 
     weights: int
@@ -44,7 +44,7 @@ class Cost(NamedTuple):
         return fits if left >= self.loading and fits >= min(LEAST_CONTEXT, most) else 0
 
 
-def cost(facts: Facts, backend: Backend) -> Cost:
+def cost(facts: ModelInfo, backend: Backend) -> MemoryCost:
     """Compute a model's memory from its headers and the backend's costs. All estimates use this function."""
     from tinychat_mlx.contract import CacheShape
     from tinychat_mlx.engine.engine import PREFILL_ROWS
@@ -53,7 +53,7 @@ def cost(facts: Facts, backend: Backend) -> Cost:
     program = 0 if backend.own_memory() else BASE
     weights = sum(_held(part, backend) for part in facts.parts) or facts.nbytes
     if c is None:
-        return Cost(weights, program, 0, 0, 0, facts.nbytes)
+        return MemoryCost(weights, program, 0, 0, 0, facts.nbytes)
     if program and facts.folder is not None:
         tokenizer = facts.folder / "tokenizer.json"
         program = PROCESS + (TOKENIZER * tokenizer.stat().st_size if tokenizer.exists() else 0)
@@ -63,7 +63,7 @@ def cost(facts: Facts, backend: Backend) -> Cost:
     token = backend.kv_bytes(CacheShape(c.num_hidden_layers, c.num_key_value_heads, c.head_dim))
     token += backend.score_bytes(c.num_attention_heads, PREFILL_ROWS)
     loading = backend.loading_bytes(max((p.parameters // p.tensors for p in facts.parts), default=0))
-    return Cost(weights, program, loading, running, token, facts.nbytes)
+    return MemoryCost(weights, program, loading, running, token, facts.nbytes)
 
 
 def _held(part: Part, backend: Backend) -> int:
@@ -105,7 +105,7 @@ def free_on(backend: Backend, files: int = 0) -> int:
 
 
 # does it fit -------------------------------------------------------------------------------------------
-def usual(facts: Facts, asked: int | None = None) -> int:
+def usual(facts: ModelInfo, asked: int | None = None) -> int:
     """Return the default context of a model in tokens, without regard to memory."""
     from tinychat_mlx.open import DEFAULT_CONTEXT
 
@@ -113,7 +113,7 @@ def usual(facts: Facts, asked: int | None = None) -> int:
 
 
 def context_for(
-    facts: Facts, backend: Backend, asked: int | None, say: Callable[[str], None], freed: int = 0
+    facts: ModelInfo, backend: Backend, asked: int | None, say: Callable[[str], None], freed: int = 0
 ) -> int | None:
     """Return the context for loading: as given, else the default or, with a note, the largest that fits.
 
@@ -137,14 +137,14 @@ def _with(tokens: int) -> str:
     return f" with a context of {tokens:,} tokens" if tokens else ""
 
 
-def fits(facts: Facts, backend: Backend, asked: int | None, freed: int = 0) -> bool:
+def fits(facts: ModelInfo, backend: Backend, asked: int | None, freed: int = 0) -> bool:
     """Whether `context_for` would succeed."""
     takes, tokens = cost(facts, backend), usual(facts, asked)
     free = free_on(backend, takes.files) + freed
     return takes.peak(tokens) <= free or (asked is None and takes.context(free, tokens) > 0)
 
 
-def refuse(name: str, takes: Cost, tokens: int, free: int, backend: str, fits: int = 0) -> None:
+def refuse(name: str, takes: MemoryCost, tokens: int, free: int, backend: str, fits: int = 0) -> None:
     """Raise BackendError if a model with a context of this many tokens does not fit into `free` bytes."""
     if takes.peak(tokens) > free:
         way = f"use --context {fits}, " if fits else ""
@@ -155,7 +155,7 @@ def refuse(name: str, takes: Cost, tokens: int, free: int, backend: str, fits: i
         )
 
 
-def describe(facts: Facts, backend: Backend, asked: int | None, freed: int = 0, to_fetch: int = 0) -> str:
+def describe(facts: ModelInfo, backend: Backend, asked: int | None, freed: int = 0, to_fetch: int = 0) -> str:
     """Return a sentence on download size and memory."""
     takes, tokens = cost(facts, backend), usual(facts, asked)
     free = free_on(backend, takes.files) + freed
@@ -183,7 +183,7 @@ class Room:
     trouble: str = ""
 
 
-def rooms(*kinds: Facts) -> Iterator[tuple[Room, ...]]:
+def rooms(*kinds: ModelInfo) -> Iterator[tuple[Room, ...]]:
     """For each backend of the package: does it run here, and how much of each model's context would fit?"""
     from tinychat_mlx.base.backend_names import BACKENDS
     from tinychat_mlx.open import create
@@ -197,7 +197,7 @@ def rooms(*kinds: Facts) -> Iterator[tuple[Room, ...]]:
             yield (Room(name, trouble=str(error)),)
 
 
-def room(facts: Facts, backend: Backend) -> Room:
+def room(facts: ModelInfo, backend: Backend) -> Room:
     """Return the Room of a model on a backend."""
     takes = cost(facts, backend)
     free = free_on(backend, takes.files)

@@ -13,7 +13,7 @@ from tinychat_mlx.loaded_model import Model
 from tinychat_mlx.weights.json_file import read_json, read_optional
 
 
-class ForeignModel(Model):
+class MlxLmModel(Model):
     """A Model whose decoder is not tinychat's; `device.why` names the engine."""
 
     def __init__(self, folder: Path, decoder: Any, context: int) -> None:

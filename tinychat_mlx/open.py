@@ -40,7 +40,7 @@ def load(
     Raises ModelNotFoundError, ConfigError, FormatError, BackendError, UsageError.
     """
     if engine == "mlx-lm":
-        return load_foreign(find_folder(model), exact, threads, context)
+        return load_mlx_lm(find_folder(model), exact, threads, context)
     if engine != "tinychat":
         raise UsageError(f"unknown engine {engine!r}", remedy="use tinychat or mlx-lm")
     checkpoint = Checkpoint.open(find_folder(model))
@@ -55,15 +55,15 @@ def load(
     return Model(shown, checkpoint, config, device_backend, device, capacity, progress)
 
 
-def load_foreign(folder: Path, exact: bool, threads: int | None, context: int | None) -> Model:
+def load_mlx_lm(folder: Path, exact: bool, threads: int | None, context: int | None) -> Model:
     """Load a model that mlx-lm computes on the mlx backend's device. Raises BackendError, FormatError."""
     from importlib import import_module
 
-    from tinychat_mlx.mlx_lm_engine import ForeignModel, read_config
+    from tinychat_mlx.mlx_lm_engine import MlxLmModel, read_config
 
     config, backend = read_config(folder), create("mlx", exact, threads)
     decoder = import_module("tinychat_mlx.backends.mlx.mlx_lm_decoder").MlxLmDecoder(folder, config, backend)
-    return ForeignModel(folder, decoder, capacity_of(context, decoder.config.max_position_embeddings))
+    return MlxLmModel(folder, decoder, capacity_of(context, decoder.config.max_position_embeddings))
 
 
 def capacity_of(context: int | None, limit: int) -> int:
@@ -84,7 +84,7 @@ def at_hand(name: str) -> Path | None:
     if path.is_dir():
         return path
     ref = hub.parse(name)
-    return hub.cached(ref) if ref else paths.conversion(name)
+    return hub.cached(ref) if ref else paths.find_conversion(name)
 
 
 def find_folder(

@@ -13,7 +13,7 @@ from tinychat_mlx.apps.chat.answer import Answer
 from tinychat_mlx.apps.chat.commands.compact import compact
 from tinychat_mlx.apps.chat.prompt import Fragments
 from tinychat_mlx.apps.chat.session import Message, Session
-from tinychat_mlx.apps.chat.settings import Settings
+from tinychat_mlx.apps.chat.settings import ChatSettings
 from tinychat_mlx.apps.chat.view import View, colour_of
 from tinychat_mlx.base.errors import ContextFullError, TinychatError
 from tinychat_mlx.base.wording import size
@@ -36,7 +36,7 @@ class Chat:
         model: Model,
         view: View,
         session: Session,
-        settings: Settings,
+        settings: ChatSettings,
         data: Path | None = None,
         loading: dict[str, Any] | None = None,
         load: Callable[[dict[str, Any], int], Model] | None = None,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from tinychat_mlx.apps.chat.settings import Settings
+from tinychat_mlx.apps.chat.settings import ChatSettings
 from tinychat_mlx.apps.options import (
     chat_options,
     load_model,
@@ -51,11 +51,11 @@ def chat(
             signal.SIGINT, signal.default_int_handler
         )  # shells ignore SIGINT for background jobs; restore it
     with quiet_keys() if terminal.live else nullcontext():
-        return open_chat(ctx, terminal, no_save, Settings(sampling(options), on_full, think), options)
+        return open_chat(ctx, terminal, no_save, ChatSettings(sampling(options), on_full, think), options)
 
 
 def open_chat(
-    ctx: click.Context, terminal: Terminal, no_save: bool, settings: Settings, options: dict[str, Any]
+    ctx: click.Context, terminal: Terminal, no_save: bool, settings: ChatSettings, options: dict[str, Any]
 ) -> int:
     """Load the model, find the conversation, run the chat -> exit code."""
     system = text_or_file(options["system"])

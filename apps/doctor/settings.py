@@ -85,14 +85,14 @@ def default_model(options: dict[str, str], backend: str) -> Section:
 
 
 def _model(name: str, origin: str, backend: str) -> Finding:
-    from tinychat_mlx.apps.models.prepare import converted
+    from tinychat_mlx.apps.models.prepare import existing_conversion
     from tinychat_mlx.inspect import local
     from tinychat_mlx.open import at_hand
 
     path = Path(name).expanduser()
     ref = None if name == "demo" or path.is_dir() else hub.parse(name)
     kind = "demo" if name == "demo" else "a folder" if ref is None else "a model of the hub"
-    folder = converted(name) or at_hand(name) or (None if ref else path)
+    folder = existing_conversion(name) or at_hand(name) or (None if ref else path)
     value: dict[str, Any] = {"name": name, "origin": origin, "here": folder is not None}
     if folder is None:
         do = f"tinychat models pull {name}"
@@ -121,7 +121,7 @@ def _model(name: str, origin: str, backend: str) -> Finding:
     return Finding("model", value, f"{name} ({about}; {origin}) {why}", OK, "", f"{kind} ({about}) {why}")
 
 
-def _context(found: inspect.Facts, backend: str) -> int:
+def _context(found: inspect.ModelInfo, backend: str) -> int:
     """Return the tokens of context that fit."""
     from tinychat_mlx import memory_plan
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Entry:
+class InstalledModel:
     """An installed model by a name for `chat -m`. kind: demo, hub or converted."""
 
     name: str
@@ -39,13 +39,13 @@ class Entry:
         return max((max(f.stat().st_atime, f.stat().st_mtime) for f in files), default=0.0)
 
 
-def entries() -> Iterator[Entry]:
+def entries() -> Iterator[InstalledModel]:
     """Yield the demo, then the conversions, then the models in the hub's cache, complete or not."""
     if DEMO.is_dir():
-        yield Entry("demo", "demo", DEMO, DEMO)
+        yield InstalledModel("demo", "demo", DEMO, DEMO)
     for folder in sorted(paths.conversions().glob("*--*")):
-        if paths.conversion(folder.name):
-            yield Entry(folder.name, "converted", folder, folder)
+        if paths.find_conversion(folder.name):
+            yield InstalledModel(folder.name, "converted", folder, folder)
     for folder in sorted(hub.hub_cache().glob("models--*--*")):
         yield from _of_repo(folder)
 
@@ -55,20 +55,20 @@ def names() -> list[str]:
     return [entry.name for entry in entries() if entry.folder is not None]
 
 
-def _of_repo(folder: Path) -> Iterator[Entry]:
+def _of_repo(folder: Path) -> Iterator[InstalledModel]:
     """Yield the newest complete snapshot of a repository in the cache."""
     repo = "/".join(folder.name.split("--")[1:])
     whole = [s for s in folder.glob("snapshots/*") if hub.is_whole(s)]
     if not whole:
         if any(folder.glob("blobs/*.incomplete")):
-            yield Entry(repo, "hub", None, folder)
+            yield InstalledModel(repo, "hub", None, folder)
         return
     main = hub.cached(hub.Ref(repo))
     newest = main or max(whole, key=lambda s: s.stat().st_mtime)
-    yield Entry(repo if main else f"{repo}@{newest.name[:8]}", "hub", newest, folder)
+    yield InstalledModel(repo if main else f"{repo}@{newest.name[:8]}", "hub", newest, folder)
 
 
-def describe(entry: Entry, backend: Backend | None) -> dict[str, Any]:
+def describe(entry: InstalledModel, backend: Backend | None) -> dict[str, Any]:
     """Return an entry with its facts and whether it runs here. backend: the default one of this machine."""
     made: dict[str, Any] = {"name": entry.name, "kind": entry.kind, "bytes": paths.disk_bytes(entry.place),
                             "last_used": entry.used, "folder": str(entry.folder or ""), "architecture": None,
@@ -93,7 +93,7 @@ def describe(entry: Entry, backend: Backend | None) -> dict[str, Any]:
     }
 
 
-def show_shelf(as_json: bool) -> None:
+def show_installed(as_json: bool) -> None:
     try:
         backend = memory_plan.chosen({"backend": "auto"})
     except TinychatError:

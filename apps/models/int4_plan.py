@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tinychat_mlx.awq.settings import Settings, quantised_shapes
-from tinychat_mlx.inspect import Facts
+from tinychat_mlx.inspect import ModelInfo
 from tinychat_mlx.model.config import ModelConfig
 from tinychat_mlx.parts import Part, sketch
 
 
-def as_int4(found: Facts, settings: Settings) -> Facts:
+def as_int4(found: ModelInfo, settings: Settings) -> ModelInfo:
     """Return the facts of the model that `tinychat convert` would write for a dense model."""
     assert found.config is not None
     settings = settings.resolved(found.config)
@@ -29,13 +29,13 @@ def as_int4(found: Facts, settings: Settings) -> Facts:
     return replace(found, parts=tuple(parts), modules=(), nbytes=nbytes)
 
 
-def of_shape(name: str, config: ModelConfig, tied: bool, head: str) -> Facts:
+def of_shape(name: str, config: ModelConfig, tied: bool, head: str) -> ModelInfo:
     """Return the facts of a model of these sizes, as if converted. tied: embedding and head are one tensor."""
     body, rim = sum(n * k for _, n, k in quantised_shapes(config)), config.vocab_size * config.hidden_size
     outer = ["embedding and head"] if tied else ["embedding", "head"]
     parts = tuple(Part(part, "fp16", 1, n, 2 * n, sketch("fp16")) for part, n in
                   [("layers", body), *((o, rim) for o in outer)])  # fmt: skip
-    whole = Facts(name, None, config.spec.model_type, parts, (), 0, config, {}, False, "")
+    whole = ModelInfo(name, None, config.spec.model_type, parts, (), 0, config, {}, False, "")
     return as_int4(whole, Settings(head=head))
 
 

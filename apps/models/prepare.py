@@ -22,7 +22,7 @@ from tinychat_mlx.base.wording import lasting, size
 if TYPE_CHECKING:
     from tinychat_mlx.awq.settings import Settings
     from tinychat_mlx.awq.time_estimate import Estimate
-    from tinychat_mlx.inspect import Facts
+    from tinychat_mlx.inspect import ModelInfo
 
 Options = dict[str, Any]
 Say = Callable[[str], None]
@@ -30,15 +30,15 @@ ASK_FROM = 1e9  # bytes; smaller downloads start without a question
 _left_dense: set[str] = set()  # models that the user chose not to convert, in this process
 
 
-def conversion(ref: hub.Ref) -> Path:
+def conversion_folder(ref: hub.Ref) -> Path:
     """Return the path of the int4 form of a hub model, which may not exist."""
     return paths.conversions() / f"{ref.repo.replace('/', '--')}-int4"
 
 
-def converted(name: str) -> Path | None:
+def existing_conversion(name: str) -> Path | None:
     """Return the int4 form of a hub id if it exists. Never uses the network."""
     ref = _plain_ref(name)
-    folder = conversion(ref) if ref else None
+    folder = conversion_folder(ref) if ref else None
     return folder if folder and (folder / "config.json").exists() else None
 
 
@@ -57,7 +57,7 @@ def settle(options: Options, say: Say, freed: int = 0) -> str:
     ref = None if name == "demo" or Path(name).expanduser().is_dir() else hub.parse(name)
     if ref is None:
         return name
-    if folder := converted(name):
+    if folder := existing_conversion(name):
         return str(folder)
     if hub.cached(ref) is None:
         _fetch(ref, options, say, freed)
@@ -67,7 +67,7 @@ def settle(options: Options, say: Say, freed: int = 0) -> str:
     return _offer(ref, options, say, freed)
 
 
-def facts_of(name: str, options: Options) -> Facts | None:
+def facts_of(name: str, options: Options) -> ModelInfo | None:
     """Return the facts of an installed model. None: not installed, or only mlx-lm can read it. Raises TinychatError."""
     from tinychat_mlx import inspect
     from tinychat_mlx.open import at_hand
@@ -104,13 +104,13 @@ def _fetch(ref: hub.Ref, options: Options, say: Say, freed: int) -> None:
     download(remote)
 
 
-def may_convert(ref: hub.Ref, found: Facts, options: Options) -> bool:
+def may_convert(ref: hub.Ref, found: ModelInfo, options: Options) -> bool:
     """Whether an int4 form is possible and allowed. Then a model that is too large as uploaded may be downloaded."""
     wanted = options.get("convert") == "always" or (options.get("convert") == "ask" and detect().interactive)
     return wanted and ref.revision == "main" and found.dense and int4_settings(found) is not None
 
 
-def int4_settings(found: Facts) -> Settings | None:
+def int4_settings(found: ModelInfo) -> Settings | None:
     """Return the settings of a conversion, None if it is not possible."""
     from tinychat_mlx.awq.settings import Settings
 
@@ -135,7 +135,9 @@ def _offer(ref: hub.Ref, options: Options, say: Say, freed: int) -> str:
     if options["convert"] == "always":
         return _convert(ref, folder, settings, options, say)
     if not detect().interactive:
-        how = f"to convert it to int4 once, repeat the command with --convert always ({conversion(ref)})"
+        how = (
+            f"to convert it to int4 once, repeat the command with --convert always ({conversion_folder(ref)})"
+        )
         backend, asked = memory_plan.chosen(options), options.get("context")
         if not memory_plan.fits(found, backend, asked, freed):
             raise BackendError(memory_plan.describe(found, backend, asked, freed), remedy=how)
@@ -145,7 +147,7 @@ def _offer(ref: hub.Ref, options: Options, say: Say, freed: int) -> str:
 
 
 def _ask(
-    ref: hub.Ref, folder: Path, found: Facts, settings: Settings, options: Options, say: Say, freed: int
+    ref: hub.Ref, folder: Path, found: ModelInfo, settings: Settings, options: Options, say: Say, freed: int
 ) -> str:
     from tinychat_mlx.apps.models.int4_plan import as_int4
     from tinychat_mlx.awq.resources import shortage
@@ -164,9 +166,9 @@ def _ask(
         f"as int4: {size(small)} instead of {size(large)} of memory with a context of {tokens:,} tokens ({fits}), and "
         f"{size(plan.result_bytes)} instead of {size(found.nbytes)} to read per token. Converting takes about "
         f"{lasting(plan.seconds)}, {size(plan.peak_bytes)} of memory, {size(plan.disk_bytes)} of disk; the result goes to "
-        f"{conversion(ref)}"
+        f"{conversion_folder(ref)}"
     )
-    if trouble := shortage(plan, conversion(ref)):
+    if trouble := shortage(plan, conversion_folder(ref)):
         say(f"{trouble}: using the original")
         return str(ref)
     answer = _key("convert it? yes, no, always", "Yna")
@@ -202,7 +204,7 @@ def _convert(ref: hub.Ref, folder: Path, settings: Settings, options: Options, s
     from tinychat_mlx.awq.parallel import limited
     from tinychat_mlx.weights.checkpoint import Checkpoint
 
-    target = conversion(ref)
+    target = conversion_folder(ref)
     screen = Screen(quiet=False)
     try:
         with screen.bar, limited(options.get("threads")):

@@ -10,7 +10,7 @@ import click
 
 from tinychat_mlx import hub, memory_plan
 from tinychat_mlx.apps.models.download import note
-from tinychat_mlx.apps.models.prepare import converted
+from tinychat_mlx.apps.models.prepare import existing_conversion
 from tinychat_mlx.apps.models.table import print_table
 from tinychat_mlx.base.wording import size
 
@@ -26,7 +26,7 @@ def with_fit(model: dict[str, Any], free: int) -> dict[str, Any]:
     """Return a model with the context that fits into `free` bytes (0: none), and whether it is installed."""
     room = free - model["memory_bytes"] - memory_plan.BASE
     context = min(model["context"], max(0, room) // model["kv_bytes_per_token"])
-    here = hub.cached(hub.Ref(model["id"])) is not None or converted(model["id"]) is not None
+    here = hub.cached(hub.Ref(model["id"])) is not None or existing_conversion(model["id"]) is not None
     return model | {"fits_context": context if context >= memory_plan.LEAST_CONTEXT else 0, "here": here}
 
 

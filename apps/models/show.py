@@ -13,7 +13,7 @@ import click
 from tinychat_mlx import hub, inspect, memory_plan
 from tinychat_mlx.apps.models.download import note
 from tinychat_mlx.apps.models.int4_plan import as_int4
-from tinychat_mlx.apps.models.prepare import converted, int4_settings
+from tinychat_mlx.apps.models.prepare import existing_conversion, int4_settings
 from tinychat_mlx.apps.models.table import hanging, print_table
 from tinychat_mlx.apps.terminal import safe
 from tinychat_mlx.base.wording import size
@@ -21,18 +21,18 @@ from tinychat_mlx.open import at_hand, find_folder
 from tinychat_mlx.parts import Part
 
 
-def find(name: str) -> inspect.Facts:
+def find(name: str) -> inspect.ModelInfo:
     """Return the facts of an installed model, or of one on the hub, by a name for `chat -m`. Raises TinychatError."""
     ref = hub.parse(name)
-    if folder := at_hand(name) or converted(name):
+    if folder := at_hand(name) or existing_conversion(name):
         return inspect.local(name, folder)
     return inspect.remote(hub.look(ref, note), note) if ref else inspect.local(name, find_folder(name))
 
 
 def as_table(
-    found: inspect.Facts,
+    found: inspect.ModelInfo,
     rooms: list[memory_plan.Room],
-    int4: inspect.Facts | None,
+    int4: inspect.ModelInfo | None,
     small: list[memory_plan.Room],
 ) -> dict[str, Any]:
     """Return the object that --json prints."""
@@ -72,7 +72,7 @@ def show(name: str, as_json: bool, modules: bool = False) -> None:
         each = {"modules": [m._asdict() for m in found.modules]} if modules else {}
         return click.echo(json.dumps(as_table(found, rooms, int4, small) | each))
     about = _about(found, int4)
-    if (kept := converted(name)) is not None:
+    if (kept := existing_conversion(name)) is not None:
         about["int4"] = f"`tinychat chat` uses {kept} for this name"
     _print_pairs({k: safe(v) for k, v in about.items()})
     click.echo()
@@ -94,7 +94,7 @@ def show(name: str, as_json: bool, modules: bool = False) -> None:
         print_table(["backend", "memory", "free", "fits"], rows, right={1, 2})
 
 
-def _about(found: inspect.Facts, int4: inspect.Facts | None) -> dict[str, str]:
+def _about(found: inspect.ModelInfo, int4: inspect.ModelInfo | None) -> dict[str, str]:
     where = found.folder if found.folder else "on the hub, not downloaded"
     billions = found.parameters >= 1e8
     count = f"{found.parameters / 1e9:.3g} billion" if billions else f"{found.parameters / 1e6:.3g} million"
@@ -129,7 +129,7 @@ def _convert_command(folder: Path) -> str:
     return shlex.join(["tinychat", "convert", str(folder), "-o", f"{folder}-int4"])
 
 
-def _sampling(found: inspect.Facts) -> str:
+def _sampling(found: inspect.ModelInfo) -> str:
     """Format the defaults by origin: "temperature 0.7, top_p 0.8 (generation_config.json); min_p 0 (built in)"."""
     groups: dict[str, list[str]] = {}
     for name, (value, origin) in found.sampling().items():
@@ -144,7 +144,7 @@ def _print_pairs(pairs: dict[str, str]) -> None:
         click.echo(hanging(f"{name:<{width}}{value}", width))
 
 
-def _room_row(room: memory_plan.Room, found: inspect.Facts, form: str) -> list[str]:
+def _room_row(room: memory_plan.Room, found: inspect.ModelInfo, form: str) -> list[str]:
     name = f"{room.backend}{form}"
     if room.trouble:
         return [name, "", "", safe(room.trouble)]

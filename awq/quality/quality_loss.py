@@ -30,7 +30,7 @@ from tinychat_mlx.weights.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
-class Cost:
+class QualityLoss:
     """Quality figures.
 
     `text` names the text. `of` maps each method to its quality against the dense model.
@@ -51,7 +51,7 @@ def cost(
     text: str | None,
     watch: Watch,
     ids: Ids | None = None,
-) -> Cost:
+) -> QualityLoss:
     """Measure a finished conversion with the default settings of a run against the exact dense model.
 
     For awq+ the published AWQ algorithm is also measured: it converts with the calibration tokens `ids` into
@@ -87,7 +87,7 @@ def cost(
             convert(source, target, plain, backend, lambda *_: ids)
             return evaluate(held.ids, scores(Checkpoint.open(target), False), dense, window)
 
-    return Cost(held.origin, {name: measured(name) for name in names})
+    return QualityLoss(held.origin, {name: measured(name) for name in names})
 
 
 def check_text(source: Checkpoint, file: str) -> None:

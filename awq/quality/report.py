@@ -11,7 +11,7 @@ from tinychat_mlx.awq.layer import SiteReport
 from tinychat_mlx.awq.output.finish import calibration_text, edge_bits, shown_name
 from tinychat_mlx.awq.quality import plot
 from tinychat_mlx.awq.quality.evaluate import Quality
-from tinychat_mlx.awq.quality.quality_loss import Cost
+from tinychat_mlx.awq.quality.quality_loss import QualityLoss
 from tinychat_mlx.model.config import parse_config
 from tinychat_mlx.weights.checkpoint import Checkpoint
 from tinychat_mlx.weights.safetensors import replacing
@@ -25,7 +25,9 @@ SITES = (
 )
 
 
-def write_report(folder: Path, source: Checkpoint, result: Result, seconds: float, cost: Cost | None) -> None:
+def write_report(
+    folder: Path, source: Checkpoint, result: Result, seconds: float, cost: QualityLoss | None
+) -> None:
     """Write report.md, report.json and the plots into `folder`. `cost` is None if only the format changed."""
     folder.mkdir(parents=True, exist_ok=True)
     sizes = {"source": _sizes(source), "result": _sizes(Checkpoint.open(result.folder))}
@@ -76,7 +78,7 @@ def site_name(layer: int, site: SiteReport) -> str:
     return "head" if site.key == "head" else f"layer {layer} {site.key}"
 
 
-def quality_bars(cost: Cost) -> dict[str, plot.Bars]:
+def quality_bars(cost: QualityLoss) -> dict[str, plot.Bars]:
     """Return three distance measures; smaller is better. An unknown error is 0."""
     found = {name: q.as_dict() for name, q in cost.of.items()}
 
@@ -111,7 +113,7 @@ def _sizes(checkpoint: Checkpoint) -> dict[str, int]:
     return {"layers": checkpoint.nbytes - sum(named.values())} | {words[r]: b for r, b in named.items()}
 
 
-def _markdown(source: Checkpoint, result: Result, seconds: float, cost: Cost | None) -> str:
+def _markdown(source: Checkpoint, result: Result, seconds: float, cost: QualityLoss | None) -> str:
     ratio, said = source.nbytes / max(result.nbytes, 1), about(result)
     edges = f"embedding and head {edge_bits(Checkpoint.open(result.folder))} bits"
     lines = [
@@ -132,7 +134,7 @@ def _markdown(source: Checkpoint, result: Result, seconds: float, cost: Cost | N
     return "\n".join(lines)
 
 
-def _quality_lines(cost: Cost) -> list[str]:
+def _quality_lines(cost: QualityLoss) -> list[str]:
     first = next(iter(cost.of.values()))
     measured = (
         f"On {first.tokens} tokens in windows of {first.window} that the calibration did not use "

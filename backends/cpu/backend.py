@@ -25,10 +25,10 @@ from tinychat_mlx.backends.cpu.experts import Experts, Places
 from tinychat_mlx.backends.cpu.kvcache import CpuCache, row_bytes
 from tinychat_mlx.backends.cpu.memory import F32, Arena, Scratch, address
 from tinychat_mlx.backends.cpu.pack import CpuWeight, pack, packed_bytes
-from tinychat_mlx.backends.cpu.packed_weight_cache import Shelf
-from tinychat_mlx.backends.cpu.recorded_step import Captured, Tape
-from tinychat_mlx.backends.cpu.rope import RopeTable
-from tinychat_mlx.backends.cpu.thread_pool import Engine
+from tinychat_mlx.backends.cpu.packed_weight_cache import PackedWeightCache
+from tinychat_mlx.backends.cpu.recorded_step import Captured, RecordedStep
+from tinychat_mlx.backends.cpu.rope import CosSinTable
+from tinychat_mlx.backends.cpu.thread_pool import ThreadPool
 from tinychat_mlx.base.errors import BackendError
 from tinychat_mlx.base.limits import memory_peak, memory_total
 from tinychat_mlx.contract import (
@@ -75,16 +75,16 @@ class CpuBackend(Backend):
         self.exact = exact
         self._kv = _cache_kind(kv or os.environ.get("TINYCHAT_KV") or ("fp32" if exact else "fp16"))
         isa = os.environ.get("TINYCHAT_CPU_ISA")
-        self.engine = Engine(isa or None, _threads(threads))
+        self.engine = ThreadPool(isa or None, _threads(threads))
         self.threads = self.engine.threads
-        self.tape: Tape | None = None  # of the step being recorded
+        self.tape: RecordedStep | None = None  # of the step being recorded
         self.choice = c.CChoice()  # of the current step; counts the head tiles that are read at full width
         self._forced = bool(isa)
         self._arena, self._scratch = Arena(), Scratch()
         self._routes_on_host = False  # experts that no op supports; such a step cannot be replayed
-        self._shelf: Shelf | None = None  # while a model is loaded
+        self._shelf: PackedWeightCache | None = None  # while a model is loaded
         self._norms: dict[int, tuple[Norm, c.CNorm]] = {}
-        self._ropes: dict[int, RopeTable] = {}
+        self._ropes: dict[int, CosSinTable] = {}
 
     # memory estimates ----------------------------------------------------------------------------
     def weight_bytes(self, weight: Weight) -> int:
@@ -109,7 +109,7 @@ class CpuBackend(Backend):
 
     @contextmanager
     def kept(self, model: str, digest: str) -> Iterator[None]:
-        shelf = self._shelf = Shelf(model + ("-exact" if self.exact else ""), digest, self._arena)
+        shelf = self._shelf = PackedWeightCache(model + ("-exact" if self.exact else ""), digest, self._arena)
         try:
             yield
             shelf.save()
@@ -354,10 +354,10 @@ class CpuBackend(Backend):
             self._norms[id(norm)] = norm, c.CNorm(c.NORMS[norm.kind], norm.eps, address(norm.weight), bias)
         return self._norms[id(norm)][1]
 
-    def _rope(self, rope: Rope, capacity: int) -> RopeTable:
+    def _rope(self, rope: Rope, capacity: int) -> CosSinTable:
         table = self._ropes.get(id(rope))
         if table is None or table.capacity < capacity:
-            table = self._ropes[id(rope)] = RopeTable(rope, capacity)
+            table = self._ropes[id(rope)] = CosSinTable(rope, capacity)
         return table
 
 

@@ -54,7 +54,7 @@ class Damaged(ValueError):
     """A file that `save` did not write, or that changed since."""
 
 
-class Shelf:
+class PackedWeightCache:
     """One model's packed weights, read from disk or collected to be written there."""
 
     def __init__(self, model: str, digest: str, arena: Arena) -> None:

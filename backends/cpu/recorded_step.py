@@ -17,12 +17,12 @@ import numpy.typing as npt
 
 from tinychat_mlx.backends.cpu.memory import Scratch
 from tinychat_mlx.backends.cpu.native_abi import CChoice, Op
-from tinychat_mlx.backends.cpu.rope import RopeTable
-from tinychat_mlx.backends.cpu.thread_pool import Engine, OpList
+from tinychat_mlx.backends.cpu.rope import CosSinTable
+from tinychat_mlx.backends.cpu.thread_pool import OpList, ThreadPool
 from tinychat_mlx.contract import Cache, Step, StepFn, Tensor
 
 
-class Tape:
+class RecordedStep:
     """One recorded step of one cache."""
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Tape:
         self.scratch = Scratch()
         self.ops: list[Op] = []
         self.keep: list[object] = []
-        self.tables: list[RopeTable] = []
+        self.tables: list[CosSinTable] = []
         self._known: dict[int, weakref.ref[npt.NDArray[Any]]] = {}
         self._know(self.ids)
         self._know(self.positions)
@@ -62,8 +62,8 @@ class Tape:
 class Recordable(Protocol):
     """The attributes of CpuBackend that this module uses."""
 
-    engine: Engine
-    tape: Tape | None  # of the step being recorded
+    engine: ThreadPool
+    tape: RecordedStep | None  # of the step being recorded
     choice: CChoice  # of the current step
 
 
@@ -78,7 +78,7 @@ class Captured:
 
     def __init__(self, fn: StepFn, backend: Recordable) -> None:
         self._fn, self._backend = fn, backend
-        self._tapes: weakref.WeakKeyDictionary[Cache, Tape] = weakref.WeakKeyDictionary()
+        self._tapes: weakref.WeakKeyDictionary[Cache, RecordedStep] = weakref.WeakKeyDictionary()
 
     def __call__(self, ids: Tensor, step: Step) -> Tensor:
         if len(step.segments) != 1 or step.rows != 1 or self._backend.tape is not None:
@@ -87,7 +87,7 @@ class Captured:
         tape = self._tapes.get(cache)
         new = tape is None
         if tape is None:
-            tape = Tape()
+            tape = RecordedStep()
         tape.ids[0], tape.positions[0], tape.length[0] = ids[0], step.positions[0], cache.length
         if new:
             self._record(tape, cache, step)
@@ -99,7 +99,7 @@ class Captured:
         self._backend.engine.run(tape.list)
         return tape.result
 
-    def _record(self, tape: Tape, cache: Cache, step: Step) -> None:
+    def _record(self, tape: RecordedStep, cache: Cache, step: Step) -> None:
         self._backend.tape = tape
         try:
             tape.finish(self._fn(tape.ids, replace(step, positions=tape.positions)))

@@ -20,7 +20,7 @@ class OpList:
         self.pointers = (ctypes.c_void_p * len(ops))(*(ctypes.addressof(op) for op in ops))
 
 
-class Engine:
+class ThreadPool:
     """A native thread pool and the kernels of one instruction set."""
 
     def __init__(self, isa: str | None, threads: int) -> None:

@@ -29,7 +29,7 @@ from tinychat_mlx.backends.mlx.device import GB, MB, choose_dtype, find_chip, mx
 from tinychat_mlx.backends.mlx.experts import Experts, mixture, pack_experts
 from tinychat_mlx.backends.mlx.fused import Kernels
 from tinychat_mlx.backends.mlx.head import OnDevice, array_of
-from tinychat_mlx.backends.mlx.pipelining import Flight
+from tinychat_mlx.backends.mlx.pipelining import Pipeline
 from tinychat_mlx.backends.mlx.split_int8 import halved, key_of, suits
 from tinychat_mlx.backends.mlx.weights import GROUPS, ends_of, nbytes_of, pack
 from tinychat_mlx.base.errors import BackendError
@@ -90,7 +90,7 @@ class MlxBackend(Backend):
         self.stream = mx.new_thread_unsafe_stream(mx.default_device())
         self._thread, self._lock = 0, threading.Lock()
         self._caches: weakref.WeakSet[MlxCache] = weakref.WeakSet()
-        self._flight = Flight(self.evaluating)
+        self._flight = Pipeline(self.evaluating)
         self._halves = False  # a head is stored in halves, so a step depends on its choice
         self._routes_on_host = False  # experts of mixed forms; such a step cannot be captured
         self._made: dict[tuple[int, str], tuple[Any, Any]] = {}

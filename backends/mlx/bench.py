@@ -72,7 +72,7 @@ class Listener(Kernels):
 
     def head(self, x: Any, w: Any, norm: Norm | None, choice: Choice | None) -> None:
         packed = isinstance(w, PackedHandle) and split_int8.suits(w.shape, w.bits, w.bias is not None)
-        if packed or isinstance(w, split_int8.HalvedHandle):
+        if packed or isinstance(w, split_int8.SplitHandle):
             key = split_int8.key_of(w.shape, w.group_size, w.scales.dtype)
             self.heard[key] = Trial(w.shape[0], w.shape[1], 8, w.group_size, w.scales.dtype, 1, x.dtype, norm is not None,
                                                  None, False, None, head=True)  # fmt: skip

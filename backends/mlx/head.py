@@ -23,7 +23,7 @@ from typing import Any
 
 from tinychat_mlx.backends.mlx.device import mx
 from tinychat_mlx.backends.mlx.shader_source import defined, text
-from tinychat_mlx.backends.mlx.split_int8 import HalvedHandle
+from tinychat_mlx.backends.mlx.split_int8 import SplitHandle
 from tinychat_mlx.contract import Choice, Norm
 
 KIND = "head"
@@ -56,7 +56,7 @@ class Shortlist:
         self._made: dict[tuple[Any, ...], Any] = {}
         self._every = mx.array([-math.inf], mx.float32)
 
-    def logits(self, x: Any, w: HalvedHandle, norm: Norm | None, choice: Choice | None) -> Any:
+    def logits(self, x: Any, w: SplitHandle, norm: Norm | None, choice: Choice | None) -> Any:
         """Return norm(x) · wᵀ for x (1, K) as (1, N) in the dtype of the scales.
 
         choice None: every tile is read at full width.
@@ -68,7 +68,7 @@ class Shortlist:
             self.tally.append(mx.logical_not(reach < least).mean())
         return self.lower(x, w, norm, estimate, reach, least)
 
-    def upper(self, x: Any, w: HalvedHandle, norm: Norm | None, given: Any) -> list[Any]:
+    def upper(self, x: Any, w: SplitHandle, norm: Norm | None, given: Any) -> list[Any]:
         """Return estimates (1, N), top and reach (tiles,), float32."""
         n, named = w.shape[0], {"x": x, "w": w.upper, "scales": w.scales, "biases": w.biases}
         named |= _norm(norm) | {"choice": given}
@@ -94,7 +94,7 @@ class Shortlist:
         )  # fmt: skip
         return found
 
-    def lower(self, x: Any, w: HalvedHandle, norm: Norm | None, estimate: Any, reach: Any, least: Any) -> Any:
+    def lower(self, x: Any, w: SplitHandle, norm: Norm | None, estimate: Any, reach: Any, least: Any) -> Any:
         n, dtype = w.shape[0], w.scales.dtype
         named = {"x": x, "w": w.lower, "scales": w.scales, **_norm(norm)}
         named |= {"estimate": estimate, "reach": reach, "least": least}

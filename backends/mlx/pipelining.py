@@ -21,7 +21,7 @@ from typing import Any
 from tinychat_mlx.backends.mlx.device import mx
 
 
-class Flight:
+class Pipeline:
     """The last issued halves. evaluating: context manager around every evaluation."""
 
     def __init__(self, evaluating: Callable[[], AbstractContextManager[None]]) -> None:

@@ -23,7 +23,7 @@ Fuse = Callable[[str, Callable[..., Any]], Callable[..., Any]]
 
 
 @dataclass(frozen=True, eq=False)
-class HalvedHandle:
+class SplitHandle:
     """upper, lower (N, K / 8) uint32; scales, biases (N, K / G) of the 8-bit weight, in the compute dtype."""
 
     name: str
@@ -64,7 +64,7 @@ def suits(shape: tuple[int, int], bits: int, biased: bool) -> bool:
     return bits == 8 and not biased and shape[0] >= LEAST_ROWS
 
 
-def halved(name: str, words: Any, scales: Any, biases: Any, fuse: Fuse) -> HalvedHandle:
+def halved(name: str, words: Any, scales: Any, biases: Any, fuse: Fuse) -> SplitHandle:
     """Split words (N, K / 4) uint32 of four 8-bit codes each, from NumPy (a mapped file) or the device.
 
     They are split block by block, so the only memory needed is that of the planes. fuse(name, f): f as one
@@ -79,7 +79,7 @@ def halved(name: str, words: Any, scales: Any, biases: Any, fuse: Fuse) -> Halve
         for plane, way in zip(planes, ways, strict=True):
             np.array(plane, copy=False)[at : at + BLOCK] = np.array(way(block).view(mx.uint32))
     k, join = 4 * of_a_row, fuse(joined.__name__, joined)
-    return HalvedHandle(name, (n, k), planes[0], planes[1], scales, biases, k // scales.shape[1], join)
+    return SplitHandle(name, (n, k), planes[0], planes[1], scales, biases, k // scales.shape[1], join)
 
 
 def upper_of(words: Any) -> Any:

@@ -232,5 +232,5 @@ def test_the_names_offered_are_those_that_models_list_knows(
         ).write_text("")
         assert name in list(completion._here())
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
-    prepare.conversion(hub.Ref("Org/Made")).mkdir(parents=True)
+    prepare.conversion_folder(hub.Ref("Org/Made")).mkdir(parents=True)
     assert "Org/Made" in list(completion._here())

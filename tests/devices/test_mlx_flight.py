@@ -17,7 +17,7 @@ from tiny_models import tiny
 
 from tinychat_mlx.backends.mlx.backend import MlxBackend
 from tinychat_mlx.backends.mlx.cache import SPAN, MlxCache
-from tinychat_mlx.backends.mlx.pipelining import Flight
+from tinychat_mlx.backends.mlx.pipelining import Pipeline
 from tinychat_mlx.base.errors import BackendError
 from tinychat_mlx.contract import Attention, CacheShape, Segment
 from tinychat_mlx.engine.engine import Engine
@@ -203,7 +203,7 @@ def test_only_a_step_that_writes_our_caches_waits_for_the_one_before(monkeypatch
     """mlx-lm runs a whole step ahead and copies its caches. With its engine we are as fast."""
     waited: list[Any] = []
     monkeypatch.setattr(mx, "eval", waited.append)
-    flight, steps = Flight(nullcontext), [mx.zeros(n) + 1 for n in range(1, 5)]
+    flight, steps = Pipeline(nullcontext), [mx.zeros(n) + 1 for n in range(1, 5)]
     for step in steps[:2]:
         flight.issue(step)
     assert not waited

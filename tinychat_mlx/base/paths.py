@@ -30,7 +30,7 @@ def conversions() -> Path:
     return user_data_path("tinychat-mlx", appauthor=False) / "models"
 
 
-def conversion(name: str) -> Path | None:
+def find_conversion(name: str) -> Path | None:
     """Return the folder of a conversion by the name that `tinychat models list` prints; None if there is none."""
     if Path(name).name != name or "--" not in name:
         return None

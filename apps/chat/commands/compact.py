@@ -8,7 +8,7 @@ from tinychat_mlx.apps.chat.session import Session
 from tinychat_mlx.base.errors import UsageError
 
 if TYPE_CHECKING:
-    from tinychat_mlx.apps.chat.settings import Settings
+    from tinychat_mlx.apps.chat.settings import ChatSettings
     from tinychat_mlx.apps.chat.view import View
     from tinychat_mlx.loaded_model import Model
 
@@ -24,7 +24,7 @@ class Chat(Protocol):
     model: Model
     view: View
     session: Session
-    settings: Settings
+    settings: ChatSettings
     used: int
 
 

@@ -192,7 +192,7 @@ def test_a_head_of_8_bits_is_measured_in_halves(
     assert result.key == key and result.ours_us > 0 and result.stock_us > 0
     assert sorted(name.split("_")[3] for name in calls) == ["estimate", "refine", "threshold"]
     assert set(calls.values()) == {2}  # a round to compile, and a measured one
-    for ours, kept_as in ((2.0, PackedHandle), (1.0, split_int8.HalvedHandle)):
+    for ours, kept_as in ((2.0, PackedHandle), (1.0, split_int8.SplitHandle)):
         kernel_selection.save("Apple M1", {key: (ours, 2.0)})
         head = mac.Subject(**options, pp=2, tg=1, depth=0).decoder.head
         assert isinstance(head, kept_as)

@@ -22,7 +22,7 @@ from tiny_models import VARIANTS, tiny
 
 from tinychat_mlx.backends.mlx import cost
 from tinychat_mlx.backends.mlx.backend import MlxBackend, traced
-from tinychat_mlx.backends.mlx.split_int8 import HalvedHandle, key_of, suits
+from tinychat_mlx.backends.mlx.split_int8 import SplitHandle, key_of, suits
 from tinychat_mlx.backends.mlx.weights import PackedHandle
 from tinychat_mlx.backends.reference import ReferenceBackend
 from tinychat_mlx.contract import Choice, Step
@@ -145,7 +145,7 @@ class Lazy(MlxBackend):
 
     head_bits = 4
 
-    def pack(self, weight: Weight) -> PackedHandle | HalvedHandle:
+    def pack(self, weight: Weight) -> PackedHandle | SplitHandle:
         n, k = weight.shape
         bits = self.head_bits if "embed" in weight.name else 4
         halves = [dispatches.placeholder((n, k // 8), mx.uint32) for _ in range(2)]
@@ -159,7 +159,7 @@ class Lazy(MlxBackend):
         def join(upper: Any, lower: Any) -> Any:  # on Metal it is compiled
             return dispatches.opaque("joined")(upper, lower, dtype=mx.uint32)
 
-        return HalvedHandle(weight.name, (n, k), *halves, scales, biases, 128, join)
+        return SplitHandle(weight.name, (n, k), *halves, scales, biases, 128, join)
 
 
 def llama_step(monkeypatch: pytest.MonkeyPatch, kernels: str, head_bits: int = 4) -> tuple[Lazy, Any, Any]:
