@@ -196,7 +196,7 @@ struct MapOp {
 
 // Writes rows `row`.. of a canonical matrix to w's tiles; row is a multiple of 16.
 struct PackOp {
-  int32_t code, rows, row, wide_source;  // wide_source: scales and biases are fp32
+  int32_t code, rows, row, pad;
   const Weight* w;
   const void* source;  // INT4, INT8: words of codes, row by row; dense: numbers of the same kind, row by row
   const void *scales, *biases;
