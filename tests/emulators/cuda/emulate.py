@@ -10,22 +10,19 @@ arrays that end at a forbidden page: a read or a write past the end is an error 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import mmap
-import os
 import re
 import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import compiled
 import numpy as np
 
 from tinychat_mlx.backends.cuda import programs
 
 HERE = Path(__file__).resolve().parent
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tinychat-emulator"
 FLAGS = ["-std=c++17", "-O1", "-march=native", "-w", "-shared", "-fPIC", "-fno-strict-aliasing"]
 HALF = {"g++": "-fexcess-precision=16", "clang++": "-ffloat16-excess-precision=none"}
 
@@ -59,17 +56,9 @@ def build(program: str, defines: Mapping[str, int], change: Change | None = None
         unit += f'extern "C" int run_{name}(void** b, const unsigned* g, const unsigned* t, int o, char* e)\n'
         unit += f"{{ return emulate(body_{name}, b, g, t, o, e); }}\n"
     headers = [HERE / "emulator.h", HERE / "fibers.h", programs.FOLDER / "prelude.cuh"]
-    key = hashlib.sha256("".join([unit, *FLAGS, *(h.read_text() for h in headers)]).encode()).hexdigest()[:16]
-    library = CACHE / f"{key}.so"
-    if not library.exists():
-        CACHE.mkdir(parents=True, exist_ok=True, mode=0o700)
-        cxx = compiler()
-        assert cxx is not None
-        part = CACHE / f"{key}.{os.getpid()}"
-        command = [cxx, *FLAGS, HALF[cxx], "-x", "c++", "-", "-o", str(part)]
-        subprocess.run(command, input=unit, text=True, check=True)
-        part.rename(library)
-    return ctypes.CDLL(str(library))
+    cxx = compiler()
+    assert cxx is not None
+    return compiled.library([cxx, *FLAGS, HALF[cxx]], unit, headers)
 
 
 class Emulator:

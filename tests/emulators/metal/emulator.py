@@ -12,9 +12,7 @@ passes it as another buffer after the input: int32 shape, int64 strides, int32 n
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import mmap
-import os
 import re
 import shutil
 import subprocess
@@ -24,11 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import compiled
 import mlx.core as mx
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tinychat-emulator"
 FLAGS = ["-std=c++17", "-O1", "-march=native", "-w", "-shared", "-fPIC", "-fno-strict-aliasing"]
 # Metal's half rounds after every operation; on x86 both compilers need an option for that. A misaligned load
 # must trap: x86 allows it, Metal does not.
@@ -119,16 +117,8 @@ def build(texts: Sequence[str], cxx: str | None = CXX) -> list[Any]:
     """Compile kernels as one file, with one start of the compiler; cached by content."""
     assert cxx is not None, "needs g++ or clang++ 16"
     unit = f'#include "{HERE}/msl_shim.h"\n' + "".join(entry(t, i) for i, t in enumerate(texts))
-    headers = "".join((HERE / n).read_text() for n in ("msl_shim.h", "../cuda/fibers.h"))
-    key = hashlib.sha256(repr((unit, headers, cxx, FLAGS, OWN[cxx])).encode()).hexdigest()[:16]
-    library = CACHE / f"{key}.so"
-    if not library.exists():
-        CACHE.mkdir(parents=True, exist_ok=True, mode=0o700)
-        source, partial = CACHE / f"{key}.cpp", CACHE / f"{key}.{os.getpid()}"
-        source.write_text(unit)
-        subprocess.run([cxx, *FLAGS, *OWN[cxx], str(source), "-o", str(partial)], check=True)
-        partial.rename(library)
-    loaded = ctypes.CDLL(str(library))
+    headers = [HERE / "msl_shim.h", HERE.parent / "cuda" / "fibers.h"]
+    loaded = compiled.library([cxx, *FLAGS, *OWN[cxx]], unit, headers)
     return [getattr(loaded, f"emulate_{i}") for i in range(len(texts))]
 
 
