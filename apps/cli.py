@@ -18,7 +18,7 @@ import click
 
 from tinychat_mlx import __version__
 from tinychat_mlx.apps.terminal import forgive_encodings, wrapped
-from tinychat_mlx.errors import TinychatError, UsageError, one_line
+from tinychat_mlx.base.errors import TinychatError, UsageError, one_line
 
 # name -> module under tinychat_mlx, its click command, help. A row is hidden if its module is missing.
 COMMANDS = {
@@ -36,13 +36,6 @@ COMMANDS = {
         "Show the devices and software of this machine, and what is missing.",
     ),
     "completion": ("apps.completion", "completion", "Let bash, zsh or fish complete commands and models."),
-}
-
-EXIT_CODES = {
-    0: "success",
-    1: "failure: the last line on stderr states the reason",
-    2: "usage error: an option, argument or file is not valid",
-    130: "interrupted (Ctrl-C)",
 }
 
 
@@ -105,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line -> its exit code. Every error becomes one line here."""
     forgive_encodings()
     if "_TINYCHAT_COMPLETE" in os.environ:
-        return int(_completion().answer())
+        return int(_completion().answer(cli))
     args = list(sys.argv[1:] if argv is None else argv)
     options = args[: args.index("--")] if "--" in args else args
     debug = "--debug" in options

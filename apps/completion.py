@@ -18,7 +18,7 @@ from pathlib import Path
 import click
 from click.shell_completion import CompletionItem, ShellComplete, split_arg_string
 
-from tinychat_mlx import places
+from tinychat_mlx.base import paths
 
 VARIABLE = "_TINYCHAT_COMPLETE"  # the name of the calling shell
 # PROGRAM is replaced by the command that starts this program. The scripts work in bash 3.2. For an empty answer, bash
@@ -106,10 +106,8 @@ def completion(shell: str) -> None:
     click.echo(SCRIPTS[shell].replace("PROGRAM", " ".join(map(quote, program()))), nl=False)
 
 
-def answer() -> int:
+def answer(cli: click.Command) -> int:
     """Print the completions at the cursor, one per line -> exit code."""
-    from tinychat_mlx.apps.cli import cli
-
     shell, line = os.environ[VARIABLE], os.environ.get("COMP_LINE", "")
     *words, last = split_arg_string(
         f"{line}x"
@@ -174,10 +172,10 @@ class ModelName(click.types.StringParamType):
 def _here() -> Iterator[str]:
     """Yield the demo, the models in the hub's cache, and the converted models."""
     yield "demo"
-    for folder in sorted(places.hub_cache().glob("models--*--*")):
+    for folder in sorted(paths.hub_cache().glob("models--*--*")):
         if any(folder.glob("snapshots/*/config.json")):
             yield "/".join(folder.name.split("--")[1:])
-    for folder in sorted(places.conversions().glob("*--*-int4")):
+    for folder in sorted(paths.conversions().glob("*--*-int4")):
         yield folder.name.removesuffix("-int4").replace("--", "/", 1)
 
 

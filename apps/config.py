@@ -5,19 +5,13 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import json
-import os
-import sys
 import textwrap
-from pathlib import Path
 from typing import Any
 
 import click
 
-from tinychat_mlx.errors import SettingsError
-from tinychat_mlx.words import refusal
+from tinychat_mlx.apps.config_file import config_path
 
 EXAMPLE = """\
 model = "demo"
@@ -31,80 +25,14 @@ stop = ["END"]
 FORMAT = """TOML. Every option of `tinychat chat` is a key, with _ for - in its name. `preset` names the preset to use
 without --preset. Order of precedence: flag, environment variable, preset, rest of the file, the model's
 generation_config.json, built-in default. `tinychat config show --origin` prints the source of each value."""
+EXIT_CODES = {
+    0: "success",
+    1: "failure: the last line on stderr states the reason",
+    2: "usage error: an option, argument or file is not valid",
+    130: "interrupted (Ctrl-C)",
+}
 HUBS = """HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN and HF_ENDPOINT work as in huggingface-hub; HTTPS_PROXY and
 NO_COLOR as usual."""
-
-
-def config_path() -> Path:
-    """Return TINYCHAT_CONFIG, or config.toml in the platform's config folder."""
-    if named := os.environ.get("TINYCHAT_CONFIG"):
-        return Path(named)
-    from platformdirs import user_config_path
-
-    return user_config_path("tinychat-mlx", appauthor=False) / "config.toml"
-
-
-def settings(preset: str | None = None) -> dict[str, Any]:
-    """Return the settings in the file, with the preset's values over them. Raises SettingsError."""
-    path = config_path()
-    if not path.is_file():
-        if preset:
-            raise SettingsError(
-                f"there is no preset {preset!r}: the file does not exist",
-                where=path,
-                remedy="write the preset into it, or leave out --preset",
-            )
-        return {}
-    table = _read(path)
-    presets = table.pop("presets", {})
-    preset = preset or table.pop("preset", None)
-    table.pop("preset", None)
-    if not isinstance(presets, dict) or not all(isinstance(p, dict) for p in presets.values()):
-        raise SettingsError(
-            "presets must be tables", where=path, remedy="write each preset as a table [presets.NAME]"
-        )
-    if preset and preset not in presets:
-        raise SettingsError(
-            f"there is no preset {preset!r}",
-            where=path,
-            remedy=f"use one of {', '.join(presets)}"
-            if presets
-            else "write it as a table [presets.NAME], or leave out --preset",
-        )
-    made = _checked(str(path), table)
-    for name, values in presets.items():
-        checked = _checked(f"{path}, presets.{name}", values)
-        made |= checked if name == preset else {}
-    return made
-
-
-def _read(path: Path) -> dict[str, Any]:
-    toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
-    try:
-        found: dict[str, Any] = toml.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        where, what, remedy = refusal(e)
-        raise SettingsError(what, where=where, remedy=remedy) from None
-    except ValueError as e:  # the message of a TOML error has line and column
-        raise SettingsError(f"not TOML: {e}", where=path) from None
-    return found
-
-
-def _checked(where: str, table: dict[str, Any]) -> dict[str, Any]:
-    from tinychat_mlx.apps.options import known
-
-    kinds = known()
-    for name, value in table.items():
-        if name not in kinds:
-            near = difflib.get_close_matches(name, [*kinds, "preset", "presets"], 1)
-            remedy = f"use {near[0]!r}" if near else f"use one of {', '.join(kinds)}"
-            raise SettingsError(f"unknown setting {name!r}", where=where, remedy=remedy)
-        try:
-            kinds[name](value)
-        except (click.BadParameter, ValueError, TypeError) as e:
-            reason = e.message.rstrip(".") if isinstance(e, click.BadParameter) else e
-            raise SettingsError(f"{name}: {reason}", where=where) from None
-    return table
 
 
 class _Everything(click.Group):
@@ -112,7 +40,6 @@ class _Everything(click.Group):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         from tinychat_mlx.apps import environment
-        from tinychat_mlx.apps.cli import EXIT_CODES
 
         with formatter.section(f"Config file ({config_path()})"):
             formatter.write_text(" ".join(FORMAT.split()))
@@ -138,7 +65,8 @@ def path() -> None:
 
 def _show(ctx: click.Context, /, origin: bool, as_json: bool, **values: Any) -> None:
     """Print every setting of `tinychat chat`. Takes the same options."""
-    from tinychat_mlx.apps.options import SAMPLING, origins
+    from tinychat_mlx.apps.options import origins
+    from tinychat_mlx.apps.setting_table import SAMPLING
 
     found = origins(ctx)
     rows = {

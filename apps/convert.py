@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import bisect
 import json
-import math
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from tinychat_mlx.apps.options import BACKENDS, check_writable
+from tinychat_mlx.apps.conversion_progress import Screen
+from tinychat_mlx.apps.options import check_writable
+from tinychat_mlx.apps.setting_table import BACKENDS
 from tinychat_mlx.apps.terminal import wrapped
-from tinychat_mlx.errors import UsageError
-from tinychat_mlx.words import lasting, size
+from tinychat_mlx.base.errors import UsageError
+from tinychat_mlx.base.wording import lasting, size
 
 if TYPE_CHECKING:
     from tinychat_mlx.awq.convert import Result
-    from tinychat_mlx.awq.cost import Cost
-    from tinychat_mlx.awq.estimate import Estimate
+    from tinychat_mlx.awq.quality.quality_loss import QualityLoss
     from tinychat_mlx.awq.settings import Settings
-    from tinychat_mlx.awq.stream import Progress
-    from tinychat_mlx.backend import Backend
-    from tinychat_mlx.checkpoint import Checkpoint
+    from tinychat_mlx.awq.time_estimate import Estimate
+    from tinychat_mlx.contract import Backend
+    from tinychat_mlx.weights.checkpoint import Checkpoint
 
 
 # Options that affect only the quantisation and its report.
@@ -75,8 +72,8 @@ def convert(source: str, target: Path | None, **options: Any) -> None:
     from tinychat_mlx.apps.models.download import folder_of
     from tinychat_mlx.awq.parallel import limited
     from tinychat_mlx.awq.settings import Settings
-    from tinychat_mlx.checkpoint import Checkpoint
-    from tinychat_mlx.config import parse_config
+    from tinychat_mlx.model.config import parse_config
+    from tinychat_mlx.weights.checkpoint import Checkpoint
 
     if target is None and not options["dry_run"]:
         raise click.UsageError("missing -o DST, the folder to write")
@@ -107,7 +104,7 @@ def _group_size(option: str) -> int:
 
 def _check_places(source: str, target: Path, options: dict[str, Any]) -> None:
     """Check the output paths before any download. Raises UsageError."""
-    from tinychat_mlx.awq.target import check_target
+    from tinychat_mlx.awq.output_path import check_target
 
     if not options["resume"]:  # with --resume the finished folder may exist
         check_target(Path(source) if Path(source).is_dir() else None, target, options["force"])
@@ -143,13 +140,13 @@ def _refuse_unused(source: Checkpoint) -> None:
 
 
 def _backend(options: dict[str, Any], exact: bool) -> Backend:
-    from tinychat_mlx.loading import choose, create
+    from tinychat_mlx.open import choose, create
 
     return create(choose(options["backend"])[0], exact, options["threads"])
 
 
 def _convert(source: Checkpoint, target: Path, settings: Settings, options: dict[str, Any]) -> None:
-    from tinychat_mlx.awq.calibrate import calibration_ids
+    from tinychat_mlx.awq.calibration.tokens import calibration_ids
     from tinychat_mlx.awq.convert import convert as run
 
     _check_report(source, options)
@@ -179,7 +176,7 @@ def _identity(folder: Path) -> int | None:
 
 def _check_report(source: Checkpoint, options: dict[str, Any]) -> None:
     """Check the report's text before any work. Raises UsageError."""
-    from tinychat_mlx.awq.cost import check_text
+    from tinychat_mlx.awq.quality.quality_loss import check_text
 
     if options["report_text"] is not None:
         check_text(source, options["report_text"])
@@ -191,11 +188,11 @@ def _report(
     options: dict[str, Any],
     seconds: float,
     screen: Screen,
-) -> Cost | None:
+) -> QualityLoss | None:
     """Measure the finished model and write the report. A change of format is not measured."""
-    from tinychat_mlx.awq.cost import cost
-    from tinychat_mlx.awq.report import write_report
-    from tinychat_mlx.checkpoint import Checkpoint
+    from tinychat_mlx.awq.quality.quality_loss import cost
+    from tinychat_mlx.awq.quality.report import write_report
+    from tinychat_mlx.weights.checkpoint import Checkpoint
 
     measured = None
     if source.quantization.format == "dense":
@@ -216,10 +213,10 @@ def _report(
     return measured
 
 
-def _say(source: Checkpoint, result: Result, seconds: float, cost: Cost | None, as_json: bool) -> None:
+def _say(source: Checkpoint, result: Result, seconds: float, cost: QualityLoss | None, as_json: bool) -> None:
     from dataclasses import asdict
 
-    from tinychat_mlx.awq.report import about, moved_text, site_name
+    from tinychat_mlx.awq.quality.report import about, moved_text, site_name
 
     fallen = [site_name(i, s) for i, layer in enumerate(result.layers) for s in layer.sites if s.fell_back]
     if as_json:
@@ -259,8 +256,8 @@ def _say(source: Checkpoint, result: Result, seconds: float, cost: Cost | None, 
 def _dry_run(source: Checkpoint, target: Path, settings: Settings, options: dict[str, Any]) -> None:
     from dataclasses import asdict
 
-    from tinychat_mlx.awq.estimate import estimate
-    from tinychat_mlx.awq.needs import shortage
+    from tinychat_mlx.awq.resources import shortage
+    from tinychat_mlx.awq.time_estimate import estimate
 
     found = estimate(source, settings, lambda exact: _backend(options, exact))
     lacks = shortage(found, target)
@@ -292,91 +289,3 @@ def _memory_parts(found: Estimate) -> str:
         one = f"one decoder layer of float weights ({_bytes(found.layer_bytes)}), its activations and codes"
         parts.append(f"{_bytes(found.layers_bytes)} with {one}")
     return f": {'; '.join(parts)}" if parts else ""
-
-
-class Screen:
-    """Progress on stderr: a bar with the time left and a line per layer; without a terminal, only lines."""
-
-    def __init__(self, quiet: bool) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-        self.console = Console(stderr=True, quiet=quiet)
-        # A terminal prints ^C after the bar. If that wraps, the extra row would stay on the screen.
-        self.console.width -= len("^C")
-        columns = ("[progress.description]{task.description}", "{task.completed}/{task.total}")
-        self.bar = Progress(
-            TextColumn(columns[0]), BarColumn(), TextColumn(columns[1]), TimeElapsedColumn(), TextColumn("{task.fields[left]}"),
-            console=self.console, disable=not self.console.is_terminal,
-        )  # fmt: skip
-        self.tasks: dict[str, Any] = {}
-        self.rates: dict[str, Rate] = {}
-
-    @contextmanager
-    def shown(self) -> Iterator[None]:
-        """Show the bar while the block runs. An exception removes it."""
-        with self.bar:
-            try:
-                yield
-            except BaseException:
-                self.bar.live.transient = True
-                raise
-
-    def show(self, p: Progress) -> None:
-        if p.phase not in self.tasks:
-            self.tasks[p.phase] = self.bar.add_task(p.phase, total=p.total, left="")
-        if p.phase not in self.rates or p.note == "kept":
-            self.rates[p.phase] = Rate()
-        self.rates[p.phase].add(p.done)
-        left = self._left(p)
-        self.bar.update(self.tasks[p.phase], completed=p.done, total=p.total, left=left)
-        line_left = f", {left}" if left and not self.console.is_terminal else ""
-        if p.layer and p.layer.rounded:
-            fallen = [site.key for site in p.layer.sites if site.fell_back]
-            plain = f"  plain rounding kept: {', '.join(fallen)}" if fallen else ""
-            off = f"off by {p.layer.off:.1%}, plain rounding {p.layer.rounded:.1%}{plain}"
-            self._print(f"layer {p.done}/{p.total}  {off}  {_memory()}{line_left}")
-        elif p.note and (p.done in (0, p.total) or p.phase == "finish"):
-            self._print(f"{p.phase}: {p.note}")
-        elif (
-            not self.console.is_terminal
-            and p.done
-            and p.phase != "finish"
-            and p.done * 4 // p.total > (p.done - 1) * 4 // p.total
-        ):
-            self._print(f"{p.phase} {p.done / p.total:.0%}{line_left}")
-
-    def _print(self, line: str) -> None:
-        self.console.print(line, highlight=False, soft_wrap=True)
-
-    def _left(self, p: Progress) -> str:
-        """How long the rest of a phase will take: "40 s left", or "" where that is unknown or nothing is left."""
-        seconds = self.rates[p.phase].seconds(p.total - p.done)
-        return f"{lasting(seconds)} left" if seconds else ""
-
-
-class Rate:
-    """Estimates the time left in a phase from the later half of its steps so far.
-
-    The first steps are slower (cold memory and caches), and steps get slower as the model's cache grows. The later half
-    excludes the first effect and includes the second.
-    """
-
-    def __init__(self) -> None:
-        self.times: list[tuple[int, float]] = []  # number of steps done, and the time
-
-    def add(self, done: int) -> None:
-        self.times.append((done, time.perf_counter()))
-
-    def seconds(self, steps: int) -> float:
-        """Return the time of this many further steps; 0.0 before the first is done."""
-        (first, _), (done, now) = self.times[0], self.times[-1]
-        middle = bisect.bisect_right(self.times, ((first + done) / 2, math.inf)) - 1
-        begun, start = self.times[middle]
-        return (now - start) / (done - begun) * steps if done > begun else 0.0
-
-
-def _memory() -> str:
-    import psutil
-
-    return f"{psutil.Process().memory_info().rss / 1e9:.2f} GB"

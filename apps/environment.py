@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from tinychat_mlx.apps.options import CHATTING, DEFAULTS, LOADING, SAMPLING
+from tinychat_mlx.apps.setting_table import CHATTING, DEFAULTS, LOADING, SAMPLING
 
 OPEN = {
     "TINYCHAT_WEIGHT_CACHE": "cpu: disk limit of the packed-weight cache in bytes; 0 disables it [a fifth of the disk].",

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tinychat_mlx.apps.options import BACKENDS
-from tinychat_mlx.errors import UsageError
+from tinychat_mlx.apps.setting_table import BACKENDS
+from tinychat_mlx.base.errors import UsageError
 
 if TYPE_CHECKING:
-    from tinychat_mlx.awq.evaluate import Quality
-    from tinychat_mlx.model import Model
+    from tinychat_mlx.awq.quality.evaluate import Quality
+    from tinychat_mlx.loaded_model import Model
 
 
 @click.command("eval")
@@ -36,19 +36,21 @@ if TYPE_CHECKING:
 def evaluate(model: str, text: Path, against: str | None, **options: Any) -> None:
     """Measure the quality loss of quantisation."""
     from tinychat_mlx.apps.models.download import folder_of
-    from tinychat_mlx.awq.calibrate import encoded
-    from tinychat_mlx.awq.evaluate import evaluate as measure
-    from tinychat_mlx.awq.evaluate import scores
-    from tinychat_mlx.awq.record import window_of
+    from tinychat_mlx.awq.calibration.recorder import window_of
+    from tinychat_mlx.awq.calibration.tokens import encoded
+    from tinychat_mlx.awq.quality.evaluate import evaluate as measure
+    from tinychat_mlx.awq.quality.evaluate import scores
 
     def opened(name: str, exact: bool) -> Model:
         import tinychat_mlx
-        from tinychat_mlx.apps import fit
-        from tinychat_mlx.apps.models.facts import local
+        from tinychat_mlx import memory_plan
+        from tinychat_mlx.inspect import local
 
         found = local(name, folder_of(name))  # shows a progress bar if it must be downloaded
         here = {"backend": options["backend"], "exact": exact, "threads": options["threads"]}
-        fit.context_for(found, fit.chosen(here), min(options["window"], found.context), lambda text: None)
+        memory_plan.context_for(
+            found, memory_plan.chosen(here), min(options["window"], found.context), lambda text: None
+        )
         return tinychat_mlx.load(name, **here)
 
     first = opened(model, options["exact"])

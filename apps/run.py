@@ -23,8 +23,8 @@ from tinychat_mlx.apps.options import load_model, model_options, sampling, sampl
 from tinychat_mlx.apps.terminal import detect, safe
 
 if TYPE_CHECKING:
-    from tinychat_mlx.generate import Event, Stats
-    from tinychat_mlx.model import Model
+    from tinychat_mlx.engine.engine import Event, Stats
+    from tinychat_mlx.loaded_model import Model
 
 
 @click.command()

@@ -9,24 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from tinychat_mlx import __version__
-from tinychat_mlx.awq.configjson import model_config
-from tinychat_mlx.awq.finish import card_text, merged, put_in_place, write_folder
+from tinychat_mlx.awq.calibration.recorder import window_of
+from tinychat_mlx.awq.calibration.rows import Split
 from tinychat_mlx.awq.layer import LayerReport
-from tinychat_mlx.awq.needs import Needs, needs, shortage, smaller
-from tinychat_mlx.awq.record import window_of
-from tinychat_mlx.awq.reformat import reformatted
+from tinychat_mlx.awq.layer_stream import Conversion, Ids, Progress, Watch
+from tinychat_mlx.awq.output.config_json import model_config
+from tinychat_mlx.awq.output.finish import card_text, merged, put_in_place, write_folder
+from tinychat_mlx.awq.output.reformat import reformatted
+from tinychat_mlx.awq.output_path import check_target
+from tinychat_mlx.awq.quality.verdict import Rejected, Verdict, verdict, went_wrong
+from tinychat_mlx.awq.resources import Needs, needs, shortage, smaller
 from tinychat_mlx.awq.settings import Settings, open_dense
-from tinychat_mlx.awq.stream import Conversion, Ids, Progress, Watch
-from tinychat_mlx.awq.streams import Split
-from tinychat_mlx.awq.target import check_target
-from tinychat_mlx.awq.verdict import Rejected, Verdict, verdict, went_wrong
 from tinychat_mlx.awq.work_folder import WorkFolder, load, save
-from tinychat_mlx.backend import Backend
-from tinychat_mlx.checkpoint import Checkpoint
-from tinychat_mlx.config import ModelConfig
-from tinychat_mlx.errors import TinychatError
-from tinychat_mlx.places import disk_bytes
-from tinychat_mlx.tensorfile import Entry
+from tinychat_mlx.base.errors import TinychatError
+from tinychat_mlx.base.paths import disk_bytes
+from tinychat_mlx.contract import Backend
+from tinychat_mlx.model.config import ModelConfig
+from tinychat_mlx.weights.checkpoint import Checkpoint
+from tinychat_mlx.weights.safetensors import Entry
 
 Calibrate = Callable[[ModelConfig, Checkpoint, Callable[[], Backend], Settings, int, Watch], Ids]
 

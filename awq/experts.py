@@ -13,6 +13,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from tinychat_mlx.awq.calibration.moments import BlockMoments, FullMoments
+from tinychat_mlx.awq.calibration.recorder import STEP_ROWS, ExpertRun, Recorder, Routing
+from tinychat_mlx.awq.calibration.rows import Split
 from tinychat_mlx.awq.layer import (
     Attempt,
     Factored,
@@ -28,14 +31,11 @@ from tinychat_mlx.awq.layer import (
     publish_site,
     round_site,
 )
-from tinychat_mlx.awq.moments import BlockMoments, FullMoments
-from tinychat_mlx.awq.quantizer import Quantized, round_to_nearest
-from tinychat_mlx.awq.record import STEP_ROWS, ExpertRun, Recorder, Routing
-from tinychat_mlx.awq.search import best, candidates, fed_losses, losses, search_fed_scale
+from tinychat_mlx.awq.search.quantizer import Quantized, round_to_nearest
+from tinychat_mlx.awq.search.scale_clip import best, candidates, fed_losses, losses, search_fed_scale
 from tinychat_mlx.awq.sites import Index, LayerWeights, Site, experts, fold, sites
-from tinychat_mlx.awq.streams import Split
-from tinychat_mlx.decoder import Source
-from tinychat_mlx.weight import F32, Packed
+from tinychat_mlx.model.decoder import Source
+from tinychat_mlx.weights.weight import F32, Packed
 
 LEAST = 512  # tokens per expert; an expert with fewer also gets other tokens, evenly spread
 

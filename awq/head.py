@@ -15,6 +15,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from tinychat_mlx.awq.calibration.moments import BlockMoments, FullMoments
+from tinychat_mlx.awq.calibration.recorder import steps
+from tinychat_mlx.awq.calibration.rows import Split
 from tinychat_mlx.awq.layer import (
     Attempt,
     Factored,
@@ -27,19 +30,16 @@ from tinychat_mlx.awq.layer import (
     feed_site,
     publish_site,
 )
-from tinychat_mlx.awq.moments import BlockMoments, FullMoments
-from tinychat_mlx.awq.quantizer import Quantized, round_to_nearest
-from tinychat_mlx.awq.record import steps
+from tinychat_mlx.awq.output.tensors import joined_rows
+from tinychat_mlx.awq.search.quantizer import Quantized, round_to_nearest
 from tinychat_mlx.awq.settings import Settings
 from tinychat_mlx.awq.sites import LayerWeights, Site
-from tinychat_mlx.awq.streams import Split
-from tinychat_mlx.awq.tensors import joined_rows
-from tinychat_mlx.backend import Backend
-from tinychat_mlx.config import ModelConfig
-from tinychat_mlx.decoder import Loader, Source
-from tinychat_mlx.formats.mlx import float_entry, mlx_entries
-from tinychat_mlx.tensorfile import Entry
-from tinychat_mlx.weight import F32, Dense, to_float32
+from tinychat_mlx.contract import Backend
+from tinychat_mlx.model.config import ModelConfig
+from tinychat_mlx.model.decoder import Loader, Source
+from tinychat_mlx.weights.formats.mlx import float_entry, mlx_entries
+from tinychat_mlx.weights.safetensors import Entry
+from tinychat_mlx.weights.weight import F32, Dense, to_float32
 
 SITE = Site("head", ("head",), "final_norm")
 ROWS = 8192  # rows of the head in float32 at once; the scales are chosen with as many evenly spread rows

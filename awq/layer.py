@@ -10,15 +10,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tinychat_mlx.awq import feedback
-from tinychat_mlx.awq.cholesky import solve
-from tinychat_mlx.awq.moments import BlockMoments, FullMoments
+from tinychat_mlx.awq.calibration.moments import BlockMoments, FullMoments
 from tinychat_mlx.awq.parallel import product, trim
-from tinychat_mlx.awq.quantizer import Quantized, round_to_nearest
-from tinychat_mlx.awq.search import clip, search_fed_scale, search_scale
+from tinychat_mlx.awq.search import feedback
+from tinychat_mlx.awq.search.cholesky import solve
+from tinychat_mlx.awq.search.quantizer import Quantized, round_to_nearest
+from tinychat_mlx.awq.search.scale_clip import clip, search_fed_scale, search_scale
 from tinychat_mlx.awq.sites import UNCLIPPED, LayerWeights, Site, fold, shared, sites
-from tinychat_mlx.formats.mlx import half
-from tinychat_mlx.weight import F32, Dense, Packed, Weight
+from tinychat_mlx.weights.formats.mlx import half
+from tinychat_mlx.weights.weight import F32, Dense, Packed, Weight
 
 METHODS = ("rtn", "awq", "awq+")
 JUDGED = 384  # maximum outputs of a site, evenly spread, on which attempts are compared

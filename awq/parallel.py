@@ -19,8 +19,8 @@ from typing import TypeVar
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from tinychat_mlx import limits
-from tinychat_mlx.weight import F32
+from tinychat_mlx.base import limits
+from tinychat_mlx.weights.weight import F32
 
 T = TypeVar("T")
 R = TypeVar("R")

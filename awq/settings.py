@@ -14,12 +14,12 @@ import numpy as np
 
 from tinychat_mlx.awq.layer import METHODS, Form
 from tinychat_mlx.awq.sites import experts, layer_shapes, mixture, module_name, modules, routers, shapes
-from tinychat_mlx.checkpoint import Checkpoint
-from tinychat_mlx.config import ModelConfig, parse_config
-from tinychat_mlx.decoder import Source
-from tinychat_mlx.errors import FormatError, UsageError
-from tinychat_mlx.formats.stored import FLOATS
-from tinychat_mlx.model_identity import weight_files
+from tinychat_mlx.base.errors import FormatError, UsageError
+from tinychat_mlx.model.config import ModelConfig, parse_config
+from tinychat_mlx.model.decoder import Source
+from tinychat_mlx.weights.checkpoint import Checkpoint
+from tinychat_mlx.weights.formats.stored import FLOATS
+from tinychat_mlx.weights.model_identity import weight_files
 
 HEADS = {"int8": 8, "int4": 4, "fp16": 16}
 FORMATS = ("mlx", "awq")

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from tinychat_mlx.awq.quantizer import Quantized
-from tinychat_mlx.config import ModelConfig, MoeConfig
-from tinychat_mlx.decoder import Source, heads_to_blocks
-from tinychat_mlx.weight import F32, Dense, Weight
+from tinychat_mlx.awq.search.quantizer import Quantized
+from tinychat_mlx.model.config import ModelConfig, MoeConfig
+from tinychat_mlx.model.decoder import Source, heads_to_blocks
+from tinychat_mlx.weights.weight import F32, Dense, Weight
 
 Index = npt.NDArray[np.intp]
 UNCLIPPED = ("q", "k")  # q and k multiply each other, so the error of one output does not measure the result

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tinychat_mlx.awq import head
-from tinychat_mlx.awq.record import STEP_ROWS
+from tinychat_mlx.awq.calibration.recorder import STEP_ROWS
+from tinychat_mlx.awq.output.tensors import rim_names
 from tinychat_mlx.awq.settings import Settings, default_tokens, quantised_shapes
 from tinychat_mlx.awq.sites import experts, layer_shapes, mixture, routers, shapes, sites
-from tinychat_mlx.awq.tensors import rim_names
-from tinychat_mlx.checkpoint import Checkpoint
-from tinychat_mlx.config import ModelConfig
+from tinychat_mlx.model.config import ModelConfig
+from tinychat_mlx.weights.checkpoint import Checkpoint
 
 BASE_BYTES = 120 << 20  # Python, NumPy, the buffers of BLAS, the tokenizer
 

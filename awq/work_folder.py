@@ -17,9 +17,9 @@ import numpy.typing as npt
 
 from tinychat_mlx.awq.layer import LayerReport, SiteReport
 from tinychat_mlx.awq.settings import plan_text
-from tinychat_mlx.errors import TinychatError, UsageError
-from tinychat_mlx.shards import write_json
-from tinychat_mlx.tensorfile import replacing
+from tinychat_mlx.base.errors import TinychatError, UsageError
+from tinychat_mlx.weights.safetensors import replacing
+from tinychat_mlx.weights.shards import write_json
 
 
 class LayerFiles:

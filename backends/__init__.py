@@ -1,1 +1,1 @@
-"""One package per device. Each implements the contract of tinychat_mlx.backend."""
+"""One package per device. Each implements the contract of tinychat_mlx.contract."""

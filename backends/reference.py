@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tinychat_mlx.backend import Attention, Backend, Cache, CacheShape, Device, Memory, Norm, Rope, Step
-from tinychat_mlx.weight import F32, Weight, to_float32
+from tinychat_mlx.contract import Attention, Backend, Cache, CacheShape, Device, Memory, Norm, Rope, Step
+from tinychat_mlx.weights.weight import F32, Weight, to_float32
 
 SCORES = 3  # arrays (heads, rows, tokens) of float32 that attention holds at once
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from chat_screen import Chats
     from fake_terminal import FakeChats
 
-    from tinychat_mlx.backend import Backend
+    from tinychat_mlx.contract import Backend
 
 # Workers share the cores, so NumPy and torch, which are imported later, get one thread each. OMP_NUM_THREADS
 # is not set, because it is also an option of tinychat.
@@ -44,7 +44,7 @@ def tiny_root() -> Path:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Parametrise `backend_name` with every backend of the package. Missing libraries skip with a reason."""
     if "backend_name" in metafunc.fixturenames:
-        from tinychat_mlx.backend_names import BACKENDS
+        from tinychat_mlx.base.backend_names import BACKENDS
 
         metafunc.parametrize("backend_name", list(BACKENDS))
 
@@ -54,8 +54,8 @@ def backend(backend_name: str, monkeypatch: pytest.MonkeyPatch) -> Backend:
     """A backend in exact mode. Without a GPU, cuda runs its torch path on CPU tensors."""
     from importlib.util import find_spec
 
-    from tinychat_mlx.backend_names import BACKENDS
-    from tinychat_mlx.loading import create
+    from tinychat_mlx.base.backend_names import BACKENDS
+    from tinychat_mlx.open import create
 
     library = {"mlx": "mlx", "cuda": "torch"}.get(backend_name, "numpy")
     for module in (library, BACKENDS[backend_name][0]):
@@ -68,7 +68,7 @@ def backend(backend_name: str, monkeypatch: pytest.MonkeyPatch) -> Backend:
 @pytest.fixture
 def accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Accept every method: on a few tokens of a random model plain rounding can be better by chance."""
-    monkeypatch.setattr("tinychat_mlx.awq.verdict.Verdict.passed", True)
+    monkeypatch.setattr("tinychat_mlx.awq.quality.verdict.Verdict.passed", True)
 
 
 @pytest.fixture

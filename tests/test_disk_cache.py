@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from platformdirs.windows import Windows
 
-from tinychat_mlx import disk_cache
+from tinychat_mlx.base import disk_cache
 
 ANY = re.compile(r".*")
 

@@ -12,7 +12,8 @@ NEEDED = [
     r"tinychat_mlx/__init__\.py",
     r"tinychat_mlx/apps/cli\.py",
     r"tinychat_mlx/awq/__init__\.py",
-    r"tinychat_mlx/backends/cpu/__init__\.py",
+    r"tinychat_mlx/backends/cpu/backend\.py",
+    *(rf"tinychat_mlx/{part}/__init__\.py" for part in ("base", "weights", "text", "hub", "model", "engine")),
     r"tinychat_mlx/models/demo/(config|tokenizer)\.json",
     r"tinychat_mlx/models/demo/model\.safetensors",
     r"tinychat_mlx/py\.typed",
@@ -23,7 +24,9 @@ def faults(names: list[str]) -> list[str]:
     """Return what is missing from a wheel's file names, and what does not belong."""
     missing = [f"missing: {p}" for p in NEEDED if not any(re.fullmatch(p, n) for n in names)]
     alien = [n for n in names if not re.match(r"(tinychat_mlx/|tinychat_mlx-[^/]*\.dist-info/)", n)]
-    sources = [n for n in names if n.endswith((".cpp", "CMakeLists.txt")) or "/tests/" in n]
+    sources = [
+        n for n in names if n.endswith((".cpp", "CMakeLists.txt")) or "/tests/" in n or "/apps/demo/" in n
+    ]
     return missing + [f"does not belong: {n}" for n in alien + sources]
 
 

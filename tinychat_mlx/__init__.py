@@ -19,12 +19,12 @@ if not (_here / "backends").exists() and (_here.parent / "backends").is_dir():
     __path__.append(str(_here.parent))
 
 if TYPE_CHECKING:
-    from tinychat_mlx.errors import TinychatError
-    from tinychat_mlx.loading import load
-    from tinychat_mlx.model import Model
+    from tinychat_mlx.base.errors import TinychatError
+    from tinychat_mlx.loaded_model import Model
+    from tinychat_mlx.open import load
 
 __all__ = ["Model", "TinychatError", "__version__", "load"]
-_HOME = {"load": "loading", "Model": "model", "TinychatError": "errors"}
+_HOME = {"load": "open", "Model": "loaded_model", "TinychatError": "base.errors"}
 
 
 def __getattr__(name: str) -> Any:

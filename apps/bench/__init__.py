@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tinychat_mlx.apps.options import BACKENDS
-from tinychat_mlx.errors import UsageError
+from tinychat_mlx.apps.setting_table import BACKENDS
+from tinychat_mlx.base.errors import UsageError
 
 if TYPE_CHECKING:
     from tinychat_mlx.apps.bench.measure import Plan
@@ -81,7 +81,7 @@ def bench(model: str | None, shape: str | None, as_json: bool, **options: Any) -
 def _plan(model: str | None, shape: str | None, options: dict[str, Any]) -> Plan:
     from tinychat_mlx.apps.bench.measure import Plan, parse_peer
     from tinychat_mlx.apps.bench.shapes import find
-    from tinychat_mlx.loading import choose
+    from tinychat_mlx.open import choose
 
     if model is not None and shape is not None:
         raise UsageError("--model and --shape exclude each other", remedy="give one of them")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tinychat_mlx.errors import BackendError, UsageError
+from tinychat_mlx.base.errors import BackendError, UsageError
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 TYPES = ("Q4_0", "Q4_K_M")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tinychat_mlx.apps.bench.gguf_file import library
-from tinychat_mlx.errors import BackendError
+from tinychat_mlx.base.errors import BackendError
 
 
 class Subject:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tinychat_mlx.apps.bench.measure import Plan, own_options
 from tinychat_mlx.apps.bench.ours import Subject
 from tinychat_mlx.apps.bench.worker import Worker
-from tinychat_mlx.errors import BackendError
+from tinychat_mlx.base.errors import BackendError
 
 if TYPE_CHECKING:
     from tinychat_mlx.backends.mlx.bench import Trial
@@ -52,7 +52,8 @@ def kernels(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
 
 def products(options: dict[str, Any]) -> list[Trial]:
     """Time the products of this model at 1 to 8 rows: its shapes, bits, groups, norms, activation, biases."""
-    from tinychat_mlx.backends.mlx import MlxBackend, bench
+    from tinychat_mlx.backends.mlx import bench
+    from tinychat_mlx.backends.mlx.backend import MlxBackend
 
     decoder = Subject(**options | {"pp": 2, "tg": 1, "depth": 0}).decoder
     cache = decoder.new_cache(max(bench.ROWS))

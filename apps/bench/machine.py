@@ -6,7 +6,7 @@ import time
 from importlib import import_module
 from typing import Any
 
-from tinychat_mlx.errors import TinychatError
+from tinychat_mlx.base.errors import TinychatError
 
 READ = 1 << 30  # bytes that a GPU's measurement reads
 
@@ -22,7 +22,7 @@ class Subject:
 
     def _open_cpu(self, threads: int | None) -> None:
         try:
-            from tinychat_mlx.backends.cpu import CpuBackend
+            from tinychat_mlx.backends.cpu.backend import CpuBackend
 
             self._engine = CpuBackend(threads=threads).engine
         except TinychatError:

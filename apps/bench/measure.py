@@ -17,17 +17,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tinychat_mlx import __version__
-from tinychat_mlx.apps import fit
+from tinychat_mlx import __version__, memory_plan
 from tinychat_mlx.apps.bench import gguf_file, shapes
 from tinychat_mlx.apps.bench.stats import Sample
 from tinychat_mlx.apps.bench.worker import Worker
-from tinychat_mlx.apps.models.facts import of_shape
-from tinychat_mlx.apps.models.opening import facts_of
-from tinychat_mlx.config import parse_config
-from tinychat_mlx.errors import BackendError, UsageError
-from tinychat_mlx.generate import PREFILL_ROWS
-from tinychat_mlx.loading import create
+from tinychat_mlx.apps.models.prepare import facts_of
+from tinychat_mlx.base.errors import BackendError, UsageError
+from tinychat_mlx.engine.engine import PREFILL_ROWS
+from tinychat_mlx.model.config import parse_config
+from tinychat_mlx.open import create
 
 Config = dict[str, Any]
 Say = Callable[[str], None]
@@ -53,7 +51,7 @@ class Plan:
         if self.shape is not None:
             return shapes.find(self.shape)
         from tinychat_mlx.apps.models.download import folder_of
-        from tinychat_mlx.json_file import read_json
+        from tinychat_mlx.weights.json_file import read_json
 
         assert self.model is not None
         return read_json(folder_of(self.model) / "config.json")
@@ -88,12 +86,14 @@ def check(plan: Plan) -> None:
     if plan.shape is None:
         assert plan.model is not None
         if found := facts_of(plan.model, {}):
-            fit.context_for(found, backend, tokens, lambda text: None)
+            memory_plan.context_for(found, backend, tokens, lambda text: None)
         return
     shape = shapes.find(plan.shape)
+    from tinychat_mlx.apps.models.int4_plan import of_shape
+
     found = of_shape(plan.shape, parse_config(shape), bool(shape["tie_word_embeddings"]), plan.head)
-    takes = fit.cost(found, backend)
-    fit.refuse(plan.shape, takes, tokens, fit.free_on(backend), backend.name)
+    takes = memory_plan.cost(found, backend)
+    memory_plan.refuse(plan.shape, takes, tokens, memory_plan.free_on(backend), backend.name)
 
 
 def parse_peer(text: str, head: str) -> tuple[str, str, bool]:

@@ -9,12 +9,12 @@ import numpy as np
 
 from tinychat_mlx.apps.bench.shapes import find
 from tinychat_mlx.apps.bench.synthetic import RandomSource
-from tinychat_mlx.backend import Cache, Choice, Handle, Mlp
-from tinychat_mlx.config import ModelConfig, parse_config
-from tinychat_mlx.decoder import Decoder, Layer, cache_shape
-from tinychat_mlx.errors import UsageError
-from tinychat_mlx.generate import PREFILL_ROWS
-from tinychat_mlx.loading import capacity_of
+from tinychat_mlx.base.errors import UsageError
+from tinychat_mlx.contract import Cache, Choice, Handle, Mlp
+from tinychat_mlx.engine.engine import PREFILL_ROWS
+from tinychat_mlx.model.config import ModelConfig, parse_config
+from tinychat_mlx.model.decoder import Decoder, Layer, cache_shape
+from tinychat_mlx.open import capacity_of
 
 GREEDY = Choice()
 COUNTED = 32  # number of tokens for counting the head's tiles
@@ -64,8 +64,8 @@ class Subject:
 
     def _load(self, model: str, backend: str, exact: bool, threads: int | None) -> None:
         """Load a real model, as the chat does."""
-        from tinychat_mlx.checkpoint import Checkpoint
-        from tinychat_mlx.loading import load
+        from tinychat_mlx.open import load
+        from tinychat_mlx.weights.checkpoint import Checkpoint
 
         loaded = load(model, backend=backend, exact=exact, threads=threads)
         self.decoder, self.name = loaded.engine.decoder, loaded.name
@@ -99,7 +99,7 @@ class Subject:
 
     def _invent(self, shape: str, head: str, backend: str, exact: bool, threads: int | None) -> float:
         """Build a model of random weights -> seconds spent on generating them."""
-        from tinychat_mlx.loading import choose, create
+        from tinychat_mlx.open import choose, create
 
         source = RandomSource(find(shape), head)
         config = parse_config(find(shape))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 
-from tinychat_mlx.errors import UsageError
-from tinychat_mlx.shapes import SHAPES, Config
+from tinychat_mlx.base.errors import UsageError
+from tinychat_mlx.base.shapes import SHAPES, Config
 
 __all__ = ["SHAPES", "Config", "find"]
 

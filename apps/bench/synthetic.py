@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from tinychat_mlx.awq.quantizer import storable
-from tinychat_mlx.weight import F32, Dense, Packed, Weight
+from tinychat_mlx.awq.search.quantizer import storable
+from tinychat_mlx.weights.weight import F32, Dense, Packed, Weight
 
 HEADS = ("int4", "int8", "fp16")
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tinychat_mlx.words import size
+from tinychat_mlx.base.wording import size
 
 
 def show(result: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from tinychat_mlx.errors import BackendError
+from tinychat_mlx.base.errors import BackendError
 
 COLD = 256 << 20  # bytes of int4 weights per round
 GROUP = 128

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tinychat_mlx import errors, limits
+from tinychat_mlx.base import errors, limits
 
 KINDS = {  # kind -> module with `Subject`
     "ours": "ours",
@@ -33,7 +33,7 @@ class Worker:
     def __init__(self, kind: str, options: dict[str, Any], env: dict[str, str] | None = None) -> None:
         """Start the process; `opened` waits until it is ready. Workers run in parallel only if called so."""
         self.kind = kind
-        root = Path(errors.__file__).resolve().parent.parent
+        root = Path(errors.__file__).resolve().parents[2]
         path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, kind, json.dumps(options)],

@@ -1,6 +1,7 @@
 """The terminal chat: a prompt at the bottom of the terminal's native scrollback.
 
-app        the loop of one conversation: read, answer, repeat
+app        a conversation: the model, the session, answers
+loop       the loop: read, answer, repeat
 commands   the /commands
 prompt     reads the user's input
 view       prints the header, notes, and statistics below an answer

@@ -10,14 +10,14 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
 from tinychat_mlx.apps.chat.session import Message, Session
-from tinychat_mlx.apps.chat.settings import Settings
+from tinychat_mlx.apps.chat.settings import ChatSettings
 from tinychat_mlx.apps.chat.thinking import CLOSE, OPEN, Splitter, Thought
 from tinychat_mlx.apps.chat.view import View
 
 if TYPE_CHECKING:
     from tinychat_mlx.apps.chat.stream import MarkdownAnswer, PlainAnswer
-    from tinychat_mlx.generate import Event, Stats
-    from tinychat_mlx.model import Model
+    from tinychat_mlx.engine.engine import Event, Stats
+    from tinychat_mlx.loaded_model import Model
 
 PATIENCE_S = 1.0  # seconds; a longer wait shows a status line
 
@@ -25,7 +25,7 @@ PATIENCE_S = 1.0  # seconds; a longer wait shows a status line
 class Answer:
     """The state of an answer while it is generated."""
 
-    def __init__(self, model: Model, view: View, session: Session, settings: Settings) -> None:
+    def __init__(self, model: Model, view: View, session: Session, settings: ChatSettings) -> None:
         self.model, self.view, self.session, self.settings = model, view, session, settings
         self.shown: MarkdownAnswer | PlainAnswer = view.answer()
         self.text, self.thought = "", ""

@@ -1,25 +1,25 @@
-"""The loop of one conversation with the user: read, answer, repeat."""
+"""A conversation with the user: the model, the session, answers."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinychat_mlx.apps.chat import attach, commands
+from tinychat_mlx.apps.chat import attach
 from tinychat_mlx.apps.chat.answer import Answer
-from tinychat_mlx.apps.chat.commands.conversation import compact
-from tinychat_mlx.apps.chat.prompt import Fragments, Reader, make_reader
+from tinychat_mlx.apps.chat.commands.compact import compact
+from tinychat_mlx.apps.chat.prompt import Fragments
 from tinychat_mlx.apps.chat.session import Message, Session
-from tinychat_mlx.apps.chat.settings import Settings
+from tinychat_mlx.apps.chat.settings import ChatSettings
 from tinychat_mlx.apps.chat.view import View, colour_of
-from tinychat_mlx.errors import ContextFullError, TinychatError, one_line
-from tinychat_mlx.words import size
+from tinychat_mlx.base.errors import ContextFullError, TinychatError
+from tinychat_mlx.base.wording import size
 
 if TYPE_CHECKING:
-    from tinychat_mlx.model import Model
+    from tinychat_mlx.loaded_model import Model
 
 COMPACT_AT = 0.85  # share of the context at which the policy "compact" summarises
 
@@ -36,7 +36,7 @@ class Chat:
         model: Model,
         view: View,
         session: Session,
-        settings: Settings,
+        settings: ChatSettings,
         data: Path | None = None,
         loading: dict[str, Any] | None = None,
         load: Callable[[dict[str, Any], int], Model] | None = None,
@@ -50,50 +50,6 @@ class Chat:
         self.hints = 0
         self.last: Answer | None = None
         self.priming: threading.Thread | None = None
-
-    def run(self) -> int:
-        """Run until the user leaves -> exit code."""
-        history = self.data / "history" if self.data else None
-        reader = make_reader(self.view.terminal, history, self.complete, self.toolbar)
-        self.view.header(self.model)
-        self.recall()
-        self.prime()
-        try:
-            while self._turn(reader):
-                pass
-        finally:
-            with suppress(KeyboardInterrupt):  # skipped on Ctrl-C; it will be computed again
-                self.model.keep(whole=True)
-        if self.session.messages and self.session.path and self.view.terminal.interactive:
-            self.view.note(f"saved as {self.session.ident}; `tinychat chat --continue` resumes it")
-        return 0
-
-    def _turn(self, reader: Reader) -> bool:
-        """Read one input and process it -> whether to continue."""
-        prefill, self.prefill = self.prefill, ""
-        try:
-            text = reader.read(prefill)
-            if not text.strip():
-                return True
-            if text.startswith("/") and not text.startswith("//"):
-                commands.dispatch(self, text)
-                self.view.say()
-            else:
-                self.ask(text.removeprefix("/") if text.startswith("//") else text)
-        except KeyboardInterrupt:
-            if self.prefill:
-                self.view.note("not sent")
-                return True
-            self.hints += 1
-            more = " (Ctrl-C only stops answers)" if self.hints > 1 else ""
-            self.view.note(f"press Ctrl-D or type /exit to leave{more}")
-        except (EOFError, commands.Leave):
-            return False
-        except BrokenPipeError:  # the reader of the answers has closed the pipe
-            raise
-        except (TinychatError, OSError) as e:
-            self.view.error(one_line(e))
-        return True
 
     def go_to(self, session: Session) -> None:
         """Switch to another conversation."""
@@ -171,11 +127,6 @@ class Chat:
         """Wait for the background restore: running it with an answer would rewind the cache."""
         if self.priming is not None:
             self.priming.join()
-
-    # prompt ---------------------------------------------------------------------------------------------
-    def complete(self, before: str) -> Iterable[tuple[str, int, str]]:
-        """Yield completions of the text before the cursor: (insert, start, description)."""
-        yield from commands.complete(self, before) if before.startswith("/") else attach.complete(before)
 
     def toolbar(self) -> Fragments:
         """Return the toolbar: model, backend, speed, use of the context, memory."""

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinychat_mlx.errors import UsageError
-from tinychat_mlx.words import size
+from tinychat_mlx.base.errors import UsageError
+from tinychat_mlx.base.wording import size
 
 MOST_BYTES = 1_000_000  # far above any context; a larger file is a mistake
 _MENTION = re.compile(r'(?<!\S)@(?:"([^"]+)"|(\S+))')

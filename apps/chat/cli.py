@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from tinychat_mlx.apps.chat.settings import Settings
+from tinychat_mlx.apps.chat.settings import ChatSettings
 from tinychat_mlx.apps.options import (
-    LOADING,
     chat_options,
     load_model,
     model_options,
@@ -23,15 +22,16 @@ from tinychat_mlx.apps.options import (
     sampling_options,
     text_or_file,
 )
+from tinychat_mlx.apps.setting_table import LOADING
 from tinychat_mlx.apps.terminal import Terminal, detect, quiet_keys
-from tinychat_mlx.words import of_the_system
+from tinychat_mlx.base.wording import of_the_system
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tinychat_mlx.apps.chat.session import Session
     from tinychat_mlx.apps.chat.view import View
-    from tinychat_mlx.model import Model
+    from tinychat_mlx.loaded_model import Model
 
 
 @click.command()
@@ -51,16 +51,17 @@ def chat(
             signal.SIGINT, signal.default_int_handler
         )  # shells ignore SIGINT for background jobs; restore it
     with quiet_keys() if terminal.live else nullcontext():
-        return open_chat(ctx, terminal, no_save, Settings(sampling(options), on_full, think), options)
+        return open_chat(ctx, terminal, no_save, ChatSettings(sampling(options), on_full, think), options)
 
 
 def open_chat(
-    ctx: click.Context, terminal: Terminal, no_save: bool, settings: Settings, options: dict[str, Any]
+    ctx: click.Context, terminal: Terminal, no_save: bool, settings: ChatSettings, options: dict[str, Any]
 ) -> int:
     """Load the model, find the conversation, run the chat -> exit code."""
     system = text_or_file(options["system"])
     notice(f"loading {terminal.glyphs.ellipsis}", terminal)
     from tinychat_mlx.apps.chat.app import Chat
+    from tinychat_mlx.apps.chat.loop import run
     from tinychat_mlx.apps.chat.session import Session
     from tinychat_mlx.apps.chat.view import View
 
@@ -86,7 +87,7 @@ def open_chat(
         lambda wanted, freed: load(wanted, view, freed, data is not None),
     )
     made.origins = origins(ctx)
-    return made.run()
+    return run(made)
 
 
 def load(options: dict[str, Any], view: View, freed: int = 0, save: bool = False) -> Model:
@@ -120,8 +121,8 @@ def load(options: dict[str, Any], view: View, freed: int = 0, save: bool = False
 
 def keep_prefixes(model: Model, exact: bool) -> None:
     """Keep what is computed of chats, in at most TINYCHAT_PREFIX_MB (1024; 0: not at all). Raises UsageError."""
-    from tinychat_mlx import disk_cache
-    from tinychat_mlx.errors import UsageError
+    from tinychat_mlx.base import disk_cache
+    from tinychat_mlx.base.errors import UsageError
 
     text = os.environ.get("TINYCHAT_PREFIX_MB", "1024")
     if not text.isdecimal():

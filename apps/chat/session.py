@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tinychat_mlx import places
-from tinychat_mlx.errors import FormatError, UsageError
+from tinychat_mlx.base import paths as places
+from tinychat_mlx.base.errors import FormatError, UsageError
 
 Message = dict[str, Any]
 PIECE_S = 0.3  # interval in seconds at which an unfinished answer is saved

@@ -7,7 +7,7 @@ from typing import Any
 
 
 @dataclass
-class Settings:
+class ChatSettings:
     """Settings that /set and /think can change during a chat."""
 
     sampling: dict[str, Any] = field(default_factory=dict)

@@ -11,11 +11,11 @@ from rich.text import Text
 from tinychat_mlx import __version__
 from tinychat_mlx.apps.chat.stream import MarkdownAnswer, PlainAnswer
 from tinychat_mlx.apps.terminal import Terminal
-from tinychat_mlx.words import size
+from tinychat_mlx.base.wording import size
 
 if TYPE_CHECKING:
-    from tinychat_mlx.generate import Stats
-    from tinychat_mlx.model import Model
+    from tinychat_mlx.engine.engine import Stats
+    from tinychat_mlx.loaded_model import Model
 
 WARN, ALARM = 0.7, 0.9  # shares of the context at which the meter turns yellow and red
 

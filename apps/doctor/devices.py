@@ -13,9 +13,9 @@ from typing import Any
 
 from tinychat_mlx.apps.doctor.finding import BROKEN, NOTE, OK, Finding, Section
 from tinychat_mlx.apps.doctor.probe import LIBRARY, Child, ask
-from tinychat_mlx.backend_names import BACKENDS
-from tinychat_mlx.errors import UsageError, pip_install
-from tinychat_mlx.loading import choose, has_nvidia
+from tinychat_mlx.base.backend_names import BACKENDS
+from tinychat_mlx.base.errors import UsageError, pip_install
+from tinychat_mlx.open import choose, has_nvidia
 
 DRIVER = Path("/sys/module/nvidia/version")
 

@@ -7,10 +7,10 @@ import platform
 import sys
 from pathlib import Path
 
-from tinychat_mlx import limits
 from tinychat_mlx.apps.doctor.finding import NOTE, OK, Finding, Section
 from tinychat_mlx.backends.cpu.cores import default_threads, processor_name
-from tinychat_mlx.words import size
+from tinychat_mlx.base import limits
+from tinychat_mlx.base.wording import size
 
 
 def machine() -> Section:

@@ -52,8 +52,8 @@ def ask(backend: str, measure: bool) -> dict[str, Any]:
     """Return {device: of `describe`, remarks: missing features[, bandwidth: bytes/s]} or {error, do}."""
     import warnings
 
-    from tinychat_mlx.errors import TinychatError
-    from tinychat_mlx.loading import create
+    from tinychat_mlx.base.errors import TinychatError
+    from tinychat_mlx.open import create
 
     try:
         with warnings.catch_warnings(record=True) as said:

@@ -20,7 +20,7 @@ import click
 from tinychat_mlx.apps.doctor.finding import Finding, Section
 from tinychat_mlx.apps.doctor.view import ASCII, summary
 from tinychat_mlx.apps.options import check_writable
-from tinychat_mlx.errors import UsageError
+from tinychat_mlx.base.errors import UsageError
 
 PUBLIC = ("/proc/", "/sys/", "/dev/", "/usr/", "/etc/", "/opt/cuda")
 OURS = (".cache/", ".local/share/tinychat", ".config/tinychat", "Library/", "AppData/")

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from tinychat_mlx import hub
 from tinychat_mlx.apps import environment
 from tinychat_mlx.apps.doctor.finding import BROKEN, NOTE, OK, Finding, Section
-from tinychat_mlx.errors import ConfigError, TinychatError
-from tinychat_mlx.words import size
+from tinychat_mlx.base.errors import ConfigError, TinychatError
+from tinychat_mlx.base.wording import size
 
 if TYPE_CHECKING:
-    from tinychat_mlx.apps.models import facts
+    from tinychat_mlx import inspect
 
 
 def configuration() -> Section:
@@ -24,7 +24,7 @@ def configuration() -> Section:
 
 
 def _config_file() -> Finding:
-    from tinychat_mlx.apps.config import config_path, settings
+    from tinychat_mlx.apps.config_file import config_path, settings
 
     path = config_path()
     origin = "TINYCHAT_CONFIG" if os.environ.get("TINYCHAT_CONFIG") else "the platform's config folder"
@@ -62,8 +62,8 @@ def _variables() -> list[Finding]:
 
 def defaults() -> dict[str, str]:
     """Return the default model and backend of `tinychat`, and `origin`: the source of the model."""
-    from tinychat_mlx.apps.config import settings
-    from tinychat_mlx.apps.options import DEFAULTS
+    from tinychat_mlx.apps.config_file import settings
+    from tinychat_mlx.apps.setting_table import DEFAULTS
 
     try:
         file = settings(os.environ.get("TINYCHAT_PRESET"))
@@ -85,14 +85,14 @@ def default_model(options: dict[str, str], backend: str) -> Section:
 
 
 def _model(name: str, origin: str, backend: str) -> Finding:
-    from tinychat_mlx.apps.models.facts import local
-    from tinychat_mlx.apps.models.opening import converted
-    from tinychat_mlx.loading import at_hand
+    from tinychat_mlx.apps.models.prepare import existing_conversion
+    from tinychat_mlx.inspect import local
+    from tinychat_mlx.open import at_hand
 
     path = Path(name).expanduser()
     ref = None if name == "demo" or path.is_dir() else hub.parse(name)
     kind = "demo" if name == "demo" else "a folder" if ref is None else "a model of the hub"
-    folder = converted(name) or at_hand(name) or (None if ref else path)
+    folder = existing_conversion(name) or at_hand(name) or (None if ref else path)
     value: dict[str, Any] = {"name": name, "origin": origin, "here": folder is not None}
     if folder is None:
         do = f"tinychat models pull {name}"
@@ -121,8 +121,8 @@ def _model(name: str, origin: str, backend: str) -> Finding:
     return Finding("model", value, f"{name} ({about}; {origin}) {why}", OK, "", f"{kind} ({about}) {why}")
 
 
-def _context(found: facts.Facts, backend: str) -> int:
+def _context(found: inspect.ModelInfo, backend: str) -> int:
     """Return the tokens of context that fit."""
-    from tinychat_mlx.apps import fit
+    from tinychat_mlx import memory_plan
 
-    return fit.room(found, fit.chosen({"backend": backend})).context if backend else 0
+    return memory_plan.room(found, memory_plan.chosen({"backend": backend})).context if backend else 0

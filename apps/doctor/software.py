@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tinychat_mlx
 from tinychat_mlx.apps.doctor.finding import BROKEN, NOTE, OK, Finding, Section
-from tinychat_mlx.errors import TinychatError, pip_install
+from tinychat_mlx.base.errors import TinychatError, pip_install
 
 US = "tinychat-mlx"
 OPTIONAL = {"mlx": "mlx", "torch": "cuda", "pyarrow": "parquet"}  # library -> the extra that installs it
@@ -168,11 +168,11 @@ def _normal(name: str) -> str:
 # native library ----------------------------------------------------------------------------------------
 def native() -> Section:
     """Return the section on the native kernels: presence, version, and the instruction sets of this processor."""
-    from tinychat_mlx.backends.cpu import library
+    from tinychat_mlx.backends.cpu import native_abi
 
     try:
-        path = library.find_library()
-        sets = library.instruction_sets()
+        path = native_abi.find_library()
+        sets = native_abi.instruction_sets()
     except TinychatError as e:
         return Section("native", "Native library", (Finding("library", None, e.problem, BROKEN, e.remedy),))
     asked = os.environ.get("TINYCHAT_CPU_ISA", "")

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from tinychat_mlx.apps.doctor.finding import NOTE, OK, Finding, Section
-from tinychat_mlx.words import size
+from tinychat_mlx.base.wording import size
 
 ROOM = 1 << 30  # bytes that must be free: the measurement reads half of it
 SIZES = ("qwen2.5-0.5b", "llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b")
@@ -40,7 +40,8 @@ def speed(backend: str, elsewhere: float | None, free: int) -> Section:
 
 def _measure() -> tuple[float, float]:
     """Return bytes/s and int8 operations/s of all threads. Takes less than two seconds at 2 GB/s or more."""
-    from tinychat_mlx.backends.cpu import CpuBackend, probe
+    from tinychat_mlx.backends.cpu import probe
+    from tinychat_mlx.backends.cpu.backend import CpuBackend
 
     engine = CpuBackend().engine
     return probe.read_bandwidth(engine, repeats=3), probe.int8_peak(engine, repeats=2)

@@ -28,9 +28,9 @@ def list_(recommended: bool, everything: bool, as_json: bool) -> None:
         from tinychat_mlx.apps.models.recommended import show_recommended
 
         return show_recommended(everything, as_json)
-    from tinychat_mlx.apps.models.shelf import show_shelf
+    from tinychat_mlx.apps.models.installed import show_installed
 
-    show_shelf(as_json)
+    show_installed(as_json)
 
 
 @models.command(short_help="Download a model from the hub, or update it.")

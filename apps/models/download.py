@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from tinychat_mlx import hub
-from tinychat_mlx.words import lasting, size
+from tinychat_mlx.base.wording import lasting, size
 
 
 def note(text: str) -> None:
@@ -26,7 +26,7 @@ def note(text: str) -> None:
 
 def folder_of(name: str) -> Path:
     """Return the folder of a model by its name, downloaded with a progress bar if needed."""
-    from tinychat_mlx.loading import at_hand, find_folder
+    from tinychat_mlx.open import at_hand, find_folder
 
     ref = hub.parse(name)
     if ref is None or at_hand(name) is not None:

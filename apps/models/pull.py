@@ -6,10 +6,10 @@ from pathlib import Path
 
 from tinychat_mlx import hub
 from tinychat_mlx.apps.models.download import download, note
-from tinychat_mlx.checkpoint import Checkpoint
-from tinychat_mlx.config import parse_config
-from tinychat_mlx.errors import ConfigError, TinychatError, UsageError
-from tinychat_mlx.words import size
+from tinychat_mlx.base.errors import ConfigError, TinychatError, UsageError
+from tinychat_mlx.base.wording import size
+from tinychat_mlx.model.config import parse_config
+from tinychat_mlx.weights.checkpoint import Checkpoint
 
 
 def pull(name: str, verify: bool, quiet: bool) -> Path:

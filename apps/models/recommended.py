@@ -8,12 +8,11 @@ from typing import Any
 
 import click
 
-from tinychat_mlx import hub
-from tinychat_mlx.apps import fit
+from tinychat_mlx import hub, memory_plan
 from tinychat_mlx.apps.models.download import note
-from tinychat_mlx.apps.models.opening import converted
+from tinychat_mlx.apps.models.prepare import existing_conversion
 from tinychat_mlx.apps.models.table import print_table
-from tinychat_mlx.words import size
+from tinychat_mlx.base.wording import size
 
 
 def recommended() -> list[dict[str, Any]]:
@@ -25,15 +24,15 @@ def recommended() -> list[dict[str, Any]]:
 
 def with_fit(model: dict[str, Any], free: int) -> dict[str, Any]:
     """Return a model with the context that fits into `free` bytes (0: none), and whether it is installed."""
-    room = free - model["memory_bytes"] - fit.BASE
+    room = free - model["memory_bytes"] - memory_plan.BASE
     context = min(model["context"], max(0, room) // model["kv_bytes_per_token"])
-    here = hub.cached(hub.Ref(model["id"])) is not None or converted(model["id"]) is not None
-    return model | {"fits_context": context if context >= fit.LEAST_CONTEXT else 0, "here": here}
+    here = hub.cached(hub.Ref(model["id"])) is not None or existing_conversion(model["id"]) is not None
+    return model | {"fits_context": context if context >= memory_plan.LEAST_CONTEXT else 0, "here": here}
 
 
 def show_recommended(everything: bool, as_json: bool) -> None:
-    backend = fit.chosen({"backend": "auto"})
-    free = fit.free_on(backend)
+    backend = memory_plan.chosen({"backend": "auto"})
+    free = memory_plan.free_on(backend)
     rows = [with_fit(m, free) for m in recommended()]
     shown = rows if everything else [r for r in rows if r["fits_context"]]
     if as_json:

@@ -8,10 +8,11 @@ from typing import Any
 
 import click
 
-from tinychat_mlx import hub, places
+from tinychat_mlx import hub
 from tinychat_mlx.apps.terminal import detect
-from tinychat_mlx.errors import ModelNotFoundError, TinychatError, UsageError
-from tinychat_mlx.words import size
+from tinychat_mlx.base import paths
+from tinychat_mlx.base.errors import ModelNotFoundError, TinychatError, UsageError
+from tinychat_mlx.base.wording import size
 
 
 def remove(name: str, yes: bool) -> None:
@@ -26,7 +27,7 @@ def remove(name: str, yes: bool) -> None:
     if ref is not None and "@" in name:
         return _remove_revision(ref, yes)
     folder = _folder(name, ref)
-    what = f"{name}: {size(places.disk_bytes(folder))} in {folder}"
+    what = f"{name}: {size(paths.disk_bytes(folder))} in {folder}"
     if _agreed(what, yes):
         _delete(folder)
         click.echo(f"removed {what}", err=True)
@@ -34,7 +35,7 @@ def remove(name: str, yes: bool) -> None:
 
 def _folder(name: str, ref: hub.Ref | None) -> Path:
     """Return the folder to remove: directly in the cache or the conversions, and not a link."""
-    candidates = [hub.repo_folder(ref.repo)] if ref else [places.conversions() / name]
+    candidates = [hub.repo_folder(ref.repo)] if ref else [paths.conversions() / name]
     if ref is None and (Path(name).name != name or "--" not in name):
         raise UsageError(
             "neither a Hugging Face id nor a conversion",

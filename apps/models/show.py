@@ -10,28 +10,30 @@ from typing import Any
 
 import click
 
-from tinychat_mlx import hub
-from tinychat_mlx.apps import fit
-from tinychat_mlx.apps.models import facts
+from tinychat_mlx import hub, inspect, memory_plan
 from tinychat_mlx.apps.models.download import note
-from tinychat_mlx.apps.models.opening import converted, int4_settings
-from tinychat_mlx.apps.models.parts import Part
+from tinychat_mlx.apps.models.int4_plan import as_int4
+from tinychat_mlx.apps.models.prepare import existing_conversion, int4_settings
 from tinychat_mlx.apps.models.table import hanging, print_table
 from tinychat_mlx.apps.terminal import safe
-from tinychat_mlx.loading import at_hand, find_folder
-from tinychat_mlx.words import size
+from tinychat_mlx.base.wording import size
+from tinychat_mlx.open import at_hand, find_folder
+from tinychat_mlx.parts import Part
 
 
-def find(name: str) -> facts.Facts:
+def find(name: str) -> inspect.ModelInfo:
     """Return the facts of an installed model, or of one on the hub, by a name for `chat -m`. Raises TinychatError."""
     ref = hub.parse(name)
-    if folder := at_hand(name) or converted(name):
-        return facts.local(name, folder)
-    return facts.remote(hub.look(ref, note), note) if ref else facts.local(name, find_folder(name))
+    if folder := at_hand(name) or existing_conversion(name):
+        return inspect.local(name, folder)
+    return inspect.remote(hub.look(ref, note), note) if ref else inspect.local(name, find_folder(name))
 
 
 def as_table(
-    found: facts.Facts, rooms: list[fit.Room], int4: facts.Facts | None, small: list[fit.Room]
+    found: inspect.ModelInfo,
+    rooms: list[memory_plan.Room],
+    int4: inspect.ModelInfo | None,
+    small: list[memory_plan.Room],
 ) -> dict[str, Any]:
     """Return the object that --json prints."""
     return {
@@ -63,14 +65,14 @@ def show(name: str, as_json: bool, modules: bool = False) -> None:
     """Print a model's properties. modules: also those of each module."""
     found = find(name)
     settings = None if found.trouble else int4_settings(found)
-    int4 = facts.as_int4(found, settings) if settings else None
-    both = [] if found.trouble else list(fit.rooms(found, int4) if int4 else fit.rooms(found))
+    int4 = as_int4(found, settings) if settings else None
+    both = [] if found.trouble else list(memory_plan.rooms(found, int4) if int4 else memory_plan.rooms(found))
     rooms, small = [r[0] for r in both], [r[-1] for r in both if len(r) > 1]
     if as_json:
         each = {"modules": [m._asdict() for m in found.modules]} if modules else {}
         return click.echo(json.dumps(as_table(found, rooms, int4, small) | each))
     about = _about(found, int4)
-    if (kept := converted(name)) is not None:
+    if (kept := existing_conversion(name)) is not None:
         about["int4"] = f"`tinychat chat` uses {kept} for this name"
     _print_pairs({k: safe(v) for k, v in about.items()})
     click.echo()
@@ -92,7 +94,7 @@ def show(name: str, as_json: bool, modules: bool = False) -> None:
         print_table(["backend", "memory", "free", "fits"], rows, right={1, 2})
 
 
-def _about(found: facts.Facts, int4: facts.Facts | None) -> dict[str, str]:
+def _about(found: inspect.ModelInfo, int4: inspect.ModelInfo | None) -> dict[str, str]:
     where = found.folder if found.folder else "on the hub, not downloaded"
     billions = found.parameters >= 1e8
     count = f"{found.parameters / 1e9:.3g} billion" if billions else f"{found.parameters / 1e6:.3g} million"
@@ -127,7 +129,7 @@ def _convert_command(folder: Path) -> str:
     return shlex.join(["tinychat", "convert", str(folder), "-o", f"{folder}-int4"])
 
 
-def _sampling(found: facts.Facts) -> str:
+def _sampling(found: inspect.ModelInfo) -> str:
     """Format the defaults by origin: "temperature 0.7, top_p 0.8 (generation_config.json); min_p 0 (built in)"."""
     groups: dict[str, list[str]] = {}
     for name, (value, origin) in found.sampling().items():
@@ -142,7 +144,7 @@ def _print_pairs(pairs: dict[str, str]) -> None:
         click.echo(hanging(f"{name:<{width}}{value}", width))
 
 
-def _room_row(room: fit.Room, found: facts.Facts, form: str) -> list[str]:
+def _room_row(room: memory_plan.Room, found: inspect.ModelInfo, form: str) -> list[str]:
     name = f"{room.backend}{form}"
     if room.trouble:
         return [name, "", "", safe(room.trouble)]

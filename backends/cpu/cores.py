@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tinychat_mlx.limits import cpu_quota, threads_asked
+from tinychat_mlx.base.limits import cpu_quota, threads_asked
 
 _CPU = Path("/sys/devices/system/cpu")
 _CPUINFO, _BOARD = Path("/proc/cpuinfo"), Path("/proc/device-tree/model")

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from tinychat_mlx.backend import Moe
-from tinychat_mlx.backends.cpu import library as c
+from tinychat_mlx.backends.cpu import native_abi as c
 from tinychat_mlx.backends.cpu.memory import F32, address
 from tinychat_mlx.backends.cpu.pack import CpuWeight
+from tinychat_mlx.contract import Moe
 
 
 class Places:

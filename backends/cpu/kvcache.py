@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tinychat_mlx.backend import Cache, CacheShape
-from tinychat_mlx.backends.cpu import library as c
+from tinychat_mlx.backends.cpu import native_abi as c
 from tinychat_mlx.backends.cpu.memory import address, raw
+from tinychat_mlx.contract import Cache, CacheShape
 
 _CHUNK, _SPLIT = 256, 32  # as in kernels/attention.h
 _TILE = 16  # keys per tile, interleaved as in kernels/op.h

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tinychat_mlx.backends.cpu import library as c
+from tinychat_mlx.backends.cpu import native_abi as c
 from tinychat_mlx.backends.cpu.memory import Arena, Bytes, address
-from tinychat_mlx.errors import BackendError
-from tinychat_mlx.weight import Dense, Packed, Weight, pack_codes, to_float32
+from tinychat_mlx.base.errors import BackendError
+from tinychat_mlx.weights.weight import Dense, Packed, Weight, pack_codes, to_float32
 
 Run = Callable[[c.Op], None]
 Zeros = npt.NDArray[np.uint16]
@@ -100,7 +100,7 @@ def _packed_header(w: Packed, zeros: Zeros | None = None) -> c.CWeight:
 def zeros_of(w: Packed) -> Zeros | None:
     """Return the zero points (N, K/G) of an int4 weight if its scales have room for them, else None.
 
-    This is the case for weights quantised by awq/quantizer.py. It saves 3 % of the bytes per token without
+    This is the case for weights quantised by awq/search/quantizer.py. It saves 3 % of the bytes per token without
     loss.
     """
     scales, biases = w.scales, w.biases

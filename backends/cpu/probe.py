@@ -6,14 +6,14 @@ import time
 
 import numpy as np
 
-from tinychat_mlx.backends.cpu import library as c
-from tinychat_mlx.backends.cpu.engine import Engine
+from tinychat_mlx.backends.cpu import native_abi as c
 from tinychat_mlx.backends.cpu.memory import address, raw
+from tinychat_mlx.backends.cpu.thread_pool import ThreadPool
 
 _READ = 512 << 20  # bytes; much larger than any cache
 
 
-def read_bandwidth(engine: Engine, repeats: int = 7) -> float:
+def read_bandwidth(engine: ThreadPool, repeats: int = 7) -> float:
     """Return the bytes per second that all threads read from memory together, best of several runs."""
     data, sink = raw(_READ, huge=True), np.zeros(1, np.float32)
     data[:] = 1
@@ -23,7 +23,7 @@ def read_bandwidth(engine: Engine, repeats: int = 7) -> float:
     )
 
 
-def int8_peak(engine: Engine, repeats: int = 5) -> float:
+def int8_peak(engine: ThreadPool, repeats: int = 5) -> float:
     """Return the multiplications and additions per second of all threads in a loop of int8 dot products."""
     dots, sink = np.zeros(1, np.int64), np.zeros(1, np.float32)
     op = c.ProbeOp(c.PROBE, 1, None, 0, 1, address(dots), address(sink))
@@ -32,7 +32,7 @@ def int8_peak(engine: Engine, repeats: int = 5) -> float:
     return max(engine.threads * int(dots[0]) / _seconds(engine, op) for _ in range(repeats))
 
 
-def _seconds(engine: Engine, op: c.ProbeOp) -> float:
+def _seconds(engine: ThreadPool, op: c.ProbeOp) -> float:
     start = time.perf_counter()
     engine.run_one(op)
     return time.perf_counter() - start

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from tinychat_mlx.backend import Rope
 from tinychat_mlx.backends.cpu.memory import raw
+from tinychat_mlx.contract import Rope
 
 _AHEAD = 256  # positions computed at a time while decoding
 
 
-class RopeTable:
+class CosSinTable:
     """R/2 cosines and R/2 sines per position up to a capacity, computed when first needed."""
 
     def __init__(self, rope: Rope, capacity: int) -> None:

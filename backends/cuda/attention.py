@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from tinychat_mlx.backend import Attention
+from tinychat_mlx.contract import Attention
 
 SCORES = 1 << 26  # float32 scores in memory at a time if SDPA cannot be used (softcap)
 

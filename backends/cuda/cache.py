@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tinychat_mlx.backend import Cache, CacheShape
+from tinychat_mlx.contract import Cache, CacheShape
 
 
 class CudaCache(Cache):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tinychat_mlx.errors import BackendError
+from tinychat_mlx.base.errors import BackendError
 
 ENVIRONMENT = "TINYCHAT_CUDA_DEVICE"  # "cpu": the pure-torch path on CPU tensors, for tests; or "0", "1", …
 RESERVE = 256 << 20  # bytes left free on a discrete GPU: context, cuBLAS workspace

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-from tinychat_mlx.backend import Mlp, Moe
 from tinychat_mlx.backends.cuda.kernels import ACTS, Kernels, can_glu, pointer
 from tinychat_mlx.backends.cuda.weights import TiledHandle
+from tinychat_mlx.contract import Mlp, Moe
 
 ROWS = 128  # of one block of gemm_experts
 MOST_SLOTS, MOST_EXPERTS = 32, 1024  # of experts_down, of route_rows

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from tinychat_mlx.backend import Cache, Step, StepFn
+from tinychat_mlx.contract import Cache, Step, StepFn
 
 
 @dataclass(eq=False)

@@ -9,12 +9,12 @@ from typing import Any, Protocol
 
 import torch
 
-from tinychat_mlx import backend
-from tinychat_mlx.backend import Attention, Norm, Rope
+from tinychat_mlx import contract
 from tinychat_mlx.backends.cuda.cache import CudaCache
 from tinychat_mlx.backends.cuda.weights import TILE, UNIT, TiledHandle
+from tinychat_mlx.contract import Attention, Norm, Rope
 
-ACTS = {name: number for number, name in enumerate(backend.ACTS)}  # as prelude.cuh's `activation`
+ACTS = {name: number for number, name in enumerate(contract.ACTS)}  # as prelude.cuh's `activation`
 MOST_QUERIES = 4  # query heads of one block of `attend`: registers
 SPAN = 64  # positions below which a split of `attend` is not worth a block
 

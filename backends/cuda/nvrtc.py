@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tinychat_mlx import disk_cache
 from tinychat_mlx.backends.cuda import programs
-from tinychat_mlx.errors import BackendError
+from tinychat_mlx.base import disk_cache
+from tinychat_mlx.base.errors import BackendError
 
 INVALID_CONTEXT = 201  # raised in a thread that has not used CUDA yet
 

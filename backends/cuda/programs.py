@@ -11,8 +11,8 @@ HEADERS = {  # in addition to prelude.cuh
     "experts": ["tiles.cuh", "product.cuh"],
     "gemm": ["tiles.cuh"],
     "unpack": ["tiles.cuh"],
-    "attention": ["turn.cuh"],
-    "rows": ["turn.cuh"],
+    "attention": ["rope.cuh"],
+    "rows": ["rope.cuh"],
 }
 
 

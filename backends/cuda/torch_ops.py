@@ -17,7 +17,14 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from tinychat_mlx.backend import (
+from tinychat_mlx.backends.cuda import device as devices
+from tinychat_mlx.backends.cuda import weights
+from tinychat_mlx.backends.cuda.attention import attend
+from tinychat_mlx.backends.cuda.cache import CudaCache, token_nbytes
+from tinychat_mlx.backends.cuda.experts import Experts, apart
+from tinychat_mlx.backends.cuda.weights import CudaHandle, DenseHandle, TiledHandle
+from tinychat_mlx.base.errors import BackendError
+from tinychat_mlx.contract import (
     Attention,
     Backend,
     Cache,
@@ -30,14 +37,7 @@ from tinychat_mlx.backend import (
     Step,
     Tensor,
 )
-from tinychat_mlx.backends.cuda import device as devices
-from tinychat_mlx.backends.cuda import weights
-from tinychat_mlx.backends.cuda.attention import attend
-from tinychat_mlx.backends.cuda.cache import CudaCache, token_nbytes
-from tinychat_mlx.backends.cuda.experts import Experts, apart
-from tinychat_mlx.backends.cuda.weights import CudaHandle, DenseHandle, TiledHandle
-from tinychat_mlx.errors import BackendError
-from tinychat_mlx.weight import F32, Dense, Packed, Weight
+from tinychat_mlx.weights.weight import F32, Dense, Packed, Weight
 
 FEW = 8  # rows; an mma has eight columns
 

@@ -25,8 +25,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tinychat_mlx.errors import BackendError
-from tinychat_mlx.weight import Dense, Packed, unpack_codes
+from tinychat_mlx.base.errors import BackendError
+from tinychat_mlx.weights.weight import Dense, Packed, unpack_codes
 
 TILE, UNIT = 16, 128
 GROUPS = (32, 64, 128)  # supported by the kernels; a larger group is stored as several of 128 (or 64, or 32)

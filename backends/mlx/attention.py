@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from tinychat_mlx.backend import Attention
-from tinychat_mlx.backends.mlx.cache import View, seen
+from tinychat_mlx.backends.mlx.cache import CacheView, seen
 from tinychat_mlx.backends.mlx.device import MB, mx
+from tinychat_mlx.contract import Attention
 
 SCORES = (
     32 * MB
@@ -16,7 +16,7 @@ SCORES = (
 FUSED = (64, 80, 128)  # head sizes for which MLX uses its many-row kernel
 
 
-def attend(q: Any, view: View, spec: Attention, evaluate: Callable[[Any, list[Any]], None]) -> Any:
+def attend(q: Any, view: CacheView, spec: Attention, evaluate: Callable[[Any, list[Any]], None]) -> Any:
     """Compute attention of q (T, H, D) -> (T, H·D) in q's dtype.
 
     Scores that are materialised are computed for a block of rows at a time. Otherwise 512 rows of 32 heads
@@ -37,11 +37,11 @@ def attend(q: Any, view: View, spec: Attention, evaluate: Callable[[Any, list[An
     return mx.concatenate(outs)
 
 
-def by_hand(view: View, spec: Attention) -> bool:
+def by_hand(view: CacheView, spec: Attention) -> bool:
     return bool(spec.softcap or spec.alibi is not None or view.packing is not None)
 
 
-def shown(view: View, first: int, last: int) -> View:
+def shown(view: CacheView, first: int, last: int) -> CacheView:
     """Return what rows `first` to `last` see. Keys are ordered, so nothing after the last row's position."""
     end = view.k_at.shape[0] - view.q_at.shape[0] + last
 
@@ -55,7 +55,7 @@ def shown(view: View, first: int, last: int) -> View:
     )
 
 
-def attend_block(q: Any, view: View, spec: Attention) -> Any:
+def attend_block(q: Any, view: CacheView, spec: Attention) -> Any:
     """Compute `attend` for all rows at once."""
     rows, heads, size = q.shape
     if by_hand(view, spec):
@@ -68,7 +68,7 @@ def attend_block(q: Any, view: View, spec: Attention) -> Any:
     return heads_last(y).reshape(rows, heads * size).astype(q.dtype)
 
 
-def by_parts(q: Any, view: View, spec: Attention) -> Any:
+def by_parts(q: Any, view: CacheView, spec: Attention) -> Any:
     """Compute attention in float32 with softcap and ALiBi -> (1, H, T, D).
 
     float32 from the start: q·k exceeds float16's 65504, and a score of 500 would have an error of 0.25 there.
@@ -90,7 +90,7 @@ def by_parts(q: Any, view: View, spec: Attention) -> Any:
     return product(p.astype(q.dtype), view.values, view, transpose=False).reshape(1, heads, rows, size)
 
 
-def product(x: Any, kept: Any, view: View, transpose: bool) -> Any:
+def product(x: Any, kept: Any, view: CacheView, transpose: bool) -> Any:
     """Multiply x (1, Hkv, M, ·) with keys (transposed; x and scores float32) or with values (1, Hkv, S, D)."""
     if view.packing is None and transpose:
         return x @ kept.swapaxes(-1, -2).astype(mx.float32)

@@ -12,7 +12,28 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tinychat_mlx.backend import (
+from tinychat_mlx.backends.mlx import kernel_selection, sampling
+from tinychat_mlx.backends.mlx.activations import act_of, glu_of
+from tinychat_mlx.backends.mlx.attention import attend, heads_first
+from tinychat_mlx.backends.mlx.cache import (
+    KV_BITS,
+    MlxCache,
+    PackedCache,
+    Parts,
+    TracedCache,
+    bytes_per_token,
+    packed_parts,
+    parts,
+)
+from tinychat_mlx.backends.mlx.device import GB, MB, choose_dtype, find_chip, mx, set_limits
+from tinychat_mlx.backends.mlx.experts import Experts, mixture, pack_experts
+from tinychat_mlx.backends.mlx.fused import Kernels
+from tinychat_mlx.backends.mlx.head import OnDevice, array_of
+from tinychat_mlx.backends.mlx.pipelining import Pipeline
+from tinychat_mlx.backends.mlx.split_int8 import halved, key_of, suits
+from tinychat_mlx.backends.mlx.weights import GROUPS, ends_of, nbytes_of, pack
+from tinychat_mlx.base.errors import BackendError
+from tinychat_mlx.contract import (
     Attention,
     Backend,
     Cache,
@@ -29,28 +50,7 @@ from tinychat_mlx.backend import (
     StepFn,
     Tensor,
 )
-from tinychat_mlx.backends.mlx import sampling, winners
-from tinychat_mlx.backends.mlx.activations import act_of, glu_of
-from tinychat_mlx.backends.mlx.attention import attend, heads_first
-from tinychat_mlx.backends.mlx.cache import (
-    KV_BITS,
-    MlxCache,
-    PackedCache,
-    Parts,
-    TracedCache,
-    bytes_per_token,
-    packed_parts,
-    parts,
-)
-from tinychat_mlx.backends.mlx.device import GB, MB, choose_dtype, find_chip, mx, set_limits
-from tinychat_mlx.backends.mlx.experts import Experts, mixture, pack_experts
-from tinychat_mlx.backends.mlx.flight import Flight
-from tinychat_mlx.backends.mlx.fused import Kernels
-from tinychat_mlx.backends.mlx.halves import halved, key_of, suits
-from tinychat_mlx.backends.mlx.head import OnDevice, array_of
-from tinychat_mlx.backends.mlx.weights import GROUPS, ends_of, nbytes_of, pack
-from tinychat_mlx.errors import BackendError
-from tinychat_mlx.weight import F32, Joined, Packed, Weight
+from tinychat_mlx.weights.weight import F32, Joined, Packed, Weight
 
 SCRATCH = 256 * MB  # left free in addition to weights and caches, for activations of a prefill piece
 
@@ -81,16 +81,16 @@ class MlxBackend(Backend):
         # dtype of the residual sum over the layers: it exceeds float16's 65504 in Gemma, and is close to it
         # in others
         self.wide = mx.float32 if self.dtype == mx.float16 else self.dtype
-        takes, self.chosen = winners.choice(kernels, self.chip.metal, self.chip.name)
+        takes, self.chosen = kernel_selection.choice(kernels, self.chip.metal, self.chip.name)
         self.kernels = None if takes is None else Kernels(takes)
         self.kv_bits = choose_kv_bits()
         set_limits(self.chip)
-        self.compiled = winners.captures(self.chip.name) if compiled is None else compiled
+        self.compiled = kernel_selection.captures(self.chip.name) if compiled is None else compiled
         # Usable from any thread, one at a time; `evaluating` ensures that
         self.stream = mx.new_thread_unsafe_stream(mx.default_device())
         self._thread, self._lock = 0, threading.Lock()
         self._caches: weakref.WeakSet[MlxCache] = weakref.WeakSet()
-        self._flight = Flight(self.evaluating)
+        self._flight = Pipeline(self.evaluating)
         self._halves = False  # a head is stored in halves, so a step depends on its choice
         self._routes_on_host = False  # experts of mixed forms; such a step cannot be captured
         self._made: dict[tuple[int, str], tuple[Any, Any]] = {}

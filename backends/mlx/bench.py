@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from tinychat_mlx.backend import Choice, Norm
-from tinychat_mlx.backends.mlx import halves, winners
+from tinychat_mlx.backends.mlx import kernel_selection, split_int8
 from tinychat_mlx.backends.mlx.activations import glu_of
 from tinychat_mlx.backends.mlx.backend import MlxBackend
 from tinychat_mlx.backends.mlx.device import MB, Chip, find_chip, mx
 from tinychat_mlx.backends.mlx.fused import MOST_ROWS, Kernels, applies, key_of, kind_of, stock
 from tinychat_mlx.backends.mlx.weights import MlxHandle, PackedHandle
-from tinychat_mlx.errors import BackendError
+from tinychat_mlx.base.errors import BackendError
+from tinychat_mlx.contract import Choice, Norm
 
 COLD = 96 * MB  # bytes of weights per round, one copy after another: more than a Max's last-level cache
 ROUNDS = 9  # of ours and stock alternating; the median is used
@@ -56,7 +56,7 @@ class Result:
 
     @property
     def wins(self) -> bool:
-        return self.ours_us < winners.MARGIN * self.stock_us
+        return self.ours_us < kernel_selection.MARGIN * self.stock_us
 
 
 class Listener(Kernels):
@@ -71,9 +71,9 @@ class Listener(Kernels):
         self.heard: dict[str, Trial] = {}
 
     def head(self, x: Any, w: Any, norm: Norm | None, choice: Choice | None) -> None:
-        packed = isinstance(w, PackedHandle) and halves.suits(w.shape, w.bits, w.bias is not None)
-        if packed or isinstance(w, halves.HalvedHandle):
-            key = halves.key_of(w.shape, w.group_size, w.scales.dtype)
+        packed = isinstance(w, PackedHandle) and split_int8.suits(w.shape, w.bits, w.bias is not None)
+        if packed or isinstance(w, split_int8.SplitHandle):
+            key = split_int8.key_of(w.shape, w.group_size, w.scales.dtype)
             self.heard[key] = Trial(w.shape[0], w.shape[1], 8, w.group_size, w.scales.dtype, 1, x.dtype, norm is not None,
                                                  None, False, None, head=True)  # fmt: skip
 
@@ -125,13 +125,13 @@ def run(
         result = measure(trial, kernels)
         results.append(result)
         progress(result)
-    file = winners.save(chip.name, {r.key: (r.ours_us, r.stock_us) for r in results})
+    file = kernel_selection.save(chip.name, {r.key: (r.ours_us, r.stock_us) for r in results})
     return results, str(file)
 
 
 def keep_capture(captured_us: float, eager_us: float) -> None:
     """Save the measurement of whole decode steps with TINYCHAT_MLX_CAPTURE=1 and 0."""
-    winners.save(find_chip().name, {winners.CAPTURE: (captured_us, eager_us)})
+    kernel_selection.save(find_chip().name, {kernel_selection.CAPTURE: (captured_us, eager_us)})
 
 
 def measure(trial: Trial, kernels: Kernels) -> Result:
@@ -142,7 +142,7 @@ def measure(trial: Trial, kernels: Kernels) -> Result:
     residual = None if t.residual is None else mx.random.normal((t.rows, t.n)).astype(t.residual)
     one = weight(t)
     copies: list[Any] = [one, *(weight(t) for _ in range(COLD // one.w.nbytes))]
-    ours_of = [halves.halved("", w.w, w.scales, w.biases, compiled) for w in copies] if t.head else copies
+    ours_of = [split_int8.halved("", w.w, w.scales, w.biases, compiled) for w in copies] if t.head else copies
     weights = {True: ours_of, False: copies}
     mx.eval(x, residual)
     # one kernel, as in the backend
@@ -163,7 +163,7 @@ def measure(trial: Trial, kernels: Kernels) -> Result:
             times[mine].append(seconds(product, x, residual, weights[mine]))
     key = key_of(kind_of(t.rows, norm, t.act), t.rows, one, residual is not None)
     if t.head:
-        key = halves.key_of(one.shape, t.group_size, t.dtype)
+        key = split_int8.key_of(one.shape, t.group_size, t.dtype)
     us, stock_us = (1e6 * statistics.median(times[mine][1:]) for mine in (True, False))
     return Result(key, us, stock_us)
 

@@ -2,7 +2,7 @@
 
 A layer's k and v are (1, Hkv, held, D), with space for `held` tokens of the capacity. Zeroing the whole
 capacity would take memory from other programs that few conversations need. What MLX cannot write in place
-(see flight.py) it copies with all its space. The backend counts the missing part as used, so that no answer
+(see pipelining.py) it copies with all its space. The backend counts the missing part as used, so that no answer
 runs out of memory.
 """
 
@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy.typing as npt
 
-from tinychat_mlx.backend import Cache, CacheShape
 from tinychat_mlx.backends.mlx.device import mx
-from tinychat_mlx.errors import BackendError
+from tinychat_mlx.base.errors import BackendError
+from tinychat_mlx.contract import Cache, CacheShape
 
 KV_BITS = "TINYCHAT_MLX_KV_BITS"  # 4 or 8: a PackedCache
 SPAN = 256  # initial tokens that a cache has space for, and that a captured step reads; then doubled
 
 
 @dataclass(frozen=True)
-class View:
+class CacheView:
     """The view that the rows of a step attend to: keys, values (1, Hkv, S, D), and the mask.
 
     k_at (S,) and q_at (T,) are positions. mask: None if every row sees every key, "causal", or a boolean (T,
@@ -41,7 +41,7 @@ class View:
 
 
 Parts = dict[str, tuple[int, Any]]  # name of an array -> values per head and token, dtype
-Masked = tuple[tuple[int, int, int], View | None]
+Masked = tuple[tuple[int, int, int], CacheView | None]
 NOTHING_MASKED: Masked = ((-1, -1, -1), None)
 
 
@@ -117,13 +117,13 @@ class MlxCache(Cache):
                 layer[..., start:end, :] = row.view(layer.dtype)
         self.length = end
 
-    def append(self, layer: int, k: Any, v: Any, window: int) -> View:
+    def append(self, layer: int, k: Any, v: Any, window: int) -> CacheView:
         """Write k, v (1, Hkv, T, D) after the first `length` tokens. Returns what these rows see."""
         start, end = self.length, self.length + k.shape[2]
         low = max(0, start - window + 1) if window else 0
         keys, values = (self._put(name, layer, x, low) for name, x in (("k", k), ("v", v)))
         k_at, q_at, mask = self._positions(low, start, end, window)
-        return View(keys, values, k_at, q_at, mask)
+        return CacheView(keys, values, k_at, q_at, mask)
 
     def _put(self, name: str, layer: int, rows: Any, low: int) -> Any:
         """Write rows (1, Hkv, T, ...) after the first `length` of a part.
@@ -142,7 +142,7 @@ class MlxCache(Cache):
             mask: Any = None
             if end - start > 1:
                 mask = seen(k_at, q_at, window) if window and end - low > window else "causal"
-            self._masked = ((start, end, window), View(None, None, k_at, q_at, mask))
+            self._masked = ((start, end, window), CacheView(None, None, k_at, q_at, mask))
         view = self._masked[1]
         assert view is not None
         return view.k_at, view.q_at, view.mask
@@ -160,7 +160,7 @@ class PackedCache(MlxCache):
         self.packing = group_of(shape), bits
         self._allocate(packed_parts(shape, dtype, bits))
 
-    def append(self, layer: int, k: Any, v: Any, window: int) -> View:
+    def append(self, layer: int, k: Any, v: Any, window: int) -> CacheView:
         start, end = self.length, self.length + k.shape[2]
         low = max(0, start - window + 1) if window else 0
         form = {"group_size": self.packing[0], "bits": self.packing[1]}
@@ -169,7 +169,7 @@ class PackedCache(MlxCache):
             for name, x in (("k", k.astype(mx.float32)), ("v", v))
         )
         k_at, q_at, mask = self._positions(low, start, end, window)
-        return View(keys, values, k_at, q_at, mask, self.packing)
+        return CacheView(keys, values, k_at, q_at, mask, self.packing)
 
 
 def group_of(shape: CacheShape) -> int:
@@ -216,7 +216,7 @@ class TracedCache(Cache):
         self.k_at = mx.arange(span)
         self._masks: dict[int, Any] = {}
 
-    def append(self, layer: int, k: Any, v: Any, window: int) -> View:
+    def append(self, layer: int, k: Any, v: Any, window: int) -> CacheView:
         """Like MlxCache.append.
 
         Masked keys cost one byte each: Metal's one-query kernel skips them without reading.
@@ -227,7 +227,7 @@ class TracedCache(Cache):
         if window not in self._masks:
             self._masks[window] = seen(self.k_at, self.at, window)
         keys, values = self.k[layer][..., :span, :], self.v[layer][..., :span, :]
-        return View(keys, values, self.k_at, self.at, self._masks[window])
+        return CacheView(keys, values, self.k_at, self.at, self._masks[window])
 
 
 def seen(k_at: Any, q_at: Any, window: int) -> Any:

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tinychat_mlx import shapes
+from tinychat_mlx.base import shapes
 
 SHARE, LAUNCH_S = 0.8, 2.3e-6
 # GB/s of the variant with the largest GPU, and the source: Apple's announcement of that month, which rounds;

@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from tinychat_mlx.errors import BackendError
+from tinychat_mlx.base.errors import BackendError
 
 # new_thread_unsafe_stream, asarray of host memory; the version that this backend is tested with
 MINIMUM = (0, 32, 1)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from tinychat_mlx.backend import Handle, Mlp, Moe
 from tinychat_mlx.backends.mlx.device import mx
 from tinychat_mlx.backends.mlx.weights import GROUPS, arrays_of, pack
-from tinychat_mlx.weight import Dense, Weight
+from tinychat_mlx.contract import Handle, Mlp, Moe
+from tinychat_mlx.weights.weight import Dense, Weight
 
 SORTED = 64  # products from which rows are sorted by expert, so that each expert is read once
 

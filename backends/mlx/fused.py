@@ -16,20 +16,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tinychat_mlx import backend
-from tinychat_mlx.backend import Choice, Norm
+from tinychat_mlx import contract
 from tinychat_mlx.backends.mlx.activations import glu_of
 from tinychat_mlx.backends.mlx.device import mx
-from tinychat_mlx.backends.mlx.halves import HalvedHandle
 from tinychat_mlx.backends.mlx.head import Shortlist
-from tinychat_mlx.backends.mlx.texts import defined, text
+from tinychat_mlx.backends.mlx.shader_source import defined, text
+from tinychat_mlx.backends.mlx.split_int8 import SplitHandle
 from tinychat_mlx.backends.mlx.weights import MlxHandle, PackedHandle
+from tinychat_mlx.contract import Choice, Norm
 
 KINDS = ("matvec", "norm", "gate_up", "rows")
 MOST_ROWS = 8
 ACTS = tuple(
-    act for act in backend.ACTS if act != "gelu"
-)  # as packed.metal numbers them; Metal has no erf for gelu
+    act for act in contract.ACTS if act != "gelu"
+)  # as affine.metal numbers them; Metal has no erf for gelu
 THREADS, ROWS_A_THREADGROUP = 64, 8  # two SIMD-groups of four rows of W, or of two gate and two up rows
 
 Takes = Callable[[str], bool]
@@ -90,7 +90,7 @@ class Kernels:
 
         A weight is stored in halves only if its kernels were chosen.
         """
-        return self.shortlist.logits(x, w, norm, choice) if isinstance(w, HalvedHandle) else None
+        return self.shortlist.logits(x, w, norm, choice) if isinstance(w, SplitHandle) else None
 
     def launch(self, x: Any, w: PackedHandle, norm: Norm | None, act: str | None, residual: Any) -> Any:
         """Compute `product` unconditionally: x (T, K), T ≤ MOST_ROWS -> (T, N), or (T, N / 2) with act.
@@ -138,14 +138,14 @@ class Kernels:
                 name="tinychat_" + "_".join(str(v) for v in defines.values()),
                 input_names=["x", "w", "scales", "biases", *given],
                 output_names=["y"],
-                header=defined(defines) + text("packed"),
-                source=text("begin") + text("one" if rows == 1 else "few") + text("end"),
+                header=defined(defines) + text("affine"),
+                source=text("qmv"),
             )
         return self._made[variant]
 
 
 def stock(
-    x: Any, w: MlxHandle | HalvedHandle, norm: Norm | None, act: str | None, residual: Any,
+    x: Any, w: MlxHandle | SplitHandle, norm: Norm | None, act: str | None, residual: Any,
     glu: Binary | None = None,
 ) -> Any:  # fmt: skip
     """Compute Kernels.launch with MLX's operations, as the reference in tests and measurements.
@@ -153,7 +153,7 @@ def stock(
     glu: replaces the gated activation of `act`.
     """
     h = x if norm is None else mx.fast.rms_norm(x, norm.weight.astype(x.dtype), norm.eps)
-    y = w.matmul(h.astype(w.scales.dtype) if isinstance(w, PackedHandle | HalvedHandle) else h)
+    y = w.matmul(h.astype(w.scales.dtype) if isinstance(w, PackedHandle | SplitHandle) else h)
     if act is not None:
         half = w.shape[0] // 2
         y = (glu or glu_of(act))(y[:, :half], y[:, half:])

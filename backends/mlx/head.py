@@ -21,14 +21,14 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from tinychat_mlx.backend import Choice, Norm
 from tinychat_mlx.backends.mlx.device import mx
-from tinychat_mlx.backends.mlx.halves import HalvedHandle
-from tinychat_mlx.backends.mlx.texts import defined, text
+from tinychat_mlx.backends.mlx.shader_source import defined, text
+from tinychat_mlx.backends.mlx.split_int8 import SplitHandle
+from tinychat_mlx.contract import Choice, Norm
 
 KIND = "head"
-TILE = 4  # rows of a SIMD-group in upper.metal, R there
-THREADS = 64  # two SIMD-groups, in upper.metal of a tile each, in lower.metal of 32 rows
+TILE = 4  # rows of a SIMD-group in head_1_estimate.metal, R there
+THREADS = 64  # two SIMD-groups, in head_1_estimate.metal of a tile each, in head_3_refine.metal of 32 rows
 LEAST_THREADS = 512  # a kernel with many registers may not support 1024
 VARIANCE, MARGIN = 85 / 4, 6 * math.sqrt(2)
 HALF_UNIT = {mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8, mx.float32: 2.0**-24}
@@ -56,7 +56,7 @@ class Shortlist:
         self._made: dict[tuple[Any, ...], Any] = {}
         self._every = mx.array([-math.inf], mx.float32)
 
-    def logits(self, x: Any, w: HalvedHandle, norm: Norm | None, choice: Choice | None) -> Any:
+    def logits(self, x: Any, w: SplitHandle, norm: Norm | None, choice: Choice | None) -> Any:
         """Return norm(x) · wᵀ for x (1, K) as (1, N) in the dtype of the scales.
 
         choice None: every tile is read at full width.
@@ -68,12 +68,14 @@ class Shortlist:
             self.tally.append(mx.logical_not(reach < least).mean())
         return self.lower(x, w, norm, estimate, reach, least)
 
-    def upper(self, x: Any, w: HalvedHandle, norm: Norm | None, given: Any) -> list[Any]:
+    def upper(self, x: Any, w: SplitHandle, norm: Norm | None, given: Any) -> list[Any]:
         """Return estimates (1, N), top and reach (tiles,), float32."""
         n, named = w.shape[0], {"x": x, "w": w.upper, "scales": w.scales, "biases": w.biases}
         named |= _norm(norm) | {"choice": given}
         defines = {"NORM": int(norm is not None), "UPPER": 1, "LOWER": 0}
-        kernel = self._kernel("upper", defines, w.scales.dtype, tuple(named), ("estimate", "top", "reach"))
+        kernel = self._kernel(
+            "head_1_estimate", defines, w.scales.dtype, tuple(named), ("estimate", "top", "reach")
+        )
         tiles = -(-n // TILE)
         return kernel(  # type: ignore[no-any-return]
             inputs=list(named.values()), template=[("G", w.group_size)],
@@ -84,7 +86,7 @@ class Shortlist:
     def least(self, top: Any, reach: Any, given: Any, dtype: Any) -> Any:
         """Return the least reach that matters, (1,) float32. dtype: of the logits."""
         kernel = self._kernel(
-            "least", {"THREADS": LEAST_THREADS}, dtype, ("top", "reach", "choice"), ("least",)
+            "head_2_threshold", {"THREADS": LEAST_THREADS}, dtype, ("top", "reach", "choice"), ("least",)
         )
         (found,) = kernel(
             inputs=[top, reach, given], grid=(LEAST_THREADS, 1, 1), threadgroup=(LEAST_THREADS, 1, 1),
@@ -92,12 +94,12 @@ class Shortlist:
         )  # fmt: skip
         return found
 
-    def lower(self, x: Any, w: HalvedHandle, norm: Norm | None, estimate: Any, reach: Any, least: Any) -> Any:
+    def lower(self, x: Any, w: SplitHandle, norm: Norm | None, estimate: Any, reach: Any, least: Any) -> Any:
         n, dtype = w.shape[0], w.scales.dtype
         named = {"x": x, "w": w.lower, "scales": w.scales, **_norm(norm)}
         named |= {"estimate": estimate, "reach": reach, "least": least}
         defines = {"NORM": int(norm is not None), "UPPER": 0, "LOWER": 1}
-        kernel = self._kernel("lower", defines, dtype, tuple(named), ("y",))
+        kernel = self._kernel("head_3_refine", defines, dtype, tuple(named), ("y",))
         (y,) = kernel(
             inputs=list(named.values()), template=[("T", dtype), ("G", w.group_size)],
             grid=(-(-n // THREADS) * THREADS, 1, 1), threadgroup=(THREADS, 1, 1),
@@ -117,7 +119,7 @@ class Shortlist:
             self._made[variant] = mx.fast.metal_kernel(
                 name="tinychat_" + "_".join(str(v) for v in variant),
                 input_names=list(inputs), output_names=list(outputs),
-                header=defined({"BITS": 4, **defines}) + above + text("packed"), source=text(name),
+                header=defined({"BITS": 4, **defines}) + above + text("affine"), source=text(name),
             )  # fmt: skip
         return self._made[variant]
 

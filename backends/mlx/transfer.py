@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from tinychat_mlx.backends.mlx.device import mx
-from tinychat_mlx.weight import Array
+from tinychat_mlx.weights.weight import Array
 
 PAGE = mmap.PAGESIZE
 KINDS = {"uint32": mx.uint32, "float32": mx.float32, "float16": mx.float16, "uint16": mx.bfloat16}

@@ -10,8 +10,8 @@ import numpy as np
 
 from tinychat_mlx.backends.mlx.device import mx
 from tinychat_mlx.backends.mlx.transfer import stacked
-from tinychat_mlx.errors import BackendError
-from tinychat_mlx.weight import Array, Dense, Joined, Packed, Weight
+from tinychat_mlx.base.errors import BackendError
+from tinychat_mlx.weights.weight import Array, Dense, Joined, Packed, Weight
 
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # supported by mx.quantized_matmul
 

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from checkout import ROOT
 
-from tinychat_mlx import errors, limits
 from tinychat_mlx.apps.bench import gguf_file, measure, shapes
 from tinychat_mlx.apps.bench.machine import Subject as Machine
 from tinychat_mlx.apps.bench.measure import Peer, Plan, _peer_result, _result, _Rounds, parse_peer
@@ -25,7 +24,8 @@ from tinychat_mlx.apps.bench.stats import Sample
 from tinychat_mlx.apps.bench.synthetic import RandomSource
 from tinychat_mlx.apps.bench.worker import Worker
 from tinychat_mlx.apps.cli import main
-from tinychat_mlx.config import parse_config
+from tinychat_mlx.base import errors, limits
+from tinychat_mlx.model.config import parse_config
 
 ENV = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
 SMALL = ("--shape", "tiny", "--pp", "16", "--tg", "4", "--threads", "1")

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from tinychat_mlx.apps.chat import answer, stream
 from tinychat_mlx.apps.terminal import Terminal, detect
-from tinychat_mlx.generate import Event
+from tinychat_mlx.engine.engine import Event
 
 if sys.platform == "win32":
     pytest.skip("needs a POSIX pseudo-terminal", allow_module_level=True)
@@ -205,7 +205,7 @@ def test_clear_forgets_the_conversation_and_keeps_the_system_prompt(chats: FakeC
 
 
 def test_help_lists_every_command(chats: FakeChats) -> None:
-    from tinychat_mlx.apps.chat.commands import COMMANDS
+    from tinychat_mlx.apps.chat.commands.table import COMMANDS
 
     text = chats(rows=60).say("/help")
     assert all(f"/{name}" in text for name in COMMANDS)

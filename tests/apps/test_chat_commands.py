@@ -328,7 +328,7 @@ def test_killed_in_the_middle_of_an_answer_it_continues_with_what_was_said(
 
 def test_a_torn_last_line_is_skipped_and_a_damaged_file_is_named(tmp_path: Path) -> None:
     from tinychat_mlx.apps.chat.session import Session
-    from tinychat_mlx.errors import FormatError
+    from tinychat_mlx.base.errors import FormatError
 
     session = Session.new(tmp_path)
     (tmp_path / "sessions").mkdir()

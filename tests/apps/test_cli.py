@@ -166,7 +166,7 @@ def test_an_answer_cut_by_the_context_says_so_on_stderr(scripted: Any) -> None:
 
 def test_the_bundled_model_answers(tmp_path: Path) -> None:
     """No script: the complete path from the command to the demo's weights."""
-    from tinychat_mlx.loading import DEMO
+    from tinychat_mlx.open import DEMO
 
     if not DEMO.exists():
         pytest.skip("the demo model is not in this checkout")
@@ -291,7 +291,7 @@ class Terminal(io.StringIO):
 def test_an_error_wraps_between_words_on_a_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """At any width: a word such as --resume is not split, and nothing is lost."""
     from tinychat_mlx.apps.cli import _report
-    from tinychat_mlx.errors import UsageError
+    from tinychat_mlx.base.errors import UsageError
 
     monkeypatch.setenv("COLUMNS", str(columns))
     text = (

@@ -217,7 +217,7 @@ def test_the_names_offered_are_those_that_models_list_knows(
     """Completion has its own copy of the model directories: the modules that define them import NumPy."""
     from tinychat_mlx import hub
     from tinychat_mlx.apps import completion
-    from tinychat_mlx.apps.models import opening
+    from tinychat_mlx.apps.models import prepare
 
     places = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
     for variables in ({name: str(tmp_path / name)} for name in places):
@@ -232,5 +232,5 @@ def test_the_names_offered_are_those_that_models_list_knows(
         ).write_text("")
         assert name in list(completion._here())
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
-    opening.conversion(hub.Ref("Org/Made")).mkdir(parents=True)
+    prepare.conversion_folder(hub.Ref("Org/Made")).mkdir(parents=True)
     assert "Org/Made" in list(completion._here())

@@ -21,14 +21,15 @@ from checkout import ROOT
 from counting import Clock
 from emulators import absent
 
-from tinychat_mlx import places
 from tinychat_mlx.apps.doctor import devices, machine, probe, report, software, speed
 from tinychat_mlx.apps.doctor.examine import examine
 from tinychat_mlx.apps.doctor.finding import BROKEN, Finding, Section, problems
-from tinychat_mlx.backends.cpu import CpuBackend, cores, library
+from tinychat_mlx.backends.cpu import cores, native_abi
 from tinychat_mlx.backends.cpu import probe as cpu_probe
+from tinychat_mlx.backends.cpu.backend import CpuBackend
 from tinychat_mlx.backends.cpu.memory import address, raw
-from tinychat_mlx.errors import pip_install
+from tinychat_mlx.base import paths as places
+from tinychat_mlx.base.errors import pip_install
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux's own tools")
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="asks POSIX tools")
@@ -163,7 +164,7 @@ def test_the_speed_of_memory_is_bytes_read_per_second(monkeypatch: pytest.Monkey
     for at in (0, 1, 1 << 19, (1 << 20) - 1, 1 << 20, (2 << 20) + 4097, total - 1):
         data[:], sink[:] = 0, 0
         data[at] = 1
-        engine.run_one(library.ProbeOp(library.PROBE, 1, address(data), total, 0, None, address(sink)))
+        engine.run_one(native_abi.ProbeOp(native_abi.PROBE, 1, address(data), total, 0, None, address(sink)))
         assert sink[0] == 1, at
     monkeypatch.setattr(cpu_probe, "_READ", total)
     monkeypatch.setattr(cpu_probe, "time", SimpleNamespace(perf_counter=Clock(0.25)))
@@ -184,8 +185,8 @@ def test_speed_is_measured_and_what_follows_from_it_computed(told: dict[str, Any
 
 def test_a_backend_is_expected_to_read_what_it_packs() -> None:
     """4.125 bits per weight in the cpu backend's tiles, 4.25 in a file's groups of 128."""
-    from tinychat_mlx.awq.quantizer import round_to_nearest
-    from tinychat_mlx.backends.cpu import CpuBackend
+    from tinychat_mlx.awq.search.quantizer import round_to_nearest
+    from tinychat_mlx.backends.cpu.backend import CpuBackend
 
     def rows(backend: str) -> dict[str, float]:
         found = speed._expected(backend, 1e9, None, 0)
@@ -341,7 +342,7 @@ def test_cuda_tells_the_driver_and_why_it_does_without_kernels(
 ) -> None:
     """A GPU without NVRTC, simulated with torch's CPU tensors."""
     torch = pytest.importorskip("torch")
-    from tinychat_mlx.backends import cuda
+    from tinychat_mlx.backends.cuda import backend as cuda
     from tinychat_mlx.backends.cuda import nvrtc
 
     def no_nvrtc(version: str | None) -> None:

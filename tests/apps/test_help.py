@@ -15,8 +15,9 @@ from click.testing import CliRunner
 import tinychat_mlx
 from tinychat_mlx import apps, awq, backends
 from tinychat_mlx.apps import cli as program
-from tinychat_mlx.apps import config, environment, options
-from tinychat_mlx.apps.cli import EXIT_CODES, cli, main
+from tinychat_mlx.apps import config_file, environment, setting_table
+from tinychat_mlx.apps.cli import cli, main
+from tinychat_mlx.apps.config import EXIT_CODES
 
 
 def commands() -> Iterator[tuple[str, click.Command]]:
@@ -102,15 +103,15 @@ def test_the_config_files_example_is_one(
     example = "\n".join(line[4:] for line in shown.splitlines() if line.startswith("    "))
     (tmp_path / "config.toml").write_text(example)
     monkeypatch.setenv("TINYCHAT_CONFIG", str(tmp_path / "config.toml"))
-    assert config.settings() == {"model": "demo", "temperature": 0.5}
-    coder = config.settings("coder")
+    assert config_file.settings() == {"model": "demo", "temperature": 0.5}
+    coder = config_file.settings("coder")
     assert coder["temperature"] == 0.5 and coder["model"].endswith("AWQ") and coder["stop"] == ["END"]
     assert str(tmp_path / "config.toml") in CliRunner().invoke(cli, ["config", "--help"]).output
 
 
 def test_each_setting_of_the_file_is_an_option_of_the_chat_and_a_variable() -> None:
     chat = {p.name for name, c in commands() if name == "tinychat chat" for p in c.params}
-    for name in options.known():
+    for name in setting_table.known():
         assert name in chat and f"TINYCHAT_{name.upper()}" in environment.ours()
 
 

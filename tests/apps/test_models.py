@@ -22,26 +22,26 @@ from stand_in_hub import Hub
 from tiny_dense import save
 
 from tinychat_mlx import hub as hubs
-from tinychat_mlx import limits, places
-from tinychat_mlx.apps import fit
+from tinychat_mlx import inspect, memory_plan
 from tinychat_mlx.apps.bench.ours import layer_weights
 from tinychat_mlx.apps.bench.shapes import SHAPES
 from tinychat_mlx.apps.cli import main
-from tinychat_mlx.apps.config import settings
-from tinychat_mlx.apps.models import facts, opening
+from tinychat_mlx.apps.config_file import settings
+from tinychat_mlx.apps.models import int4_plan, prepare
 from tinychat_mlx.apps.models.recommended import recommended, with_fit
+from tinychat_mlx.awq.output.tensors import rounded_rows
 from tinychat_mlx.awq.settings import Settings
-from tinychat_mlx.awq.tensors import rounded_rows
-from tinychat_mlx.backends.cpu import CpuBackend
+from tinychat_mlx.backends.cpu.backend import CpuBackend
 from tinychat_mlx.backends.reference import ReferenceBackend
-from tinychat_mlx.checkpoint import Checkpoint
-from tinychat_mlx.config import parse_config
-from tinychat_mlx.errors import BackendError, ConfigError, UsageError
-from tinychat_mlx.formats.mlx import mlx_entries
-from tinychat_mlx.loading import DEMO, load
-from tinychat_mlx.tensorfile import entry, write
-from tinychat_mlx.weight import Dense
-from tinychat_mlx.words import size
+from tinychat_mlx.base import limits, paths
+from tinychat_mlx.base.errors import BackendError, ConfigError, UsageError
+from tinychat_mlx.base.wording import size
+from tinychat_mlx.model.config import parse_config
+from tinychat_mlx.open import DEMO, load
+from tinychat_mlx.weights.checkpoint import Checkpoint
+from tinychat_mlx.weights.formats.mlx import mlx_entries
+from tinychat_mlx.weights.safetensors import entry, write
+from tinychat_mlx.weights.weight import Dense
 
 COMMIT = "0123456789" * 4
 DENSE = DATA / "demo-fp16"
@@ -62,8 +62,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home with the dense model org/dense in its cache. The hub is not contacted."""
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("TINYCHAT_CONFIG", str(tmp_path / "config.toml"))
-    monkeypatch.setattr(places, "conversions", lambda: tmp_path / "models")
-    monkeypatch.setattr(opening, "_left_dense", set())
+    monkeypatch.setattr(paths, "conversions", lambda: tmp_path / "models")
+    monkeypatch.setattr(prepare, "_left_dense", set())
     put(tmp_path / "hub", "org/dense", save)
     return tmp_path
 
@@ -98,10 +98,10 @@ def options(**given: Any) -> dict[str, Any]:
 def answers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Simulate a user at a terminal who presses these keys. Conversions are quick."""
     keys: list[str] = []
-    monkeypatch.setattr(opening, "detect", lambda: type("Terminal", (), {"interactive": True}))
-    monkeypatch.setattr(opening.click, "getchar", lambda: keys.pop(0))
-    quick = opening.int4_settings
-    monkeypatch.setattr(opening, "int4_settings", lambda found: _quick(quick(found)))
+    monkeypatch.setattr(prepare, "detect", lambda: type("Terminal", (), {"interactive": True}))
+    monkeypatch.setattr(prepare.click, "getchar", lambda: keys.pop(0))
+    quick = prepare.int4_settings
+    monkeypatch.setattr(prepare, "int4_settings", lambda found: _quick(quick(found)))
     return keys
 
 
@@ -112,7 +112,7 @@ def _quick(chosen: Settings | None) -> Settings | None:
 # displayed facts ----------------------------------------------------------------------------------------
 def test_facts_count_what_numpy_counts() -> None:
     """Parameters and bytes of every part, compared with the arrays."""
-    found, checkpoint = facts.local("demo", DEMO), Checkpoint.open(DEMO)
+    found, checkpoint = inspect.local("demo", DEMO), Checkpoint.open(DEMO)
     config = parse_config(checkpoint.config)
     matrices = {m: checkpoint.weight(m) for m in checkpoint.modules}
     vectors = [n for n in checkpoint.names() if n in checkpoint and len(checkpoint.info(n)[1]) == 1]
@@ -138,7 +138,7 @@ def test_facts_read_every_layout(tmp_path: Path, layout: str) -> None:
     folder = folders.quantised(tmp_path / layout, layout, 64)
     block = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | block))
-    parts = {p.name: p for p in facts.local(layout, folder).parts if p.form == "int4 g64"}
+    parts = {p.name: p for p in inspect.local(layout, folder).parts if p.form == "int4 g64"}
     assert parts["layers"].parameters == 64 * 128 and parts["layers"].tensors == 1
 
 
@@ -204,10 +204,10 @@ def test_projections_in_another_form_have_rows_of_their_own(
 def test_a_dense_model_is_shown_as_int4_as_well(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "show", str(DENSE), "--json"]) == 0
     told = json.loads(capfd.readouterr().out)
-    int4 = facts.as_int4(facts.local("dense", DENSE), Settings())
+    int4 = int4_plan.as_int4(inspect.local("dense", DENSE), Settings())
     assert told["as_int4"]["bytes"] == int4.nbytes < 0.4 * told["bytes"]
     weights = {r["backend"]: r["weights"] for r in told["as_int4"]["fits"]}
-    assert weights["cpu"] == fit.cost(int4, CpuBackend(threads=1)).weights
+    assert weights["cpu"] == memory_plan.cost(int4, CpuBackend(threads=1)).weights
     assert main(["models", "show", str(DENSE)]) == 0
     shown = capfd.readouterr().out
     assert re.search(r"^as int4 +3\.3 MB: `tinychat convert ", shown, re.MULTILINE) and "cpu as int4" in shown
@@ -229,7 +229,7 @@ def test_the_command_that_is_shown_converts_as_it_is_printed(
     assert command, shown
     program, *args = shlex.split(command[1])
     assert program == "tinychat" and main([*args, "--method", "rtn"]) == 0
-    made = facts.local("made", tmp_path / f"{source.name}-int4")
+    made = inspect.local("made", tmp_path / f"{source.name}-int4")
     assert (
         re.search(rf"^as int4 +{size(made.nbytes)}:", shown, re.MULTILINE) and made.quantization == "int4 g64"
     )
@@ -245,7 +245,7 @@ def test_what_is_not_downloaded_is_to_download(client: Client) -> None:
 
 QUICK = """
 from dataclasses import replace
-from tinychat_mlx.apps.models import opening
+from tinychat_mlx.apps.models import prepare as opening
 best = opening.int4_settings
 opening.int4_settings = lambda found: replace(best(found), method="rtn")
 """
@@ -319,15 +319,15 @@ def test_the_list_tells_whole_from_half_and_what_runs(client: Client) -> None:
 
 
 def test_memory_decides_what_fits_and_at_which_context(monkeypatch: pytest.MonkeyPatch) -> None:
-    found, cpu = facts.local("demo", DEMO), CpuBackend(threads=1)
-    takes = fit.cost(found, cpu)
+    found, cpu = inspect.local("demo", DEMO), CpuBackend(threads=1)
+    takes = memory_plan.cost(found, cpu)
     for free, tokens in ((600, 600), (4000, 4000), (1 << 30, found.context), (100, 0)):
         room = takes.weights + takes.program + takes.running + free * found.kv_bytes()
         monkeypatch.setattr(limits, "available", lambda mapped=0, room=room: room)
-        assert fit.room(found, cpu).context == tokens
+        assert memory_plan.room(found, cpu).context == tokens
         assert takes.context(room, found.context) == tokens
-        assert fit.fits(found, cpu, None) == (tokens > 0)
-    plain = fit.cost(found, ReferenceBackend())
+        assert memory_plan.fits(found, cpu, None) == (tokens > 0)
+    plain = memory_plan.cost(found, ReferenceBackend())
     vectors = next(p.parameters for p in found.parts if p.name == "norms and biases")
     assert plain.weights == 4 * found.parameters and takes.per_token == found.kv_bytes()
     # `convert` writes 4 bits per weight in the layers here and 16 per group of 128; 8 and 32 outside them.
@@ -423,32 +423,32 @@ def test_without_a_terminal_a_dense_model_runs_as_it_is_and_says_how_to_convert(
 def test_yes_converts_once_and_the_result_answers_to_the_same_id(home: Path, answers: list[str]) -> None:
     said: list[str] = []
     answers.append("y")
-    folder = Path(opening.settle(options(), said.append))
+    folder = Path(prepare.settle(options(), said.append))
     assert folder == home / "models" / "org--dense-int4"
     text = " ".join(said)
     assert "instead of" in text and "of memory" in text and "of disk" in text and str(folder) in text
-    found = facts.local("x", folder)
+    found = inspect.local("x", folder)
     assert found.quantization == "int4 g64" and not found.dense
-    assert opening.settle(options(), said.append) == str(folder)  # no key is left to press
+    assert prepare.settle(options(), said.append) == str(folder)  # no key is left to press
     assert (
-        opening.settle(options(model="org/dense@main"), said.append) == "org/dense@main"
+        prepare.settle(options(model="org/dense@main"), said.append) == "org/dense@main"
     )  # the upload itself
 
 
 def test_no_runs_it_as_it_is_and_does_not_ask_twice(home: Path, answers: list[str]) -> None:
     answers += ["x", "n"]  # a key without a meaning is ignored
-    assert opening.settle(options(), lambda text: None) == "org/dense"
-    assert opening.settle(options(), lambda text: None) == "org/dense"
+    assert prepare.settle(options(), lambda text: None) == "org/dense"
+    assert prepare.settle(options(), lambda text: None) == "org/dense"
     assert not (home / "models").exists() and not answers
 
 
 def test_always_is_kept_in_the_config_file(home: Path, answers: list[str]) -> None:
     (home / "config.toml").write_text('temperature = 0.5\n[presets.a]\nmodel = "demo"\n')
     answers.append("a")
-    opening.settle(options(), lambda text: None)
+    prepare.settle(options(), lambda text: None)
     assert settings() == {"convert": "always", "temperature": 0.5}
     put(home / "hub", "org/second", save)
-    assert opening.settle(options(model="org/second", convert="always"), lambda text: None).endswith(
+    assert prepare.settle(options(model="org/second", convert="always"), lambda text: None).endswith(
         "second-int4"
     )
 
@@ -456,10 +456,10 @@ def test_always_is_kept_in_the_config_file(home: Path, answers: list[str]) -> No
 def test_enter_means_yes_and_ctrl_d_nothing(home: Path, answers: list[str]) -> None:
     answers.append("\x04")
     with pytest.raises(KeyboardInterrupt):
-        opening.settle(options(), lambda text: None)
+        prepare.settle(options(), lambda text: None)
     assert not (home / "models").exists()
     answers.append("\r")
-    assert opening.settle(options(), lambda text: None).endswith("org--dense-int4")
+    assert prepare.settle(options(), lambda text: None).endswith("org--dense-int4")
 
 
 def test_an_interrupted_conversion_goes_on(
@@ -479,20 +479,21 @@ def test_an_interrupted_conversion_goes_on(
     monkeypatch.setattr(LayerFiles, "shard", shard)
     said: list[str] = []
     with pytest.raises(KeyboardInterrupt):
-        opening.settle(options(convert="always"), said.append)
+        prepare.settle(options(convert="always"), said.append)
     assert "stopped" in said[-1] and not (home / "models" / "org--dense-int4").exists()
     left = home / "models" / ".org--dense-int4.converting"
     assert list(left.glob("layer-*"))
-    assert opening.settle(options(convert="always"), said.append).endswith("org--dense-int4")
+    assert prepare.settle(options(convert="always"), said.append).endswith("org--dense-int4")
     assert (
-        not left.exists() and facts.local("x", home / "models" / "org--dense-int4").quantization == "int4 g64"
+        not left.exists()
+        and inspect.local("x", home / "models" / "org--dense-int4").quantization == "int4 g64"
     )
 
 
 def test_what_does_not_fit_is_refused_with_the_way_out(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "memory_free", lambda mapped=0: 1000)
     with pytest.raises(BackendError, match=r"too little.*--convert always"):
-        opening.settle(options(), lambda text: None)
+        prepare.settle(options(), lambda text: None)
 
 
 def test_a_conversion_that_has_no_room_is_not_offered(
@@ -500,26 +501,26 @@ def test_a_conversion_that_has_no_room_is_not_offered(
 ) -> None:
     said: list[str] = []
     monkeypatch.setattr(limits, "memory_free", lambda mapped=0: 20 << 20)
-    assert opening.settle(options(), said.append) == "org/dense"
+    assert prepare.settle(options(), said.append) == "org/dense"
     assert "the conversion needs 1" in said[-1] and "using the original" in said[-1]
 
 
 def test_a_mixture_of_experts_is_offered_as_well(home: Path) -> None:
-    found = facts.local("org/dense", home / "hub" / "models--org--dense" / "snapshots" / COMMIT)
-    assert opening.int4_settings(found) is not None
+    found = inspect.local("org/dense", home / "hub" / "models--org--dense" / "snapshots" / COMMIT)
+    assert prepare.int4_settings(found) is not None
     config = json.loads((Path(str(found.folder)) / "config.json").read_text())
     experts = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
-    settings = opening.int4_settings(replace(found, config=parse_config(config | experts)))
+    settings = prepare.int4_settings(replace(found, config=parse_config(config | experts)))
     assert settings is not None and settings.method == "awq+"
 
 
 def test_folders_and_the_demo_are_left_alone(home: Path, tmp_path: Path) -> None:
     for name in ("demo", str(save(tmp_path / "mine")), "no such id"):
-        assert opening.settle(options(model=name), pytest.fail) == name
+        assert prepare.settle(options(model=name), pytest.fail) == name
 
 
 def test_nonsense_in_generation_config_is_named(tmp_path: Path) -> None:
     folder = save(tmp_path / "m")
     (folder / "generation_config.json").write_text('{"temperature": "hot"}')
     with pytest.raises(ConfigError, match="temperature"):
-        facts.local("m", folder).sampling()
+        inspect.local("m", folder).sampling()

@@ -20,7 +20,9 @@ from chat_screen import CTRL_C, Screen
 BAR = ("━", "╸", "╺")
 PROGRAM = "import sys, time; from tinychat_mlx.apps.cli import main; {}; sys.exit(main(sys.argv[1:]))"
 # Everything but the embedding is done, which takes a minute.
-SLOW = "from tinychat_mlx.awq import stream; stream.Conversion._rim = lambda *_: time.sleep(60)"
+SLOW = (
+    "from tinychat_mlx.awq import layer_stream as stream; stream.Conversion._rim = lambda *_: time.sleep(60)"
+)
 
 
 def started(columns: int, *args: str, code: str = "pass", env: dict[str, str] | None = None) -> Screen:

@@ -12,8 +12,8 @@ import tiny_dense
 
 import tinychat_mlx
 from tinychat_mlx.apps.cli import main
-from tinychat_mlx.awq.evaluate import ROWS, Scores, clustered, evaluate, kl_ratio, percentile_error
-from tinychat_mlx.errors import UsageError
+from tinychat_mlx.awq.quality.evaluate import ROWS, Scores, clustered, evaluate, kl_ratio, percentile_error
+from tinychat_mlx.base.errors import UsageError
 
 V = 11
 rng = np.random.default_rng(0)

@@ -14,24 +14,24 @@ import pytest
 from checkout import DATA
 from tiny_models import tiny
 
-from tinychat_mlx.awq import head, stream
-from tinychat_mlx.awq.calibrate import encoded
+from tinychat_mlx.awq import head, layer_stream
+from tinychat_mlx.awq.calibration.rows import Split
+from tinychat_mlx.awq.calibration.tokens import encoded
 from tinychat_mlx.awq.convert import Result, convert
-from tinychat_mlx.awq.estimate import estimate
-from tinychat_mlx.awq.evaluate import evaluate
 from tinychat_mlx.awq.layer import Form
+from tinychat_mlx.awq.output.tensors import joined_rows, rounded_rows
+from tinychat_mlx.awq.quality.evaluate import evaluate
+from tinychat_mlx.awq.quality.streamed_logits import last_rows, streamed
 from tinychat_mlx.awq.settings import Settings
 from tinychat_mlx.awq.sites import LayerWeights, fold
-from tinychat_mlx.awq.streams import Split
-from tinychat_mlx.awq.tensors import joined_rows, rounded_rows
-from tinychat_mlx.awq.whole import last_rows, streamed
+from tinychat_mlx.awq.time_estimate import estimate
 from tinychat_mlx.backends.reference import ReferenceBackend
-from tinychat_mlx.checkpoint import Checkpoint
-from tinychat_mlx.config import parse_config
-from tinychat_mlx.decoder import Decoder, Graph, Loader, Source
-from tinychat_mlx.tensorfile import TensorFile, entry, write
-from tinychat_mlx.tokenizer import Tokenizer
-from tinychat_mlx.weight import F32, Dense, Packed, Weight
+from tinychat_mlx.model.config import parse_config
+from tinychat_mlx.model.decoder import Decoder, Graph, Loader, Source
+from tinychat_mlx.text.tokenizer import Tokenizer
+from tinychat_mlx.weights.checkpoint import Checkpoint
+from tinychat_mlx.weights.safetensors import TensorFile, entry, write
+from tinychat_mlx.weights.weight import F32, Dense, Packed, Weight
 
 # Heads of their own: with biases in norm and head (gptj, phi), a parallel block, a softcap, a logit scale.
 UNTIED = [
@@ -177,14 +177,14 @@ def test_killed_at_the_head_and_resumed_it_ends_with_the_same_bytes(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(head.Head if before == "entries" else stream, before, stop)
+        m.setattr(head.Head if before == "entries" else layer_stream, before, stop)
         converted(source, tmp_path / "broken", method=method)
     work = tmp_path / ".broken.converting"
     assert (work / "rows-0004.npy").exists() == kept and (work / "layer-0003.safetensors").exists()
     again: list[int] = []
     with monkeypatch.context() as m:
-        quantize = stream.LayerQuantizer.run
-        m.setattr(stream.LayerQuantizer, "run", lambda *a: again.append(1) or quantize(*a))
+        quantize = layer_stream.LayerQuantizer.run
+        m.setattr(layer_stream.LayerQuantizer, "run", lambda *a: again.append(1) or quantize(*a))
         result = converted(source, tmp_path / "broken", method=method, more={"resume": True})
     assert not again and [site.key for site in result.layers[-1].sites] == ["head"]
     assert files(tmp_path / "broken") == files(tmp_path / "whole")

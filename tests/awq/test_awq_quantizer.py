@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tinychat_mlx.awq import feedback
-from tinychat_mlx.awq.cholesky import BLOCK, solve, upper_factor
-from tinychat_mlx.awq.moments import BlockMoments, FullMoments
-from tinychat_mlx.awq.quantizer import grid_of, round_to_nearest, round_values, storable
-from tinychat_mlx.awq.search import SHRINKS, clip, scale_of, search_fed_scale, search_scale
-from tinychat_mlx.errors import FormatError
+from tinychat_mlx.awq.calibration.moments import BlockMoments, FullMoments
+from tinychat_mlx.awq.search import feedback
+from tinychat_mlx.awq.search.cholesky import BLOCK, solve, upper_factor
+from tinychat_mlx.awq.search.quantizer import grid_of, round_to_nearest, round_values, storable
+from tinychat_mlx.awq.search.scale_clip import SHRINKS, clip, scale_of, search_fed_scale, search_scale
+from tinychat_mlx.base.errors import FormatError
 
 rng = np.random.default_rng(0)
 

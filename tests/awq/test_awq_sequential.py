@@ -10,16 +10,16 @@ import pytest
 import tiny_dense
 
 from tinychat_mlx.awq import layer
+from tinychat_mlx.awq.calibration.moments import FullMoments
+from tinychat_mlx.awq.calibration.recorder import steps
+from tinychat_mlx.awq.calibration.rows import HalfRows, Split, Streams, distance
 from tinychat_mlx.awq.convert import convert
-from tinychat_mlx.awq.feedback import DAMPING
 from tinychat_mlx.awq.layer import TURN, Factored, Form, Held, Judge, corrected
-from tinychat_mlx.awq.moments import FullMoments
-from tinychat_mlx.awq.quantizer import storable
-from tinychat_mlx.awq.record import steps
+from tinychat_mlx.awq.search.feedback import DAMPING
+from tinychat_mlx.awq.search.quantizer import storable
 from tinychat_mlx.awq.settings import Settings
-from tinychat_mlx.awq.streams import HalfRows, Split, Streams, distance
 from tinychat_mlx.backends.reference import ReferenceBackend
-from tinychat_mlx.checkpoint import Checkpoint
+from tinychat_mlx.weights.checkpoint import Checkpoint
 
 FORM = Form(4, 32)
 K, N = 64, 24  # inputs and outputs of a site

@@ -18,10 +18,11 @@ import tiny_dense
 from numpy._core._multiarray_umath import __cpu_features__
 from threadpoolctl import threadpool_info
 
-from tinychat_mlx import limits
 from tinychat_mlx.apps.cli import main
-from tinychat_mlx.awq import cholesky, feedback, parallel
-from tinychat_mlx.awq.moments import BlockMoments, FullMoments
+from tinychat_mlx.awq import parallel
+from tinychat_mlx.awq.calibration.moments import BlockMoments, FullMoments
+from tinychat_mlx.awq.search import cholesky, feedback
+from tinychat_mlx.base import limits
 
 
 def workers(row_bytes: int = 1 << 18) -> set[str]:

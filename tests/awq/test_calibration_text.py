@@ -20,13 +20,13 @@ from stand_in_hub import Hub
 from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as RawTokenizer
 
-from tinychat_mlx.awq.calibrate import left_over, packed
-from tinychat_mlx.awq.documents import Document, documents
-from tinychat_mlx.awq.openings import LANGUAGES, kinds
-from tinychat_mlx.awq.selftext import Turns, writers
-from tinychat_mlx.errors import UsageError, pip_install
-from tinychat_mlx.loading import DEMO
-from tinychat_mlx.tokenizer import Tokenizer
+from tinychat_mlx.awq.calibration.documents import Document, documents
+from tinychat_mlx.awq.calibration.openings import LANGUAGES, kinds
+from tinychat_mlx.awq.calibration.selftext import Turns, writers
+from tinychat_mlx.awq.calibration.tokens import left_over, packed
+from tinychat_mlx.base.errors import UsageError, pip_install
+from tinychat_mlx.open import DEMO
+from tinychat_mlx.text.tokenizer import Tokenizer
 
 CHAT = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
 SHAREGPT = [{"from": "human", "value": "w1"}, {"from": "gpt", "value": "w2"}]

@@ -15,10 +15,10 @@ import tinychat_mlx
 from tinychat_mlx.apps.cli import main
 from tinychat_mlx.awq import sizes
 from tinychat_mlx.awq.settings import Settings
-from tinychat_mlx.checkpoint import Checkpoint
-from tinychat_mlx.config import parse_config
-from tinychat_mlx.tensorfile import TensorFile, entry, write
-from tinychat_mlx.weight import Packed
+from tinychat_mlx.model.config import parse_config
+from tinychat_mlx.weights.checkpoint import Checkpoint
+from tinychat_mlx.weights.safetensors import TensorFile, entry, write
+from tinychat_mlx.weights.weight import Packed
 
 
 @pytest.fixture(scope="module")
@@ -386,8 +386,8 @@ def test_json_says_what_was_done(home: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_text_packs_every_token_and_says_what_it_left(home: Path) -> None:
-    from tinychat_mlx.awq.calibrate import packed, read_documents
-    from tinychat_mlx.tokenizer import Tokenizer
+    from tinychat_mlx.awq.calibration.tokens import packed, read_documents
+    from tinychat_mlx.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(home / "dense")
     documents, _ = read_documents(str(home / "text-0.jsonl"))
@@ -400,7 +400,7 @@ def test_text_packs_every_token_and_says_what_it_left(home: Path) -> None:
 
 
 def test_plain_text_is_one_document(home: Path) -> None:
-    from tinychat_mlx.awq.calibrate import read_documents
+    from tinychat_mlx.awq.calibration.tokens import read_documents
 
     (home / "plain.txt").write_text("w1 w2\nw3\n")
     assert read_documents(str(home / "plain.txt"))[0] == ["w1 w2\nw3\n"]
@@ -463,12 +463,12 @@ def test_without_a_terminal_each_line_says_how_long_the_rest_takes(
     home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With this clock a layer takes ten seconds; a layer that an interrupted run finished takes none."""
-    from tinychat_mlx.apps.convert import Screen
+    from tinychat_mlx.apps.conversion_progress import Screen
     from tinychat_mlx.awq.layer import LayerReport
-    from tinychat_mlx.awq.stream import Progress
+    from tinychat_mlx.awq.layer_stream import Progress
 
     seconds = [100.0]
-    monkeypatch.setattr("tinychat_mlx.apps.convert.time.perf_counter", lambda: seconds[0])
+    monkeypatch.setattr("tinychat_mlx.apps.conversion_progress.time.perf_counter", lambda: seconds[0])
     screen, site = Screen(quiet=False), LayerReport((), 0.1, 0.2)
     screen.show(Progress("layers", 1, 10, "kept", site))
     screen.show(Progress("layers", 1, 10))
@@ -488,10 +488,10 @@ def test_the_time_left_of_own_text_is_right_within_a_half_after_a_tenth(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The first five steps are cold, and the last takes twice as long as the sixth, because caches grow."""
-    from tinychat_mlx.apps.convert import Rate
+    from tinychat_mlx.apps.conversion_progress import Rate
 
     steps, seconds = 500, [0.0]
-    monkeypatch.setattr("tinychat_mlx.apps.convert.time.perf_counter", lambda: seconds[0])
+    monkeypatch.setattr("tinychat_mlx.apps.conversion_progress.time.perf_counter", lambda: seconds[0])
     costs, rate = [30.0] * 5 + [1 + at / steps for at in range(5, steps)], Rate()
     for done, cost in enumerate(costs, 1):
         seconds[0] += cost

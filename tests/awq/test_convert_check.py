@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import tiny_dense
 
-from tinychat_mlx.awq import layer, stream
+from tinychat_mlx.awq import layer, layer_stream
 from tinychat_mlx.awq.convert import Result, convert
-from tinychat_mlx.awq.evaluate import Quality, evaluate, kl_ratio
-from tinychat_mlx.awq.quantizer import Quantized
+from tinychat_mlx.awq.layer_stream import Progress
+from tinychat_mlx.awq.quality.evaluate import Quality, evaluate, kl_ratio
+from tinychat_mlx.awq.quality.streamed_logits import Rounded, streamed
+from tinychat_mlx.awq.search.quantizer import Quantized
 from tinychat_mlx.awq.settings import Settings
-from tinychat_mlx.awq.stream import Progress
-from tinychat_mlx.awq.whole import Rounded, streamed
 from tinychat_mlx.backends.reference import ReferenceBackend
-from tinychat_mlx.checkpoint import Checkpoint
-from tinychat_mlx.config import parse_config
+from tinychat_mlx.model.config import parse_config
+from tinychat_mlx.weights.checkpoint import Checkpoint
 
 WINDOW = 64
 START = 80  # the token that starts a text
@@ -120,7 +120,7 @@ def shuffled(monkeypatch: pytest.MonkeyPatch, spoilt: int) -> None:
         return codes.take(np.random.default_rng(0).permutation(len(codes.q)))
 
     for name in ("_fed", "_published"):
-        whole = getattr(stream.LayerQuantizer, name)
+        whole = getattr(layer_stream.LayerQuantizer, name)
 
         def run(self: Any, weights: Any, x: Any, whole: Callable[..., Any] = whole) -> Any:
             made = whole(self, weights, x)
@@ -128,7 +128,7 @@ def shuffled(monkeypatch: pytest.MonkeyPatch, spoilt: int) -> None:
                 return made
             return replace(made, parts={role: mixed(codes) for role, codes in made.parts.items()})
 
-        monkeypatch.setattr(stream.LayerQuantizer, name, run)
+        monkeypatch.setattr(layer_stream.LayerQuantizer, name, run)
 
 
 def attempts(folder: Path, out: Path, settings: Settings) -> tuple[Result, list[str]]:

@@ -10,13 +10,13 @@ import pytest
 from tiny_models import VARIANTS, tiny
 
 import tinychat_mlx
-from tinychat_mlx.arch import ARCHITECTURES
 from tinychat_mlx.awq.convert import Result, convert
 from tinychat_mlx.awq.settings import Settings
-from tinychat_mlx.backend import Backend
 from tinychat_mlx.backends.reference import ReferenceBackend
-from tinychat_mlx.checkpoint import Checkpoint
-from tinychat_mlx.loading import create
+from tinychat_mlx.contract import Backend
+from tinychat_mlx.model.families import ARCHITECTURES
+from tinychat_mlx.open import create
+from tinychat_mlx.weights.checkpoint import Checkpoint
 
 MIXTURES = sorted(name for name, (kind, _) in VARIANTS.items() if ARCHITECTURES[kind].moe)
 

@@ -11,18 +11,18 @@ import pytest
 from tiny_models import tiny
 
 import tinychat_mlx
-from tinychat_mlx.awq import stream
+from tinychat_mlx.awq import layer_stream
 from tinychat_mlx.awq.convert import Result, convert
-from tinychat_mlx.awq.evaluate import log_softmax
 from tinychat_mlx.awq.layer import QuantizedLayer
+from tinychat_mlx.awq.layer_stream import Progress
+from tinychat_mlx.awq.quality.evaluate import log_softmax
 from tinychat_mlx.awq.settings import Settings
-from tinychat_mlx.awq.stream import Progress
-from tinychat_mlx.backend import CacheShape, Segment
 from tinychat_mlx.backends.reference import ReferenceBackend
-from tinychat_mlx.checkpoint import Checkpoint
-from tinychat_mlx.config import parse_config
-from tinychat_mlx.decoder import Graph, Loader
-from tinychat_mlx.weight import Dense, Packed, Weight
+from tinychat_mlx.contract import CacheShape, Segment
+from tinychat_mlx.model.config import parse_config
+from tinychat_mlx.model.decoder import Graph, Loader
+from tinychat_mlx.weights.checkpoint import Checkpoint
+from tinychat_mlx.weights.weight import Dense, Packed, Weight
 
 MIXTURES = ["mixtral", "qwen2_moe", "qwen2_moe-all", "qwen3_moe", "qwen3_moe-mixed", "olmoe"]
 SOME = [3, 45, 7, 80, 22, 9, 61, 5, 33, 70]
@@ -105,8 +105,10 @@ def test_what_is_written_is_what_later_layers_were_made_for(
     variant: str, tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[QuantizedLayer] = []
-    write = stream.layer_entries
-    monkeypatch.setattr(stream, "layer_entries", lambda layer, form: made.append(layer) or write(layer, form))
+    write = layer_stream.layer_entries
+    monkeypatch.setattr(
+        layer_stream, "layer_entries", lambda layer, form: made.append(layer) or write(layer, form)
+    )
     converted(variant, tiny_root, tmp_path / "out")
     config, backend = parse_config(Checkpoint.open(tmp_path / "out").config), ReferenceBackend()
     loader, graph = Loader(config, Checkpoint.open(tmp_path / "out"), backend), Graph(config, backend)

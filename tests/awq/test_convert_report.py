@@ -14,11 +14,11 @@ from tiny_models import tiny
 from tests.awq.test_convert import arguments, converted, files, kl, logits
 from tinychat_mlx.apps.cli import main
 from tinychat_mlx.awq.convert import convert
-from tinychat_mlx.awq.report import write_report
+from tinychat_mlx.awq.quality.report import write_report
 from tinychat_mlx.awq.settings import Settings
-from tinychat_mlx.backend import Backend
 from tinychat_mlx.backends.reference import ReferenceBackend
-from tinychat_mlx.checkpoint import Checkpoint
+from tinychat_mlx.contract import Backend
+from tinychat_mlx.weights.checkpoint import Checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +103,9 @@ def test_the_reports_figures_are_those_of_eval(
 def test_without_text_left_over_the_report_says_that_the_model_wrote_its_own(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tinychat_mlx.awq import calibrate
+    from tinychat_mlx.awq.calibration import tokens
 
-    monkeypatch.setattr(calibrate, "default_tokens", lambda _: 640)
+    monkeypatch.setattr(tokens, "default_tokens", lambda _: 640)
     folder = home / "report-self"
     assert main(arguments(home, home / "reported-self", "--method", "rtn", "--report", str(folder))) == 0
     quality = json.loads((folder / "report.json").read_text())["quality"]

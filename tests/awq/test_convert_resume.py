@@ -15,7 +15,8 @@ from checkout import ROOT
 
 from tinychat_mlx import __version__
 from tinychat_mlx.apps.cli import main
-from tinychat_mlx.awq import finish, stream
+from tinychat_mlx.awq import layer_stream
+from tinychat_mlx.awq.output import finish
 
 KILLED = """
 import os, signal, sys
@@ -225,7 +226,7 @@ def test_an_interrupt_leaves_what_was_at_the_target(
     old = files(target)
     capsys.readouterr()
     with monkeypatch.context() as m:
-        m.setattr(stream.Conversion, "_rim", stop)
+        m.setattr(layer_stream.Conversion, "_rim", stop)
         assert main(arguments(home, target, *(["--force"] if before else []))) == 130
     said = capsys.readouterr().err
     assert ("is unchanged" if before else "is missing") in said and "--resume" in said

@@ -11,8 +11,8 @@ import pytest
 import tiny_dense
 
 from tinychat_mlx.apps.cli import main
-from tinychat_mlx.awq import finish
-from tinychat_mlx.checkpoint import Checkpoint
+from tinychat_mlx.awq.output import finish
+from tinychat_mlx.weights.checkpoint import Checkpoint
 
 Usage = namedtuple("Usage", "total used free")
 

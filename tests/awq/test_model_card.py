@@ -9,9 +9,9 @@ import pytest
 import tiny_dense
 
 from tinychat_mlx.apps.cli import main
-from tinychat_mlx.awq.finish import card_text
+from tinychat_mlx.awq.output.finish import card_text
 from tinychat_mlx.awq.settings import Settings
-from tinychat_mlx.checkpoint import Checkpoint
+from tinychat_mlx.weights.checkpoint import Checkpoint
 
 yaml = pytest.importorskip("yaml")  # a dependency of huggingface_hub, which reads cards with it
 

@@ -7,9 +7,9 @@ from argparse import Namespace
 import pytest
 from checkout import DATA
 
-from tinychat_mlx.awq.evaluate import Quality, kl_ratio
+from tinychat_mlx.awq.quality.evaluate import Quality, kl_ratio
+from tinychat_mlx.awq.quality.table import Laboratory
 from tinychat_mlx.awq.settings import Settings
-from tinychat_mlx.awq.table import Laboratory
 
 CALIB = str(DATA / "demo_calib.jsonl")
 

@@ -10,7 +10,7 @@ import pytest
 import tiny_dense
 
 from tinychat_mlx.apps.cli import main as tinychat
-from tinychat_mlx.awq import table, versus
+from tinychat_mlx.awq.quality import table, versus
 
 
 @pytest.fixture(scope="module")

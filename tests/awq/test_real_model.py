@@ -20,10 +20,10 @@ from emulators import absent
 from registry_wheels import Unreachable
 
 import tinychat_mlx
-from tinychat_mlx.awq import layer, stream
-from tinychat_mlx.awq.calibrate import encoded
-from tinychat_mlx.awq.cholesky import solve
-from tinychat_mlx.awq.evaluate import Quality
+from tinychat_mlx.awq import layer, layer_stream
+from tinychat_mlx.awq.calibration.tokens import encoded
+from tinychat_mlx.awq.quality.evaluate import Quality
+from tinychat_mlx.awq.search.cholesky import solve
 
 WINDOWS = 5  # of 512 tokens, per kind: 10,240 tokens
 # Shares of the KL of plain rounding at the same bits, as a mean over the kinds and for each.
@@ -121,7 +121,7 @@ def test_three_bits_keep_two_thirds_of_what_rounding_loses(measured: Measure) ->
 
 def old_correction(monkeypatch: pytest.MonkeyPatch) -> None:
     """Correct the whole drift that enters a layer at each of its sites, as if the sites before it had not."""
-    ready, fed_site = stream.LayerQuantizer._ready, stream.LayerQuantizer._fed_site
+    ready, fed_site = layer_stream.LayerQuantizer._ready, layer_stream.LayerQuantizer._fed_site
 
     def floats(self: Any, weights: Any, _: Any) -> Any:
         return ready(self, weights.weights, self.backend)
@@ -129,7 +129,7 @@ def old_correction(monkeypatch: pytest.MonkeyPatch) -> None:
     def before_codes(*args: Any) -> Any:
         """Quantise a site for what the layer's floats, not the codes that it has so far, make of the rows."""
         with monkeypatch.context() as inside:
-            inside.setattr(stream.LayerQuantizer, "_ready", floats)
+            inside.setattr(layer_stream.LayerQuantizer, "_ready", floats)
             return fed_site(*args)
 
     def whole(w: Any, moments: Any, made: Any, judge: Any) -> Any:
@@ -139,7 +139,7 @@ def old_correction(monkeypatch: pytest.MonkeyPatch) -> None:
         change[:, made.order] = turned.T
         return change, 1.0
 
-    monkeypatch.setattr(stream.LayerQuantizer, "_fed_site", before_codes)
+    monkeypatch.setattr(layer_stream.LayerQuantizer, "_fed_site", before_codes)
     monkeypatch.setattr(layer, "corrected", whole)
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from checkout import DATA, ROOT
 
-from tinychat_mlx import errors
-from tinychat_mlx.errors import FormatError, TinychatError, UsageError, one_line, within
+from tinychat_mlx.base import errors
+from tinychat_mlx.base.errors import FormatError, TinychatError, UsageError, one_line, within
 
 
 def test_an_error_has_three_fields_and_is_one_line() -> None:
@@ -49,9 +49,9 @@ def test_an_extra_is_installed_from_where_the_program_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Quoted, because zsh treats brackets as a pattern; outside a checkout with the package's name."""
-    if (ROOT / "pyproject.toml").exists() and Path(errors.__file__).parent.parent == ROOT:
+    if (ROOT / "pyproject.toml").exists() and Path(errors.__file__).parents[2] == ROOT:
         assert shlex.split(errors.pip_install("cuda")) == ["pip", "install", "-e", f"{ROOT}[cuda]"]
-    monkeypatch.setattr(errors, "__file__", str(tmp_path / "tinychat_mlx" / "errors.py"))
+    monkeypatch.setattr(errors, "__file__", str(tmp_path / "tinychat_mlx" / "base" / "errors.py"))
     assert errors.pip_install("cuda").replace('"', "'") == "pip install 'tinychat-mlx[cuda]'"
     assert errors.pip_install("", "--force").replace('"', "'") == "pip install --force 'tinychat-mlx'"
     for folder in ("apps", "awq", "backends", "tinychat_mlx"):
@@ -109,7 +109,7 @@ def test_places_that_cannot_be_written_are_refused_before_any_work(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The check runs before a conversion or measurements, not afterwards."""
-    monkeypatch.setattr("tinychat_mlx.checkpoint.Checkpoint.open", never)
+    monkeypatch.setattr("tinychat_mlx.weights.checkpoint.Checkpoint.open", never)
     monkeypatch.setattr("tinychat_mlx.apps.doctor.examine.examine", never)
     file, out = str(written(tmp_path / "file")), str(tmp_path / "out")
     convert = ["convert", str(DATA / "demo-fp16"), "-o"]

@@ -13,16 +13,16 @@ import psutil
 import pytest
 from checkout import DATA
 
-from tinychat_mlx import limits
-from tinychat_mlx.apps import fit
+from tinychat_mlx import inspect, memory_plan
 from tinychat_mlx.apps.doctor import machine
-from tinychat_mlx.apps.models import facts
 from tinychat_mlx.awq.convert import convert
 from tinychat_mlx.awq.settings import Settings
-from tinychat_mlx.backends.cpu import CpuBackend, cores
-from tinychat_mlx.checkpoint import Checkpoint
-from tinychat_mlx.errors import TinychatError
-from tinychat_mlx.loading import DEMO
+from tinychat_mlx.backends.cpu import cores
+from tinychat_mlx.backends.cpu.backend import CpuBackend
+from tinychat_mlx.base import limits
+from tinychat_mlx.base.errors import TinychatError
+from tinychat_mlx.open import DEMO
+from tinychat_mlx.weights.checkpoint import Checkpoint
 
 DENSE = DATA / "demo-fp16"
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="control groups and ulimit are POSIX's")
@@ -84,7 +84,7 @@ def test_a_containers_limits_reach_everyone(
     assert (80 * MiB, 20 * MiB) in [(b.limit, b.used) for b in limits.bounds()]
     backend = CpuBackend()
     assert backend.memory().limit == 80 * MiB
-    assert fit.free_on(backend) == int(60 * MiB * limits.SYSTEM_SHARE)
+    assert memory_plan.free_on(backend) == int(60 * MiB * limits.SYSTEM_SHARE)
     assert backend.engine.threads == limits.threads() == 1 and limits.cpu_quota() == 1.5
     seen = machine.memory().as_json() | machine.threads().as_json()
     assert (seen["limit_bytes"], seen["free_bytes"]) == (80 * MiB, 60 * MiB)
@@ -106,11 +106,11 @@ def test_without_a_limit_the_machine_is_what_counts(tree: Tree) -> None:
 CALLERS = """
 import json, os, sys
 from pathlib import Path
-from tinychat_mlx import limits
-from tinychat_mlx.apps import fit
+from tinychat_mlx.base import limits
+from tinychat_mlx import memory_plan as fit
 from tinychat_mlx.apps.doctor import machine
 from tinychat_mlx.awq.needs import Needs, shortage
-from tinychat_mlx.backends.cpu import CpuBackend
+from tinychat_mlx.backends.cpu.backend import CpuBackend
 backend = CpuBackend(threads=1)
 print(json.dumps({
     "limit": backend.memory().limit, "total": limits.memory_total(), "free": fit.free_on(backend),
@@ -154,7 +154,7 @@ def test_under_a_limit_the_context_that_is_said_to_fit_does(tmp_path: Path) -> N
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 500_000}))
     run = [sys.executable, "-m", "tinychat_mlx", "run", "-m", str(folder), "--backend", "cpu", "--threads", "1",
            "--max-tokens", "1", "hi"]  # fmt: skip
-    needed = fit.cost(facts.local("long", folder), CpuBackend(threads=1)).peak(500_000)
+    needed = memory_plan.cost(inspect.local("long", folder), CpuBackend(threads=1)).peak(500_000)
     assert needed > 1.5e9
     asked = limited(1_700_000_000, *run, "--context", "500000")
     assert asked.returncode == 1 and "use --context" in asked.stderr, asked.stderr

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from checkout import DATA, ROOT
 
-from tinychat_mlx.errors import TinychatError
+from tinychat_mlx.base.errors import TinychatError
 
 GOLDEN = DATA / "messages.txt"
 DENSE = DATA / "demo-fp16"
@@ -101,7 +101,7 @@ def little(what: str, case: Case) -> Case:
     """Run the case on a machine with one byte free of this resource."""
 
     def prepared(tmp: Path, patch: Patch) -> object:
-        patch.setattr(f"tinychat_mlx.limits.{what}", lambda *_, **__: 1)
+        patch.setattr(f"tinychat_mlx.base.limits.{what}", lambda *_, **__: 1)
         return case(tmp, patch)
 
     return prepared
@@ -153,13 +153,13 @@ def load(**options: Any) -> Any:
 
 
 def sampling(**values: Any) -> Any:
-    from tinychat_mlx.sampler import SamplingParams
+    from tinychat_mlx.engine.sampler import SamplingParams
 
     return SamplingParams().updated(**values)
 
 
 def dataset(name: str) -> object:
-    from tinychat_mlx.awq.dataset import fetch
+    from tinychat_mlx.awq.calibration.dataset import fetch
 
     return fetch(name, 10)
 
@@ -171,7 +171,7 @@ def saved(path: Path) -> object:
 
 
 def render(template: str, messages: list[dict[str, str]]) -> object:
-    from tinychat_mlx.template import ChatTemplate
+    from tinychat_mlx.text.chat_template import ChatTemplate
 
     return ChatTemplate({"default": template}, "chat_template.jinja", {}).render(messages)
 
@@ -189,7 +189,7 @@ def cut(name: str) -> Callable[[Path], object]:
 
 def nan(m: Path) -> None:
     """Replace the first number of a weight with NaN."""
-    from tinychat_mlx.tensorfile import TensorFile, entries, entry, write
+    from tinychat_mlx.weights.safetensors import TensorFile, entries, entry, write
 
     file = TensorFile(m / "model.safetensors")
     bad = file.read("model.norm.weight").copy()
@@ -323,8 +323,8 @@ CASES: dict[str, Case] = {
     "/export: the file exists": written({"x.md": ""}, command("storage", "export", "{tmp}/x.md", messages=("hi", "ho"))),
     "/file: no path": command("storage", "file", ""),
     "/copy: no answer": command("storage", "copy", ""),
-    "/compact: one exchange": command("conversation", "compact", messages=("hi", "ho")),
-    "/retry: no messages": command("conversation", "last_question"),
+    "/compact: one exchange": command("compact", "compact", messages=("hi", "ho")),
+    "/retry: no messages": command("compact", "last_question"),
     "/model: cannot change": command("tuning", "switch", "demo"),
     "/system: no such file": command("tuning", "system", "@{tmp}/absent"),
     "/set: no such policy": command("tuning", "set_", "on_full never"),

@@ -18,22 +18,26 @@ import numpy as np
 import pytest
 from checkout import ROOT
 
-from tinychat_mlx import backend_names, foreign, hub, json_file, loading, rope, tensorfile
+from tinychat_mlx import hub, mlx_lm_engine, open
 from tinychat_mlx.apps.bench import gguf_file, llamacpp, mac, torchlinear
 from tinychat_mlx.apps.bench.shapes import SHAPES
 from tinychat_mlx.apps.chat import attach
 from tinychat_mlx.apps.models.remove import remove
-from tinychat_mlx.awq import dataset, selftext, versus
+from tinychat_mlx.awq.calibration import dataset, selftext
+from tinychat_mlx.awq.quality import versus
 from tinychat_mlx.awq.settings import Settings, open_dense
-from tinychat_mlx.backends.cpu import CpuBackend
-from tinychat_mlx.backends.cpu import library as native
+from tinychat_mlx.backends.cpu import native_abi as native
+from tinychat_mlx.backends.cpu.backend import CpuBackend
 from tinychat_mlx.backends.reference import ReferenceBackend
-from tinychat_mlx.config import parse_config
-from tinychat_mlx.decoder import Loader
-from tinychat_mlx.errors import TinychatError
-from tinychat_mlx.formats.stored import Stored
-from tinychat_mlx.tensorfile import TensorFile
-from tinychat_mlx.weight import Dense, Packed
+from tinychat_mlx.base import backend_names
+from tinychat_mlx.base.errors import TinychatError
+from tinychat_mlx.model import rope
+from tinychat_mlx.model.config import parse_config
+from tinychat_mlx.model.decoder import Loader
+from tinychat_mlx.weights import json_file, safetensors
+from tinychat_mlx.weights.formats.stored import Stored
+from tinychat_mlx.weights.safetensors import TensorFile
+from tinychat_mlx.weights.weight import Dense, Packed
 
 Patch = pytest.MonkeyPatch
 Case = Callable[[Path, Patch], object]
@@ -76,7 +80,7 @@ def refuses(name: str) -> Callable[..., Any]:
 
 
 def weights(tmp: Path) -> TensorFile:
-    tensorfile.write(tmp / "w.safetensors", [tensorfile.entry("a", np.ones(4, np.float32))], {})
+    safetensors.write(tmp / "w.safetensors", [safetensors.entry("a", np.ones(4, np.float32))], {})
     return TensorFile(tmp / "w.safetensors")
 
 
@@ -141,7 +145,7 @@ def one_gpu(tmp: Path, patch: Patch) -> object:
 def cache_type(tmp: Path, patch: Patch) -> object:
     patch.setenv("TINYCHAT_CUDA_DEVICE", "cpu")
     patch.setenv("TINYCHAT_CUDA_KV", "fp4")
-    return loading.create("cuda", False, None)
+    return open.create("cuda", False, None)
 
 
 def sizes(inner: int, **settings: Any) -> Case:
@@ -171,7 +175,7 @@ CASES: dict[str, Case] = {
     "dataset without text": answers("dataset_info", ONE_FILE, lambda: dataset.fetch("org/data", 10)),
     "dataset without this file": answers("dataset_info", ONE_FILE, lambda: dataset.fetch("org/data:none.txt", 10)),
     "library of a backend absent": lambda tmp, patch: (
-        patch.setitem(backend_names.BACKENDS, "cpu", ("no_such_module", "X")), loading.create("cpu", False, None)),
+        patch.setitem(backend_names.BACKENDS, "cpu", ("no_such_module", "X")), open.create("cpu", False, None)),
     "mlx-lm config not JSON": lambda tmp, patch: json_file.read_optional(written(tmp / "x.json", "{")),
     "mlx-lm config a list": lambda tmp, patch: json_file.read_optional(written(tmp / "x.json", "[]")),
     "no rope_theta": lambda tmp, patch: rope.rope_table({}, 64, None),
@@ -212,17 +216,17 @@ CASES: dict[str, Case] = {
     "torch: cache type": cache_type,
     "mlx absent": lambda tmp, patch: (
         patch.setitem(sys.modules, "mlx.core", None), run_path(str(ROOT / "backends" / "mlx" / "device.py"))),
-    "mlx: unknown kernel": lambda tmp, patch: mlx_part("winners").choice("magic", True, "M1"),
-    "mlx: config is a list": lambda tmp, patch: foreign.read_config(written(tmp / "config.json", "[]").parent),
+    "mlx: unknown kernel": lambda tmp, patch: mlx_part("kernel_selection").choice("magic", True, "M1"),
+    "mlx: config is a list": lambda tmp, patch: mlx_lm_engine.read_config(written(tmp / "config.json", "[]").parent),
     "mlx: weights of 7 bits": lambda tmp, patch: mlx_part("weights").arrays_of(
         [Packed("w", np.zeros((1, 14), np.uint32), np.ones((1, 1)), np.ones((1, 1)), 7, 64)], None, False),
     "mlx: vocabulary": lambda tmp, patch: (
-        patch.setattr(mlx_part("interop"), "load_model", print),
-        mlx_part("interop").MlxLmDecoder(tmp, {"vocab_size": "many"})),
+        patch.setattr(mlx_part("mlx_lm_decoder"), "load_model", print),
+        mlx_part("mlx_lm_decoder").MlxLmDecoder(tmp, {"vocab_size": "many"})),
     "mlx: mlx-lm absent": lambda tmp, patch: (
-        patch.setitem(sys.modules, "mlx_lm", None), mlx_part("interop").load_model(tmp)),
+        patch.setitem(sys.modules, "mlx_lm", None), mlx_part("mlx_lm_decoder").load_model(tmp)),
     "mlx: mlx-lm too old": lambda tmp, patch: (
-        patch.setattr("mlx_lm.__version__", "0.9"), mlx_part("interop").load_model(tmp)),
+        patch.setattr("mlx_lm.__version__", "0.9"), mlx_part("mlx_lm_decoder").load_model(tmp)),
 }  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from markdown_it import MarkdownIt
 from stand_in_hub import Hub
 
 from tinychat_mlx.apps.cli import cli
-from tinychat_mlx.backends.cpu.library import find_library
+from tinychat_mlx.backends.cpu.native_abi import find_library
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the commands are for a POSIX shell")
 if not (ROOT / "README.md").exists():
@@ -69,8 +69,8 @@ APPENDED = {
     "tinychat eval": "--max-tokens 1024",
     "tinychat bench": "--shape tiny --pp 16 --tg 4",
     "tinychat models rm": "--yes",
-    r"python -m tinychat_mlx\.awq\.table": "--calib-tokens 512 --bits 3 --seeds 1 --group-size 32",
-    r"python -m tinychat_mlx\.awq\.versus": "--tokens 140 --group-size 32",
+    r"python -m tinychat_mlx\.awq\.quality\.table": "--calib-tokens 512 --bits 3 --seeds 1 --group-size 32",
+    r"python -m tinychat_mlx\.awq\.quality\.versus": "--tokens 140 --group-size 32",
     r'eval "\$\(tinychat completion': "&& complete -p tinychat",
 }
 ON_LESS = "python -m tinychat_mlx.awq."  # takes minutes: runs with a tiny model under the demo's name

@@ -6,9 +6,9 @@ import pytest
 from checkout import DATA
 
 import tinychat_mlx
-from tinychat_mlx.awq.calibrate import encoded
-from tinychat_mlx.awq.evaluate import Quality, evaluate, scores
-from tinychat_mlx.model import Model
+from tinychat_mlx.awq.calibration.tokens import encoded
+from tinychat_mlx.awq.quality.evaluate import Quality, evaluate, scores
+from tinychat_mlx.loaded_model import Model
 
 TOKENS = 8192  # the difference of two means of 0.003 is then known to some 2 % of them
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tinychat_mlx.backend import Attention, Backend, CacheShape, Mlp, Norm, Rope, Segment
-from tinychat_mlx.loading import create
-from tinychat_mlx.weight import Dense, Packed, pack_codes
+from tinychat_mlx.contract import Attention, Backend, CacheShape, Mlp, Norm, Rope, Segment
+from tinychat_mlx.open import create
+from tinychat_mlx.weights.weight import Dense, Packed, pack_codes
 
 RNG = np.random.default_rng(0)
 EPS = 2.0**-23

@@ -10,12 +10,12 @@ import pytest
 from decoding import decoder, logits
 from tiny_models import tiny
 
-from tinychat_mlx.backend import Mlp, Moe, Norm, route
-from tinychat_mlx.backends.cpu import CpuBackend
-from tinychat_mlx.backends.cpu import library as c
+from tinychat_mlx.backends.cpu import native_abi as c
+from tinychat_mlx.backends.cpu.backend import CpuBackend
 from tinychat_mlx.backends.cpu.experts import Experts, Places
-from tinychat_mlx.backends.cpu.tape import Captured
-from tinychat_mlx.weight import Dense, Packed, Weight, pack_codes
+from tinychat_mlx.backends.cpu.recorded_step import Captured
+from tinychat_mlx.contract import Mlp, Moe, Norm, route
+from tinychat_mlx.weights.weight import Dense, Packed, Weight, pack_codes
 
 EPS = 2.0**-24  # half a unit in the last place of float32
 FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"]

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tinychat_mlx.awq.quantizer import round_to_nearest
-from tinychat_mlx.backend import Attention, CacheShape, Handle, Mlp, Norm, Rope, Segment, Step
-from tinychat_mlx.backends.cpu import CpuBackend
-from tinychat_mlx.backends.cpu import library as c
-from tinychat_mlx.errors import BackendError
-from tinychat_mlx.weight import Dense, Packed, Weight, pack_codes
+from tinychat_mlx.awq.search.quantizer import round_to_nearest
+from tinychat_mlx.backends.cpu import native_abi as c
+from tinychat_mlx.backends.cpu.backend import CpuBackend
+from tinychat_mlx.base.errors import BackendError
+from tinychat_mlx.contract import Attention, CacheShape, Handle, Mlp, Norm, Rope, Segment, Step
+from tinychat_mlx.weights.weight import Dense, Packed, Weight, pack_codes
 
 EPS = 2.0**-24  # half a unit in the last place of float32: the largest relative error of one rounding
 ISAS = c.instruction_sets()

@@ -10,15 +10,15 @@ import pytest
 from checkout import DATA
 
 import tinychat_mlx
-from tinychat_mlx.awq.calibrate import encoded
-from tinychat_mlx.awq.quantizer import round_to_nearest
-from tinychat_mlx.backend import Choice, Norm, Segment
-from tinychat_mlx.backends.cpu import CpuBackend
-from tinychat_mlx.backends.cpu import library as c
-from tinychat_mlx.decoder import Graph
-from tinychat_mlx.model import Model
-from tinychat_mlx.sampler import TAIL, SamplingParams, choice_of, distribution
-from tinychat_mlx.weight import Packed, pack_codes
+from tinychat_mlx.awq.calibration.tokens import encoded
+from tinychat_mlx.awq.search.quantizer import round_to_nearest
+from tinychat_mlx.backends.cpu import native_abi as c
+from tinychat_mlx.backends.cpu.backend import CpuBackend
+from tinychat_mlx.contract import Choice, Norm, Segment
+from tinychat_mlx.engine.sampler import TAIL, SamplingParams, choice_of, distribution
+from tinychat_mlx.loaded_model import Model
+from tinychat_mlx.model.decoder import Graph
+from tinychat_mlx.weights.weight import Packed, pack_codes
 
 GREEDY = Choice()
 

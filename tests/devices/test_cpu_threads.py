@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinychat_mlx.backends.cpu import CpuBackend
-from tinychat_mlx.backends.cpu.library import open_library
-from tinychat_mlx.weight import Dense
+from tinychat_mlx.backends.cpu.backend import CpuBackend
+from tinychat_mlx.backends.cpu.native_abi import open_library
+from tinychat_mlx.weights.weight import Dense
 
 RNG = np.random.default_rng(0)
 

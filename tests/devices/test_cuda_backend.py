@@ -14,12 +14,13 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 import models
 from tiny_models import REPRESENTATIVES
 
-from tinychat_mlx.backend import Attention, CacheShape, Norm, Segment
-from tinychat_mlx.backends.cuda import CudaBackend, weights
 from tinychat_mlx.backends.cuda import device as devices
+from tinychat_mlx.backends.cuda import weights
+from tinychat_mlx.backends.cuda.backend import CudaBackend
 from tinychat_mlx.backends.reference import ReferenceBackend
-from tinychat_mlx.errors import BackendError
-from tinychat_mlx.weight import Dense
+from tinychat_mlx.base.errors import BackendError
+from tinychat_mlx.contract import Attention, CacheShape, Norm, Segment
+from tinychat_mlx.weights.weight import Dense
 
 IDS = [5, 80, 13, 2, 96, 41, 7, 7, 30, 64, 11]
 FORMS = [("dense", 32), ("int4", 32), ("int4", 64), ("int8", 64), ("int3", 32)]
@@ -296,5 +297,5 @@ def test_torch_without_cuda_and_a_wrong_device_are_refused(monkeypatch: pytest.M
 def test_cpu_tensors_are_said_aloud_and_the_core_never_imports_torch() -> None:
     shown = CudaBackend().describe()
     assert shown.backend == "cuda" and "CPU tensors for testing" in shown.detail
-    code = "import sys, tinychat_mlx.decoder, tinychat_mlx.generate; assert 'torch' not in sys.modules"
+    code = "import sys, tinychat_mlx.model.decoder, tinychat_mlx.engine.engine; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -13,12 +13,12 @@ mx = pytest.importorskip("mlx.core", reason="MLX is not installed")
 from mlx_models import agree, decoder, logits
 from tiny_models import tiny
 
-from tinychat_mlx.backend import Attention, Backend, CacheShape, Segment
-from tinychat_mlx.backends.mlx import MlxBackend
+from tinychat_mlx.backends.mlx.backend import MlxBackend
 from tinychat_mlx.backends.mlx.cache import bytes_per_token, packed_parts
 from tinychat_mlx.backends.reference import ReferenceBackend
-from tinychat_mlx.errors import BackendError
-from tinychat_mlx.weight import F32
+from tinychat_mlx.base.errors import BackendError
+from tinychat_mlx.contract import Attention, Backend, CacheShape, Segment
+from tinychat_mlx.weights.weight import F32
 
 BLOCKS = "tinychat_mlx.backends.mlx.attention.SCORES"
 

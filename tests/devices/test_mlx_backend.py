@@ -16,10 +16,10 @@ from mlx_models import agree, answer, decoder, logits, quantised, tokens
 from tiny_models import REPRESENTATIVES, VARIANTS, tiny
 
 import tinychat_mlx
-from tinychat_mlx.backend import Backend, Segment
-from tinychat_mlx.backends.mlx import MlxBackend
+from tinychat_mlx.backends.mlx.backend import MlxBackend
 from tinychat_mlx.backends.reference import ReferenceBackend
-from tinychat_mlx.errors import BackendError
+from tinychat_mlx.base.errors import BackendError
+from tinychat_mlx.contract import Backend, Segment
 
 
 @pytest.fixture(autouse=True)

@@ -15,13 +15,13 @@ mx = pytest.importorskip("mlx.core", reason="MLX is not installed")
 from mlx_models import agree, answer, decoder, logits, tokens
 from tiny_models import tiny
 
-from tinychat_mlx.backend import Attention, CacheShape, Segment
-from tinychat_mlx.backends.mlx import MlxBackend
+from tinychat_mlx.backends.mlx.backend import MlxBackend
 from tinychat_mlx.backends.mlx.cache import SPAN, MlxCache
-from tinychat_mlx.backends.mlx.flight import Flight
-from tinychat_mlx.errors import BackendError
-from tinychat_mlx.generate import Engine
-from tinychat_mlx.weight import Dense
+from tinychat_mlx.backends.mlx.pipelining import Pipeline
+from tinychat_mlx.base.errors import BackendError
+from tinychat_mlx.contract import Attention, CacheShape, Segment
+from tinychat_mlx.engine.engine import Engine
+from tinychat_mlx.weights.weight import Dense
 
 
 @pytest.fixture(autouse=True)
@@ -203,7 +203,7 @@ def test_only_a_step_that_writes_our_caches_waits_for_the_one_before(monkeypatch
     """mlx-lm runs a whole step ahead and copies its caches. With its engine we are as fast."""
     waited: list[Any] = []
     monkeypatch.setattr(mx, "eval", waited.append)
-    flight, steps = Flight(nullcontext), [mx.zeros(n) + 1 for n in range(1, 5)]
+    flight, steps = Pipeline(nullcontext), [mx.zeros(n) + 1 for n in range(1, 5)]
     for step in steps[:2]:
         flight.issue(step)
     assert not waited

@@ -23,13 +23,13 @@ from virtual_gpu import SLACK
 
 import tinychat_mlx
 from tinychat_mlx.apps.cli import main
-from tinychat_mlx.backends.mlx import MlxBackend, interop
-from tinychat_mlx.backends.mlx.backend import SCRATCH
-from tinychat_mlx.backends.mlx.interop import MlxLmDecoder
-from tinychat_mlx.errors import BackendError, FormatError, UsageError
-from tinychat_mlx.foreign import read_config
-from tinychat_mlx.generate import Engine
-from tinychat_mlx.loading import DEMO
+from tinychat_mlx.backends.mlx import mlx_lm_decoder
+from tinychat_mlx.backends.mlx.backend import SCRATCH, MlxBackend
+from tinychat_mlx.backends.mlx.mlx_lm_decoder import MlxLmDecoder
+from tinychat_mlx.base.errors import BackendError, FormatError, UsageError
+from tinychat_mlx.engine.engine import Engine
+from tinychat_mlx.mlx_lm_engine import read_config
+from tinychat_mlx.open import DEMO
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +137,7 @@ def test_what_a_context_will_take_is_known_before(variant: str, tiny_root: Path)
     kinds = {type(layer).__name__ for layer in cache.layers}
     assert kinds == ({"KVCache"} if variant == "llama" else {"KVCache", "RotatingKVCache"})
     # a prompt leaves a rotating cache larger by its length, until the next token cuts it to the window
-    assert interop.kv_bytes(decoder.model, 512) == sum(layer.nbytes for layer in cache.layers)
+    assert mlx_lm_decoder.kv_bytes(decoder.model, 512) == sum(layer.nbytes for layer in cache.layers)
 
 
 def test_nested_and_constant_caches_are_counted() -> None:
@@ -149,11 +149,11 @@ def test_nested_and_constant_caches_are_counted() -> None:
         cache.update_and_fetch(rows, rows)
     state.cache = [mx.zeros((1, 8)), mx.zeros((1, 2, 16))]
     each = 2 * 2 * 64 * 2  # k and v, 2 heads of 64 halves
-    assert interop.held(plain, 1000) == 1000 * each
-    assert interop.held(packed, 1000) == 1000 * 2 * 2 * (
+    assert mlx_lm_decoder.held(plain, 1000) == 1000 * each
+    assert mlx_lm_decoder.held(packed, 1000) == 1000 * 2 * 2 * (
         64 + 2 * 2 * 2
     )  # 64 bytes, 2 groups of scale and bias
-    assert interop.held(CacheList(plain, state), 1000) == 1000 * each + (8 + 32) * 4
+    assert mlx_lm_decoder.held(CacheList(plain, state), 1000) == 1000 * each + (8 + 32) * 4
 
 
 def test_what_does_not_fit_is_refused_in_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,11 +20,11 @@ from mlx_models import agree, decoder, logits
 from tiny_models import tiny
 
 from tinychat_mlx.apps.doctor import devices
-from tinychat_mlx.backend import CacheShape, Norm
-from tinychat_mlx.backends.mlx import MlxBackend
+from tinychat_mlx.backends.mlx.backend import MlxBackend
 from tinychat_mlx.backends.mlx.device import INSTALL, MINIMUM, Chip, check_version, choose_dtype, find_chip
-from tinychat_mlx.errors import BackendError
-from tinychat_mlx.weight import F32, Dense
+from tinychat_mlx.base.errors import BackendError
+from tinychat_mlx.contract import CacheShape, Norm
+from tinychat_mlx.weights.weight import F32, Dense
 
 
 @pytest.fixture(autouse=True)

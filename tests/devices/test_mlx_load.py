@@ -21,13 +21,14 @@ from mlx_models import quantised
 from tiny_models import tiny
 
 import tinychat_mlx
-from tinychat_mlx.backend import Mlp
-from tinychat_mlx.backends.mlx import MlxBackend, transfer
+from tinychat_mlx.backends.mlx import transfer
+from tinychat_mlx.backends.mlx.backend import MlxBackend
 from tinychat_mlx.backends.mlx.experts import Experts, pack_experts
 from tinychat_mlx.backends.mlx.weights import pack
-from tinychat_mlx.formats.mlx import mlx_entries
-from tinychat_mlx.tensorfile import TensorFile, entry, write
-from tinychat_mlx.weight import Array, Joined, Packed, Weight, join, to_float32
+from tinychat_mlx.contract import Mlp
+from tinychat_mlx.weights.formats.mlx import mlx_entries
+from tinychat_mlx.weights.safetensors import TensorFile, entry, write
+from tinychat_mlx.weights.weight import Array, Joined, Packed, Weight, join, to_float32
 
 RNG = np.random.default_rng(0)
 
@@ -184,7 +185,7 @@ CONFIG = {
 MEASURE = """
 import sys, tinychat_mlx
 from tinychat_mlx.backends.mlx import MlxBackend
-import tinychat_mlx.checkpoint
+import tinychat_mlx.weights.checkpoint
 
 def kib(what):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(what))

@@ -14,9 +14,10 @@ mx = pytest.importorskip("mlx.core", reason="MLX is not installed")
 from mlx_models import answer, decoder, tokens
 from tiny_models import tiny
 
-from tinychat_mlx.backends.mlx import MlxBackend, sampling
-from tinychat_mlx.generate import Engine
-from tinychat_mlx.sampler import SamplingParams, distribution, penalised
+from tinychat_mlx.backends.mlx import sampling
+from tinychat_mlx.backends.mlx.backend import MlxBackend
+from tinychat_mlx.engine.engine import Engine
+from tinychat_mlx.engine.sampler import SamplingParams, distribution, penalised
 
 
 @pytest.fixture(autouse=True)

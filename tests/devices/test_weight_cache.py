@@ -19,13 +19,13 @@ import tiny_dense
 from tiny_models import tiny
 
 import tinychat_mlx
-from tinychat_mlx import disk_cache
-from tinychat_mlx.backends.cpu import store
-from tinychat_mlx.checkpoint import Checkpoint
-from tinychat_mlx.errors import BackendError
-from tinychat_mlx.loading import DEMO
-from tinychat_mlx.model_identity import fingerprint
-from tinychat_mlx.weight import Dense, Packed
+from tinychat_mlx.backends.cpu import packed_weight_cache
+from tinychat_mlx.base import disk_cache
+from tinychat_mlx.base.errors import BackendError
+from tinychat_mlx.open import DEMO
+from tinychat_mlx.weights.checkpoint import Checkpoint
+from tinychat_mlx.weights.model_identity import fingerprint
+from tinychat_mlx.weights.weight import Dense, Packed
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no weight cache")
 IDS = [5, 9, 2, 7]
@@ -43,9 +43,9 @@ FAMILIES = [
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A separate cache folder that accepts the smallest model."""
     folder = tmp_path / "cache" / "weights"
-    monkeypatch.setattr(store, "home", lambda: folder)
-    monkeypatch.setattr(store, "MINIMUM", 0)
-    monkeypatch.setattr(store, "GIB", 1)  # free disk space is tested elsewhere
+    monkeypatch.setattr(packed_weight_cache, "home", lambda: folder)
+    monkeypatch.setattr(packed_weight_cache, "MINIMUM", 0)
+    monkeypatch.setattr(packed_weight_cache, "GIB", 1)  # free disk space is tested elsewhere
     monkeypatch.setenv("TINYCHAT_WEIGHT_CACHE", str(1 << 30))
     return folder
 
@@ -53,7 +53,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def start(folder: Path | str, exact: bool = False) -> np.ndarray:
     """Load a model and wait until its files are on disk. Returns some logits."""
     logits = tinychat_mlx.load(folder, backend="cpu", threads=2, exact=exact).logits(IDS)
-    store.finish()
+    packed_weight_cache.finish()
     return logits
 
 
@@ -114,9 +114,9 @@ def test_where_there_are_no_huge_pages_the_file_is_mapped(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = start("demo")
-    monkeypatch.setattr(store, "huge_pages", lambda: False)
+    monkeypatch.setattr(packed_weight_cache, "huge_pages", lambda: False)
     assert np.array_equal(first, warm("demo"))
-    image = store.Image(store._open_own(only(home)))
+    image = packed_weight_cache.Image(packed_weight_cache._open_own(only(home)))
     assert not image.data.flags.writeable and image.data.tobytes() == only(home).read_bytes()
 
 
@@ -155,14 +155,18 @@ def test_a_fingerprint_is_of_content_place_and_time(tmp_path: Path) -> None:
 
 def resealed(data: bytes, change: Callable[[dict[str, Any]], object]) -> bytes:
     """Return the file with a validly changed index."""
-    magic, layout, _, begin, length, durable, _ = store.TRAILER.unpack(data[-store.TRAILER.size :])
+    magic, layout, _, begin, length, durable, _ = packed_weight_cache.TRAILER.unpack(
+        data[-packed_weight_cache.TRAILER.size :]
+    )
     index = json.loads(data[begin : begin + length])
     change(index)
     text = json.dumps(index).encode()
     return (
         data[:begin]
         + text
-        + store.TRAILER.pack(magic, layout, store.zlib.crc32(text), begin, len(text), durable, 0)
+        + packed_weight_cache.TRAILER.pack(
+            magic, layout, packed_weight_cache.zlib.crc32(text), begin, len(text), durable, 0
+        )
     )
 
 
@@ -210,19 +214,19 @@ def test_a_damaged_file_is_replaced_without_a_word(
 def test_a_file_that_no_disk_ever_held_is_not_believed_after_a_power_cut(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not store._boot():
+    if not packed_weight_cache._boot():
         pytest.skip("this system has no boot id, so files are on disk before they are used")
-    monkeypatch.setattr(store, "settle", lambda path: None)  # the disk has not finished
+    monkeypatch.setattr(packed_weight_cache, "settle", lambda path: None)  # the disk has not finished
     start("demo")
     warm("demo")
-    monkeypatch.setattr(store, "_boot", lambda: "another")
+    monkeypatch.setattr(packed_weight_cache, "_boot", lambda: "another")
     assert is_cold("demo")
     monkeypatch.undo()
 
 
 def test_a_file_on_disk_outlives_the_boot(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start("demo")
-    monkeypatch.setattr(store, "_boot", lambda: "another")
+    monkeypatch.setattr(packed_weight_cache, "_boot", lambda: "another")
     warm("demo")
 
 
@@ -231,7 +235,7 @@ def test_a_file_cut_while_it_is_read_is_an_error_that_says_so(home: Path) -> Non
     path = only(home)
     with open(path, "rb") as file:
         size = path.stat().st_size
-        image = store.Image(file)
+        image = packed_weight_cache.Image(file)
         image.wait()
         os.truncate(path, 10)
         image._read(0, size, os.dup(file.fileno()))
@@ -248,7 +252,7 @@ def test_a_full_disk_costs_the_file_alone(home: Path, monkeypatch: pytest.Monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store.os, call, full)
+        patch.setattr(packed_weight_cache.os, call, full)
         assert np.array_equal(plain, start("demo"))
         assert list(home.iterdir()) == []
     start("demo")
@@ -268,7 +272,7 @@ def test_a_file_of_somebody_else_or_behind_a_link_is_not_opened(
 ) -> None:
     start("demo")
     with monkeypatch.context() as patch:
-        patch.setattr(store.os, "getuid", lambda: os.stat(home).st_uid + 1)
+        patch.setattr(packed_weight_cache.os, "getuid", lambda: os.stat(home).st_uid + 1)
         assert is_cold("demo")
     path = only(home)
     path.rename(tmp_path / "elsewhere")
@@ -296,24 +300,26 @@ def test_the_disk_is_never_filled(home: Path, monkeypatch: pytest.MonkeyPatch) -
     """50 GiB of which 6 are free: 5 stay free, so 1 GiB fits and 2 do not, and 12 never do."""
     gib = 1 << 30
     home.mkdir(parents=True)
-    monkeypatch.setattr(store, "GIB", gib)
+    monkeypatch.setattr(packed_weight_cache, "GIB", gib)
     usage = type("usage", (), {"total": 50 * gib, "free": 6 * gib})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    assert store.make_room(home / "x.tiles", gib, None)
-    assert not store.make_room(home / "x.tiles", 2 * gib, None)
+    assert packed_weight_cache.make_room(home / "x.tiles", gib, None)
+    assert not packed_weight_cache.make_room(home / "x.tiles", 2 * gib, None)
     usage.free = 49 * gib
-    assert store.make_room(home / "x.tiles", 10 * gib, None)
-    assert not store.make_room(home / "x.tiles", 12 * gib, None)  # more than a fifth of the disk
+    assert packed_weight_cache.make_room(home / "x.tiles", 10 * gib, None)
+    assert not packed_weight_cache.make_room(
+        home / "x.tiles", 12 * gib, None
+    )  # more than a fifth of the disk
 
 
 def test_a_small_model_and_a_switched_off_cache_leave_nothing(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "MINIMUM", 64 << 20)
+    monkeypatch.setattr(packed_weight_cache, "MINIMUM", 64 << 20)
     start("demo")
     assert not home.exists()
     monkeypatch.undo()
-    assert os.environ["TINYCHAT_WEIGHT_CACHE"] == "0" and store.home() is None
+    assert os.environ["TINYCHAT_WEIGHT_CACHE"] == "0" and packed_weight_cache.home() is None
     monkeypatch.setenv("TINYCHAT_WEIGHT_CACHE", "lots")
     with pytest.raises(BackendError, match="'lots' is not a number of bytes"):
         tinychat_mlx.load("demo", backend="cpu")
@@ -322,9 +328,9 @@ def test_a_small_model_and_a_switched_off_cache_leave_nothing(
 def test_the_cache_lies_where_it_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINYCHAT_CACHE", str(tmp_path))
     monkeypatch.setenv("TINYCHAT_WEIGHT_CACHE", str(1 << 30))
-    assert store.home() == disk_cache.place("weights") == tmp_path / "weights"
+    assert packed_weight_cache.home() == disk_cache.place("weights") == tmp_path / "weights"
     monkeypatch.setenv("TINYCHAT_WEIGHT_CACHE", "0")
-    assert store.home() is None and disk_cache.place("weights") == tmp_path / "weights"
+    assert packed_weight_cache.home() is None and disk_cache.place("weights") == tmp_path / "weights"
 
 
 def test_leftovers_of_killed_processes_go(home: Path) -> None:
@@ -345,7 +351,7 @@ def test_two_processes_at_once_are_both_right(tmp_path: Path) -> None:
     """Each process has finished its file when it ends, however early."""
     code = (
         "import sys, hashlib, tinychat_mlx\n"
-        "from tinychat_mlx.backends.cpu import store\n"
+        "from tinychat_mlx.backends.cpu import packed_weight_cache as store\n"
         "store.MINIMUM, store.GIB = 0, 1\n"
         "m = tinychat_mlx.load('demo', backend='cpu', threads=1)\n"
         "print(hashlib.sha256(m.logits([5, 9, 2, 7]).tobytes()).hexdigest())\n"
@@ -368,13 +374,13 @@ def test_an_interrupted_load_leaves_nothing(home: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         tinychat_mlx.load("demo", backend="cpu", threads=2, progress=stop)
-    store.finish()
+    packed_weight_cache.finish()
     assert not home.exists()
 
 
 def test_packed_bytes_are_those_of_this_layout_version() -> None:
     """If this fails, the tile layout changed: increment LAYOUT in backends/cpu/pack.py, and update the hash."""
-    from tinychat_mlx.backends.cpu import CpuBackend
+    from tinychat_mlx.backends.cpu.backend import CpuBackend
     from tinychat_mlx.backends.cpu.pack import LAYOUT
 
     r = np.random.default_rng(0)
@@ -398,7 +404,7 @@ def test_packed_bytes_are_those_of_this_layout_version() -> None:
 def test_memory_counts_what_came_from_disk(home: Path) -> None:
     cold = tinychat_mlx.load("demo", backend="cpu", threads=2)
     cold.logits(IDS)
-    store.finish()
+    packed_weight_cache.finish()
     again = tinychat_mlx.load("demo", backend="cpu", threads=2)
     again.logits(IDS)
     assert 0 < again.memory().used == cold.memory().used <= again.memory().peak

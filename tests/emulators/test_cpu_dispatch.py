@@ -23,7 +23,7 @@ SCRIPT = """
 import zlib
 import numpy as np
 from tinychat_mlx.backend import Attention, CacheShape, Segment
-from tinychat_mlx.backends.cpu import CpuBackend
+from tinychat_mlx.backends.cpu.backend import CpuBackend
 from tinychat_mlx.weight import Packed, pack_codes
 rng = np.random.default_rng(1)
 q = rng.integers(0, 16, (48, 128), dtype=np.uint8)

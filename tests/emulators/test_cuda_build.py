@@ -18,9 +18,10 @@ import emulate
 import models
 import resources
 
-from tinychat_mlx.backends.cuda import CudaBackend, kernels, nvrtc, programs, weights
 from tinychat_mlx.backends.cuda import device as devices
-from tinychat_mlx.errors import BackendError
+from tinychat_mlx.backends.cuda import kernels, nvrtc, programs, weights
+from tinychat_mlx.backends.cuda.backend import CudaBackend
+from tinychat_mlx.base.errors import BackendError
 
 CPU = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(

@@ -17,11 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.emulators.test_cuda_kernels import CPU, FLOAT, HALF, WIDTHS, halves, offset_bound, tiled, within
 from tests.emulators.test_cuda_steps import IDS, Keeping, Recorder
-from tinychat_mlx.backend import Mlp, Moe, Segment, Step
-from tinychat_mlx.backend import route as contract_route
-from tinychat_mlx.backends.cuda import CudaBackend, experts, kernels, weights
 from tinychat_mlx.backends.cuda import device as devices
+from tinychat_mlx.backends.cuda import experts, kernels, weights
+from tinychat_mlx.backends.cuda.backend import CudaBackend
 from tinychat_mlx.backends.reference import ACTIVATIONS, ReferenceBackend
+from tinychat_mlx.contract import Mlp, Moe, Segment, Step
+from tinychat_mlx.contract import route as contract_route
 
 pytestmark = pytest.mark.skipif(emulate.compiler() is None, reason="no C++ compiler to emulate kernels with")
 FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"]

@@ -18,12 +18,12 @@ import emulate
 import models
 from guarded import GuardedKernels, both_orders
 
-from tinychat_mlx.backend import Attention, CacheShape, Norm, Rope
 from tinychat_mlx.backends.cuda import device as devices
 from tinychat_mlx.backends.cuda import weights
 from tinychat_mlx.backends.cuda.cache import CudaCache
 from tinychat_mlx.backends.reference import ACTIVATIONS, attend
-from tinychat_mlx.sampler import SamplingParams, distribution
+from tinychat_mlx.contract import Attention, CacheShape, Norm, Rope
+from tinychat_mlx.engine.sampler import SamplingParams, distribution
 
 pytestmark = pytest.mark.skipif(emulate.compiler() is None, reason="no C++ compiler to emulate kernels with")
 CPU = torch.device("cpu")

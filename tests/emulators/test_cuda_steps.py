@@ -16,11 +16,12 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 import emulate
 import models
 
-from tinychat_mlx.backend import Segment, Step
-from tinychat_mlx.backends.cuda import CudaBackend, kernels
 from tinychat_mlx.backends.cuda import device as devices
+from tinychat_mlx.backends.cuda import kernels
+from tinychat_mlx.backends.cuda.backend import CudaBackend
 from tinychat_mlx.backends.cuda.graph import Replay
 from tinychat_mlx.backends.reference import ReferenceBackend
+from tinychat_mlx.contract import Segment, Step
 
 pytestmark = pytest.mark.skipif(emulate.compiler() is None, reason="no C++ compiler to emulate kernels with")
 CPU = torch.device("cpu")

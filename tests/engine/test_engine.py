@@ -14,13 +14,13 @@ import pytest
 from tiny_models import tiny
 
 import tinychat_mlx
-from tinychat_mlx.backend import Backend
-from tinychat_mlx.checkpoint import Checkpoint
-from tinychat_mlx.config import parse_config
-from tinychat_mlx.decoder import Decoder
-from tinychat_mlx.errors import ContextFullError, UsageError
-from tinychat_mlx.generate import FIRST_ROWS, PREFILL_ROWS, Engine, Event
-from tinychat_mlx.sampler import SamplingParams
+from tinychat_mlx.base.errors import ContextFullError, UsageError
+from tinychat_mlx.contract import Backend
+from tinychat_mlx.engine.engine import FIRST_ROWS, PREFILL_ROWS, Engine, Event
+from tinychat_mlx.engine.sampler import SamplingParams
+from tinychat_mlx.model.config import parse_config
+from tinychat_mlx.model.decoder import Decoder
+from tinychat_mlx.weights.checkpoint import Checkpoint
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 
@@ -119,7 +119,7 @@ def test_long_prompts_are_computed_in_pieces_of_half_a_second(
     prompt = np.random.default_rng(0).integers(3, 97, FIRST_ROWS + PREFILL_ROWS + 3).tolist()
     with monkeypatch.context() as m:
         m.setattr(model.engine.decoder, "forward", timed)
-        m.setattr("tinychat_mlx.generate.time.perf_counter", lambda: now)
+        m.setattr("tinychat_mlx.engine.engine.time.perf_counter", lambda: now)
         events = answer(Engine(model.engine.decoder, len(prompt) + 20), prompt)
     done = [0, *[e.done for e in events if e.kind == "prefill"]]
     assert [b - a for a, b in itertools.pairwise(done)] == expected

@@ -13,20 +13,20 @@ import pytest
 from checkout import DATA
 from folders import quantised
 
-from tinychat_mlx import limits
-from tinychat_mlx.apps import fit
+from tinychat_mlx import inspect, memory_plan
 from tinychat_mlx.apps.cli import main
-from tinychat_mlx.apps.models import facts
-from tinychat_mlx.awq import needs, sizes
+from tinychat_mlx.apps.models import int4_plan
+from tinychat_mlx.awq import resources, sizes
 from tinychat_mlx.awq.convert import convert
 from tinychat_mlx.awq.settings import Settings
-from tinychat_mlx.backends.cpu import CpuBackend
+from tinychat_mlx.backends.cpu.backend import CpuBackend
 from tinychat_mlx.backends.cpu.pack import pack
 from tinychat_mlx.backends.reference import ReferenceBackend
-from tinychat_mlx.checkpoint import Checkpoint
-from tinychat_mlx.config import parse_config
-from tinychat_mlx.errors import BackendError
-from tinychat_mlx.loading import DEMO
+from tinychat_mlx.base import limits
+from tinychat_mlx.base.errors import BackendError
+from tinychat_mlx.model.config import parse_config
+from tinychat_mlx.open import DEMO
+from tinychat_mlx.weights.checkpoint import Checkpoint
 
 DENSE = DATA / "demo-fp16"
 NOTHING: Any = None
@@ -53,7 +53,7 @@ def free(patch: pytest.MonkeyPatch, nbytes: int) -> None:
 def test_the_usual_context_shrinks_aloud_where_it_does_not_fit(
     long: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    takes = fit.cost(facts.local("long", long), CpuBackend(threads=1))
+    takes = memory_plan.cost(inspect.local("long", long), CpuBackend(threads=1))
     run = ["run", "-m", str(long), "--backend", "cpu", "--threads", "1", "--max-tokens", "1", "--json", "hi"]
     free(monkeypatch, takes.peak(8192))
     assert main(run) == 0
@@ -69,7 +69,7 @@ def test_the_usual_context_shrinks_aloud_where_it_does_not_fit(
 def test_a_context_that_was_asked_for_is_refused_with_one_that_fits(
     long: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    takes = fit.cost(facts.local("long", long), CpuBackend(threads=1))
+    takes = memory_plan.cost(inspect.local("long", long), CpuBackend(threads=1))
     run = [
         "run",
         "-m",
@@ -97,23 +97,23 @@ def test_a_context_that_was_asked_for_is_refused_with_one_that_fits(
 
 def test_the_chosen_backend_is_what_counts(long: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """10 MB in the cpu backend take more than twice as much in float32."""
-    found, said = facts.local("long", long), []
+    found, said = inspect.local("long", long), []
     cpu, reference = CpuBackend(threads=1), ReferenceBackend()
-    free(monkeypatch, fit.cost(found, cpu).peak(8192))
-    assert fit.context_for(found, cpu, None, said.append) is None and not said
+    free(monkeypatch, memory_plan.cost(found, cpu).peak(8192))
+    assert memory_plan.context_for(found, cpu, None, said.append) is None and not said
     with pytest.raises(BackendError, match=r"on the reference backend with a context of 8,192 tokens"):
-        fit.context_for(found, reference, 8192, said.append)
-    assert fit.context_for(found, CpuBackend(threads=1, kv="fp32"), None, said.append) < 8192  # type: ignore[operator]
+        memory_plan.context_for(found, reference, 8192, said.append)
+    assert memory_plan.context_for(found, CpuBackend(threads=1, kv="fp32"), None, said.append) < 8192  # type: ignore[operator]
     assert len(said) == 1
 
 
 def test_a_model_about_to_go_makes_room(long: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found, cpu = facts.local("long", long), CpuBackend(threads=1)
-    free(monkeypatch, fit.cost(found, cpu).peak(600) - (100 << 20))
-    assert not fit.fits(found, cpu, None) and fit.fits(found, cpu, None, freed=100 << 20)
+    found, cpu = inspect.local("long", long), CpuBackend(threads=1)
+    free(monkeypatch, memory_plan.cost(found, cpu).peak(600) - (100 << 20))
+    assert not memory_plan.fits(found, cpu, None) and memory_plan.fits(found, cpu, None, freed=100 << 20)
     with pytest.raises(BackendError):
-        fit.context_for(found, cpu, None, print)
-    assert fit.context_for(found, cpu, None, lambda text: None, freed=100 << 20) == 600
+        memory_plan.context_for(found, cpu, None, print)
+    assert memory_plan.context_for(found, cpu, None, lambda text: None, freed=100 << 20) == 600
 
 
 @pytest.mark.parametrize("layout", sorted(layouts.WRITERS))
@@ -126,34 +126,36 @@ def test_every_layout_takes_what_packing_takes(tmp_path: Path, layout: str) -> N
     block = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | block))
     cpu, checkpoint = CpuBackend(threads=1), Checkpoint.open(folder)
-    (part,) = (p for p in facts.local(layout, folder).parts if p.form == "int4 g64")
+    (part,) = (p for p in inspect.local(layout, folder).parts if p.form == "int4 g64")
     weights = [checkpoint.weight(module) for module in checkpoint.modules]
     packed = sum(pack(w, cpu._arena, cpu.engine.run_one, False).data.size for w in weights)
-    assert fit._held(part, cpu) == pytest.approx(packed, rel=0.02)
+    assert memory_plan._held(part, cpu) == pytest.approx(packed, rel=0.02)
 
 
 def test_what_convert_writes_is_foreseen(tmp_path: Path) -> None:
     """For a dense model: the files' bytes, the form of each part, and the backends' memory."""
-    dense, settings = facts.local("dense", DENSE), Settings(method="rtn")
+    dense, settings = inspect.local("dense", DENSE), Settings(method="rtn")
     convert(Checkpoint.open(DENSE), tmp_path / "int4", settings, NOTHING, NOTHING)
-    foreseen, made = facts.as_int4(dense, settings), facts.local("int4", tmp_path / "int4")
+    foreseen, made = int4_plan.as_int4(dense, settings), inspect.local("int4", tmp_path / "int4")
     assert foreseen.nbytes == made.nbytes
     rows = lambda f: sorted((p.name, p.form, p.parameters, p.nbytes) for p in f.parts)
     assert rows(foreseen) == rows(made)
     config = parse_config(Checkpoint.open(DENSE).config)
-    written = needs.result_bytes(config, Checkpoint.open(DENSE), settings.resolved(config))
+    written = resources.result_bytes(config, Checkpoint.open(DENSE), settings.resolved(config))
     assert written == pytest.approx(made.nbytes, rel=0.01)
     for backend in (CpuBackend(threads=1), ReferenceBackend()):
-        assert fit.cost(foreseen, backend).weights == fit.cost(made, backend).weights
+        assert memory_plan.cost(foreseen, backend).weights == memory_plan.cost(made, backend).weights
 
 
 def test_a_shape_takes_what_the_model_of_that_shape_takes() -> None:
-    found = facts.local("demo", DEMO)
+    found = inspect.local("demo", DEMO)
     assert found.config is not None
-    shape = facts.of_shape("demo", found.config, True, "int8")
+    shape = int4_plan.of_shape("demo", found.config, True, "int8")
     cpu = CpuBackend(threads=1)
     vectors = next(p for p in found.parts if p.name == "norms and biases")
-    assert fit.cost(shape, cpu).weights == fit.cost(found, cpu).weights - 4 * vectors.parameters
+    assert (
+        memory_plan.cost(shape, cpu).weights == memory_plan.cost(found, cpu).weights - 4 * vectors.parameters
+    )
 
 
 def test_measuring_two_models_looks_at_memory_too(
@@ -170,7 +172,7 @@ def test_a_conversion_without_memory_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = parse_config(Checkpoint.open(DENSE).config)
-    wanted = needs.needs(config, Checkpoint.open(DENSE), Settings(method="rtn").resolved(config))
+    wanted = resources.needs(config, Checkpoint.open(DENSE), Settings(method="rtn").resolved(config))
     command = ["convert", str(DENSE), "-o", str(tmp_path / "out"), "--method", "rtn", "--threads", "1"]
     free(monkeypatch, wanted.peak_bytes - 1_000_000)
     assert main(command) == 1
@@ -206,9 +208,9 @@ def test_a_file_of_text_is_named_where_writing_it_takes_the_memory(monkeypatch: 
     config = parse_config(source.config)
     deep = replace(config, num_hidden_layers=4000, window=config.window * 1000)
     monkeypatch.setattr(sizes, "kinds", lambda config: {0: config.num_hidden_layers})
-    assert "--calib FILE" in needs.smaller(deep, source, Settings(group_size=128))
-    assert not needs.smaller(deep, source, Settings(group_size=128, calib="text.txt"))
-    assert not needs.smaller(deep, source, Settings(group_size=128, method="rtn"))
+    assert "--calib FILE" in resources.smaller(deep, source, Settings(group_size=128))
+    assert not resources.smaller(deep, source, Settings(group_size=128, calib="text.txt"))
+    assert not resources.smaller(deep, source, Settings(group_size=128, method="rtn"))
 
 
 def test_what_is_int4_already_is_not_converted_to_the_same(

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 import tinychat_mlx
-from tinychat_mlx.errors import ContextFullError, ModelNotFoundError, TinychatError, UsageError
-from tinychat_mlx.loading import DEMO
-from tinychat_mlx.model import without_oldest
+from tinychat_mlx.base.errors import ContextFullError, ModelNotFoundError, TinychatError, UsageError
+from tinychat_mlx.loaded_model import without_oldest
+from tinychat_mlx.open import DEMO
 
 WHO = {"role": "user", "content": "who are you?"}
 

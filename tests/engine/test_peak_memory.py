@@ -11,20 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinychat_mlx.apps import fit
+from tinychat_mlx import inspect, memory_plan
 from tinychat_mlx.apps.bench.synthetic import RandomSource
-from tinychat_mlx.apps.models import facts
-from tinychat_mlx.backends.cpu import CpuBackend
+from tinychat_mlx.backends.cpu.backend import CpuBackend
 from tinychat_mlx.backends.reference import ReferenceBackend
-from tinychat_mlx.formats.mlx import mlx_entries
-from tinychat_mlx.shapes import SHAPES
-from tinychat_mlx.tensorfile import entry, write
+from tinychat_mlx.base.shapes import SHAPES
+from tinychat_mlx.weights.formats.mlx import mlx_entries
+from tinychat_mlx.weights.safetensors import entry, write
 
 TOKENS = 640  # more than one prefill step
 MEASURE = """
 import sys, tinychat_mlx
 from pathlib import Path
-from tinychat_mlx.backends.cpu import store
+from tinychat_mlx.backends.cpu import packed_weight_cache as store
 store.GIB = 1
 backend, tokens = sys.argv[2], int(sys.argv[3])
 model = tinychat_mlx.load(sys.argv[1], backend=backend, threads=2, context=tokens + 1)
@@ -85,8 +84,8 @@ def test_the_peak_is_stated_before_loading(folder: Path, tmp_path: Path) -> None
     In addition to program, tokenizer and activations, which hardly grow with the model, the peak is at most
     1.15 x the packed weights and the cache.
     """
-    found = facts.local("model", folder)
-    takes = fit.cost(found, CpuBackend(threads=2))
+    found = inspect.local("model", folder)
+    takes = memory_plan.cost(found, CpuBackend(threads=2))
     stated, packed = takes.peak(TOKENS), takes.weights
     # Scale and zero point of a group share 16 bits in the layers' tiles: 4.125 bits per weight of the file's
     # 4.25.
@@ -110,6 +109,6 @@ def test_the_peak_is_stated_before_loading(folder: Path, tmp_path: Path) -> None
 def test_the_references_peak_is_stated_as_well(tmp_path: Path, tokens: int) -> None:
     """It keeps float32, creates the largest matrix in two pieces, and holds the scores of whole steps."""
     folder = model(tmp_path, 2, heads=64)
-    stated = fit.cost(facts.local("model", folder), ReferenceBackend()).peak(tokens)
+    stated = memory_plan.cost(inspect.local("model", folder), ReferenceBackend()).peak(tokens)
     peak = measured(folder, "reference", tokens, {**os.environ})[0]
     assert 0.9 * stated < peak < 1.1 * stated, f"{stated} stated, {peak} measured"

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 import tinychat_mlx
-from tinychat_mlx import tensorfile
-from tinychat_mlx.backend import Attention, Backend, Cache, CacheShape, Segment
 from tinychat_mlx.backends.reference import ReferenceBackend
-from tinychat_mlx.loading import create
-from tinychat_mlx.prefix import PART, PrefixStore, identity_of
+from tinychat_mlx.contract import Attention, Backend, Cache, CacheShape, Segment
+from tinychat_mlx.engine.prefix_cache import PART, PrefixStore, identity_of
+from tinychat_mlx.open import create
+from tinychat_mlx.weights import safetensors
 
 RNG = np.random.default_rng(0)
 SHAPE = CacheShape(3, 2, 32)
@@ -146,14 +146,14 @@ def test_only_whole_parts_are_written_until_the_chat_ends(tmp_path: Path, backen
 
 def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, str]], None]) -> None:
     """Write a part again, otherwise valid, with a matching checksum."""
-    from tinychat_mlx.prefix import _crc
+    from tinychat_mlx.engine.prefix_cache import _crc
 
-    file = tensorfile.TensorFile(path)
+    file = safetensors.TensorFile(path)
     arrays, metadata = {name: np.array(file.read(name)) for name in file.names}, dict(file.metadata)
     change(arrays, metadata)
     if "crc" in metadata:
         metadata["crc"] = _crc(arrays)
-    tensorfile.write(path, [tensorfile.entry(n, a) for n, a in arrays.items()], metadata)
+    safetensors.write(path, [safetensors.entry(n, a) for n, a in arrays.items()], metadata)
 
 
 HARMS: dict[str, Callable[[dict[str, Any], dict[str, str]], Any]] = {
@@ -258,7 +258,7 @@ def test_parts_are_for_their_owner_alone(tmp_path: Path, backend: Backend) -> No
 
 # the model ---------------------------------------------------------------------------------------------
 def test_the_identity_changes_with_weights_config_backend_and_exactness(tmp_path: Path) -> None:
-    from tinychat_mlx.loading import DEMO
+    from tinychat_mlx.open import DEMO
 
     folder = tmp_path / "model"
     shutil.copytree(DEMO, folder)

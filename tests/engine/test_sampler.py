@@ -9,8 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinychat_mlx.errors import ConfigError, TinychatError, UsageError
-from tinychat_mlx.sampler import Sampler, SamplingParams, distribution, from_generation_config, penalised
+from tinychat_mlx.base.errors import ConfigError, TinychatError, UsageError
+from tinychat_mlx.engine.sampler import (
+    Sampler,
+    SamplingParams,
+    distribution,
+    from_generation_config,
+    penalised,
+)
 
 RNG = np.random.default_rng(0)
 

@@ -10,16 +10,16 @@ import pytest
 from proofs import proven
 from tiny_models import RENAMED, REPRESENTATIVES, VARIANTS, tiny
 
-from tinychat_mlx.arch import ARCHITECTURES
+from tinychat_mlx.awq.calibration.recorder import ExpertRun, LayerRun, Recorder
 from tinychat_mlx.awq.experts import multiplied
-from tinychat_mlx.awq.record import ExpertRun, LayerRun, Recorder
 from tinychat_mlx.awq.sites import LayerWeights, Site, experts, fold, shapes, shared, sites
-from tinychat_mlx.backend import CacheShape, Segment
 from tinychat_mlx.backends.reference import ReferenceBackend
-from tinychat_mlx.checkpoint import Checkpoint
-from tinychat_mlx.config import ModelConfig, parse_config
-from tinychat_mlx.decoder import Graph, Loader
-from tinychat_mlx.weight import Weight
+from tinychat_mlx.contract import CacheShape, Segment
+from tinychat_mlx.model.config import ModelConfig, parse_config
+from tinychat_mlx.model.decoder import Graph, Loader
+from tinychat_mlx.model.families import ARCHITECTURES
+from tinychat_mlx.weights.checkpoint import Checkpoint
+from tinychat_mlx.weights.weight import Weight
 
 MIXTURES = sorted(name for name, (kind, _) in VARIANTS.items() if ARCHITECTURES[kind].moe)
 ALL = [*VARIANTS, *RENAMED]

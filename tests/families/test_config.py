@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tinychat_mlx.arch import ARCHITECTURES
-from tinychat_mlx.config import SCALARS, parse_config, token_ids
-from tinychat_mlx.errors import ConfigError
-from tinychat_mlx.rope import rope_table
+from tinychat_mlx.base.errors import ConfigError
+from tinychat_mlx.model.config import SCALARS, parse_config, token_ids
+from tinychat_mlx.model.families import ARCHITECTURES
+from tinychat_mlx.model.rope import rope_table
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",

@@ -12,9 +12,9 @@ from checkout import ROOT
 from tiny_models import VARIANTS
 
 from tests.families import test_awq_fold, test_support
-from tinychat_mlx.arch import ARCHITECTURES
-from tinychat_mlx.archspec import ArchSpec
-from tinychat_mlx.backend import Backend
+from tinychat_mlx.contract import Backend
+from tinychat_mlx.model.families import ARCHITECTURES
+from tinychat_mlx.model.family import ArchSpec
 
 PAGE = ROOT / "docs" / "architectures.md"
 pytestmark = [

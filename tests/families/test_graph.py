@@ -9,7 +9,7 @@ import pytest
 from tiny_models import tiny
 
 import tinychat_mlx
-from tinychat_mlx.arch import ARCHITECTURES
+from tinychat_mlx.model.families import ARCHITECTURES
 
 TOLERANCE = 1e-4  # of the largest logit: derived in test_support.py
 

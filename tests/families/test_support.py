@@ -25,16 +25,16 @@ from tiny_models import RENAMED, VARIANTS, tiny
 from virtual_gpu import SLACK
 
 import tinychat_mlx
-from tinychat_mlx.arch import ARCHITECTURES
-from tinychat_mlx.archspec import ArchSpec
 from tinychat_mlx.awq.convert import convert
 from tinychat_mlx.awq.settings import Settings
 from tinychat_mlx.awq.sites import experts, module_name, modules
-from tinychat_mlx.backend import Backend
 from tinychat_mlx.backends.reference import ReferenceBackend
-from tinychat_mlx.checkpoint import Checkpoint
-from tinychat_mlx.config import parse_config
-from tinychat_mlx.weight import Dense, Packed
+from tinychat_mlx.contract import Backend
+from tinychat_mlx.model.config import parse_config
+from tinychat_mlx.model.families import ARCHITECTURES
+from tinychat_mlx.model.family import ArchSpec
+from tinychat_mlx.weights.checkpoint import Checkpoint
+from tinychat_mlx.weights.weight import Dense, Packed
 
 pytestmark = pytest.mark.usefixtures("accepted")
 README, STORED = ROOT / "README.md", DATA / "support.json"

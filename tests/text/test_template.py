@@ -15,9 +15,9 @@ import pytest
 from counting import Clock
 from tiny_tokenizers import write_folder
 
-from tinychat_mlx.errors import TokenizerError
-from tinychat_mlx.template import ChatTemplate
-from tinychat_mlx.tokenizer import Tokenizer
+from tinychat_mlx.base.errors import TokenizerError
+from tinychat_mlx.text.chat_template import ChatTemplate
+from tinychat_mlx.text.tokenizer import Tokenizer
 
 # Templates in the style of well-known models, written for these tests.
 CHATML = """\
@@ -638,7 +638,7 @@ def test_a_template_that_never_ends_or_explodes_is_stopped(
 ) -> None:
     """By its size, or when it asks for the time often enough; between two questions nothing takes long."""
     start, clock = time.thread_time(), Clock(0.01)
-    monkeypatch.setattr("tinychat_mlx.sandbox.time", SimpleNamespace(thread_time=clock))
+    monkeypatch.setattr("tinychat_mlx.text.sandbox.time", SimpleNamespace(thread_time=clock))
     with pytest.raises(TokenizerError, match="chat template"):
         rendered(source)
     assert clock.reads <= 202
@@ -649,7 +649,7 @@ def test_the_time_of_a_template_is_bounded_to_two_seconds_of_its_thread(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = Clock(0.01)
-    monkeypatch.setattr("tinychat_mlx.sandbox.time", SimpleNamespace(thread_time=clock))
+    monkeypatch.setattr("tinychat_mlx.text.sandbox.time", SimpleNamespace(thread_time=clock))
     with pytest.raises(TokenizerError, match="longer than 2 s"):
         rendered(BOMBS[1])
     assert clock.reads == 201

@@ -16,9 +16,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import CORPUS, KINDS, write_folder
 
-from tinychat_mlx.detokenizer import StopMatcher, Stream, clean_up_spaces
-from tinychat_mlx.errors import TokenizerError, UsageError
-from tinychat_mlx.tokenizer import Tokenizer
+from tinychat_mlx.base.errors import TokenizerError, UsageError
+from tinychat_mlx.text.streaming import StopMatcher, Stream, clean_up_spaces
+from tinychat_mlx.text.tokenizer import Tokenizer
 
 AWKWARD = [
     "",
@@ -340,7 +340,7 @@ def test_the_librarys_own_stream_would_not_do(ours: dict[str, Tokenizer]) -> Non
 
 @pytest.mark.parametrize(("letters", "length"), [(" 'nt", 7), (" 'sa.", 5)])
 def test_spaces_cleaned_in_a_stream_equal_spaces_cleaned_at_once(letters: str, length: int) -> None:
-    from tinychat_mlx.detokenizer import CleanStream
+    from tinychat_mlx.text.streaming import CleanStream
 
     class Letters:
         def push(self, token: int) -> str:
@@ -473,10 +473,10 @@ def test_half_a_surrogate_pair_is_refused(ours: dict[str, Tokenizer]) -> None:
 def test_importing_the_text_modules_imports_no_library() -> None:
     """`tinychat --help` must not load tokenizers, jinja2 or numpy, nor a chat transformers."""
     code = (
-        "import sys, tinychat_mlx.tokenizer\n"
+        "import sys, tinychat_mlx.text.tokenizer\n"
         "print([m for m in ('tokenizers', 'jinja2', 'numpy', 'torch', 'transformers') if m in sys.modules])\n"
         "from pathlib import Path\n"
-        "t = tinychat_mlx.tokenizer.Tokenizer.load(Path(sys.argv[1]))\n"
+        "t = tinychat_mlx.text.tokenizer.Tokenizer.load(Path(sys.argv[1]))\n"
         "t.encode_chat([{'role': 'user', 'content': 'hi'}])\n"
         "print([m for m in ('numpy', 'torch', 'transformers', 'huggingface_hub') if m in sys.modules])\n"
     )

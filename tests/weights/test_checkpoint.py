@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from folders import UP, B, W, dense, dense_and, folder, quantised, refused, sharded
 
-from tinychat_mlx.checkpoint import INDEX, SINGLE, Checkpoint, Quantization, is_plain_name
-from tinychat_mlx.errors import FormatError, ModelNotFoundError, TinychatError
-from tinychat_mlx.formats.mlx import to_bfloat16
-from tinychat_mlx.tensorfile import entry, write
-from tinychat_mlx.weight import Dense, Packed
+from tinychat_mlx.base.errors import FormatError, ModelNotFoundError, TinychatError
+from tinychat_mlx.weights.checkpoint import INDEX, SINGLE, Checkpoint, Quantization, is_plain_name
+from tinychat_mlx.weights.formats.mlx import to_bfloat16
+from tinychat_mlx.weights.safetensors import entry, write
+from tinychat_mlx.weights.weight import Dense, Packed
 
 rng = np.random.default_rng(0)
 

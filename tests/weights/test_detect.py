@@ -15,9 +15,9 @@ from folders import dense_and, folder, quantised, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinychat_mlx.checkpoint import Checkpoint
-from tinychat_mlx.errors import ConfigError, FormatError
-from tinychat_mlx.formats.detect import check_left_out, declared
+from tinychat_mlx.base.errors import ConfigError, FormatError
+from tinychat_mlx.weights.checkpoint import Checkpoint
+from tinychat_mlx.weights.formats.detect import check_left_out, declared
 
 METHODS = [
     "gptq", "GPTQ", "marlin", "fp8", "mxfp4", "bitsandbytes", "modelopt", "hqq", "aqlm", "quanto", "eetq",

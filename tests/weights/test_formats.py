@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from counting import calls
 
-from tinychat_mlx.checkpoint import Checkpoint
-from tinychat_mlx.errors import FormatError
-from tinychat_mlx.formats import nibbles
-from tinychat_mlx.formats.awq_gemm import ORDER, awq_config, awq_entries
-from tinychat_mlx.formats.llm_awq import deinterleave
-from tinychat_mlx.formats.mlx import mlx_entries, to_bfloat16
-from tinychat_mlx.formats.stored import biases_of
-from tinychat_mlx.tensorfile import Entry, entry, write
-from tinychat_mlx.weight import Dense, Packed, Weight, pack_codes, to_float32
+from tinychat_mlx.base.errors import FormatError
+from tinychat_mlx.weights.checkpoint import Checkpoint
+from tinychat_mlx.weights.formats import nibbles
+from tinychat_mlx.weights.formats.awq_gemm import ORDER, awq_config, awq_entries
+from tinychat_mlx.weights.formats.llm_awq import deinterleave
+from tinychat_mlx.weights.formats.mlx import mlx_entries, to_bfloat16
+from tinychat_mlx.weights.formats.stored import biases_of
+from tinychat_mlx.weights.safetensors import Entry, entry, write
+from tinychat_mlx.weights.weight import Dense, Packed, Weight, pack_codes, to_float32
 
 MODULE = "model.layers.0.mlp.up_proj"
 

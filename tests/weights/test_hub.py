@@ -20,12 +20,12 @@ from stand_in_hub import Hub
 from tiny_dense import save
 
 from tinychat_mlx import hub as hubs
-from tinychat_mlx.checkpoint import Checkpoint
-from tinychat_mlx.errors import DownloadError, FormatError, ModelNotFoundError
+from tinychat_mlx.base.errors import DownloadError, FormatError, ModelNotFoundError
 from tinychat_mlx.hub.ask import _digest, is_wanted
-from tinychat_mlx.loading import DEMO
-from tinychat_mlx.shards import write_sharded
-from tinychat_mlx.tensorfile import TensorFile, entries
+from tinychat_mlx.open import DEMO
+from tinychat_mlx.weights.checkpoint import Checkpoint
+from tinychat_mlx.weights.safetensors import TensorFile, entries
+from tinychat_mlx.weights.shards import write_sharded
 
 WEIGHTS = "model.safetensors"
 SIZE = (DEMO / WEIGHTS).stat().st_size

@@ -16,12 +16,12 @@ from tiny_models import tiny
 import tinychat_mlx
 from tests.awq.test_convert_families import converted
 from tinychat_mlx.apps.cli import main
-from tinychat_mlx.awq.reformat import reformatted
-from tinychat_mlx.checkpoint import Checkpoint
-from tinychat_mlx.config import parse_config
-from tinychat_mlx.shards import write_sharded
-from tinychat_mlx.tensorfile import Entry, TensorFile, entry, write
-from tinychat_mlx.weight import Packed
+from tinychat_mlx.awq.output.reformat import reformatted
+from tinychat_mlx.model.config import parse_config
+from tinychat_mlx.weights.checkpoint import Checkpoint
+from tinychat_mlx.weights.safetensors import Entry, TensorFile, entry, write
+from tinychat_mlx.weights.shards import write_sharded
+from tinychat_mlx.weights.weight import Packed
 
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 2}
 IDS = np.random.default_rng(9).integers(0, 80, 40).tolist()
@@ -267,7 +267,7 @@ def test_a_change_of_format_that_stops_leaves_nothing(
 
     source = quantised(tmp_path / "source", "awq-gemm", 128)
     with monkeypatch.context() as patch:
-        patch.setattr("tinychat_mlx.shards.write", stop)
+        patch.setattr("tinychat_mlx.weights.shards.write", stop)
         assert to(source, "mlx", tmp_path / "out") in (1, 130)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
     assert to(source, "mlx", tmp_path / "out", "--resume") == 0

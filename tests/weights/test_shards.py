@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from folders import UP, B, W, dense, refused, sharded
 
-from tinychat_mlx.checkpoint import INDEX, SINGLE
-from tinychat_mlx.errors import FormatError
-from tinychat_mlx.json_file import read_json
-from tinychat_mlx.shards import ShardWriter, copy_side_files
+from tinychat_mlx.base.errors import FormatError
+from tinychat_mlx.weights.checkpoint import INDEX, SINGLE
+from tinychat_mlx.weights.json_file import read_json
+from tinychat_mlx.weights.shards import ShardWriter, copy_side_files
 
 
 def test_shards_written_one_by_one_with_a_kill_between_end_as_the_same_files(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_side_file_that_links_to_a_strangers_file_is_not_carried_along(tmp_pat
 
 
 def test_json_files_round_trip_through_the_reader(tmp_path: Path) -> None:
-    from tinychat_mlx.shards import write_json
+    from tinychat_mlx.weights.shards import write_json
 
     write_json(tmp_path / "x.json", {"ü": [1, {"a": None}], "b": 1e-5})
     assert read_json(tmp_path / "x.json") == {"ü": [1, {"a": None}], "b": 1e-5}

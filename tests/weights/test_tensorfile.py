@@ -19,8 +19,8 @@ from counting import calls
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinychat_mlx.errors import FormatError, TinychatError
-from tinychat_mlx.tensorfile import DTYPES, MAX_HEADER, Entry, TensorFile, entries, entry, write
+from tinychat_mlx.base.errors import FormatError, TinychatError
+from tinychat_mlx.weights.safetensors import DTYPES, MAX_HEADER, Entry, TensorFile, entries, entry, write
 
 Header = dict[str, Any]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tinychat_mlx.weight import Dense, Packed, Weight, join, pack_codes, to_float32, unpack_codes
+from tinychat_mlx.weights.weight import Dense, Packed, Weight, join, pack_codes, to_float32, unpack_codes
 
 RNG = np.random.default_rng(0)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tinychat_mlx.errors import ModelNotFoundError
+from tinychat_mlx.base.errors import ModelNotFoundError
+from tinychat_mlx.base.paths import hub_cache
 from tinychat_mlx.hub.ask import File, Remote, look, read_header, read_json
 from tinychat_mlx.hub.cache import (
     COMMIT,
@@ -19,7 +20,6 @@ from tinychat_mlx.hub.cache import (
 )
 from tinychat_mlx.hub.fetch import Watch, check_room, fetch
 from tinychat_mlx.hub.http import Say, login
-from tinychat_mlx.places import hub_cache
 
 __all__ = [
     "COMMIT",

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tinychat_mlx.errors import DownloadError, FormatError
+from tinychat_mlx.base.errors import DownloadError, FormatError
+from tinychat_mlx.base.limits import disk_free
+from tinychat_mlx.base.paths import hub_cache
+from tinychat_mlx.base.wording import size
 from tinychat_mlx.hub.ask import File, Remote, partial, size_of
 from tinychat_mlx.hub.cache import COMMIT, repo_folder
 from tinychat_mlx.hub.http import PIECE, Say, get, patiently
-from tinychat_mlx.limits import disk_free
-from tinychat_mlx.places import hub_cache
-from tinychat_mlx.words import size
 
 Watch = Callable[[int, int], None]  # bytes done, bytes in total
 

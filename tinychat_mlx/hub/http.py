@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from tinychat_mlx.errors import DownloadError, ModelNotFoundError, TinychatError
+from tinychat_mlx.base.errors import DownloadError, ModelNotFoundError, TinychatError
 from tinychat_mlx.hub.cache import Ref
 
 # Pauses in seconds before each retry. Received bytes reset the sequence.

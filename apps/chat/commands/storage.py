@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinychat_mlx.apps.chat import attach
-from tinychat_mlx.apps.chat.commands import command, one_of
+from tinychat_mlx.apps.chat.commands.table import command, one_of
 from tinychat_mlx.apps.chat.session import Session, find, saved
-from tinychat_mlx.errors import FormatError, UsageError
+from tinychat_mlx.base.errors import FormatError, UsageError
 
 if TYPE_CHECKING:
     from tinychat_mlx.apps.chat.app import Chat

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.text import Text
 
-from tinychat_mlx.apps import fit
-from tinychat_mlx.apps.chat.commands import command, one_of
-from tinychat_mlx.apps.models import shelf
-from tinychat_mlx.apps.models.opening import facts_of, settle
-from tinychat_mlx.apps.options import BACKENDS, CHATTING, SAMPLING, text_or_file
-from tinychat_mlx.errors import TinychatError, UsageError
-from tinychat_mlx.words import size
+from tinychat_mlx import memory_plan
+from tinychat_mlx.apps.chat.commands.table import command, one_of
+from tinychat_mlx.apps.models import installed
+from tinychat_mlx.apps.models.prepare import facts_of, settle
+from tinychat_mlx.apps.options import text_or_file
+from tinychat_mlx.apps.setting_table import BACKENDS, CHATTING, SAMPLING
+from tinychat_mlx.base.errors import TinychatError, UsageError
+from tinychat_mlx.base.wording import size
 
 if TYPE_CHECKING:
     from tinychat_mlx.apps.chat.app import Chat
@@ -27,14 +28,14 @@ POLICIES: tuple[str, ...] = tuple(CHATTING["on_full"][0].choices)
 @command(
     "model",
     "[NAME]",
-    words=lambda chat, typed: ((m, -len(typed), "") for m in shelf.names() if m.startswith(typed)),
+    words=lambda chat, typed: ((m, -len(typed), "") for m in installed.names() if m.startswith(typed)),
 )
 def model(chat: Chat, name: str) -> None:
     """List the installed models, or switch to one (a folder, a hub id, demo)."""
     if name:
         switch(chat, chat.loading | {"model": name})
         return
-    for each in shelf.names():
+    for each in installed.names():
         chat.view.say(f"{'*' if each == chat.loading.get('model') else ' '} {each}")
     chat.view.note("also accepted: a folder with a config.json, or a Hugging Face id")
 
@@ -62,10 +63,10 @@ def switch(chat: Chat, loading: dict[str, Any]) -> None:
     name = settle(loading, chat.view.note, freed)
     both = True
     if name != "demo" and (found := facts_of(name, loading)):
-        backend, asked = fit.chosen(loading), loading.get("context")
-        chat.view.note(fit.describe(found, backend, asked, freed))
-        fit.context_for(found, backend, asked, lambda text: None, freed)
-        both = fit.fits(found, backend, asked)
+        backend, asked = memory_plan.chosen(loading), loading.get("context")
+        chat.view.note(memory_plan.describe(found, backend, asked, freed))
+        memory_plan.context_for(found, backend, asked, lambda text: None, freed)
+        both = memory_plan.fits(found, backend, asked)
     chat.model.keep(whole=True)
     if not both:  # the old one must be unloaded first
         del chat.model

@@ -1,4 +1,4 @@
-# shapes_table.h: the models of tinychat_mlx/shapes.json as an array of Shape. Needs CMake 3.19.
+# shapes_table.h: the models of tinychat_mlx/base/shapes.json as an array of Shape. Needs CMake 3.19.
 set(json ${CMAKE_CURRENT_LIST_DIR}/../../../tinychat_mlx/shapes.json)
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${json})
 file(READ ${json} text)

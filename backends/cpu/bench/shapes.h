@@ -9,7 +9,7 @@ struct Shape {
   int layers, hidden, intermediate, heads, kv_heads, dim, vocab;
   bool qkv_bias;
 };
-#include "shapes_table.h"  // SHAPES, which CMake makes of tinychat_mlx/shapes.json
+#include "shapes_table.h"  // SHAPES, which CMake makes of tinychat_mlx/base/shapes.json
 
 // All layers share the memory of one layer for everything but weights. The head is the embedding.
 struct Token {

@@ -7,7 +7,7 @@
 // chunks in order, so results do not depend on the number of threads.
 #pragma once
 #include "pool.h"
-#include "words.h"
+#include "simd_util.h"
 
 namespace {
 
@@ -53,7 +53,7 @@ inline bool splits(const AttentionOp& op, const SegmentArg& s) {
   return s.rows * group_of(op) <= SPLIT;
 }
 inline int rows_an_item(const AttentionOp& op, const SegmentArg& s) {
-  return splits(op, s) ? s.rows : greater(1, QUERIES / group_of(op));
+  return splits(op, s) ? s.rows : max(1, QUERIES / group_of(op));
 }
 inline int chunks_of(const AttentionOp& op, const SegmentArg& s) {
   return splits(op, s) ? (int)((*s.length + s.rows + CHUNK - 1) / CHUNK) : 1;
@@ -72,7 +72,7 @@ inline Item item_at(const AttentionOp& op, int i) {
   item.chunk = i % item.chunks;
   item.row = i / item.chunks % blocks * n;
   item.head = i / item.chunks / blocks;
-  item.rows = lesser(n, s.rows - item.row);
+  item.rows = min(n, s.rows - item.row);
   item.length = *s.length;
   return item;
 }
@@ -82,7 +82,7 @@ inline F to_bytes(const float* x, int n, float* scale) {
   float top = 0;
   for (int i = 0; i < n; i++) top = fabsf(x[i]) > top ? fabsf(x[i]) : top;
   *scale = top / 127;
-  return all(top > 1e-30f ? 127 / top : 0);
+  return set1(top > 1e-30f ? 127 / top : 0);
 }
 
 // Writes one row's key and value of one head to the cache at its position.
@@ -93,13 +93,13 @@ void append(const AttentionOp& op, const SegmentArg& s, int row, int head, int64
   T* values = (T*)s.values + ((size_t)head * s.capacity + at) * op.dim_pad;
   const float* k = op.k + row * op.k_stride + head * op.k_head;
   const float* v = op.v + row * op.v_stride + head * op.v_head;
-  F k_factor = all(1), v_factor = k_factor;
+  F k_factor = set1(1), v_factor = k_factor;
   if constexpr (KV::SCALED) {
     const size_t slot = (size_t)head * s.capacity + at;
     k_factor = to_bytes(k, op.dim, s.key_scales + slot), v_factor = to_bytes(v, op.dim, s.value_scales + slot);
   }
   for (int d = 0; d < op.dim; d += W) {
-    const int n = lesser(W, op.dim - d);
+    const int n = min(W, op.dim - d);
     T line[W];
     KV::put(line, mul(k_factor, n == W ? ld(k + d) : ld_part(k + d, n)));
     for (int i = 0; i < n; i++) keys[(size_t)(d + i) * 16] = line[i];
@@ -113,11 +113,12 @@ template <class KV, int R>
 inline void score(const float* q, const typename KV::T* keys, int dim, int count, float* out) {
   for (int t = 0; t < count; t += 16 * KV_TILES, keys += (size_t)16 * KV_TILES * dim) {
     F s[R][NK];
-    repeat<R>([&](auto r) ALWAYS { repeat<NK>([&](auto v) ALWAYS { s[r.value][v.value] = all(0); }); });
+    repeat<R>([&](auto r) ALWAYS { repeat<NK>([&](auto v) ALWAYS { s[r.value][v.value] = set1(0); }); });
     for (int d = 0; d < dim; d++)
       repeat<NK>([&](auto v) ALWAYS {
         const F k = KV::get(keys + (v.value * W / 16) * 16 * dim + d * 16 + v.value * W % 16);
-        repeat<R>([&](auto r) ALWAYS { s[r.value][v.value] = fma(k, all(q[r.value * dim + d]), s[r.value][v.value]); });
+        repeat<R>([&](auto r)
+                      ALWAYS { s[r.value][v.value] = fma(k, set1(q[r.value * dim + d]), s[r.value][v.value]); });
       });
     repeat<R>([&](auto r) ALWAYS {
       repeat<NK>([&](auto v) ALWAYS { st(out + r.value * KEYS + t + v.value * W, s[r.value][v.value]); });
@@ -138,7 +139,7 @@ inline void weigh(const float* p, const typename KV::T* values, int dim_pad, int
       repeat<N>([&](auto v) ALWAYS {
         const F x = KV::get(values + (size_t)j * dim_pad + d + v.value * W);
         repeat<R>([&](auto r)
-                      ALWAYS { a[r.value][v.value] = fma(x, all(p[r.value * KEYS + j]), a[r.value][v.value]); });
+                      ALWAYS { a[r.value][v.value] = fma(x, set1(p[r.value * KEYS + j]), a[r.value][v.value]); });
       });
     repeat<R>([&](auto r) ALWAYS {
       repeat<N>([&](auto v) ALWAYS { st(acc + r.value * dim_pad + d + v.value * W, a[r.value][v.value]); });
@@ -166,7 +167,7 @@ struct State {
   float *q, *acc, *scores, *top, *sum;  // (nq, dim), (nq, dim_pad), (nq, KEYS), (nq), (nq)
 };
 inline int most_queries(const AttentionOp& op) {
-  return greater(QUERIES, group_of(op)) + 4;
+  return max(QUERIES, group_of(op)) + 4;
 }
 inline size_t attention_bytes(const AttentionOp& op) {
   return (size_t)most_queries(op) * (size_t)(op.dim + op.dim_pad + KEYS + 2) * 4 + 64;
@@ -190,21 +191,21 @@ inline void soften(const AttentionOp& op, const State& s, int i, float slope, in
     for (int j = 0; j < KEYS; j += W) st(x + j, softcap(ld(x + j), op.softcap));
   if (op.alibi)
     for (int j = 0; j < KEYS; j++) x[j] += slope * (float)(first + j - position);
-  for (int j = 0; j < lesser(KEYS, (int)(lo - first)); j++) x[j] = NEVER;
+  for (int j = 0; j < min(KEYS, (int)(lo - first)); j++) x[j] = NEVER;
   for (int j = (int)(hi - first < 0 ? 0 : hi - first); j < KEYS; j++) x[j] = NEVER;
   F peak = ld(x);
-  for (int j = W; j < KEYS; j += W) peak = most(peak, ld(x + j));
-  const float top = most_of(most(peak, all(s.top[i])));
-  F total = all(0);
+  for (int j = W; j < KEYS; j += W) peak = max(peak, ld(x + j));
+  const float top = max_of(max(peak, set1(s.top[i])));
+  F total = set1(0);
   for (int j = 0; j < KEYS; j += W) {
-    const F p = exponential(sub(ld(x + j), all(top)));
+    const F p = exponential(sub(ld(x + j), set1(top)));
     st(x + j, p);
     total = add(total, p);
   }
   if (top > s.top[i]) {
     float line[W];
-    st(line, exponential(all(s.top[i] - top)));
-    const F shrink = all(line[0]);
+    st(line, exponential(set1(s.top[i] - top)));
+    const F shrink = set1(line[0]);
     s.sum[i] *= line[0];
     for (int d = 0; d < op.dim_pad; d += W) st(s.acc + i * op.dim_pad + d, mul(shrink, ld(s.acc + i * op.dim_pad + d)));
     s.top[i] = top;
@@ -223,7 +224,7 @@ inline void start_item(const AttentionOp& op, const Item& it, const State& s, in
       continue;
     }
     const int row = it.first_row + it.row + i / group, head = it.head * group + i % group;
-    map(op.dim, op.q + row * op.q_stride + head * op.q_head, q, [&](F x) { return mul(x, all(op.scale)); });
+    map(op.dim, op.q + row * op.q_stride + head * op.q_head, q, [&](F x) { return mul(x, set1(op.scale)); });
   }
 }
 
@@ -232,7 +233,7 @@ inline void end_item(const AttentionOp& op, const Item& it, int nq, const float*
   const int group = group_of(op);
   for (int i = 0; i < nq; i++) {
     const int row = it.first_row + it.row + i / group, head = it.head * group + i % group;
-    const F inverse = all(1 / sum[i]);
+    const F inverse = set1(1 / sum[i]);
     map(op.dim, acc + (size_t)i * op.dim_pad, op.y + ((int64_t)row * op.heads + head) * op.dim,
         [&](F x) { return mul(x, inverse); });
   }
@@ -254,9 +255,9 @@ inline void merge(const AttentionOp& op, const Item& it, const State& s, int nq)
     for (int c = 0; c < it.chunks; c++) {
       const float* part = parts + one * (size_t)c;
       float line[W];
-      st(line, exponential(all(part[(size_t)nq * op.dim_pad + i] - top)));
+      st(line, exponential(set1(part[(size_t)nq * op.dim_pad + i] - top)));
       s.sum[i] += line[0] * part[(size_t)nq * (op.dim_pad + 1) + i];
-      map(op.dim_pad, acc, part + (size_t)i * op.dim_pad, acc, [&](F a, F b) { return fma(all(line[0]), b, a); });
+      map(op.dim_pad, acc, part + (size_t)i * op.dim_pad, acc, [&](F a, F b) { return fma(set1(line[0]), b, a); });
     }
   }
   end_item(op, it, nq, s.acc, s.sum);

@@ -16,7 +16,7 @@ inline void choose(const RouteOp& op, int row, float* p, int32_t* choice, float*
   const float* logits = op.logits + row * op.stride;
   float top = logits[0], total = 0, chosen = 0;
   for (int e = 1; e < op.experts; e++) top = logits[e] > top ? logits[e] : top;
-  map(op.experts, logits, p, [&](F x) { return exponential(sub(x, all(top))); });
+  map(op.experts, logits, p, [&](F x) { return exponential(sub(x, set1(top))); });
   for (int e = 0; e < op.experts; e++) total += p[e];
   for (int i = 0; i < op.k; i++) {
     int best = -1;  // chosen experts have p < 0; written so that NaN also leads to some expert
@@ -32,7 +32,7 @@ inline void choose(const RouteOp& op, int row, float* p, int32_t* choice, float*
     for (int i = 0; i < op.k; i++) share[i] /= chosen;
   if (!op.shared) return;
   float gate[W];
-  st(gate, sigmoid(all(logits[op.experts])));
+  st(gate, sigmoid(set1(logits[op.experts])));
   choice[op.k] = op.experts, share[op.k] = gate[0];
 }
 
@@ -203,7 +203,7 @@ inline void experts_up(const ExpertsOp& op, const Worker& me, uint8_t* inputs) {
 // Initialises the columns of a pair of tiles, before any expert adds to them.
 inline void start_columns(const ExpertsOp& op, int item) {
   const int column = item * 32;
-  const size_t size = sizeof(float) * (size_t)lesser(32, op.w->n - column);
+  const size_t size = sizeof(float) * (size_t)min(32, op.w->n - column);
   for (int row = 0; row < op.rows; row++) {
     float* y = op.y + row * op.y_stride + column;
     if (op.residual)
@@ -216,7 +216,7 @@ inline void start_columns(const ExpertsOp& op, int item) {
 inline void experts_down(const ExpertsOp& op, const Worker& me, uint8_t* inputs) {
   const int items = (tiles_of(*op.w) + 1) / 2, step = op.rows == 1 ? claim(items, me.threads) : 1;
   for (int at; (at = pool_take(me, step)) < items;)
-    for (int i = at; i < lesser(items, at + step); i++) {
+    for (int i = at; i < min(items, at + step); i++) {
       start_columns(op, i);
       each_part(op, [&](const Part& p) { multiply(op, p, i, inputs + p.room, me.scratch); });
     }
@@ -250,9 +250,9 @@ inline void experts_need(const ExpertsOp& op, size_t* scratch, size_t* shared) {
       second = size;
     }
   }
-  const size_t rows = (size_t)op.rows, parts = (size_t)lesser(op.experts, op.rows * op.each);
+  const size_t rows = (size_t)op.rows, parts = (size_t)min(op.experts, op.rows * op.each);
   const size_t inputs =
-      rows * (largest + (size_t)(op.each - 1) * second) + parts * (greater(PANEL, FLOAT_PANEL) * largest + 320);
+      rows * (largest + (size_t)(op.each - 1) * second) + parts * (max(PANEL, FLOAT_PANEL) * largest + 320);
   *scratch = work_bytes(op) + (op.rows == 1 ? inputs : 0) + 64;
   if (op.rows > 1) *shared = inputs;
 }

@@ -2,4 +2,4 @@
 #define NAME "avx2"
 #include "simd_avx2.h"
 // after the vector primitives
-#include "body.h"
+#include "isa_unit.h"

@@ -2,4 +2,4 @@
 #define NAME "avx512vnni"
 #include "simd_avx512.h"
 // after the vector primitives
-#include "body.h"
+#include "isa_unit.h"

@@ -2,4 +2,4 @@
 #define NAME "neon"
 #include "simd_neon.h"
 // after the vector primitives
-#include "body.h"
+#include "isa_unit.h"

@@ -2,4 +2,4 @@
 #define NAME "scalar"
 #include "simd_scalar.h"
 // after the vector primitives
-#include "body.h"
+#include "isa_unit.h"

@@ -1,7 +1,7 @@
 // float32 weights times float32 activations: dense matrices, and in exact mode int4 and int8, whose blocks are first
 // converted to w = q * scale + bias. Sums are float32, over k in blocks.
 #pragma once
-#include "finish.h"
+#include "epilogue.h"
 #include "linear_int.h"
 #include "pool.h"
 
@@ -33,7 +33,7 @@ inline void widen(const Weight& w, int index, int k0, int n, float* out, int str
     for (int v = 0; v < V; v++) {
       const int at = k / 8 * 64 + 4 * W * v;
       F q = field(block + at, shift, 15);
-      if (w.kind == INT8) q = fma(q, all(16), field(lower + at, shift, 15));
+      if (w.kind == INT8) q = fma(q, set1(16), field(lower + at, shift, 15));
       st(out + k * stride + v * W, fma(q, t.scale[v], t.bias[v]));
     }
   }
@@ -47,7 +47,7 @@ inline void float_micro(Load weight, int n, const float* x, int64_t stride, floa
   repeat<R>([&](auto r) ALWAYS {
     repeat<V>([&](auto v) ALWAYS {
       a[r.value][v.value][0] = ld(acc + r.value * 16 + v.value * W);
-      repeat<C - 1>([&](auto c) ALWAYS { a[r.value][v.value][c.value + 1] = all(0); });
+      repeat<C - 1>([&](auto c) ALWAYS { a[r.value][v.value][c.value + 1] = set1(0); });
     });
   });
   int k = 0;
@@ -57,7 +57,7 @@ inline void float_micro(Load weight, int n, const float* x, int64_t stride, floa
         const F line = weight(k + c.value, v.value);
         repeat<R>([&](auto r) ALWAYS {
           F& y = a[r.value][v.value][c.value];
-          y = fma(line, all(x[r.value * stride + k + c.value]), y);
+          y = fma(line, set1(x[r.value * stride + k + c.value]), y);
         });
       });
     });
@@ -65,7 +65,7 @@ inline void float_micro(Load weight, int n, const float* x, int64_t stride, floa
     repeat<V>([&](auto v) ALWAYS {
       const F line = weight(k, v.value);
       repeat<R>([&](auto r) ALWAYS {
-        a[r.value][v.value][0] = fma(line, all(x[r.value * stride + k]), a[r.value][v.value][0]);
+        a[r.value][v.value][0] = fma(line, set1(x[r.value * stride + k]), a[r.value][v.value][0]);
       });
     });
   repeat<R>([&](auto r) ALWAYS {
@@ -91,7 +91,7 @@ inline void float_tile(const Weight& w, int index, const float* x, int64_t strid
   const int step = w.kind > INT8 ? DENSE_BLOCK : w.group;
   const auto load = [=](int k, int v) { return ld(block + k * 16 + v * W); };
   for (int k = 0; k < w.k; k += step) {
-    const int n = lesser(step, w.k - k);
+    const int n = min(step, w.k - k);
     widen(w, index, k, n, block);
     int row = 0;
     for (; row + FLOAT_ROWS <= rows; row += FLOAT_ROWS)
@@ -124,7 +124,7 @@ inline const float* float_input(const LinearOp& op, const Worker& me, float* roo
 // One pair of tiles, all rows. acc (2, FLOAT_SPAN, 16) and block are a thread's scratch.
 inline void float_pair(const LinearOp& op, Pair pair, const float* x, int64_t stride, float* acc, float* block) {
   for (int row = 0; row < op.rows; row += FLOAT_SPAN) {
-    const int rows = lesser(FLOAT_SPAN, op.rows - row);
+    const int rows = min(FLOAT_SPAN, op.rows - row);
     float *a = acc, *b = pair.second < 0 ? nullptr : acc + FLOAT_SPAN * 16;
     float_tile(*op.w, pair.first, x + row * stride, stride, rows, block, a);
     if (b) float_tile(*op.w, pair.second, x + row * stride, stride, rows, block, b);
@@ -156,9 +156,9 @@ inline void pack_floats(const LinearOp& op, int panel, float* out, float* room) 
   const int k = op.w->k, step = float_block(*op.w), panels = float_panels_of(op.rows);
   for (int i = 0; i < FLOAT_PANEL; i++) {
     // repeats the last row; its result is not stored
-    const float* x = input_row(op, lesser(panel * FLOAT_PANEL + i, op.rows - 1), room);
+    const float* x = input_row(op, min(panel * FLOAT_PANEL + i, op.rows - 1), room);
     for (int k0 = 0; k0 < k; k0 += step) {
-      const int n = lesser(step, k - k0);
+      const int n = min(step, k - k0);
       float* to = out + ((int64_t)k0 * panels + (int64_t)panel * n) * FLOAT_PANEL + i;
       for (int j = 0; j < n; j++) to[j * FLOAT_PANEL] = x[k0 + j];
     }
@@ -176,7 +176,7 @@ inline void float_step(const float* w, int n, const float* x, float* acc) {
     repeat<NV>([&](auto v) ALWAYS { line[v.value] = ld(w + v.value * W); });
     fetch((const uint8_t*)(x + n * FLOAT_PANEL));  // the next panel
     repeat<FLOAT_PANEL>([&](auto i) ALWAYS {
-      const F b = all(x[i.value]);
+      const F b = set1(x[i.value]);
       repeat<NV>([&](auto v) ALWAYS { a[i.value][v.value] = fma(line[v.value], b, a[i.value][v.value]); });
     });
   }
@@ -193,7 +193,7 @@ inline void float_panels(const Weight& w, Pair pair, const float* x, int panels,
   memset(acc, 0, sizeof(float) * FLOAT_SPAN * 32);
   for (int strip = 0; strip < (pair.second < 0 ? 1 : STRIPS); strip++)
     for (int k = 0; k < w.k; k += step) {
-      const int n = lesser(step, w.k - k);
+      const int n = min(step, w.k - k);
       for (int t = 0; t < NV / V; t++) widen(w, tiles[strip + t], k, n, block + 16 * t, STRIP);
       for (int p = p0; p < p1; p++)
         float_step(block, n, x + ((int64_t)k * panels + (int64_t)p * n) * FLOAT_PANEL,
@@ -205,7 +205,7 @@ inline void many_floats(const LinearOp& op, Pair pair, const float* x, float* ac
   constexpr int MOST = FLOAT_SPAN / FLOAT_PANEL;
   const int panels = float_panels_of(op.rows);
   for (int p0 = 0; p0 < panels; p0 += MOST) {
-    const int p1 = lesser(panels, p0 + MOST);
+    const int p1 = min(panels, p0 + MOST);
     float_panels(*op.w, pair, x, panels, p0, p1, acc, block);
     finish_panels<FLOAT_PANEL, MOST>(op, pair, p0, p1, acc);
   }
@@ -226,7 +226,7 @@ void linear_float(const LinearOp& op, const Worker& me) {
   const float* x = float_input(op, me, room, &stride);
   const int items = pairs_of(op), step = op.rows == 1 ? claim(items, me.threads) : 1;
   for (int at; (at = pool_take(me, step)) < items;)
-    for (int i = at; i < lesser(items, at + step); i++) float_pair(op, pair_at(op, i), x, stride, acc, block);
+    for (int i = at; i < min(items, at + step); i++) float_pair(op, pair_at(op, i), x, stride, acc, block);
 }
 
 }  // namespace

@@ -3,10 +3,10 @@
 //
 // One row and few rows read the packed nibbles. Many rows unpack a pair of tiles once and use it for all.
 #pragma once
-#include "ends.h"
-#include "finish.h"
+#include "epilogue.h"
 #include "pool.h"
 #include "quantise.h"
+#include "scales.h"
 
 namespace {
 
@@ -48,7 +48,7 @@ inline Tail tail_of_pass(const Weight& w, const uint8_t* ends) {
   Tail t = tail_of<P == WIDE>(w, ends);
   if constexpr (P == UPPER)
     for (int v = 0; v < V; v++)
-      t.bias[v] = fma(t.scale[v], all(7.5f), t.bias[v]), t.scale[v] = mul(t.scale[v], all(16));
+      t.bias[v] = fma(t.scale[v], set1(7.5f), t.bias[v]), t.scale[v] = mul(t.scale[v], set1(16));
   return t;
 }
 
@@ -89,7 +89,7 @@ inline void tile_rows(const Weight& w, int index, const Quantised& a, int row, F
   const size_t block = block_bytes(w);
   const uint8_t *tile = tile_at(w, index), *lower = P == WIDE ? lower_of(w, index) : nullptr;
   F total[R][V];  // not sum itself, which may not be kept in registers
-  repeat<R>([&](auto r) ALWAYS { repeat<V>([&](auto v) ALWAYS { total[r.value][v.value] = all(0); }); });
+  repeat<R>([&](auto r) ALWAYS { repeat<V>([&](auto v) ALWAYS { total[r.value][v.value] = set1(0); }); });
   for (int g = 0; g < groups; g++, tile += block) {
     A acc[R][V][C];
     repeat<R>([&](auto r) ALWAYS {
@@ -100,7 +100,7 @@ inline void tile_rows(const Weight& w, int index, const Quantised& a, int row, F
         steps,
         [&](int s) ALWAYS {
           Quads quad[R];
-          repeat<R>([&](auto r) ALWAYS { quad[r.value] = quads(x + (int64_t)r.value * w.k + 16 * s); });
+          repeat<R>([&](auto r) ALWAYS { quad[r.value] = ld_quads(x + (int64_t)r.value * w.k + 16 * s); });
           sixteen<P, R, C>(tile + s * 128, P == WIDE ? lower + (g * steps + s) * 128 : nullptr, quad, acc);
         },
         [&]() ALWAYS {
@@ -112,7 +112,7 @@ inline void tile_rows(const Weight& w, int index, const Quantised& a, int row, F
     const Tail t = tail_of_pass<P>(w, tile + steps * 128);
     repeat<R>([&](auto r) ALWAYS {
       const int64_t at = (int64_t)(row + r.value) * groups + g;
-      const F xs = all(a.scale[at]), xsum = all(a.sum[at]);
+      const F xs = set1(a.scale[at]), xsum = set1(a.sum[at]);
       repeat<V>([&](auto v) ALWAYS {
         F d = to_float(acc[r.value][v.value][0].sum());
         if constexpr (C > 1)
@@ -145,7 +145,7 @@ template <Pass P>
 void few_rows(const LinearOp& op, const Worker& me, const Quantised& a) {
   const int items = pairs_of(op), step = claim(items, me.threads);
   for (int at; (at = pool_take(me, step)) < items;)
-    for (int i = at; i < lesser(items, at + step); i++) few_pair<P>(op, pair_at(op, i), a);
+    for (int i = at; i < min(items, at + step); i++) few_pair<P>(op, pair_at(op, i), a);
 }
 
 // Many rows -----------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ inline void micro(const uint8_t* u, int quadruples, const int8_t* x, const float
       [&](int k) ALWAYS {
         Codes w[NV];
         repeat<NV>([&](auto v) ALWAYS { w[v.value] = codes(u + (int64_t)k * 4 * STRIP + 4 * W * v.value); });
-        const Quads quad = quads(x + (int64_t)k * 4 * PANEL);
+        const Quads quad = ld_quads(x + (int64_t)k * 4 * PANEL);
         repeat<R>([&](auto i) ALWAYS {
           repeat<NV>([&](auto v) ALWAYS { a[i.value][v.value].template add<i.value>(w[v.value], quad); });
         });
@@ -195,7 +195,7 @@ inline void micro(const uint8_t* u, int quadruples, const int8_t* x, const float
         repeat<R>([&](auto i) ALWAYS { repeat<NV>([&](auto v) ALWAYS { a[i.value][v.value].flush(); }); });
       });
   repeat<R>([&](auto i) ALWAYS {
-    const F s = all(xs[i.value]), m = all(xsum[i.value]);
+    const F s = set1(xs[i.value]), m = set1(xsum[i.value]);
     repeat<NV>([&](auto v) ALWAYS {
       float* o = acc + i.value * STRIP + v.value * W;
       const F d = to_float(a[i.value][v.value].sum());
@@ -215,7 +215,7 @@ inline size_t many_bytes(const Weight& w) {
 }
 
 // Prefetches a row's lines of y and of the residual for `finish`. They are too far from each other for the hardware to
-// detect a pattern. Without this, and without row strides that avoid shared cache lines (_rows in ../__init__.py),
+// detect a pattern. Without this, and without row strides that avoid shared cache lines (_rows in ../backend.py),
 // stores took an eighth of the time.
 ALWAYS inline void fetch_output(const LinearOp& op, Pair pair, int row) {
   if (row >= op.rows || op.to) return;
@@ -274,7 +274,7 @@ inline void pair_panels(const LinearOp& op, Pair pair, const Quantised& a, int p
 // Sums of panels of P rows, acc [strip][MOST][P][STRIP] -> y.
 template <int P, int MOST>
 inline void finish_panels(const LinearOp& op, Pair pair, int p0, int p1, const float* acc) {
-  for (int row = p0 * P; row < lesser(op.rows, p1 * P); row++) {
+  for (int row = p0 * P; row < min(op.rows, p1 * P); row++) {
     const float* a = acc + (size_t)(row - p0 * P) * STRIP;
     const float* b = STRIPS == 1 ? a + 16 : a + (size_t)MOST * P * STRIP;
     F x[V], y[V];
@@ -291,7 +291,7 @@ inline void many_pair(const LinearOp& op, Pair pair, const Quantised& a, uint8_t
   const int panels = panels_of(op.rows);
   const ManyRoom room{(float*)scratch, scratch + (size_t)PANELS * PANEL * 32 * 4};
   for (int p0 = 0; p0 < panels; p0 += PANELS) {
-    const int p1 = lesser(panels, p0 + PANELS);
+    const int p1 = min(panels, p0 + PANELS);
     pair_panels<P>(op, pair, a, panels, p0, p1, room);
     finish_panels<PANEL, PANELS>(op, pair, p0, p1, room.acc);
   }

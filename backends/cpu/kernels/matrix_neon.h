@@ -3,7 +3,7 @@
 //
 // A strip's codes, unpacked: codes[k / 8][16 / 2][2][8]; a panel: x[k / 8][PANEL / 2][2][8].
 #pragma once
-#include "finish.h"
+#include "epilogue.h"
 
 namespace {
 
@@ -43,7 +43,7 @@ inline void micro(const uint8_t* u, int quadruples, const int8_t* x, const float
   int k = quadruples / 2;
   do {
     Quads pair[R / 2];
-    repeat<R / 2>([&](auto i) ALWAYS { pair[i.value] = quads(x + 16 * i.value); });
+    repeat<R / 2>([&](auto i) ALWAYS { pair[i.value] = ld_quads(x + 16 * i.value); });
     repeat<2 * V>([&](auto j) ALWAYS {
       Codes w = codes(u + 16 * j.value);
       // otherwise all 8 are loaded first, and four sums are spilled to the stack
@@ -54,7 +54,7 @@ inline void micro(const uint8_t* u, int quadruples, const int8_t* x, const float
   } while (--k);
   repeat<R>([&](auto row) ALWAYS {
     constexpr int r = decltype(row)::value;
-    const F s = all(xs[r]), m = all(xsum[r]);
+    const F s = set1(xs[r]), m = set1(xsum[r]);
     repeat<V>([&](auto vector) ALWAYS {
       constexpr int v = decltype(vector)::value;
       const int64x2_t one = vreinterpretq_s64_s32(a[r / 2][2 * v].sum());

@@ -1,4 +1,4 @@
-// The C ABI: the memory layout of the ops. ctypes declares the same structs in ../library.py, and tc_sizeof lets it
+// The C ABI: the memory layout of the ops. ctypes declares the same structs in ../native_abi.py, and tc_sizeof lets it
 // check that both agree.
 //
 // Every pointer is borrowed for the duration of the call. Strides count elements. All tensors are float32 with a stride
@@ -196,7 +196,7 @@ struct MapOp {
 
 // Writes rows `row`.. of a canonical matrix to w's tiles; row is a multiple of 16.
 struct PackOp {
-  int32_t code, rows, row, wide_source;  // wide_source: scales and biases are fp32
+  int32_t code, rows, row, pad;
   const Weight* w;
   const void* source;  // INT4, INT8: words of codes, row by row; dense: numbers of the same kind, row by row
   const void *scales, *biases;

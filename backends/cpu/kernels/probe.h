@@ -12,7 +12,7 @@ inline void probe_read(const ProbeOp& op, const Worker& me) {
   Acc<false> a[N];
   repeat<N>([&](auto n) ALWAYS { a[n.value].clear(); });
   const int8_t ones[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-  const Quads x = quads(ones);
+  const Quads x = ld_quads(ones);
   const int pieces = (int)(op.bytes / STRETCH);
   for (int i; (i = pool_take(me, 1)) < pieces;)
     for (const uint8_t *p = op.data + i * STRETCH, *end = p + STRETCH; p < end; p += 4 * W * N)
@@ -31,7 +31,7 @@ inline void probe_dots(const ProbeOp& op) {
   alignas(64) uint8_t w[4 * W] = {1};
   const int8_t x[16 * 4] = {1};
   Codes c = codes(w);
-  const Quads q = quads(x);
+  const Quads q = ld_quads(x);
   in_runs<A::ROOM>(
       (int)op.work * 16,
       [&](int) ALWAYS {

@@ -1,8 +1,8 @@
 // Ops that work row by row: embed, norm, rope, and elementwise ops.
 #pragma once
-#include "ends.h"
 #include "pool.h"
-#include "words.h"
+#include "scales.h"
+#include "simd_util.h"
 
 namespace {
 
@@ -10,30 +10,30 @@ namespace {
 inline void norm_row(const float* x, float* y, int n, const NormArg& norm) {
   float mean = 0;
   if (norm.kind == LAYER) {
-    F sum = all(0);
+    F sum = set1(0);
     int i = 0;
     for (; i + W <= n; i += W) sum = add(sum, ld(x + i));
     mean = sum_of(sum);
     for (; i < n; i++) mean += x[i];
     mean /= (float)n;
   }
-  F sum = all(0);
+  F sum = set1(0);
   int i = 0;
   for (; i + W <= n; i += W) {
-    const F d = sub(ld(x + i), all(mean));
+    const F d = sub(ld(x + i), set1(mean));
     sum = fma(d, d, sum);
   }
   float square = sum_of(sum);
   for (; i < n; i++) square += (x[i] - mean) * (x[i] - mean);
-  const F factor = all(1 / sqrtf(square / (float)n + norm.eps)), middle = all(mean);
+  const F factor = set1(1 / sqrtf(square / (float)n + norm.eps)), middle = set1(mean);
   map(n, x, norm.weight, y, [&](F a, F w) { return mul(mul(sub(a, middle), factor), w); });
   if (norm.bias) map(n, y, norm.bias, y, [](F a, F b) { return add(a, b); });
 }
 
 void norm_op(const NormOp& op, const Worker& me) {
-  const int n = op.rows * op.heads, step = greater(1, 4096 / op.dim);
+  const int n = op.rows * op.heads, step = max(1, 4096 / op.dim);
   for (int at; (at = pool_take(me, step)) < n;)
-    for (int i = at; i < lesser(n, at + step); i++) {
+    for (int i = at; i < min(n, at + step); i++) {
       const float* x = op.x + (i / op.heads) * op.row_stride + (i % op.heads) * op.head_stride;
       norm_row(x, op.y + (int64_t)i * op.dim, op.dim, *op.norm);
     }
@@ -71,10 +71,10 @@ void rope_op(const RopeOp& op, const Worker& me) {
 }
 
 void map_op(const MapOp& op, const Worker& me) {
-  const int step = greater(1, 8192 / greater(1, op.cols)), kind = op.act, n = op.cols;
-  const F factor = all(op.factor);
+  const int step = max(1, 8192 / max(1, op.cols)), kind = op.act, n = op.cols;
+  const F factor = set1(op.factor);
   for (int at; (at = pool_take(me, step)) < op.rows;)
-    for (int row = at; row < lesser(op.rows, at + step); row++) {
+    for (int row = at; row < min(op.rows, at + step); row++) {
       const float *a = op.a + row * op.a_stride, *b = op.b + row * op.b_stride;
       float* y = op.y + row * op.y_stride;
       switch (op.kind) {

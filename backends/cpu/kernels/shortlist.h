@@ -41,14 +41,14 @@ inline void squares_of(const Quantised& a, const Weight& w, float* squares) {
 inline float variance_of(const Weight& w, int tile, const float* squares) {
   const uint8_t* ends = tile_at(w, tile) + (size_t)w.group * 8;
   F sum[V];
-  for (int v = 0; v < V; v++) sum[v] = all(0);
+  for (int v = 0; v < V; v++) sum[v] = set1(0);
   for (int g = 0; g < w.k / w.group; g++, ends += block_bytes(w)) {
     const Tail t = tail_of<false>(w, ends);
-    for (int v = 0; v < V; v++) sum[v] = fma(mul(t.scale[v], t.scale[v]), all(squares[g]), sum[v]);
+    for (int v = 0; v < V; v++) sum[v] = fma(mul(t.scale[v], t.scale[v]), set1(squares[g]), sum[v]);
   }
   float largest = 0;
   for (int v = 0; v < V; v++) {
-    const float x = most_of(sum[v]);
+    const float x = max_of(sum[v]);
     largest = x > largest ? x : largest;
   }
   return VARIANCE * largest;
@@ -58,7 +58,7 @@ inline float variance_of(const Weight& w, int tile, const float* squares) {
 inline float top_of(const Weight& w, int tile, const F* sum) {
   float line[16], largest = -3e38f;
   for (int v = 0; v < V; v++) st(line + v * W, sum[v]);
-  for (int i = 0; i < lesser(16, w.n - tile * 16); i++) largest = line[i] > largest ? line[i] : largest;
+  for (int i = 0; i < min(16, w.n - tile * 16); i++) largest = line[i] > largest ? line[i] : largest;
   return largest;
 }
 
@@ -108,11 +108,11 @@ void shortlist(const LinearOp& op, const Worker& me) {
   float* squares = (float*)(me.scratch + up_to((int64_t)quantised_bytes(1, w), 64));
   squares_of(a, w, squares);
   for (int at; (at = pool_take(me, step)) < tiles;)
-    for (int t = at; t < lesser(tiles, at + step); t++) coarse_tile(op, t, a, squares, e);
+    for (int t = at; t < min(tiles, at + step); t++) coarse_tile(op, t, a, squares, e);
   pool_barrier(me);
   const float least = least_reach(*op.choice, e, tiles);
   for (int at; (at = pool_take(me, 16)) < tiles;)
-    for (int t = at; t < lesser(tiles, at + 16); t++) {
+    for (int t = at; t < min(tiles, at + 16); t++) {
       if (e.reach[t] < least) continue;  // written so that a NaN is read at full width
       whole_tile(op, t, a);
       pool_arrive(&op.choice->tiles);

@@ -10,7 +10,7 @@ constexpr int W = 8;
 using F = __m256;
 using I = __m256i;
 
-inline F all(float x) {
+inline F set1(float x) {
   return _mm256_set1_ps(x);
 }
 inline F ld(const float* p) {
@@ -50,20 +50,20 @@ inline F sub(F a, F b) {
 inline F mul(F a, F b) {
   return _mm256_mul_ps(a, b);
 }
-inline F quot(F a, F b) {
+inline F div(F a, F b) {
   return _mm256_div_ps(a, b);
 }
 inline F fma(F a, F b, F c) {
   return _mm256_fmadd_ps(a, b, c);
 }
-inline F most(F a, F b) {
+inline F max(F a, F b) {
   return _mm256_max_ps(a, b);
 }
-inline F least(F a, F b) {
+inline F min(F a, F b) {
   return _mm256_min_ps(a, b);
 }
 inline F magnitude(F a) {
-  return _mm256_andnot_ps(all(-0.f), a);
+  return _mm256_andnot_ps(set1(-0.f), a);
 }
 inline F nearest(F a) {
   return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -76,7 +76,7 @@ inline float sum_of(F a) {
   h = _mm_add_ps(h, _mm_movehl_ps(h, h));
   return _mm_cvtss_f32(_mm_add_ss(h, _mm_shuffle_ps(h, h, 1)));
 }
-inline float most_of(F a) {
+inline float max_of(F a) {
   __m128 h = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   h = _mm_max_ps(h, _mm_movehl_ps(h, h));
   return _mm_cvtss_f32(_mm_max_ss(h, _mm_shuffle_ps(h, h, 1)));
@@ -128,7 +128,7 @@ inline void hide(Codes& c) {
 struct Quads {
   const int8_t* p;
 };
-inline Quads quads(const int8_t* p) {
+inline Quads ld_quads(const int8_t* p) {
   return {p};
 }
 template <int L>

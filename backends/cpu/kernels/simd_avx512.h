@@ -10,7 +10,7 @@ constexpr int W = 16;
 using F = __m512;
 using I = __m512i;
 
-inline F all(float x) {
+inline F set1(float x) {
   return _mm512_set1_ps(x);
 }
 inline F ld(const float* p) {
@@ -49,16 +49,16 @@ inline F sub(F a, F b) {
 inline F mul(F a, F b) {
   return _mm512_mul_ps(a, b);
 }
-inline F quot(F a, F b) {
+inline F div(F a, F b) {
   return _mm512_div_ps(a, b);
 }
 inline F fma(F a, F b, F c) {
   return _mm512_fmadd_ps(a, b, c);
 }
-inline F most(F a, F b) {
+inline F max(F a, F b) {
   return _mm512_max_ps(a, b);
 }
-inline F least(F a, F b) {
+inline F min(F a, F b) {
   return _mm512_min_ps(a, b);
 }
 inline F magnitude(F a) {
@@ -73,7 +73,7 @@ inline F power_of_two(F n) {
 inline float sum_of(F a) {
   return _mm512_reduce_add_ps(a);
 }
-inline float most_of(F a) {
+inline float max_of(F a) {
   return _mm512_reduce_max_ps(a);
 }
 inline F to_float(I a) {
@@ -128,7 +128,7 @@ inline void hide(Codes& c) {
 struct Quads {
   const int8_t* p;
 };
-inline Quads quads(const int8_t* p) {
+inline Quads ld_quads(const int8_t* p) {
   return {p};
 }
 

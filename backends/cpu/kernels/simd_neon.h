@@ -11,7 +11,7 @@ constexpr int W = 4;
 using F = float32x4_t;
 using I = int32x4_t;
 
-inline F all(float x) {
+inline F set1(float x) {
   return vdupq_n_f32(x);
 }
 inline F ld(const float* p) {
@@ -54,16 +54,16 @@ inline F sub(F a, F b) {
 inline F mul(F a, F b) {
   return vmulq_f32(a, b);
 }
-inline F quot(F a, F b) {
+inline F div(F a, F b) {
   return vdivq_f32(a, b);
 }
 inline F fma(F a, F b, F c) {
   return vfmaq_f32(c, a, b);
 }
-inline F most(F a, F b) {
+inline F max(F a, F b) {
   return vmaxq_f32(a, b);
 }
-inline F least(F a, F b) {
+inline F min(F a, F b) {
   return vminq_f32(a, b);
 }
 inline F magnitude(F a) {
@@ -78,7 +78,7 @@ inline F power_of_two(F n) {
 inline float sum_of(F a) {
   return vaddvq_f32(a);
 }
-inline float most_of(F a) {
+inline float max_of(F a) {
   return vmaxvq_f32(a);
 }
 inline F to_float(I a) {
@@ -122,7 +122,7 @@ inline void fetch(const uint8_t*) {}  // the hardware prefetcher is as fast
 inline void fetch_to_write(float*) {}
 
 using Quads = int8x16_t;
-inline Quads quads(const int8_t* p) {
+inline Quads ld_quads(const int8_t* p) {
   return vld1q_s8(p);
 }
 

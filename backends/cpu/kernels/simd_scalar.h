@@ -1,7 +1,7 @@
 // The vector primitives in plain C++: the version to read, and the fallback for other processors.
 //
 // F    W floats                                  Acc<WIDE>   dot products of W rows, 4 inputs per step
-// A file that defines these primitives makes every kernel in body.h.
+// A file that defines these primitives makes every kernel in isa_unit.h.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -55,7 +55,7 @@ inline uint16_t float_to_half(float f) {
   return (uint16_t)(sign | ((rest - (112u << 23) + 0xfff + (rest >> 13 & 1)) >> 13));
 }
 
-inline F all(float x) {
+inline F set1(float x) {
   return each([&](int) { return x; });
 }
 inline F ld(const float* p) {
@@ -98,16 +98,16 @@ inline F sub(F a, F b) {
 inline F mul(F a, F b) {
   return each([&](int i) { return a.v[i] * b.v[i]; });
 }
-inline F quot(F a, F b) {
+inline F div(F a, F b) {
   return each([&](int i) { return a.v[i] / b.v[i]; });
 }
 inline F fma(F a, F b, F c) {  // a * b + c
   return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
 }
-inline F most(F a, F b) {
+inline F max(F a, F b) {
   return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
 }
-inline F least(F a, F b) {
+inline F min(F a, F b) {
   return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
 }
 inline F magnitude(F a) {
@@ -122,7 +122,7 @@ inline F power_of_two(F n) {  // 2^n for integer n in -126..127
 inline float sum_of(F a) {
   return (a.v[0] + a.v[1]) + (a.v[2] + a.v[3]);
 }
-inline float most_of(F a) {
+inline float max_of(F a) {
   float m = a.v[0];
   for (int i = 1; i < W; i++) m = a.v[i] > m ? a.v[i] : m;
   return m;
@@ -180,7 +180,7 @@ inline void fetch_to_write(float*) {}
 struct Quads {
   const int8_t* p;
 };
-inline Quads quads(const int8_t* p) {
+inline Quads ld_quads(const int8_t* p) {
   return {p};
 }
 

@@ -51,7 +51,7 @@ DEVICE void store(Stored* to, u16* scale, const float* from, int lane) {
 // q (H, HEAD), k, v (Hkv, HEAD) float; keys, values (Hkv, capacity, HEAD), their scales (Hkv, capacity) half; position
 // (1): the number of positions in the cache. partial (H, splits, HEAD + 2) float and tickets (Hkv · chunks), zero
 // before the first launch, are scratch. alibi (H) may be null; window, softcap 0: off. q and k are rotated here with
-// turn.cuh's inv_freq, half, factor, interleaved. y (H, HEAD) half.
+// rope.cuh's inv_freq, half, factor, interleaved. y (H, HEAD) half.
 KERNEL(128, 4)
 attend(const float* q, const float* k, const float* v, Stored* keys, Stored* values, u16* k_scales, u16* v_scales,
        const int* position, const float* alibi, float* partial, u32* tickets, u16* y, int n_rep, int capacity,

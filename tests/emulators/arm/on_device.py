@@ -9,7 +9,7 @@ import sys
 import numpy as np
 from decoding import decoder, logits  # the emulator's Python has tests/fixtures/ on its path
 
-from tinychat_mlx.loading import create
+from tinychat_mlx.open import create
 
 made = {}
 for family, (folder, ids) in json.load(sys.stdin).items():

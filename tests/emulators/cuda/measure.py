@@ -54,8 +54,8 @@ def correct(make: Callable[[], Any], dry: bool) -> dict[str, float]:
     """Return family -> largest error relative to the fp16 bound (see test_cuda_backend.py), at most 1."""
     import models
 
-    from tinychat_mlx.arch import ARCHITECTURES
     from tinychat_mlx.backends.reference import ReferenceBackend
+    from tinychat_mlx.model.families import ARCHITECTURES
 
     ids, found = [5, 80, 13, 2, 96, 41, 7, 7, 30, 64, 11], {}
     for family in ["llama", "qwen3"] if dry else sorted(n for n, s in ARCHITECTURES.items() if not s.moe):
@@ -183,7 +183,7 @@ def prefill(model: Any, config: Any, tokens: int) -> dict[str, Any]:
     """Time `tokens` in the engine's pieces, and torch's fp16 products of the same shapes (without attention)."""
     import torch
 
-    from tinychat_mlx.generate import PREFILL_ROWS
+    from tinychat_mlx.engine.engine import PREFILL_ROWS
 
     backend, ids = model.backend, [i % 1000 + 1 for i in range(tokens)]
     cache = model.new_cache(tokens)
@@ -213,8 +213,8 @@ def token_bytes(model: Any) -> int:
 def measured(shape: str, make: Callable[[], Any], rate: float, dry: bool) -> dict[str, Any]:
     from tinychat_mlx.apps.bench.shapes import find
     from tinychat_mlx.apps.bench.synthetic import RandomSource
-    from tinychat_mlx.config import parse_config
-    from tinychat_mlx.decoder import Decoder
+    from tinychat_mlx.model.config import parse_config
+    from tinychat_mlx.model.decoder import Decoder
 
     config, backend = parse_config(find(shape)), make()
     alone = matvecs(backend, config, (1 << 20) if dry else (512 << 20))
@@ -261,7 +261,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.dry:
         os.environ["TINYCHAT_CUDA_DEVICE"] = "cpu"
-    from tinychat_mlx.backends.cuda import CudaBackend
+    from tinychat_mlx.backends.cuda.backend import CudaBackend
 
     backend = CudaBackend()
     shown = backend.describe()

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from tinychat_mlx.backend import Backend, Segment
-from tinychat_mlx.config import ModelConfig, parse_config
-from tinychat_mlx.decoder import Decoder
-from tinychat_mlx.weight import F32, Dense, Packed, Weight, pack_codes
+from tinychat_mlx.contract import Backend, Segment
+from tinychat_mlx.model.config import ModelConfig, parse_config
+from tinychat_mlx.model.decoder import Decoder
+from tinychat_mlx.weights.weight import F32, Dense, Packed, Weight, pack_codes
 
 BASE: dict[str, Any] = {
     "vocab_size": 97,
@@ -48,7 +48,7 @@ EXPERTS = {
 
 def config_of(family: str, **changes: Any) -> ModelConfig:
     """Return a family's tiny config. Every scalar that the family reads has a non-neutral value."""
-    from tinychat_mlx.arch import ARCHITECTURES
+    from tinychat_mlx.model.families import ARCHITECTURES
 
     spec = ARCHITECTURES[family]
     extra = {key: value for key, value in NOT_NEUTRAL.items() if key in spec.reads}

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from tinychat_mlx.weight import Packed
+from tinychat_mlx.weights.weight import Packed
 
 Calls = list[Callable[[], object]]
 

@@ -21,10 +21,11 @@ from tiny_models import tiny
 from tinychat_mlx.apps.bench import mac
 from tinychat_mlx.apps.bench.measure import Plan
 from tinychat_mlx.apps.doctor import devices, probe
-from tinychat_mlx.backends.mlx import MlxBackend, bench, fused, halves, winners
+from tinychat_mlx.backends.mlx import bench, fused, kernel_selection, split_int8
+from tinychat_mlx.backends.mlx.backend import MlxBackend
 from tinychat_mlx.backends.mlx.device import find_chip
 from tinychat_mlx.backends.mlx.weights import PackedHandle
-from tinychat_mlx.errors import BackendError
+from tinychat_mlx.base.errors import BackendError
 
 
 @pytest.fixture
@@ -33,8 +34,8 @@ def m1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chip = replace(find_chip(), metal=True, name="Apple M1")
     for module in ("bench", "backend"):
         monkeypatch.setattr(f"tinychat_mlx.backends.mlx.{module}.find_chip", lambda: chip)
-    monkeypatch.setattr(winners, "path", lambda: tmp_path / "k.json")
-    monkeypatch.delenv(winners.SWITCH, raising=False)
+    monkeypatch.setattr(kernel_selection, "path", lambda: tmp_path / "k.json")
+    monkeypatch.delenv(kernel_selection.SWITCH, raising=False)
     monkeypatch.delenv("TINYCHAT_MLX_CAPTURE", raising=False)
 
 
@@ -158,8 +159,8 @@ def test_the_command_measures_keeps_and_says_the_winners(
     assert all(r["wins"] == (r["ours_us"] < 0.97 * r["stock_us"]) for r in made["kernels"])
     assert (made["captured_us"], made["eager_us"]) == (0.25e6, 0.5e6)
     assert StandIn.opened_with == [("ours", "tiny", "1"), ("ours", "tiny", "0")]
-    assert made["kept_in"].endswith("k.json") and len(winners.measured("Apple M1")) == len(keys) + 1
-    assert winners.captures("Apple M1") and not winners.captures("Apple M2")
+    assert made["kept_in"].endswith("k.json") and len(kernel_selection.measured("Apple M1")) == len(keys) + 1
+    assert kernel_selection.captures("Apple M1") and not kernel_selection.captures("Apple M2")
 
 
 @pytest.fixture
@@ -167,7 +168,7 @@ def small_heads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Accept heads of 1024 rows, without mx.compile: on a CPU it starts a C++ compiler for each kernel."""
     if CXX is None:
         absent("no g++ or clang++ with _Float16, or a Mac")
-    monkeypatch.setattr(halves, "LEAST_ROWS", 1024)
+    monkeypatch.setattr(split_int8, "LEAST_ROWS", 1024)
     monkeypatch.setenv("TINYCHAT_MLX_DTYPE", "float32")
     mx.disable_compile()
     yield
@@ -189,10 +190,10 @@ def test_a_head_of_8_bits_is_measured_in_halves(
     with emulated_metal() as calls:
         result = bench.measure(trial, fused.Kernels(lambda key: True))
     assert result.key == key and result.ours_us > 0 and result.stock_us > 0
-    assert sorted(name.split("_")[1] for name in calls) == ["least", "lower", "upper"]
+    assert sorted(name.split("_")[3] for name in calls) == ["estimate", "refine", "threshold"]
     assert set(calls.values()) == {2}  # a round to compile, and a measured one
-    for ours, kept_as in ((2.0, PackedHandle), (1.0, halves.HalvedHandle)):
-        winners.save("Apple M1", {key: (ours, 2.0)})
+    for ours, kept_as in ((2.0, PackedHandle), (1.0, split_int8.SplitHandle)):
+        kernel_selection.save("Apple M1", {key: (ours, 2.0)})
         head = mac.Subject(**options, pp=2, tg=1, depth=0).decoder.head
         assert isinstance(head, kept_as)
     assert trial in mac.products(options)
@@ -204,7 +205,7 @@ def test_bytes_a_token_are_those_of_the_tiles_that_were_read(
     """tiny: 256 tiles of 4 rows of 256 inputs, in groups of 128; everything but the codes in float32."""
     n, k, ends, made = 1024, 256, 1024 * 2 * 4, {}
     for kernels in ("off", "head"):
-        monkeypatch.setenv(winners.SWITCH, kernels)
+        monkeypatch.setenv(kernel_selection.SWITCH, kernels)
         with emulated_metal() as calls:
             subject = mac.Subject(shape="tiny", backend="mlx", pp=8, tg=2, depth=0)
             made[kernels] = subject.bytes_per_token()
@@ -234,7 +235,7 @@ def test_doctor_shows_what_won(m1: None, monkeypatch: pytest.MonkeyPatch) -> Non
         return next(f.text for f in found.findings if f.key == "mlx")
 
     assert "not measured on this Mac yet (tinychat bench --kernels)" in line()
-    winners.save("Apple M1", times)
+    kernel_selection.save("Apple M1", times)
     assert "our kernels where they were faster here, 3 of 4: norm 2, rows 1" in line()
 
 

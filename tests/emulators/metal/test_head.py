@@ -21,17 +21,18 @@ from metal.in_graph import emulated_metal
 from mlx_models import agree, answer, decoder, tokens
 from tiny_models import VARIANTS, tiny
 
-from tinychat_mlx.awq.calibrate import encoded
-from tinychat_mlx.awq.quantizer import round_to_nearest
-from tinychat_mlx.backend import Choice, Norm, Segment
-from tinychat_mlx.backends.mlx import MlxBackend, cost, halves, head
-from tinychat_mlx.backends.mlx.halves import HalvedHandle
+from tinychat_mlx.awq.calibration.tokens import encoded
+from tinychat_mlx.awq.search.quantizer import round_to_nearest
+from tinychat_mlx.backends.mlx import cost, head, split_int8
+from tinychat_mlx.backends.mlx.backend import MlxBackend
+from tinychat_mlx.backends.mlx.split_int8 import SplitHandle
 from tinychat_mlx.backends.mlx.weights import PackedHandle, pack
-from tinychat_mlx.decoder import Decoder
-from tinychat_mlx.generate import Engine
-from tinychat_mlx.loading import load
-from tinychat_mlx.sampler import TAIL, SamplingParams, choice_of, distribution
-from tinychat_mlx.weight import F32, Dense, Packed, Weight, join, pack_codes
+from tinychat_mlx.contract import Choice, Norm, Segment
+from tinychat_mlx.engine.engine import Engine
+from tinychat_mlx.engine.sampler import TAIL, SamplingParams, choice_of, distribution
+from tinychat_mlx.model.decoder import Decoder
+from tinychat_mlx.open import load
+from tinychat_mlx.weights.weight import F32, Dense, Packed, Weight, join, pack_codes
 
 GREEDY = Choice()
 TILE = 4
@@ -43,7 +44,7 @@ READ_AT_MOST = (
 @pytest.fixture(autouse=True)
 def small_heads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Test vocabularies are smaller, and on a CPU mx.compile starts a C++ compiler for each fused kernel."""
-    monkeypatch.setattr(halves, "LEAST_ROWS", 32)
+    monkeypatch.setattr(split_int8, "LEAST_ROWS", 32)
     mx.disable_compile()
     yield
     mx.enable_compile()
@@ -102,10 +103,10 @@ def test_only_a_head_whose_kernels_were_chosen_is_kept_in_halves() -> None:
     assert parts is not None
     for kernels in ("head", "all"):
         b = MlxBackend(exact=True, kernels=kernels)
-        assert isinstance(b.pack(w), HalvedHandle)
+        assert isinstance(b.pack(w), SplitHandle)
         for other in (parts, four, eight_bits(64, 128, bias=randn(64)), eight_bits(31, 128)):
             assert isinstance(b.pack(other), PackedHandle)
-        assert not isinstance(b.pack(Dense("w", randn(64, 128))), HalvedHandle)
+        assert not isinstance(b.pack(Dense("w", randn(64, 128))), SplitHandle)
     for kernels in ("off", "matvec,norm"):
         assert isinstance(MlxBackend(exact=True, kernels=kernels).pack(w), PackedHandle)
 
@@ -116,7 +117,7 @@ def test_a_head_that_won_on_this_mac_is_kept_in_halves() -> None:
     asked: list[str] = []
     for wins in (False, True):
         b.kernels.takes = lambda key, wins=wins: asked.append(key) or wins
-        assert isinstance(b.pack(eight_bits(64, 128)), HalvedHandle) == wins
+        assert isinstance(b.pack(eight_bits(64, 128)), SplitHandle) == wins
     assert asked == ["head 64x128 int8 g64 float32"] * 2
 
 
@@ -127,14 +128,14 @@ def test_its_rows_are_the_very_numbers_of_the_8_bit_weight(group: int, dtype: st
 
     All codes and all pairs of neighbouring halves occur; blocks end inside it.
     """
-    monkeypatch.setattr(halves, "BLOCK", 128)
+    monkeypatch.setattr(split_int8, "BLOCK", 128)
     codes = RNG.integers(0, 256, (300, 256), dtype=np.uint8)
     codes[0], codes[1] = np.arange(256), np.arange(256)[::-1]
     scales = (RNG.random((300, 256 // group)) + 0.5).astype(np.float16)
     w = Packed("w", pack_codes(codes, 8), scales, -128 * scales, 8, group)
     b = backend_of(dtype, monkeypatch)
     handle, ids = b.pack(w), [0, 1, 299, 17]
-    assert isinstance(handle, HalvedHandle)
+    assert isinstance(handle, SplitHandle)
     assert (np.array(handle.upper) == pack_codes(codes >> 4, 4)).all()
     assert (np.array(handle.lower) == pack_codes(codes & 15, 4)).all()
     usual = pack(w, b.dtype).rows(mx.array(ids))
@@ -146,13 +147,13 @@ def test_its_rows_are_the_very_numbers_of_the_8_bit_weight(group: int, dtype: st
 
 def test_taking_it_apart_needs_no_memory_beside_its_planes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory is the weight by `weight_bytes` and a few blocks; a copy of its words would be 4 MB more."""
-    monkeypatch.setattr(halves, "BLOCK", 64)
+    monkeypatch.setattr(split_int8, "BLOCK", 64)
     w, b = eight_bits(4096, 1024), MlxBackend(exact=True, kernels="head")
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     handle = b.pack(w)
     took, words = mx.get_active_memory() - before, w.qweight.nbytes
-    assert isinstance(handle, HalvedHandle) and abs(took - b.weight_bytes(w)) < words / 16
+    assert isinstance(handle, SplitHandle) and abs(took - b.weight_bytes(w)) < words / 16
     assert mx.get_peak_memory() - before - took < words / 4
 
 
@@ -292,7 +293,7 @@ def demo() -> Any:
 @pytest.fixture
 def on_mlx(demo: Any) -> Decoder:
     d = decoder(demo.folder, MlxBackend(exact=True, kernels="head"))
-    assert isinstance(d.head, HalvedHandle) and d.inputs.tokens is d.head
+    assert isinstance(d.head, SplitHandle) and d.inputs.tokens is d.head
     return d
 
 
@@ -383,7 +384,7 @@ def test_a_captured_step_obeys_each_calls_choice(tiny_root: Path, monkeypatch: p
     monkeypatch.setitem(VARIANTS, "mlx-tied", ("llama", {"tie_word_embeddings": True}))
     seen: list[Choice | None] = []
 
-    def logits(self: Any, x: Any, w: HalvedHandle, norm: Norm, choice: Choice | None) -> Any:
+    def logits(self: Any, x: Any, w: SplitHandle, norm: Norm, choice: Choice | None) -> Any:
         seen.append(choice)
         return head.array_of(choice)[None] + (0 if choice is None else 10)
 

@@ -33,9 +33,9 @@ from metal.emulator import (
 )
 from virtual_gpu import SLACK
 
-from tinychat_mlx.backend import Choice, Norm
-from tinychat_mlx.backends.mlx.halves import HalvedHandle
 from tinychat_mlx.backends.mlx.head import Shortlist, array_of
+from tinychat_mlx.backends.mlx.split_int8 import SplitHandle
+from tinychat_mlx.contract import Choice, Norm
 
 METAL = mx.metal.is_available()
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
@@ -75,7 +75,7 @@ class Operands:
     """A case's arrays and their values in float64."""
 
     x: Any
-    w: HalvedHandle
+    w: SplitHandle
     norm: Norm | None
     codes: Any  # (N, K)
     h: Any  # (K,), normalised
@@ -99,7 +99,7 @@ def operands(c: Case) -> Operands:
     biases = -scales * rng.integers(0, 256, scales.shape)
     scales, biases = (mx.array(a.astype(np.float32)).astype(DTYPES[c.dtype]) for a in (scales, biases))
     planes = [mx.array(words(plane)) for plane in (codes >> 4, codes & 15)]
-    w = HalvedHandle("w", (c.n, c.k), *planes, scales, biases, c.group, lambda u, v: None)
+    w = SplitHandle("w", (c.n, c.k), *planes, scales, biases, c.group, lambda u, v: None)
     x = mx.array(rng.standard_normal((1, c.k)).astype(np.float32))
     x = x if c.wide else x.astype(DTYPES[c.dtype])
     h, norm = floats(host(x))[0], None

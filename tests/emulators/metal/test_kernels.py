@@ -30,12 +30,12 @@ from metal.emulator import (
 )
 from virtual_gpu import SLACK
 
-from tinychat_mlx.backend import Norm
-from tinychat_mlx.backends.mlx import fused, winners
+from tinychat_mlx.backends.mlx import fused, kernel_selection
 from tinychat_mlx.backends.mlx.fused import Kernels, stock
 from tinychat_mlx.backends.mlx.weights import PackedHandle, pack
-from tinychat_mlx.errors import BackendError
-from tinychat_mlx.weight import Packed, pack_codes
+from tinychat_mlx.base.errors import BackendError
+from tinychat_mlx.contract import Norm
+from tinychat_mlx.weights.weight import Packed, pack_codes
 
 METAL = mx.metal.is_available()
 
@@ -278,29 +278,29 @@ def test_a_kernel_is_used_only_where_it_means_the_same() -> None:
 
 
 def test_winners_are_kept_for_this_chip_this_mlx_and_these_kernels(tmp_path: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(winners, "path", lambda: tmp_path / "cache" / "k.json")
-    monkeypatch.delenv(winners.SWITCH, raising=False)
-    assert winners.choice(None, True, "Apple M1")[0] is None
+    monkeypatch.setattr(kernel_selection, "path", lambda: tmp_path / "cache" / "k.json")
+    monkeypatch.delenv(kernel_selection.SWITCH, raising=False)
+    assert kernel_selection.choice(None, True, "Apple M1")[0] is None
     times = {"matvec 8x896 int4 g128 float16": (9.0, 12.0), "norm 8x64 int4 g32 float16": (9.9, 10.0)}
-    winners.save("Apple M1", times)
-    winners.save("Apple M1", {"gate_up 8x64 int4 g32 float16": (3.0, 2.0)})
-    takes, why = winners.choice(None, True, "Apple M1")
+    kernel_selection.save("Apple M1", times)
+    kernel_selection.save("Apple M1", {"gate_up 8x64 int4 g32 float16": (3.0, 2.0)})
+    takes, why = kernel_selection.choice(None, True, "Apple M1")
     assert takes is not None and why == "our kernels where they were faster here, 1 of 3: matvec 1"
-    assert len(winners.measured("Apple M1")) == 3
+    assert len(kernel_selection.measured("Apple M1")) == 3
     assert [takes(k) for k in times] == [True, False]  # one per cent is noise
-    assert winners.read("Apple M2") == frozenset()
-    monkeypatch.setattr(winners, "digest", lambda: "another text")
-    assert winners.read("Apple M1") == frozenset()
-    winners.path().write_text('{"chip": 7')
-    assert winners.choice(None, True, "Apple M1")[0] is None
+    assert kernel_selection.read("Apple M2") == frozenset()
+    monkeypatch.setattr(kernel_selection, "digest", lambda: "another text")
+    assert kernel_selection.read("Apple M1") == frozenset()
+    kernel_selection.path().write_text('{"chip": 7')
+    assert kernel_selection.choice(None, True, "Apple M1")[0] is None
 
 
 def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(winners.SWITCH, "matvec,norm")
-    takes, _ = winners.choice(None, True, "Apple M1")
+    monkeypatch.setenv(kernel_selection.SWITCH, "matvec,norm")
+    takes, _ = kernel_selection.choice(None, True, "Apple M1")
     assert takes is not None
     assert [takes(f"{k} 8x64 int4 g32 float16") for k in fused.KINDS] == [True, True, False, False]
-    assert winners.choice("off", True, "Apple M1")[0] is None
-    assert winners.choice(None, False, "a CPU")[0] is None, "without Metal a kernel cannot run"
+    assert kernel_selection.choice("off", True, "Apple M1")[0] is None
+    assert kernel_selection.choice(None, False, "a CPU")[0] is None, "without Metal a kernel cannot run"
     with pytest.raises(BackendError, match="unknown kernel 'fast' — set it to off, all"):
-        winners.choice("fast", True, "Apple M1")
+        kernel_selection.choice("fast", True, "Apple M1")

@@ -20,16 +20,16 @@ from metal.emulator import CXX
 from metal.in_graph import emulated_metal
 from tiny_models import VARIANTS, tiny
 
-from tinychat_mlx.backend import Choice, Step
-from tinychat_mlx.backends.mlx import MlxBackend, cost
-from tinychat_mlx.backends.mlx.backend import traced
-from tinychat_mlx.backends.mlx.halves import HalvedHandle, key_of, suits
+from tinychat_mlx.backends.mlx import cost
+from tinychat_mlx.backends.mlx.backend import MlxBackend, traced
+from tinychat_mlx.backends.mlx.split_int8 import SplitHandle, key_of, suits
 from tinychat_mlx.backends.mlx.weights import PackedHandle
 from tinychat_mlx.backends.reference import ReferenceBackend
-from tinychat_mlx.checkpoint import Checkpoint
-from tinychat_mlx.config import parse_config
-from tinychat_mlx.decoder import Decoder
-from tinychat_mlx.weight import F32, Dense, Packed, Weight, pack_codes
+from tinychat_mlx.contract import Choice, Step
+from tinychat_mlx.model.config import parse_config
+from tinychat_mlx.model.decoder import Decoder
+from tinychat_mlx.weights.checkpoint import Checkpoint
+from tinychat_mlx.weights.weight import F32, Dense, Packed, Weight, pack_codes
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ class Lazy(MlxBackend):
 
     head_bits = 4
 
-    def pack(self, weight: Weight) -> PackedHandle | HalvedHandle:
+    def pack(self, weight: Weight) -> PackedHandle | SplitHandle:
         n, k = weight.shape
         bits = self.head_bits if "embed" in weight.name else 4
         halves = [dispatches.placeholder((n, k // 8), mx.uint32) for _ in range(2)]
@@ -159,12 +159,12 @@ class Lazy(MlxBackend):
         def join(upper: Any, lower: Any) -> Any:  # on Metal it is compiled
             return dispatches.opaque("joined")(upper, lower, dtype=mx.uint32)
 
-        return HalvedHandle(weight.name, (n, k), *halves, scales, biases, 128, join)
+        return SplitHandle(weight.name, (n, k), *halves, scales, biases, 128, join)
 
 
 def llama_step(monkeypatch: pytest.MonkeyPatch, kernels: str, head_bits: int = 4) -> tuple[Lazy, Any, Any]:
     monkeypatch.setenv("TINYCHAT_MLX_DTYPE", "float16")
-    monkeypatch.setattr("tinychat_mlx.decoder.join", joined)
+    monkeypatch.setattr("tinychat_mlx.model.decoder.join", joined)
     backend = Lazy(kernels=kernels)
     backend.head_bits = head_bits
     monkeypatch.setattr(backend._flight, "attending", lambda *a: None)  # a trace cannot issue a half

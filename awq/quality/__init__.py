@@ -1,0 +1,1 @@
+"""Quality: perplexity, KL divergence, the report, the tables."""

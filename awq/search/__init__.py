@@ -1,0 +1,1 @@
+"""The searches: scales, clips, codes, error feedback."""

@@ -1,0 +1,1 @@
+"""The engine: prefill, decode, sampling, the prefix cache."""

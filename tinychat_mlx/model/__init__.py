@@ -1,0 +1,1 @@
+"""The model: its configuration, the table of families, the decoder graph."""

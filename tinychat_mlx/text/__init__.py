@@ -1,0 +1,1 @@
+"""Text: tokenizer, streamed text, chat templates."""

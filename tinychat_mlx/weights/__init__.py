@@ -1,0 +1,1 @@
+"""Weights: canonical forms, safetensors files, the layouts of checkpoints."""
