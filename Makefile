@@ -31,7 +31,7 @@ lint: .venv/test.done
 	$(BIN)/python tests/dev.py links
 	$(BIN)/mypy
 	$(NATIVE_FILES) | xargs $(BIN)/clang-format --dry-run --Werror
-	$(BIN)/python -m pytest tests/test_layers.py
+	$(BIN)/python -m pytest tests/base/test_layers.py
 
 # zig, CMake and ninja come from the package registry, so no system package is needed.
 cross: .venv/cross.done

@@ -44,6 +44,7 @@ RUNTIME = re.compile(
     r"_?(_Z(N[VK]*St|St|T[VISC]N?St|TVN10__cxxabiv1|n[wa]|d[la])\w*|__cxa_\w+|__gxx_personality_\w+"
     r"|__main|_tls_index|_tls_used|_Unwind_Resume)"
 )
+MINGW = {"ldexpf"}  # inline or static in every C runtime of Windows, so its library does not export it
 UNDEFINED = re.compile(r"undefined symbol: (\S+)")
 COFF = struct.Struct("<HHIIIHH")  # machine, sections, time, begin of the symbols, their number, …
 
@@ -88,7 +89,7 @@ def windows_link(command: list[str], arguments: list[str]) -> int:
             for name, is_defined in coff_symbols(path.read_bytes()):
                 (defined if is_defined else undefined).add(name)
         entry = "_DllMainCRTStartup" if "-shared" in command else "wWinMainCRTStartup"
-        missing = sorted(name for name in undefined - defined if RUNTIME.fullmatch(name))
+        missing = sorted(name for name in undefined - defined if RUNTIME.fullmatch(name) or name in MINGW)
         return with_stub([*command, "-nostdlib", "-lkernel32", "-lucrtbase"], [*missing, entry])
 
 

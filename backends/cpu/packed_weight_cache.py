@@ -238,7 +238,7 @@ def _size(header: c.CWeight) -> int:
 
 # writing --------------------------------------------------------------------------------------------
 def save(path: Path, digest: str, weights: Iterable[CpuWeight], most: int | None) -> None:
-    """Write a file beside `path` and put it in its place. Whatever the disk refuses leaves nothing behind."""
+    """Write a temporary file and rename it to `path`. If the disk refuses, nothing is left."""
     offsets, end = {}, 0
     weights = list(weights)
     for w in weights:

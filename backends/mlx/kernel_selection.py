@@ -65,7 +65,7 @@ def captures(chip: str) -> bool:
 
 
 def path() -> Path:
-    """Where measurements are kept."""
+    """Return the file of measurements."""
     return disk_cache.place("winners")
 
 

@@ -310,7 +310,7 @@ def test_session_save_load_search_by_title(chats: FakeChats, tmp_path: Path) -> 
 def test_killed_in_the_middle_of_an_answer_it_continues_with_what_was_said(
     chats: FakeChats, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is on the disk in the middle of an answer is all that a killed chat leaves."""
+    """A killed chat leaves only what is on the disk in the middle of an answer."""
     monkeypatch.setattr("tinychat_mlx.apps.chat.session.PIECE_S", 0)
     first = chats(answers=["word " * 500], piece=5)
     first.prompt()

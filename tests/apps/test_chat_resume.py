@@ -1,4 +1,4 @@
-"""Going on with a long chat: nothing of it is computed again, with the bundled model."""
+"""A resumed long chat computes nothing again, with the bundled model."""
 
 from __future__ import annotations
 

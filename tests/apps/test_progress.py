@@ -32,7 +32,7 @@ def started(columns: int, *args: str, code: str = "pass", env: dict[str, str] | 
 
 
 def stopped(screen: Screen, columns: int, says: str) -> None:
-    """Ctrl-C now -> it ends as interrupted, and the screen says how to go on."""
+    """Ctrl-C now -> it ends as interrupted, and the screen shows how to resume."""
     drawn = len(screen.raw) + 500  # not while the bar is being put up
     screen.wait(lambda _: len(screen.raw) > drawn)
     screen.type(CTRL_C)

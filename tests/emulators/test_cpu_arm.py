@@ -16,7 +16,7 @@ from arm.lane import ARM, ROOT, run
 from emulators import absent
 
 TABLE = json.loads((ROOT / "tests" / "emulators" / "arm" / "counts.json").read_text())
-PROMISED = {"neon": 0.40, "neondot": 0.22, "neoni8mm": 0.22}  # instructions a weight, int4 in groups of 128
+PROMISED = {"neon": 0.40, "neondot": 0.22, "neoni8mm": 0.22}  # instructions per weight, int4 in groups of 128
 
 
 @pytest.fixture(scope="module")

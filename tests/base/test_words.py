@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 # Folders and files of the checkout that the test reads.
-COVERED = ["tinychat_mlx", "apps", "docs", "README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+COVERED = ["tinychat_mlx", "apps", "awq", "backends", "tests", "docs", "README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 COVERED += ["Makefile", "pyproject.toml", ".github"]
-# Modules whose strings are the demo model's training data.
-DATA = ("apps/demo/",)
+# Modules whose strings are training data of the demo model, or openings of text for calibration.
+DATA = ("apps/demo/", "awq/calibration/openings.py")
 
 UNIT = (
     r"(?:bits?|bytes?|[kKMGT]i?B|ms|µs|us|once|twice|times|tokens|launch(?:es)?|products?|instructions?"
