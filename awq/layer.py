@@ -151,16 +151,18 @@ class Attempt:
 class Judge:
     """Measures codes of a site by its outputs on held-out rows, against those of the float weights w (N, K).
 
-    At most JUDGED outputs, evenly spread, are computed. Every row of the text has the same weight: the error
-    is the mean over rows of |error|² / |output|².
+    At most JUDGED outputs, evenly spread, are computed. The error is the geometric mean of two: the mean over rows
+    of |error|² / |output|², in which every row of the text has the same weight, and Σ|error|² / Σ|output|². The
+    second is decided by a few rows, such as a text's first, whose outputs are a thousand times the others': all
+    later rows attend to them.
     """
 
     def __init__(self, w: F32, held: Held) -> None:
         self.rows = np.arange(0, len(w), -(-len(w) // JUDGED))
         self.held = held
         self.wanted = product(held.wanted, w[self.rows].T)
-        size = np.einsum("tn,tn->t", self.wanted, self.wanted)
-        self.weight = 1 / np.maximum(size, np.float32(1e-6) * size.mean() + np.float32(1e-30))
+        self.size = np.einsum("tn,tn->t", self.wanted, self.wanted)
+        self.weight = 1 / np.maximum(self.size, np.float32(1e-6) * self.size.mean() + np.float32(1e-30))
 
     def error(self, parts: dict[str, Quantized], s: F32, site: Site) -> float:
         """Return the error of codes whose columns are multiplied by s."""
@@ -172,7 +174,9 @@ class Judge:
         w_hat = np.concatenate(pieces)
         w_hat /= s
         off = product(self.held.given, w_hat.T) - self.wanted
-        return float(np.mean(np.einsum("tn,tn->t", off, off) * self.weight))
+        squares = np.einsum("tn,tn->t", off, off)
+        of_rows, of_all = np.mean(squares * self.weight), squares.sum() / max(self.size.sum(), 1e-30)
+        return float(np.sqrt(of_rows * of_all))
 
 
 def better(
