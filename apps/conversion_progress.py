@@ -71,7 +71,7 @@ class Screen:
         self.console.print(line, highlight=False, soft_wrap=True)
 
     def _left(self, p: Progress) -> str:
-        """How long the rest of a phase will take: "40 s left", or "" where that is unknown or nothing is left."""
+        """Return the time left in a phase, as "40 s left", or "" if it is unknown or 0."""
         seconds = self.rates[p.phase].seconds(p.total - p.done)
         return f"{lasting(seconds)} left" if seconds else ""
 

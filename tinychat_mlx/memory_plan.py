@@ -184,7 +184,7 @@ class Room:
 
 
 def rooms(*kinds: ModelInfo) -> Iterator[tuple[Room, ...]]:
-    """For each backend of the package: does it run here, and how much of each model's context would fit?"""
+    """Yield for each backend of the package whether it runs here, and how much of each model's context fits."""
     from tinychat_mlx.base.backend_names import BACKENDS
     from tinychat_mlx.open import create
 

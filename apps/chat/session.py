@@ -29,7 +29,7 @@ PIECE_S = 0.3  # interval in seconds at which an unfinished answer is saved
 
 
 def data_folder() -> Path:
-    """Where chats and the history of prompts live, made for its owner alone. Raises OSError."""
+    """Return the folder for chats and the history of prompts, readable by its owner only. Raises OSError."""
     folder = places.data()
     for each in (folder, folder / "sessions"):
         each.mkdir(mode=0o700, parents=True, exist_ok=True)

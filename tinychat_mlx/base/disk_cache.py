@@ -52,7 +52,7 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file beside `path` for writing; it takes the place of `path` at the end, unless an error occurs.
+    """Open a file next to `path` for writing; it takes the place of `path` at the end, unless an error occurs.
 
     The file is not buffered. It is locked while it is open, where the system has locks. Raises OSError.
     """

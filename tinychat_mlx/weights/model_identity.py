@@ -48,7 +48,7 @@ def fingerprint(folder: Path) -> str:
 
     Of each file that shapes the weights it takes in name, size, inode and both times, and what JSON or a header says.
     A program may set the time of change to any value, and two models may share a header: but the time at which the
-    system noted the last change is nobody's to set. Take it before the files are opened: if they are replaced
+    system noted the last change cannot be set by a program. Take it before the files are opened: if they are replaced
     meanwhile, it is the fingerprint of files that will never be seen again.
     """
     digest = hashlib.sha256(os.fsencode(folder.resolve()))
