@@ -256,8 +256,8 @@ def test_what_is_left_for_the_report_was_not_calibrated_on() -> None:
 
 FETCH = """
 import json, sys
-from tinychat_mlx.awq.calibrate import read_documents
-from tinychat_mlx.errors import TinychatError
+from tinychat_mlx.awq.calibration.tokens import read_documents
+from tinychat_mlx.base.errors import TinychatError
 for name, wanted in json.load(sys.stdin):
     try:
         print(json.dumps(read_documents(name, wanted)))

@@ -109,7 +109,7 @@ from pathlib import Path
 from tinychat_mlx.base import limits
 from tinychat_mlx import memory_plan as fit
 from tinychat_mlx.apps.doctor import machine
-from tinychat_mlx.awq.needs import Needs, shortage
+from tinychat_mlx.awq.resources import Needs, shortage
 from tinychat_mlx.backends.cpu.backend import CpuBackend
 backend = CpuBackend(threads=1)
 print(json.dumps({

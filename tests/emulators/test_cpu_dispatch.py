@@ -22,9 +22,9 @@ HASWELL = ("qemu-x86_64", "-cpu", "Haswell-v4")
 SCRIPT = """
 import zlib
 import numpy as np
-from tinychat_mlx.backend import Attention, CacheShape, Segment
+from tinychat_mlx.contract import Attention, CacheShape, Segment
 from tinychat_mlx.backends.cpu.backend import CpuBackend
-from tinychat_mlx.weight import Packed, pack_codes
+from tinychat_mlx.weights.weight import Packed, pack_codes
 rng = np.random.default_rng(1)
 q = rng.integers(0, 16, (48, 128), dtype=np.uint8)
 scales = rng.uniform(0.01, 0.02, (48, 2)).astype(np.float16)

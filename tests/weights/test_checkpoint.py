@@ -321,7 +321,7 @@ def test_reading_a_large_model_keeps_its_pages_out_of_memory(tmp_path: Path) -> 
     code = """
         import sys
         from pathlib import Path
-        from tinychat_mlx.checkpoint import Checkpoint
+        from tinychat_mlx.weights.checkpoint import Checkpoint
         checkpoint = Checkpoint.open(sys.argv[1])
         peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) >> 10
         before = peak()

@@ -331,7 +331,7 @@ def test_a_killed_write_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
     code = """
         import os, signal, sys
         import numpy as np
-        from tinychat_mlx.tensorfile import Entry, entry, write
+        from tinychat_mlx.weights.safetensors import Entry, entry, write
         def die():
             os.kill(os.getpid(), signal.SIGKILL)
         write(sys.argv[1], [entry("a", np.ones(99999)), Entry("b", "F32", (2,), die)])
