@@ -13,7 +13,17 @@ import pytest
 from checkout import ROOT
 
 # Folders and files of the checkout that the test reads.
-COVERED = ["tinychat_mlx", "apps", "awq", "backends", "tests", "docs", "README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+COVERED = [
+    "tinychat_mlx",
+    "apps",
+    "awq",
+    "backends",
+    "tests",
+    "docs",
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+]
 COVERED += ["Makefile", "pyproject.toml", ".github"]
 # Modules whose strings are training data of the demo model, or openings of text for calibration.
 DATA = ("apps/demo/", "awq/calibration/openings.py")
