@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_dense
+from checkout import ROOT
 from numpy._core._multiarray_umath import __cpu_features__
 from threadpoolctl import threadpool_info
 
@@ -156,7 +157,9 @@ def test_threads_do_not_change_the_bytes(tmp_path: Path, core: str) -> None:
 
 def run(core: str, *args: str | Path) -> None:
     """Run this file as a program in a process whose OpenBLAS uses these kernels."""
-    environment = {**os.environ, "OPENBLAS_CORETYPE": core} if core else os.environ
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "fixtures")}
+    if core:
+        environment["OPENBLAS_CORETYPE"] = core
     command = [sys.executable, __file__, *map(str, args)]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -1,5 +1,5 @@
 # shapes_table.h: the models of tinychat_mlx/base/shapes.json as an array of Shape. Needs CMake 3.19.
-set(json ${CMAKE_CURRENT_LIST_DIR}/../../../tinychat_mlx/shapes.json)
+set(json ${CMAKE_CURRENT_LIST_DIR}/../../../tinychat_mlx/base/shapes.json)
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${json})
 file(READ ${json} text)
 set(rows "")

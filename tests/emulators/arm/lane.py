@@ -34,7 +34,7 @@ TOOLS = {
     "gcc": "gcc",
 }
 SYSTEM = "libstdc++6,python3"
-BUILDER = ["scikit-build-core>=1.0", "cmake>=3.18", "ninja"]
+BUILDER = ["scikit-build-core>=1.0", "cmake>=3.19", "ninja"]
 TESTS_NEED = ["pytest>=8"]
 
 
