@@ -10,6 +10,7 @@ from typing import Any
 
 from tinychat_mlx import hub
 from tinychat_mlx.base.errors import FormatError, TinychatError
+from tinychat_mlx.base.json_file import read_json, read_optional
 from tinychat_mlx.contract import CacheShape
 from tinychat_mlx.engine.sampler import from_generation_config
 from tinychat_mlx.model.config import ModelConfig, parse_config
@@ -17,7 +18,6 @@ from tinychat_mlx.parts import FLOATS, Listing, Module, Part, modules_of, parts_
 from tinychat_mlx.weights.checkpoint import INDEX, SINGLE, Checkpoint
 from tinychat_mlx.weights.formats import detect
 from tinychat_mlx.weights.formats.stored import Shape
-from tinychat_mlx.weights.json_file import read_json, read_optional
 from tinychat_mlx.weights.safetensors import TensorFile
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")

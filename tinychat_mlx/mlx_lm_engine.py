@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from tinychat_mlx.base.errors import FormatError
+from tinychat_mlx.base.json_file import read_json, read_optional
 from tinychat_mlx.contract import Device
 from tinychat_mlx.engine.engine import Engine
 from tinychat_mlx.engine.sampler import from_generation_config
 from tinychat_mlx.loaded_model import Model
-from tinychat_mlx.weights.json_file import read_json, read_optional
 
 
 class MlxLmModel(Model):

@@ -51,7 +51,7 @@ class Plan:
         if self.shape is not None:
             return shapes.find(self.shape)
         from tinychat_mlx.apps.models.download import folder_of
-        from tinychat_mlx.weights.json_file import read_json
+        from tinychat_mlx.base.json_file import read_json
 
         assert self.model is not None
         return read_json(folder_of(self.model) / "config.json")

@@ -53,7 +53,7 @@ def test_the_report_shows_every_method_beside_the_others(
         assert sum(size.values()) == found[f"{part}_bytes"] and size["embedding and head"] > 0
     assert found["quality"]["text"] == "the part of text-7.jsonl that the calibration did not use"
     assert found["quality"]["text"] in text
-    assert "KL decides" in text and "closer together than their standard errors say nothing" in text
+    assert "KL is the deciding measure" in text and "differ by less than their standard errors" in text
     quality = found["quality"]["of"]
     assert list(quality) == ["rtn", "awq", "awq+"] and quality["rtn"]["tokens"] > 2048
     assert 0 < quality["awq+"]["kl_mean"] < quality["awq"]["kl_mean"] < quality["rtn"]["kl_mean"]

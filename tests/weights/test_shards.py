@@ -14,8 +14,8 @@ import pytest
 from folders import UP, B, W, dense, refused, sharded
 
 from tinychat_mlx.base.errors import FormatError
+from tinychat_mlx.base.json_file import read_json
 from tinychat_mlx.weights.checkpoint import INDEX, SINGLE
-from tinychat_mlx.weights.json_file import read_json
 from tinychat_mlx.weights.shards import ShardWriter, copy_side_files
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from tinychat_mlx.base.errors import DownloadError, FormatError, ModelNotFoundError
+from tinychat_mlx.base.json_file import check_json_size, parse_json
 from tinychat_mlx.hub.cache import COMMIT, Ref, is_offline, repo_folder, shards_of
 from tinychat_mlx.hub.http import TIMEOUT, Say, endpoint, get, patiently
 from tinychat_mlx.weights.checkpoint import INDEX, SINGLE, UNREAD
-from tinychat_mlx.weights.json_file import check_json_size, parse_json
 from tinychat_mlx.weights.safetensors import described, header_end
 
 WANTED = (".json", ".jinja", ".model", ".txt")  # in addition to the weights: configs, tokenizer, template

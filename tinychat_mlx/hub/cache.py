@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tinychat_mlx.base.errors import FormatError, TinychatError
+from tinychat_mlx.base.json_file import read_json
 from tinychat_mlx.base.paths import hub_cache
 from tinychat_mlx.weights.checkpoint import INDEX, SINGLE, is_plain_name
-from tinychat_mlx.weights.json_file import read_json
 
 _NAME = r"[A-Za-z0-9_](?:[\w.-]{0,94}[\w])?"
 HUB_ID = re.compile(rf"({_NAME}/{_NAME})(?:@([\w][\w./-]{{0,254}}))?", re.ASCII)

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinychat_mlx.base.errors import FormatError, TokenizerError
+from tinychat_mlx.base.json_file import read_optional
 from tinychat_mlx.text.chat_template import ChatTemplate, Message, find_template
 from tinychat_mlx.text.streaming import StopMatcher, Stream, clean_up_spaces, stream
-from tinychat_mlx.weights.json_file import read_optional
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from tinychat_mlx.base.errors import FormatError, ModelNotFoundError, TinychatError
+from tinychat_mlx.base.json_file import read_json
 from tinychat_mlx.weights.formats import detect
 from tinychat_mlx.weights.formats.stacked import File, unstacked
 from tinychat_mlx.weights.formats.stored import FLOATS, Shape, Stored
-from tinychat_mlx.weights.json_file import read_json
 from tinychat_mlx.weights.model_identity import fingerprint
 from tinychat_mlx.weights.safetensors import TensorFile, show
 from tinychat_mlx.weights.weight import F32, Array, Dense, Weight, to_float32

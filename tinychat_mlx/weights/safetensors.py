@@ -12,7 +12,6 @@ import json
 import math
 import mmap
 import os
-import stat
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,6 +22,7 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 import numpy as np
 
 from tinychat_mlx.base.errors import FormatError, TinychatError
+from tinychat_mlx.base.files import open_regular
 from tinychat_mlx.weights.weight import Array
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
@@ -115,25 +115,6 @@ def show(name: object) -> str:
     """Quote, escape and shorten a name from an untrusted file for a message."""
     text = repr(name)
     return text if len(text) <= 120 else f"{text[:100]}…{text[-15:]}"
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file for reading. Raises FormatError for a folder, or a pipe, which would block."""
-    try:
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    except FileNotFoundError:
-        raise FormatError("the file is missing", where=path) from None
-    except (OSError, ValueError) as error:  # Windows cannot open folders; other systems fail the check below
-        reason = (
-            "is a folder, not a file"
-            if path.is_dir()
-            else f"cannot be opened: {getattr(error, 'strerror', None) or error}"
-        )
-        raise FormatError(reason, where=path) from None
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise FormatError("not a regular file (a folder, pipe or device)", where=path)
-    return os.fdopen(fd, "rb")
 
 
 def _map(path: Path) -> mmap.mmap:

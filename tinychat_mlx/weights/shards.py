@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tinychat_mlx.base.errors import FormatError
+from tinychat_mlx.base.files import open_regular
 from tinychat_mlx.weights.checkpoint import INDEX, SINGLE, inside
-from tinychat_mlx.weights.safetensors import Entry, TensorFile, open_regular, replacing, write
+from tinychat_mlx.weights.safetensors import Entry, TensorFile, replacing, write
 
 MAX_SHARD = 5_000_000_000  # bytes; the limit of the hub's tools
 SIDE_FILES = (

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tinychat_mlx.base.errors import FormatError
-from tinychat_mlx.weights.safetensors import open_regular
+from tinychat_mlx.base.files import open_regular
 
 MAX_JSON = 64 << 20  # bytes; indices of the largest models have about 10 MB
 
