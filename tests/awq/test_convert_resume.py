@@ -152,7 +152,7 @@ def test_tidying_that_is_interrupted_can_be_resumed(
         m.setattr(Path, "unlink", unlink)
         assert main(arguments(home, target, "--method", "rtn")) == 130
     assert target.exists() and (home / ".untidy.converting").exists()
-    assert f"at {target} is the finished model; repeat" in capsys.readouterr().err
+    assert f"{target} is finished; repeat the command" in capsys.readouterr().err
     assert main(arguments(home, target, "--method", "rtn", "--resume")) == 0
     assert not (home / ".untidy.converting").exists()
 
