@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from tinychat_mlx.awq import head
 from tinychat_mlx.awq.calibration.recorder import STEP_ROWS
+from tinychat_mlx.awq.calibration.rows import SHARE
 from tinychat_mlx.awq.output.tensors import rim_names
 from tinychat_mlx.awq.settings import Settings, default_tokens, quantised_shapes
 from tinychat_mlx.awq.sites import experts, layer_shapes, mixture, routers, shapes, sites
@@ -102,11 +103,17 @@ def _head_phase(config: ModelConfig, settings: Settings, tokens: int) -> int:
     return (1 + full) * tokens * 4 * c + moments + 9 * stripe + 2 * codes
 
 
+def _fed_site(n: int, k: int, tokens: int) -> int:
+    """Return the bytes while error feedback quantises (N, K): moments, seven copies of the matrix, the permuted mean
+    of H and its factor with a copy, and the held-out rows of both streams."""
+    return 4 * k * (k + min(k, n)) + 7 * 4 * n * k + 3 * 4 * k * k + 2 * 4 * k * tokens // SHARE
+
+
 def _layer_phases(config: ModelConfig, layer: int, settings: Settings, tokens: int) -> list[int]:
     """Return the bytes while a layer runs and while it is quantised, then the same for its largest expert."""
     full, moe = settings.method == "awq+", mixture(config, layer)
     streams, row = 2 if full else 1, 4 * config.hidden_size
-    rows = tokens * row * streams
+    rows = int(tokens * row * (streams + 2 / SHARE))  # and the judged rows of the other streams
     if moe is not None:  # the experts' inputs, and as much again while they are concatenated
         rows += tokens * row * (streams + 1)
     phases, held = [], 0
@@ -132,6 +139,13 @@ def _layer_phases(config: ModelConfig, layer: int, settings: Settings, tokens: i
         widest = max(k for _, k in stacks)
         # Of a site: about seven copies of its matrix; of H the permuted mean, and its factor with a copy.
         site = max(7 * 4 * n * k + (3 * 4 * k * k if full else 0) for n, k in stacks)
-        running = 2 * weights + moments + 8 * STEP_ROWS * widest * 4
+        scratch = 8 * STEP_ROWS * widest * 4  # a device keeps what a step took
+        running = 2 * weights + moments + scratch
+        if full and not part:
+            # The float model's inputs of each site are held in float16 until its codes are made.
+            inputs = [2 * tokens * k for _, k in stacks]
+            running += sum(inputs) - sum(4 * k * min(k, 2 * n) for n, k in stacks)
+            site = scratch + max(_fed_site(n, k, tokens) + sum(inputs[i:]) for i, (n, k) in enumerate(stacks))
+            moments = held - weights if moe is not None else 0
         phases += [running + rows + held_now, weights + moments + site + rows + held_now]
     return phases
