@@ -29,12 +29,13 @@ def fast() -> Model:
     return tinychat_mlx.load("demo", backend="cpu")
 
 
-def test_int8_activations_add_at_most_a_tenth_to_what_int4_weights_lost(fast: Model, exact: Model) -> None:
+def test_int8_activations_lose_little_of_what_int4_weights_lost(fast: Model, exact: Model) -> None:
     dense = tinychat_mlx.load(DATA / "demo-fp16", backend="cpu", exact=True)
-    lost, also = quality(exact, dense).kl_mean, quality(fast, dense).kl_mean
-    assert lost is not None and also is not None and lost > 0
-    # awq+ chooses codes for int8 inputs, as on this backend, so exact inputs may even lose more.
-    assert also != lost and 0.9 * lost <= also <= 1.1 * lost
+    lost, also, own = (quality(*two).kl_mean for two in ((exact, dense), (fast, dense), (fast, exact)))
+    assert lost and also and own and own <= lost / 8
+    # The KL of small changes is a squared length, so the roots of the two obey the triangle inequality. awq+ chooses
+    # codes for int8 inputs, as on this backend, so exact inputs may lose more.
+    assert (lost**0.5 - own**0.5) ** 2 <= also <= (lost**0.5 + own**0.5) ** 2, (lost, also, own)
 
 
 def test_int8_activations_choose_the_same_token(fast: Model, exact: Model) -> None:

@@ -184,7 +184,7 @@ CONFIG = {
 }  # fmt: skip
 MEASURE = """
 import sys, tinychat_mlx
-from tinychat_mlx.backends.mlx import MlxBackend
+from tinychat_mlx.backends.mlx.backend import MlxBackend
 import tinychat_mlx.weights.checkpoint
 
 def kib(what):
