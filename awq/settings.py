@@ -106,7 +106,7 @@ class Settings:
         return 16 if self.format == "awq" else HEADS[self.head]
 
     def fingerprint(self, source: Checkpoint) -> dict[str, Any]:
-        """Return the settings and the files read, which must be unchanged for an interrupted run to resume."""
+        """Return what must be equal to resume a run: the settings and the files read."""
         calib = Path(self.calib)
         text = hashlib.sha256(calib.read_bytes()).hexdigest() if calib.is_file() else self.calib
         files = weight_files(source.folder)

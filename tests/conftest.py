@@ -37,7 +37,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(scope="session")
 def tiny_root() -> Path:
-    """The folder of tiny models that all workers and later runs share (tiny_models.py)."""
+    """The folder of tiny models, shared by all workers and later runs (tiny_models.py)."""
     return ROOT / "build" / "tiny-models"
 
 

@@ -85,7 +85,7 @@ class Recorder(Backend):
 
     @contextmanager
     def showing(self, seen: Seen) -> Iterator[None]:
-        """Call seen(name, input) at every linear. Afterwards `seen`, which may hold a layer's weights, is let go."""
+        """Call seen(name, input) at every linear. Afterwards `seen`, which may reference weights, is released."""
         self.seen = seen
         try:
             yield

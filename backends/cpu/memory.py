@@ -108,7 +108,8 @@ class Scratch:
         try:
             area = free.pop()
         except IndexError:
-            # A product stores rows at distances of a page or more. On huge pages a product of many rows is 3 % faster.
+            # Rows of a product are a page or more away from each other. With huge pages a product of many rows is
+            # 3 % faster.
             area = raw(size, huge=size >= HUGE).data
             self.held += size
         # Views of `a` keep `a` alive (its base is not an ndarray), so it is freed with the last of them.

@@ -39,8 +39,8 @@ from tinychat_mlx.base.errors import BackendError
 
 MINIMUM = 64 << 20  # bytes; packing less takes under a fifth of a second
 GIB = 1 << 30
-READERS = 2  # threads; one reads 3 GB/s of what the system holds in memory, two nearly twice that
-EXIT_S = 5.0  # what the end of the process waits for a file that is being written
+READERS = 2  # threads; one reads 3 GB/s from the page cache, two nearly twice that
+EXIT_S = 5.0  # seconds that the exit of the process waits for a file being written
 NAME = re.compile(r".*\.tiles")
 MAGIC = b"tc-tiles"
 MAX_INDEX = 64 << 20
@@ -238,7 +238,7 @@ def _size(header: c.CWeight) -> int:
 
 # writing --------------------------------------------------------------------------------------------
 def save(path: Path, digest: str, weights: Iterable[CpuWeight], most: int | None) -> None:
-    """Write a temporary file and rename it to `path`. If the disk refuses, nothing is left."""
+    """Write a temporary file next to `path` and rename it. If the disk refuses, nothing is left behind."""
     offsets, end = {}, 0
     weights = list(weights)
     for w in weights:
@@ -256,7 +256,7 @@ def save(path: Path, digest: str, weights: Iterable[CpuWeight], most: int | None
         return
     with disk_cache.replacing(path) as file:
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, end)  # a full disk says so before the work
+            os.posix_fallocate(file.fileno(), 0, end)  # a full disk fails here, before the work
         for w in weights:
             _write(file, w.data, offsets[w.name][6])
         _write(file, np.frombuffer(text, np.uint8), end)

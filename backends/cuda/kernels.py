@@ -14,9 +14,9 @@ from tinychat_mlx.backends.cuda.cache import CudaCache
 from tinychat_mlx.backends.cuda.weights import TILE, UNIT, TiledHandle
 from tinychat_mlx.contract import Attention, Norm, Rope
 
-ACTS = {name: number for number, name in enumerate(contract.ACTS)}  # as prelude.cuh's `activation`
-MOST_QUERIES = 4  # query heads of one block of `attend`: registers
-SPAN = 64  # positions below which a split of `attend` is not worth a block
+ACTS = {name: number for number, name in enumerate(contract.ACTS)}  # as in prelude.cuh's `activation`
+MOST_QUERIES = 4  # query heads per block of `attend`, limited by registers
+SPAN = 64  # minimum positions per split of `attend`; smaller splits are not worth a block
 
 
 class Launcher(Protocol):

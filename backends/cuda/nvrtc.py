@@ -65,7 +65,7 @@ class Compiler:
         with contextlib.suppress(OSError):
             return file.read_bytes()
         made = self.compile(program, text)
-        with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
+        with contextlib.suppress(OSError):  # if the cache is not writable, the next start compiles again
             disk_cache.write(file, made)
         return made
 

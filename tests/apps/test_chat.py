@@ -233,8 +233,8 @@ def test_context_full_is_said_and_the_message_comes_back(chats: FakeChats) -> No
 
 # the bundled model -------------------------------------------------------------------------------------
 def test_a_newcomers_first_chat_with_the_bundled_model(terminals: Chats, tmp_path: Path) -> None:
-    """No script: the demo's own weights. Talk, look, save, leave, come back: it remembers, and reads only what is new."""
-    bundled = (ROOT / "tinychat_mlx" / "models" / "demo").exists()  # a checkout may hold only the original
+    """No script: the demo's weights. Talk, look, save, leave, resume: only new tokens are computed."""
+    bundled = (ROOT / "tinychat_mlx" / "models" / "demo").exists()  # a checkout may have only the original
     args = ["-m", "demo" if bundled else str(DATA / "demo-fp16"), "--temperature", "0"]
     chat = terminals(*args, real=True, rows=60, columns=100)
     text = chat.say("who are you?")

@@ -161,7 +161,7 @@ def test_a_model_too_large_for_memory_is_refused_before_it_is_loaded(
 
 
 def test_models_at_hand_are_listed_and_offered(chats: FakeChats, tmp_path: Path) -> None:
-    """A whole one stays so while a newer upload of it is half here."""
+    """A complete model stays listed as such while a newer upload of it is incomplete."""
     commit = "0123456789" * 4
     for name, whole in (("org--whole", True), ("org--half", False)):
         repo = tmp_path / "hub" / f"models--{name}"
@@ -310,7 +310,7 @@ def test_session_save_load_search_by_title(chats: FakeChats, tmp_path: Path) -> 
 def test_killed_in_the_middle_of_an_answer_it_continues_with_what_was_said(
     chats: FakeChats, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A killed chat leaves only what is on the disk in the middle of an answer."""
+    """A killed chat leaves what was on the disk in the middle of the answer."""
     monkeypatch.setattr("tinychat_mlx.apps.chat.session.PIECE_S", 0)
     first = chats(answers=["word " * 500], piece=5)
     first.prompt()

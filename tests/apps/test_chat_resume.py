@@ -1,4 +1,4 @@
-"""A resumed long chat computes nothing again, with the bundled model."""
+"""Resuming a long chat computes none of its tokens again, with the bundled model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WORDS = "the small fox thought that it was late and went home over the hill to s
 
 
 def tell(chat: FakeScreen, text: str, answers: int) -> None:
-    """Paste a message and wait for the so-manieth answer of this run."""
+    """Paste a message and wait for the given number of answers in this run."""
     chat.prompt(60)
     chat.type(f"\x1b[200~{text}\x1b[201~")
     chat.wait(lambda shown: text[-12:] in shown.replace("\n", ""))
@@ -43,7 +43,7 @@ def long_chat(chats: Any, *args: str, messages: int = 3, leave: bool = True) -> 
 
 
 def last_prompt(chat: FakeScreen) -> tuple[int, int]:
-    """-> tokens of the last prompt, and how many of them were reused."""
+    """Return the tokens of the last prompt, and how many of them were reused."""
     found = re.search(r"last prompt +([\d,]+) tokens, ([\d,]+) of them reused", chat.say("/stats", 60))
     assert found is not None
     return int(found[1].replace(",", "")), int(found[2].replace(",", ""))

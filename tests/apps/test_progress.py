@@ -32,8 +32,8 @@ def started(columns: int, *args: str, code: str = "pass", env: dict[str, str] | 
 
 
 def stopped(screen: Screen, columns: int, says: str) -> None:
-    """Ctrl-C now -> it ends as interrupted, and the screen shows how to resume."""
-    drawn = len(screen.raw) + 500  # not while the bar is being put up
+    """Press Ctrl-C and check that the program ends as interrupted with a hint to resume."""
+    drawn = len(screen.raw) + 500  # not while the bar is being created
     screen.wait(lambda _: len(screen.raw) > drawn)
     screen.type(CTRL_C)
     screen.wait(lambda text: says in " ".join(text.split()))

@@ -33,7 +33,7 @@ from tinychat_mlx.weights.checkpoint import Checkpoint
 from tinychat_mlx.weights.safetensors import TensorFile, entry, write
 from tinychat_mlx.weights.weight import F32, Dense, Packed, Weight
 
-# Heads of their own: with biases in norm and head (gptj, phi), a parallel block, a softcap, a logit scale.
+# Models with separate heads: biases in norm and head (gptj, phi), parallel block, softcap, logit scale.
 UNTIED = [
     "llama", "qwen2", "granite", "olmo2", "stablelm", "phi", "gptj", "gpt_neox", "opt-untied", "mixtral",
     "gemma2-untied", "gemma3-untied", "cohere-untied", "internlm2", "exaone",

@@ -65,8 +65,8 @@ def test_one_thread_is_one_thread_for_error_feedback_too(monkeypatch: pytest.Mon
 
     def noted(*args: Any) -> feedback.Codes:
         seen.add(threading.get_ident())
-        barrier.wait(300)  # the halves run at once, where there are two threads
-        time.sleep(0.05)  # and a second thread would not wait for the first
+        barrier.wait(300)  # both halves run at the same time if there are two threads
+        time.sleep(0.05)  # a second thread would not wait for the first
         return real(*args)
 
     monkeypatch.setattr(feedback, "feed_back", noted)

@@ -61,7 +61,7 @@ def naive(folder: Path, prompt: list[int], n: int) -> list[int]:
 
 @pytest.mark.parametrize("rotating", [False, True])
 def test_turns_give_mlx_lm_s_tokens(folder: Path, rotating: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rotating cache that has wrapped cannot be cut back: then the kept tokens are computed again."""
+    """A rotating cache that has wrapped cannot be truncated, so the kept tokens are computed again."""
     decoder = opened(folder)
     if rotating:
         monkeypatch.setattr(
@@ -129,7 +129,7 @@ def small(limit: int) -> MlxBackend:
 
 @pytest.mark.parametrize("variant", ["llama", "cohere2"])
 def test_what_a_context_will_take_is_known_before(variant: str, tiny_root: Path) -> None:
-    """Against what mlx-lm's own caches then hold; Cohere's sliding layers hold their window."""
+    """Compared with the bytes of mlx-lm's caches afterwards; Cohere's sliding layers hold their window."""
     decoder = opened(tiny(variant, tiny_root).folder)
     cache = decoder.new_cache(512)
     decoder.backend.to_host(decoder.forward([1] * 511, cache))

@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def model(path: Path, layers: int, heads: int = 16) -> Path:
-    """Random int4 weights, 200 MB with 16 layers; embedding and head are separate, in int8."""
+    """Write random int4 weights, 200 MB with 16 layers; embedding and head are separate int8 matrices."""
     shape = SHAPES["tinyllama-1.1b"] | {
         "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": layers,
         "num_attention_heads": heads, "num_key_value_heads": heads // 4,

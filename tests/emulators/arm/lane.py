@@ -123,7 +123,7 @@ def build_wheel() -> Path:
         "PYTHONPATH": str(builder),
         "PATH": f"{builder / 'bin'}{os.pathsep}{os.environ['PATH']}",
         "CMAKE_TOOLCHAIN_FILE": str(ROOT / "tests/emulators/arm/aarch64.cmake"),
-        "_PYTHON_HOST_PLATFORM": "linux-aarch64",  # or the wheel would be tagged for this machine
+        "_PYTHON_HOST_PLATFORM": "linux-aarch64",  # otherwise the wheel would be tagged for this machine
     }
     run(sys.executable, "-c", call, made, **environment)
     (wheel,) = made.glob("*-py3-none-linux_aarch64.whl")
