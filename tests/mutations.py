@@ -215,7 +215,7 @@ MUTATIONS = (
     mutation(
         "sandbox-underscore-names", "text", "dropped check",
         'isinstance(name, str) and name.startswith("_")', 'isinstance(name, str) and name.startswith("___")',
-        "test_template.py", "reaches_nothing_outside",
+        "test_template_bounds.py", "reaches_nothing_outside",
     ),
     # The chat
     mutation(

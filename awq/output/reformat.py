@@ -111,9 +111,7 @@ def _split(weight: Packed, group: int) -> Packed:
 def _later(made: Any, module: str) -> list[Entry]:
     """Return a module's tensors with deferred data.
 
-    They are built here for their shapes and again when written, so
-
-    only one module is in memory.
+    They are built here for their shapes, and again when they are written: one module is in memory at a time.
     """
     return [entry._replace(data=partial(_made, made, module, i)) for i, entry in enumerate(made(module))]
 

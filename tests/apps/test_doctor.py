@@ -16,10 +16,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from arm import lane as arm
 from checkout import ROOT
 from counting import Clock
-from emulators import absent
 
 from tinychat_mlx.apps.doctor import devices, machine, probe, report, software, speed
 from tinychat_mlx.apps.doctor.examine import examine
@@ -28,7 +26,6 @@ from tinychat_mlx.backends.cpu import cores, native_abi
 from tinychat_mlx.backends.cpu import probe as cpu_probe
 from tinychat_mlx.backends.cpu.backend import CpuBackend
 from tinychat_mlx.backends.cpu.memory import address, raw
-from tinychat_mlx.base import paths as places
 from tinychat_mlx.base.errors import pip_install
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux's own tools")
@@ -552,31 +549,3 @@ def test_each_section_and_key_is_in_the_docstring(told: dict[str, Any]) -> None:
 def test_problems_come_with_the_broken_ones_first() -> None:
     rows = (Finding("a", 1, "x", "note", "do"), Finding("b", 2, "y", BROKEN, "do"), Finding("c", 3))
     assert [p["where"] for p in problems([Section("s", "S", rows)])] == ["s.b", "s.a"]
-
-
-# a Raspberry Pi ----------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def lane() -> arm.Lane:
-    if platform.system() != "Linux" or (why := arm.missing()):
-        absent(why or "the Arm lane runs on Linux")
-    try:
-        return arm.make()
-    except RuntimeError as e:
-        absent(f"the emulated Pi could not be made: {e}")
-
-
-@pytest.mark.parametrize("isa", arm.PI)
-def test_a_pi_is_told_apart(lane: arm.Lane, isa: str) -> None:
-    """An emulator can show an Arm's instruction sets and libraries; memory and /proc/cpuinfo are the host's."""
-    done = lane.run(arm.PI[isa], "-m", "tinychat_mlx", "doctor", "--json", "--quick")
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout)
-    offered = list(arm.PI)[: list(arm.PI).index(isa) + 1][::-1] + ["scalar"]
-    assert found["native"]["instruction_sets"] == offered and found["native"]["used"] == isa
-    assert "aarch64" in found["machine"]["system"]
-    assert found["backends"]["chosen"]["name"] == "cpu" and not found["backends"]["mlx"]["works"]
-    if "vendor_id" in Path("/proc/cpuinfo").read_text():
-        row = next(p for p in found["problems"] if p["where"] == "machine.processor")
-        assert "an Arm processor, emulated on" in row["what"]
-        assert found["backends"]["cpu"]["device"]["name"] == found["machine"]["processor"]
-    assert places.disk_bytes(lane.packages[0] / "tinychat_mlx" / "tinychat_cpu.so") > 0

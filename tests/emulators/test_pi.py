@@ -158,3 +158,19 @@ def test_the_chat_opens_at_once_on_a_pi_5(lane: arm.Lane) -> None:
 
     n = on_board(lane, BOARDS[0], STARTS["tinychat, to the prompt"])
     assert 0.1 < BOARDS[0].seconds(n) < 0.6
+
+
+def test_the_doctor_recognises_a_pi(lane: arm.Lane, isa: str) -> None:
+    """An emulator can show an Arm's instruction sets and libraries; memory and /proc/cpuinfo are the host's."""
+    done = lane.run(PI[isa], "-m", "tinychat_mlx", "doctor", "--json", "--quick")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    offered = list(PI)[: list(PI).index(isa) + 1][::-1] + ["scalar"]
+    assert found["native"]["instruction_sets"] == offered and found["native"]["used"] == isa
+    assert "aarch64" in found["machine"]["system"]
+    assert found["backends"]["chosen"]["name"] == "cpu" and not found["backends"]["mlx"]["works"]
+    if "vendor_id" in Path("/proc/cpuinfo").read_text():
+        row = next(p for p in found["problems"] if p["where"] == "machine.processor")
+        assert "an Arm processor, emulated on" in row["what"]
+        assert found["backends"]["cpu"]["device"]["name"] == found["machine"]["processor"]
+    assert (lane.packages[0] / "tinychat_mlx" / "tinychat_cpu.so").stat().st_size > 0
