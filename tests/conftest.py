@@ -62,7 +62,7 @@ def backend(backend_name: str, monkeypatch: pytest.MonkeyPatch) -> Backend:
         if find_spec(module) is None:
             pytest.skip(f"{module} is not installed")
     monkeypatch.setenv("TINYCHAT_CUDA_DEVICE", "cpu")
-    return create(backend_name, exact=True, threads=2)
+    return create(backend_name, exact=True, threads=1)
 
 
 @pytest.fixture

@@ -147,7 +147,8 @@ def fits(facts: ModelInfo, backend: Backend, asked: int | None, freed: int = 0) 
 def refuse(name: str, takes: MemoryCost, tokens: int, free: int, backend: str, fits: int = 0) -> None:
     """Raise BackendError if a model with a context of this many tokens does not fit into `free` bytes."""
     if takes.peak(tokens) > free:
-        way = f"use --context {fits}, " if fits else ""
+        # Free memory at the next start differs by a little.
+        way = f"use --context {fits - fits // 64}, " if fits else ""
         raise BackendError(
             f"needs {size(takes.peak(tokens))} of memory on the {backend} backend{_with(tokens)}, {size(free)} is free",
             where=name,

@@ -29,11 +29,12 @@ from tinychat_mlx.awq.settings import Settings, open_dense
 from tinychat_mlx.backends.cpu import native_abi as native
 from tinychat_mlx.backends.cpu.backend import CpuBackend
 from tinychat_mlx.backends.reference import ReferenceBackend
-from tinychat_mlx.base import backend_names, json_file, safetensors
+from tinychat_mlx.base import backend_names, json_file
 from tinychat_mlx.base.errors import TinychatError
 from tinychat_mlx.model import rope
 from tinychat_mlx.model.config import parse_config
 from tinychat_mlx.model.decoder import Loader
+from tinychat_mlx.weights import safetensors
 from tinychat_mlx.weights.formats.stored import Stored
 from tinychat_mlx.weights.safetensors import TensorFile
 from tinychat_mlx.weights.weight import Dense, Packed

@@ -86,7 +86,7 @@ def test_a_context_that_was_asked_for_is_refused_with_one_that_fits(
     free(monkeypatch, takes.peak(5000))
     assert main([*run, "6000"]) == 1
     err = capfd.readouterr().err
-    assert "with a context of 6,000 tokens" in err and "use --context 5000" in err
+    assert "with a context of 6,000 tokens" in err and "use --context 4922" in err
     assert main([*run, "5000"]) == 0
     free(monkeypatch, takes.peak(100))
     assert main(run[:-1]) == 1  # too few for a conversation, so not even that is offered
