@@ -133,7 +133,7 @@ class Mixture:
         made = Factored.of(moments, form)
         if site.absorber is not None:
             found = search_fed_scale(w.stacked(site), moments.mean_abs, made.weights(), None, form.group_size)
-        scaled, s, alpha = w.copy(), np.ones(len(moments.sums), np.float32), 0.0
+        scaled, s, alpha = w.copy(), np.ones(len(moments.magnitude), np.float32), 0.0
         if found is not None and found[1]:
             s, alpha = fold(scaled, site, found[0], None), found[1]
         tried = Attempt(scaled, fed(scaled, site, made, s, form), s, alpha)

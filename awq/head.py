@@ -76,7 +76,7 @@ class Head:
 
     weights: LayerWeights  # the sampled rows, with the final norm as it will be stored
     matrix: Dense
-    moments: Moments
+    found: Factored | BlockMoments  # of the head's input
     form: Form
     chosen: Attempt
     report: SiteReport
@@ -92,9 +92,10 @@ class Head:
         weights = LayerWeights(config, config.num_hidden_layers, {"head": rows}, {}, vectors)
         if isinstance(moments, FullMoments):
             ones = np.ones(config.hidden_size, np.float32)
-            chosen, report = feed_site(weights, SITE, moments, held, form, ones, 0.0)
-        else:
-            chosen, report = publish_site(weights, SITE, moments, held, form)
+            made = Factored.of(moments, form)
+            chosen, report = feed_site(weights, SITE, moments, made, held, form, ones, 0.0)
+            return cls(chosen.weights, matrix, made, form, chosen, report)
+        chosen, report = publish_site(weights, SITE, moments, held, form)
         return cls(chosen.weights, matrix, moments, form, chosen, report)
 
     def stripes(self) -> Iterator[Quantized]:
@@ -105,16 +106,15 @@ class Head:
 
     def _coder(self) -> Callable[[F32], Quantized]:
         """Return a function from rows (N, K) to their codes."""
-        form, s, moments = self.form, self.chosen.s, self.moments
+        form, s, found = self.form, self.chosen.s, self.found
         if self.report.fell_back:
             return lambda w: round_to_nearest(w, form.w_bit, form.group_size)
-        if isinstance(moments, FullMoments):
-            made = Factored.of(moments, form)  # one factorisation for all stripes
-            return lambda w: fed_codes(np.ascontiguousarray(w.T[made.order]), made, form)
+        if isinstance(found, Factored):
+            return lambda w: fed_codes(np.ascontiguousarray(w.T[found.order]), found, form)
 
         def searched(w: F32) -> Quantized:
             scaled = replace(self.weights, linears={"head": w * s})
-            return clipped(scaled, SITE, moments, s, form)["head"]
+            return clipped(scaled, SITE, found, s, form)["head"]
 
         return searched
 

@@ -261,8 +261,9 @@ class Factored:
 
     @classmethod
     def of(cls, moments: FullMoments, form: Form) -> Factored:
+        """Factor moments. Frees their sums."""
         order = feedback.by_importance(np.diagonal(moments.sums), form.group_size)
-        h = feedback.damped(moments.whole()[np.ix_(order, order)], 1 / max(moments.tokens, 1))
+        h = feedback.damped(moments.take_sums(order), 1 / max(moments.tokens, 1))
         return cls(order, h, feedback.factor(h))
 
     def weights(self) -> F32:
@@ -296,14 +297,22 @@ def scale_layer(
 
 
 def feed_site(
-    weights: LayerWeights, site: Site, moments: FullMoments, held: Held, form: Form, s: F32, alpha: float
+    weights: LayerWeights,
+    site: Site,
+    moments: FullMoments,
+    made: Factored,
+    held: Held,
+    form: Form,
+    s: F32,
+    alpha: float,
 ) -> tuple[Attempt, SiteReport]:
     """Quantise a site with error feedback.
 
     The site's columns are multiplied by s, and the inputs in `moments` and `held` are divided by s.
+    made: the factors of `moments`.
     """
     w = weights.stacked(site)
-    judge, made = Judge(w, held), Factored.of(moments, form)
+    judge = Judge(w, held)
     plain = {r: round_to_nearest(weights.linears[r] / s, form.w_bit, form.group_size) for r in site.roles}
     rtn = judge.error(plain, np.float32(1) / s, site)
     del plain

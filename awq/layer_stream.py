@@ -22,6 +22,7 @@ from tinychat_mlx.awq.calibration.rows import HalfRows, Split, Streams, distance
 from tinychat_mlx.awq.experts import Mixture, add_experts, round_experts
 from tinychat_mlx.awq.head import Head, head_form, head_inputs, is_site
 from tinychat_mlx.awq.layer import (
+    Factored,
     Form,
     Held,
     LayerReport,
@@ -187,7 +188,8 @@ class LayerQuantizer:
         del run, given, wanted
         rows_held = Held(*(np.concatenate(part) for part in zip(*held, strict=True)))
         trim()
-        kept, report = feed_site(layer.weights, site, moments, rows_held, self.form, s, alpha)
+        factored = Factored.of(moments, self.form)
+        kept, report = feed_site(layer.weights, site, moments, factored, rows_held, self.form, s, alpha)
         return replace(layer, parts=layer.parts | kept.parts, reports=(*layer.reports, report))
 
     def _float_pass(

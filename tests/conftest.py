@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
     from tinychat_mlx.contract import Backend
 
-# Workers share the cores, so NumPy and torch, which are imported later, get one thread each. OMP_NUM_THREADS
-# is not set, because it is also an option of tinychat.
-os.environ["OPENBLAS_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+# There is a worker per core, so tinychat, NumPy and torch get one thread each; tests of threads ask for more.
+# OMP_NUM_THREADS is not set, because it is also an option of tinychat.
+os.environ["OPENBLAS_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = os.environ["TINYCHAT_THREADS"] = "1"
 # pytest-xdist sets these for its workers; a program in a terminal of its own must ask the terminal.
 for size in ("COLUMNS", "LINES"):
     os.environ.pop(size, None)

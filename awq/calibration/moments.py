@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from tinychat_mlx.awq.parallel import add_product, each, over_rows, product, spans
 from tinychat_mlx.weights.weight import F32
@@ -111,11 +112,13 @@ class FullMoments:
         mean: F32 = self.magnitude / np.float32(max(self.tokens, 1))
         return mean
 
-    def whole(self) -> F32:
-        """Return the sums of x xᵀ (K, K) with the part below the diagonal filled in."""
+    def take_sums(self, order: npt.NDArray[np.intp]) -> F32:
+        """Return the sums of x xᵀ (K, K) with both axes in this order. Frees `sums`, which is as large."""
         for part in spans(len(self.sums), TILE):
             self.sums[part.stop :, part] = self.sums[part, part.stop :].T
-        return self.sums
+        ordered = self.sums[np.ix_(order, order)]
+        self.sums = np.empty((0, 0), np.float32)
+        return ordered
 
     def correction(self, w: F32) -> F32:
         """Return the mean of w · missing · xᵀ for w (N, K), transposed to (K, N).

@@ -148,6 +148,7 @@ def agreement(one: Checkpoint, two: Checkpoint, part: str) -> float:
     return same / total
 
 
+@pytest.mark.slow
 def test_the_shipped_model_is_what_its_recipe_gives_today(tmp_path: Path) -> None:
     """Runs the command of its card.
 

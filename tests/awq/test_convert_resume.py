@@ -25,14 +25,26 @@ from tinychat_mlx.apps.cli import main
 name, after, renames = sys.argv[1], sys.argv[2] == "after", []
 def watched(rename):
     def wrapped(a, b):
-        if Path(b).name == name and not after:
+        if name and Path(b).match(name) and not after:
             os.kill(os.getpid(), signal.SIGKILL)
         rename(a, b)
         renames.append(Path(b).name)
-        if Path(b).name == name:
+        if name and Path(b).match(name):
             os.kill(os.getpid(), signal.SIGKILL)
     return wrapped
 os.replace, os.rename = map(watched, (os.replace, os.rename))
+if "reject" in os.environ:
+    from tinychat_mlx.awq import convert
+    class Failed(convert.Verdict):
+        passed = property(lambda self: first is not self)
+    judge, first = convert.verdict, None
+    def verdict(*args):
+        global first
+        found = judge(*args)
+        made = Failed(found.made, found.rounded)
+        first = first or made
+        return made
+    convert.verdict = verdict
 code = main(sys.argv[3:])
 print(*renames, sep="\\n")
 sys.exit(code)
@@ -55,14 +67,16 @@ def arguments(home: Path, target: Path, *more: str) -> list[str]:
     return ["convert", str(home / "dense"), "-o", str(target), *common, *more]
 
 
-def run(home: Path, target: Path, *more: str, kill: str = "", when: str = "before") -> tuple[int, list[str]]:
-    """Run convert in a process that kills itself at the rename to the name `kill`.
+def run(
+    home: Path, target: Path, *more: str, kill: str = "", when: str = "before", reject: bool = False
+) -> tuple[int, list[str]]:
+    """Run convert in a process that kills itself at the rename to the name `kill`, or the end of a path.
 
+    reject: the method asked for fails the check at the end. The process uses as many threads as there are cores.
     Returns (exit code, renames).
-
-    It uses as many threads as there are cores.
     """
-    env = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")} | {"PYTHONPATH": str(ROOT)}
+    env = {"reject": "1"} if reject else {}
+    env |= {k: v for k, v in os.environ.items() if not k.endswith("_THREADS")} | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", KILLED, kill, when, *arguments(home, target, *more)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1200, check=False)
     names = [
@@ -121,6 +135,19 @@ def test_killed_anywhere_and_resumed_it_ends_with_the_same_bytes(
     assert main(arguments(home, target)) == 2  # not by accident: the message names --resume and --force
     assert run(home, target, "--resume")[0] == 0
     assert files(target) == whole and not work.exists()
+
+
+@pytest.mark.parametrize("kill", ["awq/rows-0001.npy", "awq/rim.safetensors"])
+def test_killed_in_the_method_that_replaced_another(home: Path, whole: dict[str, bytes], kill: str) -> None:
+    """The rejected method's layers are kept, checked and rejected again."""
+    replaced, folder = home / "replaced-method", home / f"in-{Path(kill).stem}"
+    if not replaced.exists():
+        assert run(home, replaced, reject=True)[0] == 0
+        assert "awq was used instead" in (replaced / "README.md").read_text()
+        assert files(replaced)["model.safetensors"] != whole["model.safetensors"]
+    assert run(home, folder, kill=kill, reject=True)[0] == -signal.SIGKILL
+    assert run(home, folder, "--resume", reject=True)[0] == 0
+    assert files(folder) == files(replaced)
 
 
 @pytest.mark.parametrize("kill", ["old", "target"])

@@ -25,7 +25,7 @@ def measured(lab: Laboratory, method: str, w_bit: int, calib: str = CALIB) -> Qu
     return lab.run(Settings(method=method, w_bit=w_bit, calib=calib, tokens=16384)).quality
 
 
-@pytest.mark.parametrize("w_bit", [4, 3])
+@pytest.mark.parametrize("w_bit", [4, pytest.param(3, marks=pytest.mark.slow)])
 def test_awq_and_awq_plus_lose_the_promised_share_of_what_rounding_loses(lab: Laboratory, w_bit: int) -> None:
     """At most 0.9 and 0.45.
 
@@ -38,6 +38,7 @@ def test_awq_and_awq_plus_lose_the_promised_share_of_what_rounding_loses(lab: La
         assert share <= most, f"{method}: {share:.3f} ± {error:.3f}"
 
 
+@pytest.mark.slow
 def test_so_does_text_that_the_model_wrote_itself(lab: Laboratory) -> None:
     share, error = kl_ratio(measured(lab, "awq+", 4, "self"), measured(lab, "rtn", 4))
     assert share <= 0.45, f"{share:.3f} ± {error:.3f}"

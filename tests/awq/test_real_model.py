@@ -1,7 +1,8 @@
 """The default conversion of a trained model on real English keeps most of its quality.
 
 The model and the text come from the package registry: without it these tests skip, unless TINYCHAT_REQUIRE_EMULATORS
-is set (as in CI). The published AWQ and 3 bits take longer: pytest -m slow tests/awq/test_real_model.py.
+is set (as in CI). Every run converts with a quarter of the usual calibration text. The promises for the defaults, the
+published AWQ and 3 bits take minutes each: pytest -m slow tests/awq/test_real_model.py.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tinychat_mlx.awq.quality.evaluate import Quality
 from tinychat_mlx.awq.search.cholesky import solve
 
 WINDOWS = 5  # of 512 tokens, per kind: 10,240 tokens
+FEW_TOKENS, FEW_WINDOWS, WITH_LITTLE_TEXT = 2048, 1, 0.5
 # Shares of the KL of plain rounding at the same bits, as a mean over the kinds and for each.
 WITH_FILE, WITH_OWN_TEXT, ANY_KIND = 0.33, 0.36, 0.40
 PUBLISHED_AWQ, THREE_BITS = 0.5, 0.34
@@ -84,6 +86,18 @@ def measured(bench: rq.Bench, converted: Callable[..., Path]) -> Measure:
     return lru_cache(lambda *how: bench.quality(converted(*how)))
 
 
+def test_a_quarter_of_the_usual_text_keeps_half_and_the_questions_are_answered(
+    folder: Path, tmp_path: Path
+) -> None:
+    """The usual command otherwise: own text, 4 bits, the whole model and the check at the end."""
+    bench, made, rtn = rq.Bench(FEW_WINDOWS), tmp_path / "made", tmp_path / "rtn"
+    rq.convert(made, tokens=FEW_TOKENS)
+    rq.convert(rtn, "rtn")
+    found = rq.shares(bench.quality(made), bench.quality(rtn))
+    assert rq.mean(found) <= WITH_LITTLE_TEXT, found
+    assert right(given := answers(made)) >= RIGHT, given
+
+
 def test_the_folder_computes_what_transformers_computes(folder: Path) -> None:
     torch, transformers = (pytest.importorskip(name) for name in ("torch", "transformers"))
     model = tinychat_mlx.load(folder, backend="cpu", exact=True)
@@ -99,6 +113,7 @@ def test_the_folder_computes_what_transformers_computes(folder: Path) -> None:
     )  # a model of this size predicts a third of English tokens: the weights are in place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("calib", "most"), [("file", WITH_FILE), ("self", WITH_OWN_TEXT)])
 def test_the_default_conversion_keeps_two_thirds_of_what_rounding_loses(
     measured: Measure, calib: str, most: float
@@ -170,6 +185,7 @@ def right(given: dict[str, str]) -> int:
     return sum(word.lower() in given[question].lower() for question, word in QUESTIONS.items())
 
 
+@pytest.mark.slow
 def test_questions_that_the_float_model_answers_are_answered_still(
     folder: Path, converted: Callable[..., Path]
 ) -> None:

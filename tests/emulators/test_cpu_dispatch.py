@@ -81,6 +81,7 @@ def test_a_haswell_runs_avx2_and_gets_the_same_bits() -> None:
     assert emulated == run(script=SCRIPT, TINYCHAT_CPU_ISA="avx2").stdout
 
 
+@pytest.mark.slow
 def test_a_haswell_passes_the_kernels_own_tests(tmp_path: Path) -> None:
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     tests = [str(ROOT / "tests" / "devices" / f"test_{name}.py") for name in ("cpu_kernels", "backends")]

@@ -60,6 +60,7 @@ def test_a_processor_is_offered_what_it_has(lane: arm.Lane, isa: str) -> None:
     assert offered == [*list(ARM)[: list(ARM).index(isa) + 1][::-1], "scalar"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ARM)
 def test_the_kernels_own_tests_pass(lane: arm.Lane, isa: str, tmp_path: Path) -> None:
     """Runs all kernel tests except some that do not work under an emulator.

@@ -291,7 +291,7 @@ def test_another_run_goes_on_where_this_one_ended(
     monkeypatch.setenv("TINYCHAT_CUDA_DEVICE", "cpu")
 
     def load() -> tinychat_mlx.Model:
-        model = tinychat_mlx.load("demo", backend=backend_name, context=1024, threads=2)
+        model = tinychat_mlx.load("demo", backend=backend_name, context=1024, threads=1)
         model.keep_in(tmp_path / "p")
         return model
 
