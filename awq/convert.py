@@ -17,6 +17,7 @@ from tinychat_mlx.awq.output.config_json import model_config
 from tinychat_mlx.awq.output.finish import card_text, merged, put_in_place, write_folder
 from tinychat_mlx.awq.output.reformat import reformatted
 from tinychat_mlx.awq.output_path import check_target
+from tinychat_mlx.awq.parallel import limited
 from tinychat_mlx.awq.quality.verdict import Rejected, Verdict, verdict, went_wrong
 from tinychat_mlx.awq.resources import Needs, needs, shortage, smaller
 from tinychat_mlx.awq.settings import Settings, open_dense
@@ -93,7 +94,8 @@ def convert(
         return load(work.calibration)
 
     try:
-        result = _attempts(source, config, target, settings, devices, work, tokens, watch)
+        with limited(None):  # the caller's number of threads, and one for BLAS: sums have one order
+            result = _attempts(source, config, target, settings, devices, work, tokens, watch)
     except TinychatError:
         if work.is_empty():
             work.remove()

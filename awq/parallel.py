@@ -93,9 +93,9 @@ def spans(n: int, size: int) -> list[slice]:
     return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
 
-def product(a: F32, b: F32) -> F32:
-    """Return a (N, K) @ b (K, M) as (N, M)."""
-    out = np.empty((a.shape[0], b.shape[1]), np.float32)
+def product(a: F32, b: F32, out: F32 | None = None) -> F32:
+    """Return a (N, K) @ b (K, M) as (N, M), in `out` if it is given."""
+    out = np.empty((a.shape[0], b.shape[1]), np.float32) if out is None else out
     _blocks(a, b, lambda rows, columns: np.matmul(a[rows], b[:, columns], out=out[rows, columns]))
     return out
 

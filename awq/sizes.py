@@ -8,6 +8,7 @@ from tinychat_mlx.awq import head
 from tinychat_mlx.awq.calibration.recorder import STEP_ROWS
 from tinychat_mlx.awq.calibration.rows import SHARE
 from tinychat_mlx.awq.output.tensors import rim_names
+from tinychat_mlx.awq.quality.streamed_logits import LOGITS
 from tinychat_mlx.awq.settings import Settings, default_tokens, quantised_shapes
 from tinychat_mlx.awq.sites import experts, layer_shapes, mixture, routers, shapes, sites
 from tinychat_mlx.model.config import ModelConfig
@@ -73,6 +74,8 @@ def peaks(config: ModelConfig, source: Checkpoint, settings: Settings) -> Peaks:
         phases += _layer_phases(config, number, settings, tokens)
     if head.is_site(config, source, settings):
         phases.append(_head_phase(config, settings, tokens))
+    if tokens:
+        phases.append(_verdict_phase(config, settings))
     own = 0
     if tokens and settings.calib == "self":
         matrices = len(rim_names(config, source)[0])
@@ -103,49 +106,79 @@ def _head_phase(config: ModelConfig, settings: Settings, tokens: int) -> int:
     return (1 + full) * tokens * 4 * c + moments + 9 * stripe + 2 * codes
 
 
-def _fed_site(n: int, k: int, tokens: int) -> int:
-    """Return the bytes while error feedback quantises (N, K): moments, seven copies of the matrix, the permuted mean
-    of H and its factor with a copy, and the held-out rows of both streams."""
-    return 4 * k * (k + min(k, n)) + 7 * 4 * n * k + 3 * 4 * k * k + 2 * 4 * k * tokens // SHARE
+def _verdict_phase(config: ModelConfig, settings: Settings) -> int:
+    """Return the bytes in memory while the result's head is compared with the float one and with plain rounding.
+
+    They are the head in float32, the pages of the file that it is read from, the codes of both, and logits.
+    """
+    weights = config.vocab_size * config.hidden_size
+    return int(weights * (4 + 2 + 2 * settings.head_bits / 8)) + 6 * 8 * LOGITS
 
 
 def _layer_phases(config: ModelConfig, layer: int, settings: Settings, tokens: int) -> list[int]:
-    """Return the bytes while a layer runs and while it is quantised, then the same for its largest expert."""
-    full, moe = settings.method == "awq+", mixture(config, layer)
-    streams, row = 2 if full else 1, 4 * config.hidden_size
-    rows = int(tokens * row * (streams + 2 / SHARE))  # and the judged rows of the other streams
-    if moe is not None:  # the experts' inputs, and as much again while they are concatenated
-        rows += tokens * row * (streams + 1)
-    phases, held = [], 0
+    """Return the bytes in memory in each phase of a layer, and of each of its experts."""
+    moe = mixture(config, layer)
+    shown = 0 if moe is None else tokens  # rows that enter experts
+    streams = 2 if settings.method == "awq+" else 1
+    # Of the calibration rows, the judged ones are in three streams. The experts' inputs are concatenated.
+    rows = 4 * config.hidden_size * int(tokens * (streams + 2 / SHARE) + shown * (streams + 1))
+    phases, router = [], 0
     for part, sizes in enumerate(layer_shapes(config, layer)):
-        read = {role: 4 * n * k for role, (n, k) in sizes.items()}
-        weights = sum(read.values())
-        if part:  # codes of all experts, and the stack that is being written
-            codes = sum(weights // 4 for _ in experts(config, layer))
-            held_now = held + int(codes * (settings.w_bit / 8 + 4 / settings.group_size) * 4 / 3)
-        else:
-            held_now = 0
+        weights = 4 * sum(n * k for n, k in sizes.values())
+        held = 0
+        if part:  # the rest of the layer, and the codes of all experts with the stack that is being written
+            per_weight = settings.w_bit / 8 + 4 / settings.group_size
+            held = router + int(len(experts(config, layer)) * weights / 4 * per_weight * 4 / 3)
         if not tokens:
-            phases.append(2 * weights + held_now)
+            phases.append(2 * weights + held)
             continue
         own = [site for site in sites(config, layer) if site.roles[0] in sizes]
-        stacks = [(sum(sizes[r][0] for r in site.roles), sizes[site.roles[0]][1]) for site in own]
-        moments = sum(4 * k * (k + min(k, 2 * n) if full else settings.group_size) for n, k in stacks)
-        if part:  # the moments of one site at a time
-            moments = max(4 * k * (k + min(k, 2 * n) if full else settings.group_size) for n, k in stacks)
-        elif moe is not None:
-            moments += row * (config.hidden_size if full else settings.group_size)
-            held = weights + moments
-        widest = max(k for _, k in stacks)
-        # Of a site: about seven copies of its matrix; of H the permuted mean, and its factor with a copy.
-        site = max(7 * 4 * n * k + (3 * 4 * k * k if full else 0) for n, k in stacks)
-        scratch = 8 * STEP_ROWS * widest * 4  # a device keeps what a step took
-        running = 2 * weights + moments + scratch
-        if full and not part:
-            # The float model's inputs of each site are held in float16 until its codes are made.
-            inputs = [2 * tokens * k for _, k in stacks]
-            running += sum(inputs) - sum(4 * k * min(k, 2 * n) for n, k in stacks)
-            site = scratch + max(_fed_site(n, k, tokens) + sum(inputs[i:]) for i, (n, k) in enumerate(stacks))
-            moments = held - weights if moe is not None else 0
-        phases += [running + rows + held_now, weights + moments + site + rows + held_now]
+        stacks = [(sum(sizes[role][0] for role in site.roles), sizes[site.roles[0]][1]) for site in own]
+        moments = [_moments(n, k, settings) for n, k in stacks]
+        if part:
+            running, quantising = (
+                max(moments),
+                max(moments) + max(_search(*stack, settings) for stack in stacks),
+            )
+        elif settings.method == "awq+":
+            running, quantising = _fed_phases(config, stacks, weights, tokens)
+        else:
+            running, quantising = (
+                sum(moments),
+                sum(moments) + max(_search(*stack, settings) for stack in stacks),
+            )
+        if moe is not None and not part:
+            entering = _moments(config.hidden_size, config.hidden_size, settings)
+            router, running, quantising = weights + entering, running + entering, quantising + entering
+        scratch = 8 * STEP_ROWS * max(k for _, k in stacks) * 4  # a device keeps what a step took
+        phases += [held + rows + 2 * weights + running + scratch, held + rows + weights + quantising]
     return phases
+
+
+def _moments(n: int, k: int, settings: Settings) -> int:
+    """Return the bytes of the moments of the inputs of (N, K)."""
+    return 4 * k * (k + min(k, 2 * n) if settings.method == "awq+" else settings.group_size)
+
+
+def _search(n: int, k: int, settings: Settings) -> int:
+    """Return the bytes while (N, K) is quantised: copies of the matrix, and of H the mean and its factor."""
+    return 7 * 4 * n * k + (3 * 4 * k * k if settings.method == "awq+" else 0)
+
+
+def _fed_phases(
+    config: ModelConfig, stacks: list[tuple[int, int]], weights: int, tokens: int
+) -> tuple[int, int]:
+    """Return the bytes, next to rows and float weights, while the float layer runs and while error feedback
+    quantises its sites (N, K) in turn.
+
+    The float model's inputs of every site are held in float16 until its codes are made. A site takes the mean of H
+    and its factor, copies of its matrix, and the held-out rows of both streams. Next to it are the weights with
+    scales folded in, the pages of the file, and what two devices keep.
+    """
+    inputs = [2 * tokens * k for _, k in stacks]
+    running = sum(4 * k * k for _, k in stacks) + sum(inputs)
+    each = [
+        8 * 4 * n * k + 2 * 4 * k * k + 2 * 4 * k * tokens // SHARE + sum(inputs[i:])
+        for i, (n, k) in enumerate(stacks)
+    ]
+    return running, max(each) + weights + weights // 2 + 8 * STEP_ROWS * config.hidden_size * 4

@@ -31,6 +31,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test connects to a hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["TINYCHAT_WEIGHT_CACHE"] = "0"  # no test writes to the user's cache
 
+# Conversions and downloads sync every file to the disk. In memory that costs nothing.
+if Path("/dev/shm").is_dir() and shutil.disk_usage("/dev/shm").free > 8 << 30:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
+
 # A run started by a script with & ignores Ctrl-C, and every program that it starts would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -10,7 +10,10 @@ import numpy.typing as npt
 from tinychat_mlx.awq.parallel import add_product, each, over_rows, product, spans
 from tinychat_mlx.weights.weight import F32
 
-TILE = 256  # rows and columns of H per task
+TILES = (
+    256,
+    1024,
+)  # least and most rows and columns of H per task; large tiles are faster, a few are no work for two
 
 
 @dataclass
@@ -64,6 +67,12 @@ class BlockMoments:
         return BlockMoments(self.magnitude / s, blocks, self.tokens)
 
 
+def _tiles(k: int) -> list[slice]:
+    """Split an axis of H (K, K) into tiles."""
+    least, most = TILES
+    return spans(k, min(max(least, k // 4), most))
+
+
 @dataclass
 class FullMoments:
     """Sums over tokens of |x| (K,), of x xᵀ (K, K) and of missing xᵀ (M, K), as awq+ needs them.
@@ -90,7 +99,7 @@ class FullMoments:
     def add(self, x: F32, wanted: F32 | None = None) -> None:
         """Add rows x (T, K), and the float model's inputs for the same tokens if they differ."""
         self.magnitude += np.abs(x).sum(0)
-        parts = spans(len(self.sums), TILE)
+        parts = _tiles(len(self.sums))
 
         def tile(at: tuple[slice, slice]) -> None:
             self.sums[at] += x[:, at[0]].T @ x[:, at[1]]
@@ -114,9 +123,14 @@ class FullMoments:
 
     def take_sums(self, order: npt.NDArray[np.intp]) -> F32:
         """Return the sums of x xᵀ (K, K) with both axes in this order. Frees `sums`, which is as large."""
-        for part in spans(len(self.sums), TILE):
+        for part in _tiles(len(self.sums)):
             self.sums[part.stop :, part] = self.sums[part, part.stop :].T
-        ordered = self.sums[np.ix_(order, order)]
+        ordered = np.empty_like(self.sums)
+
+        def take(rows: slice) -> None:
+            ordered[rows] = self.sums[np.ix_(order[rows], order)]
+
+        each(take, spans(len(order), TILES[0]))
         self.sums = np.empty((0, 0), np.float32)
         return ordered
 

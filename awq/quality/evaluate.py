@@ -90,6 +90,20 @@ def evaluate(
     watch: Callable[[int, int], None] = lambda done, total: None,
 ) -> Quality:
     """Measure a model on tokens (T,). Raises UsageError for fewer than two tokens."""
+    return evaluate_all(ids, [model], against, window, watch)[0]
+
+
+def evaluate_all(
+    ids: Sequence[int],
+    models: Sequence[Scores],
+    against: Scores | None = None,
+    window: int = WINDOW,
+    watch: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Quality]:
+    """Measure models on the same tokens (T,), with one pass of the model they are compared with.
+
+    Raises UsageError for fewer than two tokens.
+    """
     starts = [at for at in range(0, len(ids), window) if len(ids) - at > 1]
     if not starts:
         raise UsageError(
@@ -97,11 +111,16 @@ def evaluate(
         )
     windows = []
     for i, at in enumerate(starts):
-        windows.append(_window(ids[at : at + window], at, model, against))
+        windows.append(_window(ids[at : at + window], at, models, against))
         watch(i + 1, len(starts))
+    return [_quality(found, window, against is not None) for found in zip(*windows, strict=True)]
+
+
+def _quality(windows: Sequence[list[F64]], window: int, compared: bool) -> Quality:
+    """Summarise what `_window` measured in each window of one model."""
     nll, kl, same, other = zip(*windows, strict=True)
     quality = Quality(*perplexity(nll), sum(map(len, nll)), window)
-    if against is None:
+    if not compared:
         return quality
     p99 = float(np.percentile(np.concatenate(kl), 99))
     measured = (*clustered(kl), p99, percentile_error(kl, 99), *clustered(same), *perplexity(other))
@@ -130,27 +149,33 @@ def perplexity(nll: Sequence[F64]) -> tuple[float, float]:
     return ppl, ppl * se
 
 
-def _window(ids: Sequence[int], start: int, model: Scores, against: Scores | None) -> list[F64]:
+def _window(
+    ids: Sequence[int], start: int, models: Sequence[Scores], against: Scores | None
+) -> list[list[F64]]:
     """Measure one window.
 
-    Returns four arrays with one value per predicted token: -log likelihood, KL, whether the top-1 tokens
-    agree, and the other model's -log likelihood.
+    Returns for each model four arrays with one value per predicted token: -log likelihood, KL, whether the
+    top-1 tokens agree, and the other model's -log likelihood.
     """
-    out: tuple[list[F64], ...] = ([], [], [], [])
+    out: list[tuple[list[F64], ...]] = [([], [], [], []) for _ in models]
     wanted = np.asarray(ids[1:], np.intp)
     others = against(ids, start) if against is not None else None
     at = 0
-    for logits in model(ids, start):
-        rows = np.arange(min(len(logits), len(wanted) - at))
-        log_q, next_ids = log_softmax(logits[: len(rows)]), wanted[at : at + len(rows)]
-        out[0].append(-log_q[rows, next_ids])
+    for pieces in zip(*(model(ids, start) for model in models), strict=True):
+        rows = np.arange(min(len(pieces[0]), len(wanted) - at))
+        next_ids = wanted[at : at + len(rows)]
         if others is not None:
             log_p = log_softmax(next(others)[: len(rows)])
-            out[1].append(np.einsum("tv,tv->t", np.exp(log_p), log_p - log_q))
-            out[2].append((log_p.argmax(-1) == log_q.argmax(-1)).astype(np.float64))
-            out[3].append(-log_p[rows, next_ids])
+            p, top, likely = np.exp(log_p), log_p.argmax(-1), -log_p[rows, next_ids]
+        for columns, logits in zip(out, pieces, strict=True):
+            log_q = log_softmax(logits[: len(rows)])
+            columns[0].append(-log_q[rows, next_ids])
+            if others is not None:
+                columns[1].append(np.einsum("tv,tv->t", p, log_p - log_q))
+                columns[2].append((top == log_q.argmax(-1)).astype(np.float64))
+                columns[3].append(likely)
         at += len(rows)
-    return [np.concatenate(column) if column else np.empty(0) for column in out]
+    return [[np.concatenate(column) if column else np.empty(0) for column in columns] for columns in out]
 
 
 def log_softmax(logits: F32) -> F64:

@@ -9,7 +9,7 @@ from typing import Any
 from tinychat_mlx.awq.calibration.rows import Split
 from tinychat_mlx.awq.layer import LayerReport
 from tinychat_mlx.awq.layer_stream import Ids
-from tinychat_mlx.awq.quality.evaluate import Quality, Scores, evaluate, kl_ratio
+from tinychat_mlx.awq.quality.evaluate import Quality, Scores, evaluate_all, kl_ratio
 from tinychat_mlx.awq.quality.streamed_logits import Rounded, scores_of
 from tinychat_mlx.contract import Backend
 from tinychat_mlx.model.config import ModelConfig
@@ -80,7 +80,7 @@ def verdict(
 
     wanted = scores(source, exact, rows[0])
     made, rounded = scores(result, running, rows[1]), scores(Rounded(source, result), running, rows[2])
-    return Verdict(*(evaluate(judged, model, wanted, split.window) for model in (made, rounded)))
+    return Verdict(*evaluate_all(judged, (made, rounded), wanted, split.window))
 
 
 def went_wrong(layers: list[LayerReport]) -> int:

@@ -293,8 +293,13 @@ STUBS = {
 }
 
 
-@pytest.mark.parametrize("how", STUBS)
-@pytest.mark.parametrize(("backend", "module"), [("mlx", "mlx/core.py"), ("cuda", "torch/__init__.py")])
+MLX, TORCH = ("mlx", "mlx/core.py"), ("cuda", "torch/__init__.py")
+
+
+@pytest.mark.parametrize(
+    ("how", "backend", "module"),
+    [("raises", *MLX), ("aborts", *MLX), ("raises", *TORCH), ("exits", *TORCH), ("is damaged", *TORCH)],
+)
 def test_a_library_that_crashes_is_a_line(how: str, backend: str, module: str, tmp_path: Path) -> None:
     code, word = STUBS[how]
     (tmp_path / module).parent.mkdir()

@@ -74,7 +74,7 @@ def measured(source: Checkpoint, made: Checkpoint | Rounded) -> Quality:
     return evaluate(text, found, dense, WINDOW)
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3))])
 @pytest.mark.parametrize("planted", PLANTED)
 def test_the_correction_never_loses_to_leaving_it_out_nor_either_to_rounding(
     planted: str, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

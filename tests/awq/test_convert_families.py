@@ -56,7 +56,7 @@ def test_every_backend_converts(
     made = []
 
     def make(exact: bool) -> Backend:
-        made.append(backend if exact else create(backend_name, False, 2))
+        made.append(backend if exact else create(backend_name, False, 1))
         return made[-1]
 
     result = converted(variant, tiny_root, tmp_path / "out", make=make, method="awq+", w_bit=8)

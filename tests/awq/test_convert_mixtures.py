@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,19 @@ def converted(
     return convert(source, target, chosen, ReferenceBackend, lambda *_: ids, **(more or {}))
 
 
+@pytest.fixture(scope="module")
+def published(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function (variant, format) -> folder of its conversion by the published method, made once."""
+
+    @cache
+    def make(variant: str, form: str = "mlx") -> Path:
+        target = tmp_path_factory.mktemp("published") / f"{variant}-{form}"
+        converted(variant, tiny_root, target, method="awq", format=form)
+        return target
+
+    return make
+
+
 def logits(folder: Path) -> np.ndarray:
     return tinychat_mlx.load(folder, backend="reference").logits(SOME)
 
@@ -46,11 +61,11 @@ def logits(folder: Path) -> np.ndarray:
 @pytest.mark.parametrize("form", ["mlx", "awq"])
 @pytest.mark.parametrize("variant", MIXTURES)
 def test_experts_are_codes_and_routers_are_not(
-    variant: str, form: str, tiny_root: Path, tmp_path: Path
+    variant: str, form: str, tiny_root: Path, published: Callable[..., Path]
 ) -> None:
     """In both formats, under the names of each format's readers, with equal codes."""
-    converted(variant, tiny_root, tmp_path / form, method="awq", format=form)
-    found, source = Checkpoint.open(tmp_path / form), Checkpoint.open(tiny(variant, tiny_root).folder)
+    folder = published(variant, form)
+    found, source = Checkpoint.open(folder), Checkpoint.open(tiny(variant, tiny_root).folder)
     layers = {
         n.removesuffix(".weight") for n in source.names() if ".layers." in n and n.endswith("proj.weight")
     }
@@ -62,15 +77,14 @@ def test_experts_are_codes_and_routers_are_not(
     assert found.modules == layers
     routers = {n.removesuffix(".weight") for n in source.names() if n.endswith("gate.weight")}
     assert routers and all(isinstance(found.weight(name), Dense) for name in routers)
-    config = json.loads((tmp_path / form / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
     if form == "mlx":
         assert {name for name, value in config["quantization"].items() if value is False} == {
             *routers, "model.embed_tokens", "lm_head"
         }  # fmt: skip
     else:
         assert set(config["quantization_config"]["modules_to_not_convert"]) == {*routers, "lm_head"}
-        converted(variant, tiny_root, tmp_path / "mlx", method="awq")
-        other = Checkpoint.open(tmp_path / "mlx")
+        other = Checkpoint.open(published(variant))
         for name in layers:
             one, two = found.weight(name), other.weight(name)
             assert isinstance(one, Packed) and isinstance(two, Packed)
@@ -78,13 +92,12 @@ def test_experts_are_codes_and_routers_are_not(
 
 
 @pytest.mark.parametrize("variant", [v for v in MIXTURES if v != "qwen2_moe"])  # it has no dense layers
-def test_mlx_lm_reads_the_folder_and_gives_our_logits(variant: str, tiny_root: Path, tmp_path: Path) -> None:
+def test_mlx_lm_reads_the_folder_and_gives_our_logits(variant: str, published: Callable[..., Path]) -> None:
     mx = pytest.importorskip("mlx.core", reason="MLX is not installed")
     utils = pytest.importorskip("mlx_lm.utils", reason="mlx-lm is not installed")
-    converted(variant, tiny_root, tmp_path / "out", method="awq")
-    model, _ = utils.load_model(tmp_path / "out")
+    model, _ = utils.load_model(published(variant))
     model.set_dtype(mx.float32)
-    theirs, ours = np.array(model(mx.array([SOME]))[0]), logits(tmp_path / "out")
+    theirs, ours = np.array(model(mx.array([SOME]))[0]), logits(published(variant))
     # The same codes, scales and biases; sums of at most 100 products in another order, through four layers.
     assert np.abs(theirs - ours).max() < 1e-4 * np.abs(ours).max()
 

@@ -70,7 +70,7 @@ def test_every_backend_estimates_converts_and_reports(
         home / f"r-{backend_name}",
         tiny_dense.text(home, 900, 8),
     )
-    more = ("--w-bit", "4", "--backend", backend_name, "--threads", "2")
+    more = ("--w-bit", "4", "--backend", backend_name, "--threads", "1")
     assert main([*arguments(home, target, *more), "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["seconds"] > 0
     assert main(arguments(home, target, *more, "--report", str(folder), "--report-text", str(text))) == 0

@@ -16,13 +16,13 @@ CALIB = str(DATA / "demo_calib.jsonl")
 
 @pytest.fixture(scope="module")
 def lab() -> Laboratory:
-    """The dense model's predictions on 12,288 held-out tokens, computed once."""
-    held = {"text": str(DATA / "demo_heldout_text.jsonl"), "max_tokens": 12288}
+    """The dense model's predictions on 6,144 held-out tokens, computed once."""
+    held = {"text": str(DATA / "demo_heldout_text.jsonl"), "max_tokens": 6144}
     return Laboratory(Namespace(model=str(DATA / "demo-fp16"), backend="cpu", threads=None, **held))
 
 
 def measured(lab: Laboratory, method: str, w_bit: int, calib: str = CALIB) -> Quality:
-    return lab.run(Settings(method=method, w_bit=w_bit, calib=calib, tokens=16384)).quality
+    return lab.run(Settings(method=method, w_bit=w_bit, calib=calib, tokens=8192)).quality
 
 
 @pytest.mark.parametrize("w_bit", [4, pytest.param(3, marks=pytest.mark.slow)])

@@ -63,13 +63,13 @@ ACTIVATE = ". .venv/bin/activate\n"  # README.md shows it; the pages in docs/ as
 # pattern -> text that makes a command shorter, non-interactive, or visible; the last of two values counts
 APPENDED = {
     r"\. \.venv/bin/activate": "&& command -v tinychat",
-    "tinychat convert .*demo-fp16": "--calib-tokens 512",
-    "tinychat convert .*--report": "--report-text CHANGELOG.md",
+    "tinychat convert .*demo-fp16": "--calib-tokens 256",
+    "tinychat convert .*--report": "--report-text CONTRIBUTING.md",
     "tinychat convert .*--format awq": "--method rtn",
     "tinychat eval": "--max-tokens 1024",
     "tinychat bench": "--shape tiny --pp 16 --tg 4",
     "tinychat models rm": "--yes",
-    r"python -m tinychat_mlx\.awq\.quality\.table": "--calib-tokens 512 --bits 3 --seeds 1 --group-size 32",
+    r"python -m tinychat_mlx\.awq\.quality\.table": "--calib-tokens 256 --bits 3 --seeds 1 --group-size 32",
     r"python -m tinychat_mlx\.awq\.quality\.versus": "--tokens 140 --group-size 32",
     r'eval "\$\(tinychat completion': "&& complete -p tinychat",
 }

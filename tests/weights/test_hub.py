@@ -329,8 +329,12 @@ DAMAGED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("command", ["show", "pull", "run"])
-@pytest.mark.parametrize("kind", DAMAGED)
+COMMANDS = ("show", "pull", "run")
+# Every kind with one of the commands in turn, and one kind with all of them.
+TRIED = [*zip(DAMAGED, COMMANDS * len(DAMAGED)), *((WEIGHTS, command) for command in COMMANDS)]
+
+
+@pytest.mark.parametrize(("kind", "command"), dict.fromkeys(TRIED))
 def test_what_is_damaged_on_the_hub_is_said_of_the_hub(client: Client, kind: str, command: str) -> None:
     """The message does not blame our code, as it once did, and does not suggest the same download."""
     data, says = DAMAGED[kind]
