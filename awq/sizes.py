@@ -14,6 +14,7 @@ from tinychat_mlx.awq.sites import experts, layer_shapes, mixture, routers, shap
 from tinychat_mlx.model.config import ModelConfig
 from tinychat_mlx.weights.checkpoint import Checkpoint
 
+KEPT_BYTES = 40 << 20  # an array of a step that is not larger stays with the device for the next step
 BASE_BYTES = 120 << 20  # Python, NumPy, the buffers of BLAS, the tokenizer
 
 
@@ -135,18 +136,10 @@ def _layer_phases(config: ModelConfig, layer: int, settings: Settings, tokens: i
         own = [site for site in sites(config, layer) if site.roles[0] in sizes]
         stacks = [(sum(sizes[role][0] for role in site.roles), sizes[site.roles[0]][1]) for site in own]
         moments = [_moments(n, k, settings) for n, k in stacks]
-        if part:
-            running, quantising = (
-                max(moments),
-                max(moments) + max(_search(*stack, settings) for stack in stacks),
-            )
-        elif settings.method == "awq+":
-            running, quantising = _fed_phases(config, stacks, weights, tokens)
-        else:
-            running, quantising = (
-                sum(moments),
-                sum(moments) + max(_search(*stack, settings) for stack in stacks),
-            )
+        running = max(moments) if part else sum(moments)  # experts: of one site at a time
+        quantising = running + max(_search(*stack, settings) for stack in stacks)
+        if settings.method == "awq+" and not part:
+            running, quantising = _fed_phases(stacks, weights, tokens)
         if moe is not None and not part:
             entering = _moments(config.hidden_size, config.hidden_size, settings)
             router, running, quantising = weights + entering, running + entering, quantising + entering
@@ -165,9 +158,7 @@ def _search(n: int, k: int, settings: Settings) -> int:
     return 7 * 4 * n * k + (3 * 4 * k * k if settings.method == "awq+" else 0)
 
 
-def _fed_phases(
-    config: ModelConfig, stacks: list[tuple[int, int]], weights: int, tokens: int
-) -> tuple[int, int]:
+def _fed_phases(stacks: list[tuple[int, int]], weights: int, tokens: int) -> tuple[int, int]:
     """Return the bytes, next to rows and float weights, while the float layer runs and while error feedback
     quantises its sites (N, K) in turn.
 
@@ -181,4 +172,5 @@ def _fed_phases(
         8 * 4 * n * k + 2 * 4 * k * k + 2 * 4 * k * tokens // SHARE + sum(inputs[i:])
         for i, (n, k) in enumerate(stacks)
     ]
-    return running, max(each) + weights + weights // 2 + 8 * STEP_ROWS * config.hidden_size * 4
+    kept = max((4 * STEP_ROWS * k for _, k in stacks if 4 * STEP_ROWS * k <= KEPT_BYTES), default=0)
+    return running, max(each) + weights + weights // 2 + 8 * kept

@@ -177,7 +177,7 @@ MUTATIONS = (
     ),
     mutation(
         "awq-kl-of-the-wrong-model", "awq", "swapped name",
-        "np.exp(log_p), log_p - log_q", "np.exp(log_q), log_p - log_q",
+        "p, log_p - log_q))", "np.exp(log_q), log_p - log_q))",
         "test_awq_evaluate.py", "measures_are",
     ),
     # The engine, the sampler, the prefix cache
