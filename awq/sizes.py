@@ -14,7 +14,9 @@ from tinychat_mlx.awq.sites import experts, layer_shapes, mixture, routers, shap
 from tinychat_mlx.model.config import ModelConfig
 from tinychat_mlx.weights.checkpoint import Checkpoint
 
-KEPT_BYTES = 40 << 20  # an array of a step that is not larger stays with the device for the next step
+KEPT_BYTES = (
+    40 << 20
+)  # an array of a step that is not larger stays with the device (KEPT of backends/cpu/memory.py)
 BASE_BYTES = 120 << 20  # Python, NumPy, the buffers of BLAS, the tokenizer
 
 

@@ -10,10 +10,8 @@ import numpy.typing as npt
 from tinychat_mlx.awq.parallel import add_product, each, over_rows, product, spans
 from tinychat_mlx.weights.weight import F32
 
-TILES = (
-    256,
-    1024,
-)  # least and most rows and columns of H per task; large tiles are faster, a few are no work for two
+# Rows and columns of H per task: a quarter of K, within these. Larger products are faster per multiplication.
+LEAST_TILE, MOST_TILE = 256, 1024
 
 
 @dataclass
@@ -69,8 +67,7 @@ class BlockMoments:
 
 def _tiles(k: int) -> list[slice]:
     """Split an axis of H (K, K) into tiles."""
-    least, most = TILES
-    return spans(k, min(max(least, k // 4), most))
+    return spans(k, min(max(LEAST_TILE, k // 4), MOST_TILE))
 
 
 @dataclass
@@ -130,7 +127,7 @@ class FullMoments:
         def take(rows: slice) -> None:
             ordered[rows] = self.sums[np.ix_(order[rows], order)]
 
-        each(take, spans(len(order), TILES[0]))
+        each(take, spans(len(order), LEAST_TILE))
         self.sums = np.empty((0, 0), np.float32)
         return ordered
 

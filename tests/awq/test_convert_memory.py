@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import tiny_dense
 
+from tinychat_mlx.awq import sizes
+from tinychat_mlx.backends.cpu import memory
+
 MEASURE = """
 import sys
 from pathlib import Path
@@ -27,6 +30,10 @@ def run(*args: str) -> str:
     return done.stdout
 
 
+def test_the_arrays_that_a_device_keeps_are_those_of_the_cpu_backend() -> None:
+    assert sizes.KEPT_BYTES == memory.KEPT
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="the system shows no process's peak memory"
@@ -35,7 +42,7 @@ def run(*args: str) -> str:
 @pytest.mark.parametrize("method", ["awq", "awq+"])
 def test_the_stated_peak_is_the_measured_one(method: str, hidden: int, tokens: int, tmp_path: Path) -> None:
     """Within a tenth, above or below: the pages of mapped files and what the C library keeps vary by as much."""
-    sizes = {
+    shape = {
         "hidden_size": hidden,
         "intermediate_size": 4 * hidden,
         "num_attention_heads": hidden // 64,
@@ -45,7 +52,7 @@ def test_the_stated_peak_is_the_measured_one(method: str, hidden: int, tokens: i
         "max_position_embeddings": 1024,
     }
     folder = tiny_dense.save(
-        tmp_path / "model", tiny_dense.tensors(tiny_dense.CONFIG | sizes), tie_word_embeddings=True, **sizes
+        tmp_path / "model", tiny_dense.tensors(tiny_dense.CONFIG | shape), tie_word_embeddings=True, **shape
     )
     text = tiny_dense.text(tmp_path, 3 * tokens)
     command = ["convert", str(folder), "-o", str(tmp_path / "out"), "--calib", str(text), "--method", method]
